@@ -1,0 +1,48 @@
+"""Errors that a user can act on.
+
+Every error says what was got, what was expected and how to fix it. Each class also subclasses the builtin that a caller would
+expect, so ``except ValueError`` keeps working for code that has never heard of engram.
+"""
+
+__all__ = [
+    "AttachError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EngramError",
+    "FingerprintError",
+    "TableError",
+    "TeachError",
+]
+
+
+class EngramError(Exception):
+    """Base class of every error that engram raises on purpose."""
+
+
+class ConfigError(EngramError, ValueError):
+    """A configuration value is impossible, unknown or does not fit the model."""
+
+
+class AttachError(EngramError, ValueError):
+    """A memory cannot be attached to, detached from or run on this model in this way."""
+
+
+class TableError(EngramError, ValueError):
+    """A table was asked for rows, shapes or dtypes that it does not have."""
+
+
+class CheckpointError(EngramError, OSError):
+    """A saved memory is missing, truncated, malformed or cannot be written."""
+
+
+class FingerprintError(EngramError, ValueError):
+    """A saved memory belongs to another tokenizer, hash specification or base model."""
+
+
+class DataError(EngramError, ValueError):
+    """A facts file, corpus or recipe is missing or malformed."""
+
+
+class TeachError(EngramError, RuntimeError):
+    """Teaching could not do what was asked."""

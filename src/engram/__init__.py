@@ -1,0 +1,71 @@
+"""engram: a conditional memory for PyTorch language models.
+
+Names are loaded on first use (PEP 562), so that ``import engram`` needs neither transformers nor a model.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from engram._version import __version__
+
+if TYPE_CHECKING:
+    from engram.bundle import load_bundled
+    from engram.config import EngramConfig, TableConfig
+    from engram.editing import Fact, load_facts, teach_facts
+    from engram.errors import (
+        AttachError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        EngramError,
+        FingerprintError,
+        TableError,
+        TeachError,
+    )
+    from engram.hashing import CompressedTokenizer, NgramHashMapping
+    from engram.layers import Engram, EngramState
+    from engram.models import DecoderLayout, EngramModel, get_engram_model, register_architecture
+    from engram.optim import EngramAdamW
+    from engram.tables import EmbeddingTable
+    from engram.training import EngramTrainer, EngramTrainingArguments
+
+_HOMES = {
+    "AttachError": "engram.errors",
+    "CheckpointError": "engram.errors",
+    "CompressedTokenizer": "engram.hashing",
+    "ConfigError": "engram.errors",
+    "DataError": "engram.errors",
+    "DecoderLayout": "engram.models",
+    "EmbeddingTable": "engram.tables",
+    "Engram": "engram.layers",
+    "EngramAdamW": "engram.optim",
+    "EngramConfig": "engram.config",
+    "EngramError": "engram.errors",
+    "EngramModel": "engram.models",
+    "EngramState": "engram.layers",
+    "EngramTrainer": "engram.training",
+    "EngramTrainingArguments": "engram.training",
+    "Fact": "engram.data",
+    "FingerprintError": "engram.errors",
+    "NgramHashMapping": "engram.hashing",
+    "TableConfig": "engram.config",
+    "TableError": "engram.errors",
+    "TeachError": "engram.errors",
+    "get_engram_model": "engram.models",
+    "load_bundled": "engram.models",
+    "load_facts": "engram.data",
+    "register_architecture": "engram.models",
+    "teach_facts": "engram.editing",
+}
+
+__all__ = sorted([*_HOMES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'engram' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,1 +1,8 @@
-"""."""
+"""Floor 3: the Engram layer and its parts."""
+
+from engram.layers.conv import ShortConv
+from engram.layers.embedding import MultiHeadEmbedding
+from engram.layers.engram import Engram
+from engram.layers.state import EngramState, RollingTail
+
+__all__ = ["Engram", "EngramState", "MultiHeadEmbedding", "RollingTail", "ShortConv"]

@@ -1,0 +1,185 @@
+"""What a memory is, and where it lives.
+
+``EngramConfig`` is identity: it decides every address and every parameter shape, is fingerprinted and is saved with the memory.
+``TableConfig`` is placement: it may change at every load without changing a single output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from engram.errors import ConfigError
+
+__all__ = ["EngramConfig", "TableConfig"]
+
+Gate = Literal["signed_sqrt", "plain"]
+TableInit = Literal["zero", "normal"]
+
+
+def _require(condition: bool, field: str, got: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"EngramConfig.{field}: got {got!r}, expected {expected}.")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class EngramConfig:
+    """Identity of an Engram memory. Field names and defaults are those of the paper's public demo.
+
+    The demo's defaults make tables of 2 x 16 heads x 646,400 rows; give smaller ``engram_vocab_size`` for small models.
+
+    Raises:
+        ConfigError: a value is impossible; the message names the field, the value and what was expected.
+    """
+
+    engram_vocab_size: Sequence[int] | int = (129280 * 5, 129280 * 5)
+    """Rows per head, one floor per n-gram order 2..``max_ngram_size``; an int stands for every order. Heads get primes above it."""
+    max_ngram_size: int = 3
+    """Largest n-gram order N; orders 2..N are looked up."""
+    n_embed_per_ngram: int = 512
+    """Width of one order, all heads together; d_mem is ``(N - 1) * n_embed_per_ngram``."""
+    n_head_per_ngram: int = 8
+    """Hash heads K per order; each reads a row of ``n_embed_per_ngram / K`` values."""
+    layer_ids: Sequence[int] = (1, 15)
+    """Decoder blocks (0-based) before whose attention the memory is added."""
+    pad_id: int = 2
+    """Raw token id that stands for positions before the start of a sequence and for masked positions."""
+    seed: int = 0
+    """Seed of the hash multipliers."""
+    kernel_size: int = 4
+    """Taps of the short causal convolution; its dilation is ``max_ngram_size``."""
+    hidden_size: int | None = None
+    """Width d of the residual stream; taken from the model when attaching."""
+    hc_mult: int | None = None
+    """Residual streams M (hyper-connections); taken from the model when attaching, 1 if never given."""
+    gate: Gate = "signed_sqrt"
+    """Squashing before the sigmoid: ``signed_sqrt`` as in the demo and shipped models, ``plain`` as in the paper's equation 4."""
+    use_bias: bool = True
+    """Whether the key and value projections have biases (the demo's do, DeepSeek-V4.1's do not)."""
+    use_conv: bool = True
+    """Whether the short convolution of equation 5 exists. Its weights start at zero."""
+    table_init: TableInit = "zero"
+    """``zero``: attaching changes nothing until something is learnt. ``normal``: rows start as N(0, 1), as in the demo."""
+    norm_eps: float | None = None
+    """Epsilon of the key and query norms; None is torch's default (the machine epsilon of the dtype)."""
+    conv_norm_eps: float = 1e-5
+    """Epsilon of the norms in front of the convolution."""
+    hash_spec: str = "demo_v1"
+    """Name of the hash specification (``engram.hashing.HASH_SPECS``)."""
+
+    def __post_init__(self) -> None:
+        _require(_is_int(self.max_ngram_size) and self.max_ngram_size >= 2, "max_ngram_size", self.max_ngram_size, "an int >= 2")
+        sizes = self.engram_vocab_size
+        sizes = (sizes,) * (self.max_ngram_size - 1) if _is_int(sizes) else tuple(sizes)  # type: ignore[arg-type]
+        _require(
+            len(sizes) == self.max_ngram_size - 1 and all(_is_int(s) and s >= 1 for s in sizes),
+            "engram_vocab_size",
+            self.engram_vocab_size,
+            f"{self.max_ngram_size - 1} positive ints, one per order 2..{self.max_ngram_size} (or one int for all)",
+        )
+        layers = tuple(self.layer_ids)
+        _require(
+            len(layers) > 0 and all(_is_int(i) and i >= 0 for i in layers) and len(set(layers)) == len(layers),
+            "layer_ids",
+            self.layer_ids,
+            "at least one 0-based block index, none twice",
+        )
+        object.__setattr__(self, "engram_vocab_size", sizes)
+        object.__setattr__(self, "layer_ids", layers)
+        for field in ("n_embed_per_ngram", "n_head_per_ngram", "kernel_size"):
+            value = getattr(self, field)
+            _require(_is_int(value) and value >= 1, field, value, "a positive int")
+        _require(
+            self.n_embed_per_ngram % self.n_head_per_ngram == 0,
+            "n_embed_per_ngram",
+            self.n_embed_per_ngram,
+            f"a multiple of n_head_per_ngram = {self.n_head_per_ngram}",
+        )
+        for field in ("hidden_size", "hc_mult"):
+            value = getattr(self, field)
+            _require(value is None or (_is_int(value) and value >= 1), field, value, "a positive int or None")
+        _require(_is_int(self.pad_id) and self.pad_id >= 0, "pad_id", self.pad_id, "a token id >= 0")
+        _require(_is_int(self.seed) and self.seed >= 0, "seed", self.seed, "an int >= 0")
+        _require(self.gate in ("signed_sqrt", "plain"), "gate", self.gate, "'signed_sqrt' or 'plain'")
+        _require(self.table_init in ("zero", "normal"), "table_init", self.table_init, "'zero' or 'normal'")
+        for field in ("use_bias", "use_conv"):
+            _require(isinstance(getattr(self, field), bool), field, getattr(self, field), "True or False")
+        _require(self.norm_eps is None or self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number or None")
+        _require(self.conv_norm_eps > 0, "conv_norm_eps", self.conv_norm_eps, "a positive number")
+
+    @property
+    def orders(self) -> range:
+        """The n-gram orders that are looked up, 2..N."""
+        return range(2, self.max_ngram_size + 1)
+
+    @property
+    def head_dim(self) -> int:
+        """Values in one row."""
+        return self.n_embed_per_ngram // self.n_head_per_ngram
+
+    @property
+    def num_heads(self) -> int:
+        """Rows read per token and layer, all orders together."""
+        return (self.max_ngram_size - 1) * self.n_head_per_ngram
+
+    @property
+    def d_mem(self) -> int:
+        """Width of the concatenated rows, ``(N - 1) * n_embed_per_ngram``."""
+        return (self.max_ngram_size - 1) * self.n_embed_per_ngram
+
+    @property
+    def conv_reach(self) -> int:
+        """Positions before the current one that the convolution reads, ``(kernel_size - 1) * N``; 0 without a convolution."""
+        return (self.kernel_size - 1) * self.max_ngram_size if self.use_conv else 0
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed (and checked again)."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields; ``from_dict`` gives back an equal config."""
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Build from ``to_dict`` output.
+
+        Raises:
+            ConfigError: a key is unknown or a value is impossible.
+        """
+        return _from_dict(cls, fields)
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Placement of the tables: free to change at every load.
+
+    Raises:
+        ConfigError: an unknown tier or dtype.
+    """
+
+    tier: Literal["device"] = "device"
+    """Where rows live. ``device``: a parameter on the device of the block that reads it."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Storage type of the rows."""
+
+    def __post_init__(self) -> None:
+        if self.tier != "device":
+            raise ConfigError(f"TableConfig.tier: got {self.tier!r}, expected 'device'.")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ConfigError(f"TableConfig.dtype: got {self.dtype!r}, expected 'float32', 'bfloat16' or 'float16'.")
+
+
+def _from_dict(cls: type, fields: Mapping[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ConfigError(f"{cls.__name__}: unknown key(s) {', '.join(unknown)}; expected some of {', '.join(sorted(known))}.")
+    return cls(**fields)

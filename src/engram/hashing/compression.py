@@ -1,0 +1,107 @@
+"""Token compression: the map P from raw token ids to canonical ids (SPEC of the demo; paper section 2.2).
+
+Tokens that differ in case, accents or white space alone share one canonical id, so that " Apple" and "apple" build the same n-gram.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from tokenizers import Regex, normalizers
+
+from engram.errors import ConfigError
+
+__all__ = ["CompressedTokenizer", "TokenizerLike", "build_normalizer"]
+
+_REPLACEMENT_CHARACTER = "\ufffd"
+_LONE_SPACE = "\ue000"  # private-use character that carries a single space through Strip
+
+
+class TokenizerLike(Protocol):
+    """What compression needs from a tokenizer; every Hugging Face tokenizer has it."""
+
+    def __len__(self) -> int: ...
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> str: ...
+
+    def convert_ids_to_tokens(self, ids: int) -> str: ...
+
+
+def build_normalizer() -> normalizers.Normalizer:
+    """The demo's chain: NFKC, NFD, strip accents, lower case, white-space runs to one space, strip (a lone space survives)."""
+    return normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.NFD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
+            normalizers.Replace(Regex(r"^ $"), _LONE_SPACE),
+            normalizers.Strip(),
+            normalizers.Replace(_LONE_SPACE, " "),
+        ]
+    )
+
+
+class CompressedTokenizer:
+    """The compression map of one tokenizer.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer (anything with ``len``, ``decode`` and ``convert_ids_to_tokens``).
+
+    Attributes:
+        lookup_table: int64 ``[len(tokenizer)]``, raw id -> canonical id; canonical ids are numbered by first appearance.
+
+    Raises:
+        ConfigError: the object is not a tokenizer, or its vocabulary is empty.
+    """
+
+    def __init__(self, tokenizer: TokenizerLike) -> None:
+        if not (hasattr(tokenizer, "decode") and hasattr(tokenizer, "convert_ids_to_tokens") and hasattr(tokenizer, "__len__")):
+            raise ConfigError(
+                f"CompressedTokenizer: got {type(tokenizer).__name__}, expected a Hugging Face tokenizer object; "
+                "load one with transformers.AutoTokenizer.from_pretrained(...)."
+            )
+        if len(tokenizer) == 0:
+            raise ConfigError("CompressedTokenizer: the tokenizer has no tokens, expected at least one.")
+        self.lookup_table = _build_lookup_table(tokenizer)
+        self._num_canonical = int(self.lookup_table.max()) + 1
+
+    def __len__(self) -> int:
+        """Number of canonical ids, |V'|."""
+        return self._num_canonical
+
+    def compress(self, input_ids: np.ndarray) -> np.ndarray:
+        """Canonical ids of raw ids, any shape, int64.
+
+        Raises:
+            ConfigError: an id is outside the tokenizer's vocabulary.
+        """
+        ids = np.asarray(input_ids, dtype=np.int64)
+        check_id_range(ids, len(self.lookup_table))
+        return self.lookup_table[ids]
+
+
+def check_id_range(ids: np.ndarray, vocab_size: int) -> None:
+    """Refuse ids that no token has: they would silently read another token's row."""
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        worst = int(ids.min()) if ids.min() < 0 else int(ids.max())
+        raise ConfigError(f"input_ids: got id {worst}, expected 0..{vocab_size - 1}; are they from another tokenizer?")
+
+
+def _canonical_key(tokenizer: TokenizerLike, token_id: int, normalizer: normalizers.Normalizer) -> str:
+    text = tokenizer.decode([token_id], skip_special_tokens=False)
+    if _REPLACEMENT_CHARACTER in text:  # a fragment of a multi-byte character: its raw token string is all that tells it apart
+        return tokenizer.convert_ids_to_tokens(token_id)
+    return normalizer.normalize_str(text) or text
+
+
+def _build_lookup_table(tokenizer: TokenizerLike) -> np.ndarray:
+    normalizer = build_normalizer()
+    canonical: dict[str, int] = {}
+    table = np.empty(len(tokenizer), dtype=np.int64)
+    for token_id in range(len(tokenizer)):
+        key = _canonical_key(tokenizer, token_id, normalizer)
+        table[token_id] = canonical.setdefault(key, len(canonical))
+    return table

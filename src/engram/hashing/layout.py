@@ -1,0 +1,49 @@
+"""Multipliers and primes: everything about the addresses that does not depend on the text."""
+
+from __future__ import annotations
+
+import numpy as np
+from sympy import nextprime
+
+from engram.config import EngramConfig
+
+__all__ = ["layer_multipliers", "prime_layout"]
+
+_LAYER_SEED_STEP = 10007
+
+
+def layer_multipliers(config: EngramConfig, vocab_size: int) -> dict[int, np.ndarray]:
+    """N odd int64 multipliers per layer, small enough that ``id * multiplier`` cannot overflow.
+
+    Args:
+        config: gives ``layer_ids``, ``seed`` and ``max_ngram_size``.
+        vocab_size: number of canonical ids |V'|.
+    """
+    bound = max(1, (int(np.iinfo(np.int64).max) // vocab_size) // 2)
+    multipliers = {}
+    for layer_id in config.layer_ids:
+        generator = np.random.default_rng(config.seed + _LAYER_SEED_STEP * layer_id)
+        multipliers[layer_id] = generator.integers(0, bound, size=config.max_ngram_size, dtype=np.int64) * 2 + 1
+    return multipliers
+
+
+def prime_layout(config: EngramConfig) -> dict[int, list[list[int]]]:
+    """Rows of every head: ``{layer_id: [primes of order 2, primes of order 3, ...]}``.
+
+    No prime is used twice in the whole memory, so that two heads never collide on the same pairs of n-grams.
+    """
+    seen: set[int] = set()
+    layout: dict[int, list[list[int]]] = {}
+    for layer_id in config.layer_ids:
+        layout[layer_id] = []
+        for floor in config.engram_vocab_size:  # type: ignore[union-attr]
+            candidate = floor - 1
+            primes = []
+            for _ in range(config.n_head_per_ngram):
+                candidate = int(nextprime(candidate))
+                while candidate in seen:
+                    candidate = int(nextprime(candidate))
+                seen.add(candidate)
+                primes.append(candidate)
+            layout[layer_id].append(primes)
+    return layout

@@ -1,0 +1,166 @@
+"""The fast path of the n-gram hash: all layers, positions and heads at once, on any device.
+
+Shape legend: B batch, T new positions, H history, L layers, N largest order, K heads per order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram.config import EngramConfig
+from engram.errors import ConfigError
+from engram.hashing.compression import CompressedTokenizer, check_id_range
+from engram.hashing.layout import layer_multipliers, prime_layout
+from engram.hashing.spec import get_hash_spec
+
+__all__ = ["NgramHashMapping"]
+
+
+class NgramHashMapping:
+    """Addresses of a memory: which rows each position of a text reads in each layer.
+
+    Args:
+        config: the memory's identity.
+        compressed_tokenizer: the compression map of the model's tokenizer.
+
+    Attributes:
+        layer_multipliers: ``{layer_id: int64 [N]}``, the odd multipliers.
+        vocab_size_across_layers: ``{layer_id: [[K primes of order 2], [K primes of order 3], ...]}``.
+        pad_id: canonical id of ``config.pad_id``.
+
+    Raises:
+        ConfigError: ``config.pad_id`` is not in the tokenizer's vocabulary, or the hash specification is unknown.
+    """
+
+    def __init__(self, config: EngramConfig, compressed_tokenizer: CompressedTokenizer) -> None:
+        self.config = config
+        self.spec = get_hash_spec(config.hash_spec)
+        self.compressed_tokenizer = compressed_tokenizer
+        table = compressed_tokenizer.lookup_table
+        if config.pad_id >= len(table):
+            raise ConfigError(
+                f"EngramConfig.pad_id: got {config.pad_id}, expected an id of the tokenizer (0..{len(table) - 1}); "
+                "use tokenizer.pad_token_id or tokenizer.eos_token_id."
+            )
+        self.pad_id = int(table[config.pad_id])
+        self.layer_multipliers = layer_multipliers(config, len(compressed_tokenizer))
+        self.vocab_size_across_layers = prime_layout(config)
+        self._constants: dict[torch.device, _HashConstants] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides an address: specification, ids, multipliers, primes, padding, layers.
+
+        Two mappings with equal fingerprints read the same rows for every text; a saved memory is refused under any other.
+        """
+        identity = {
+            "spec": self.spec.to_dict(),
+            "pad": self.pad_id,
+            "raw_pad": self.config.pad_id,
+            "multipliers": {str(k): v.tolist() for k, v in self.layer_multipliers.items()},
+            "primes": {str(k): v for k, v in self.vocab_size_across_layers.items()},
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+        digest.update(self.compressed_tokenizer.lookup_table.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def head_sizes(self, layer_id: int) -> list[int]:
+        """Rows of each head of one layer, order-major: the primes in one flat list."""
+        return [prime for order in self.vocab_size_across_layers[layer_id] for prime in order]
+
+    @overload
+    def hash(self, input_ids: Tensor, history: Tensor | None = ..., attention_mask: Tensor | None = ...) -> dict[int, Tensor]: ...
+
+    @overload
+    def hash(
+        self, input_ids: np.ndarray, history: np.ndarray | None = ..., attention_mask: np.ndarray | None = ...
+    ) -> dict[int, np.ndarray]: ...
+
+    def hash(self, input_ids, history=None, attention_mask=None):
+        """Head indices of every layer (before head offsets are added).
+
+        Args:
+            input_ids: raw token ids ``[B, T]``, a tensor or a NumPy array.
+            history: raw ids ``[B, H]`` that came before; only the last N - 1 matter, fewer are padded. Masked positions of the
+                past must hold ``config.pad_id``.
+            attention_mask: ``[B, T]``, zero at padding, which then counts as ``pad_id`` in every n-gram.
+
+        Returns:
+            ``{layer_id: int64 [B, T, (N - 1) * K]}``, in the kind and on the device of ``input_ids``.
+
+        Raises:
+            ConfigError: a shape or an id is impossible.
+        """
+        if not isinstance(input_ids, Tensor):
+            as_tensor = [None if x is None else torch.from_numpy(np.asarray(x)) for x in (input_ids, history, attention_mask)]
+            return {layer: ids.numpy() for layer, ids in self.hash(*as_tensor).items()}
+        self._check(input_ids, history, attention_mask)
+        constants = self._constants_on(input_ids.device)
+        context_BX = self._context(input_ids, history, attention_mask)
+        hashed_LBTH = _hash_context(constants, constants.lookup_table[context_BX], input_ids.shape[1])
+        return dict(zip(self.config.layer_ids, hashed_LBTH.unbind(0)))
+
+    def _check(self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None) -> None:
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise ConfigError(f"input_ids: got {input_ids.dtype} {list(input_ids.shape)}, expected integers of shape [B, T].")
+        if history is not None and (history.dim() != 2 or history.shape[0] != input_ids.shape[0]):
+            raise ConfigError(f"history: got shape {list(history.shape)}, expected [{input_ids.shape[0]}, H].")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ConfigError(f"attention_mask: got shape {list(attention_mask.shape)}, expected {list(input_ids.shape)}.")
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the check would stall the device
+            for ids in (input_ids, history):
+                if ids is not None:
+                    check_id_range(ids.numpy(), len(self.compressed_tokenizer.lookup_table))
+
+    def _context(self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """Raw ids ``[B, N - 1 + T]``: the N - 1 ids before the first position, then the positions themselves."""
+        reach = self.config.max_ngram_size - 1
+        ids = input_ids.long()
+        if attention_mask is not None:
+            ids = torch.where(attention_mask != 0, ids, self.config.pad_id)
+        past = ids.new_empty((ids.shape[0], 0)) if history is None else history.long()[:, -reach:]
+        missing = reach - past.shape[1]
+        return torch.cat([ids.new_full((ids.shape[0], missing), self.config.pad_id), past, ids], dim=1)
+
+    def _constants_on(self, device: torch.device) -> _HashConstants:
+        constants = self._constants.get(device)
+        if constants is None:
+            constants = self._constants[device] = _HashConstants(self, device)
+        return constants
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles leave the per-device constants behind; they are rebuilt on first use."""
+        return {**self.__dict__, "_constants": {}}
+
+
+class _HashConstants:
+    """The mapping's arrays as tensors of one device."""
+
+    def __init__(self, mapping: NgramHashMapping, device: torch.device) -> None:
+        layers = mapping.config.layer_ids
+        self.lookup_table = torch.from_numpy(mapping.compressed_tokenizer.lookup_table).to(device)
+        multipliers_LN = np.stack([mapping.layer_multipliers[layer] for layer in layers])
+        self.multipliers = torch.from_numpy(multipliers_LN).to(device)
+        primes_LOK = torch.tensor([mapping.vocab_size_across_layers[layer] for layer in layers], dtype=torch.int64)
+        self.primes = primes_LOK.to(device)
+
+
+def _hash_context(constants: _HashConstants, context_BX: Tensor, length: int) -> Tensor:
+    """Head indices ``[L, B, T, (N - 1) * K]`` from compressed ids with their N - 1 predecessors."""
+    layers, orders = constants.multipliers.shape
+    reach = orders - 1
+    mix_LBT = None
+    hashed = []
+    for step in range(orders):
+        token_BT = context_BX[:, reach - step : reach - step + length]
+        product_LBT = token_BT * constants.multipliers[:, step].view(layers, 1, 1)
+        mix_LBT = product_LBT if mix_LBT is None else mix_LBT ^ product_LBT
+        if step >= 1:
+            hashed.append(mix_LBT.unsqueeze(-1) % constants.primes[:, step - 1].view(layers, 1, 1, -1))
+    return torch.cat(hashed, dim=-1)

@@ -1,0 +1,103 @@
+"""Decoding state that lives on the KV cache and goes wherever the cache goes.
+
+``generate`` reorders, repeats, selects, crops, copies and resets its cache in many places. Giving the cache object itself the state
+(and a subclass of its own class that passes batch changes on) means that none of those places must know about engram.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from engram.errors import AttachError
+from engram.layers import RollingTail
+
+__all__ = ["CacheState", "bind_state", "state_of"]
+
+
+class CacheState:
+    """Ids and convolution inputs of the sequences in one KV cache.
+
+    Attributes:
+        owner: token of the memory that wrote it.
+        ids: raw ids, ``pad_id`` where masked.
+        conv: per layer, normalised inputs of the convolution.
+    """
+
+    def __init__(self, owner: str, layer_ids: tuple[int, ...], window: int | None) -> None:
+        self.owner = owner
+        self.ids = RollingTail()
+        self.conv = {layer_id: RollingTail(window) for layer_id in layer_ids}
+        self.uses_conv = True
+
+    def trim(self, length: int) -> None:
+        """Follow a cache that was cropped or reset to ``length`` positions."""
+        for tail in self._tails():
+            tail.trim(length)
+
+    def map_batch(self, fn) -> None:
+        """Follow a change of the cache's batch dimension."""
+        for tail in self._tails():
+            tail.map_batch(fn)
+
+    def _tails(self) -> list[RollingTail]:
+        return [self.ids, *self.conv.values()]
+
+
+class _FollowsCache:
+    """Batch changes of the cache, passed on to its engram state. Crops and resets need nothing: see ``state_of``."""
+
+    engram_state: CacheState
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.engram_state.map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self.engram_state.map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.engram_state.map_batch(lambda x: x[indices.to(x.device)])
+
+
+@lru_cache(maxsize=None)
+def _following_class(cache_class: type) -> type:
+    return type(cache_class.__name__, (_FollowsCache, cache_class), {"__module__": cache_class.__module__})
+
+
+def bind_state(cache: Cache, state: CacheState) -> None:
+    """Give a cache its state; from then on it follows the cache."""
+    cache.engram_state = state  # type: ignore[attr-defined]
+    if not isinstance(cache, _FollowsCache):
+        cache.__class__ = _following_class(type(cache))
+
+
+def cached_length(cache: Cache | None) -> int:
+    """Positions in the cache."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+@torch.compiler.disable
+def state_of(cache: Cache | None, owner: str) -> CacheState | None:
+    """The state bound to ``cache``, brought to the cache's present length (a crop shows in the length); None for a new cache.
+
+    Raises:
+        AttachError: the cache holds positions that this memory has not seen.
+    """
+    length = cached_length(cache)
+    state: CacheState | None = getattr(cache, "engram_state", None)
+    if length == 0:
+        return None
+    if state is None or state.owner != owner or state.ids.length < length:
+        seen = 0 if state is None or state.owner != owner else state.ids.length
+        raise AttachError(
+            f"past_key_values holds {length} positions, of which this memory has seen {seen}: it was filled by another model or "
+            "with the memory disabled. Start with an empty cache, or run the whole prompt with the memory on."
+        )
+    state.trim(length)
+    return state

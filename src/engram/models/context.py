@@ -1,0 +1,63 @@
+"""What one forward pass of the decoder needs to know before its blocks run: addresses, padding and the past."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram.errors import AttachError
+
+__all__ = ["ForwardContext", "token_mask"]
+
+
+@dataclass
+class ForwardContext:
+    """Prepared once per forward pass, read by every hooked block."""
+
+    hash_ids: dict[int, Tensor]
+    """Head indices ``[B, T, H]`` per layer."""
+    input_ids: Tensor
+    """Raw ids ``[B, T]`` with ``pad_id`` at masked positions."""
+    mask: Tensor | None
+    """``[B, T]``, zero at padding."""
+    state: Any
+    """The ``CacheState`` to extend, or None when nothing will be continued."""
+    write_mask: Tensor | None = None
+    """bool ``[B, T]``: where gradients may reach the tables."""
+
+
+def token_mask(attention_mask: Any, past: int, input_ids: Tensor) -> Tensor | None:
+    """Which of the new positions are real, ``[B, T]``, from whatever mask a transformers model accepts.
+
+    A 4-D mask is read on its diagonal: a real position may attend to itself, a padded one may not, whatever the window.
+
+    Args:
+        attention_mask: None, ``[B, past + T]`` (or ``[B, T]``), ``[B, 1, T, keys]`` (bool or additive), or a dict of the latter.
+        past: positions already in the cache.
+        input_ids: ``[B, T]``.
+
+    Raises:
+        AttachError: the mask is of another kind or size.
+    """
+    batch, length = input_ids.shape
+    if attention_mask is None:
+        return None
+    if isinstance(attention_mask, dict):
+        full = attention_mask.get("full_attention")
+        return token_mask(full if full is not None else next(iter(attention_mask.values())), past, input_ids)
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        if attention_mask.shape[1] >= past + length:  # a static cache may come with a mask of its full size
+            return attention_mask[:, past : past + length]
+        if attention_mask.shape[1] == length:
+            return attention_mask
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.shape[-1] >= past + length:
+        diagonal = attention_mask[:, 0, :, past : past + length].diagonal(dim1=-2, dim2=-1)
+        real = diagonal if diagonal.dtype == torch.bool else diagonal == 0
+        return real.expand(batch, length)
+    got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+    raise AttachError(
+        f"attention_mask: got {got}, from which padding cannot be told; expected [B, {past + length}] for {length} new ids after {past}."
+    )

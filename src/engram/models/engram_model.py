@@ -1,0 +1,276 @@
+"""A Hugging Face causal language model with an Engram memory."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from engram.config import EngramConfig, TableConfig
+from engram.errors import AttachError, ConfigError
+from engram.hashing import CompressedTokenizer, NgramHashMapping
+from engram.layers import Engram
+from engram.models.architectures import Decoder, find_decoder
+from engram.models.hooks import DecoderHooks
+
+__all__ = ["DEFAULT_ROLLBACK_WINDOW", "EngramModel", "get_engram_model"]
+
+DEFAULT_ROLLBACK_WINDOW = 4096
+"""Positions by which a cache may be cropped and continued when the memory has a convolution (ids alone can go back any distance)."""
+
+_ATTACHED = "_engram_memory"
+
+
+def get_engram_model(
+    model: PreTrainedModel,
+    config: EngramConfig,
+    tokenizer: Any,
+    table_config: TableConfig | None = None,
+    rollback_window: int | None = DEFAULT_ROLLBACK_WINDOW,
+) -> EngramModel:
+    """Attach a new memory to a decoder language model. The base model's weights are frozen and never written.
+
+    With the default zero tables the model's logits are exactly what they were.
+
+    Args:
+        model: any causal language model of an architecture in ``ARCHITECTURES``.
+        config: what the memory is; ``hidden_size`` and ``hc_mult`` are taken from the model.
+        tokenizer: the model's tokenizer.
+        table_config: where the tables live.
+        rollback_window: see ``DEFAULT_ROLLBACK_WINDOW``; None keeps everything.
+
+    Raises:
+        AttachError: the model is of an unknown architecture, has a memory already, or does not fit the tokenizer.
+        ConfigError: the config does not fit the model.
+    """
+    return EngramModel(model, config, tokenizer, table_config, rollback_window)
+
+
+class EngramModel(nn.Module):
+    """A base model whose listed blocks read from hashed n-gram tables. Made by ``get_engram_model`` or ``from_pretrained``.
+
+    Anything not found here is looked up on the base model (``config``, ``generation_config``, ``device``, ...).
+
+    Attributes:
+        base_model: the model as given, with hooks on some of its modules.
+        engrams: one ``Engram`` per layer, keyed by ``str(layer_id)``.
+        engram_config: the memory's identity.
+        mapping: the memory's addresses.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: EngramConfig,
+        tokenizer: Any,
+        table_config: TableConfig | None = None,
+        rollback_window: int | None = DEFAULT_ROLLBACK_WINDOW,
+    ) -> None:
+        super().__init__()
+        decoder = find_decoder(model)
+        _check_fit(model, decoder, config, tokenizer)
+        config = config.replace(hidden_size=decoder.hidden_size, hc_mult=decoder.streams)
+        mapping = NgramHashMapping(config, CompressedTokenizer(tokenizer))
+        engrams = nn.ModuleDict({str(i): Engram(config, mapping, i, table_config) for i in config.layer_ids})
+        for layer_id in config.layer_ids:
+            engrams[str(layer_id)].to(_device_of(decoder.blocks[layer_id]))
+        # Everything is checked and built; the model is touched from here on only.
+        self.base_model = model
+        self.engrams = engrams
+        self.engram_config, self.mapping, self.rollback_window = config, mapping, rollback_window
+        self.owner_token = secrets.token_hex(8)
+        self._enabled = True
+        self._given_ids: Tensor | None = None
+        self._write_mask: Tensor | None = None
+        self._traces: dict[int, dict[str, Tensor]] | None = None
+        self._was_trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        model.requires_grad_(False)
+        self._hooks: DecoderHooks | None = DecoderHooks(self, decoder)
+        decoder.module.__dict__[_ATTACHED] = self.owner_token
+        self.train(model.training)
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the memory takes part in forward passes."""
+        return self._enabled
+
+    @property
+    def table_config(self) -> TableConfig:
+        """Where the tables live now."""
+        table = next(iter(self.engrams.values())).multi_head_embedding.embedding
+        return TableConfig(dtype=str(table.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+
+    def forward(self, *args: Any, engram_input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """The base model's forward pass with the memory; takes and returns what the base model does.
+
+        Args:
+            *args: as for the base model.
+            engram_input_ids: token ids ``[B, T]`` that address the memory when ``inputs_embeds`` is given instead of ``input_ids``.
+            **kwargs: as for the base model.
+        """
+        self._check_attached()
+        self._given_ids = engram_input_ids
+        try:
+            return self.base_model(*args, **kwargs)
+        finally:
+            self._given_ids = None
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's ``generate`` with the memory: KV cache, batches, beams and speculative decoding included."""
+        self._check_attached()
+        return self.base_model.generate(*args, **kwargs)
+
+    @contextmanager
+    def disable_engram(self) -> Iterator[None]:
+        """Inside this context the model is exactly the base model."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    @contextmanager
+    def write_only(self, mask: Tensor) -> Iterator[None]:
+        """Inside this context gradients reach table rows only from positions where ``mask`` (bool ``[B, T]``) is True."""
+        self._write_mask = mask
+        try:
+            yield
+        finally:
+            self._write_mask = None
+
+    @contextmanager
+    def record(self) -> Iterator[dict[int, dict[str, Tensor]]]:
+        """Collect, per layer, what the last forward pass read: ``hash_ids``, ``gate [B, T, M]`` and ``value [B, T, M, d]``."""
+        self._traces = {}
+        try:
+            yield self._traces
+        finally:
+            self._traces = None
+
+    def unload(self) -> PreTrainedModel:
+        """Detach the memory and give back the very model it was attached to, trainable flags included."""
+        self._check_attached()
+        assert self._hooks is not None
+        self._hooks.remove()
+        self._hooks = None
+        find_decoder(self.base_model).module.__dict__.pop(_ATTACHED, None)
+        for name, parameter in self.base_model.named_parameters():
+            parameter.requires_grad_(name in self._was_trainable)
+        return self.base_model
+
+    def num_parameters_by_kind(self) -> dict[str, int]:
+        """Parameter counts: ``tables``, ``reader`` (projections, norms, convolution) and ``base``."""
+        tables = sum(e.multi_head_embedding.embedding.rows * self.engram_config.head_dim for e in self.engrams.values())
+        memory = sum(p.numel() for p in self.engrams.parameters())
+        return {"tables": tables, "reader": memory - tables, "base": sum(p.numel() for p in self.base_model.parameters())}
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters would be trained, as peft does, and where they are."""
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.parameters())
+        kinds = self.num_parameters_by_kind()
+        print(
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f} "
+            f"(tables {kinds['tables']:,}, reader {kinds['reader']:,}, base {kinds['base']:,})"
+        )
+
+    def save_pretrained(self, path: str | os.PathLike[str], **_: Any) -> None:
+        """Save the memory (not the base model) into the folder ``path``, atomically; see ``engram.models.files``."""
+        from engram.models.files import save_memory
+
+        save_memory(self, path)
+
+    def load_memory(self, path: str | os.PathLike[str], allow_other_base: bool = False) -> None:
+        """Read a saved memory of the same identity into this one.
+
+        Raises:
+            CheckpointError: the files are missing, truncated or malformed.
+            FingerprintError: the memory belongs to another tokenizer, mapping or base model.
+        """
+        from engram.models.files import load_memory
+
+        load_memory(self, path, allow_other_base)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel,
+        path: str | os.PathLike[str],
+        tokenizer: Any,
+        table_config: TableConfig | None = None,
+        rollback_window: int | None = DEFAULT_ROLLBACK_WINDOW,
+        allow_other_base: bool = False,
+    ) -> Self:
+        """Attach a saved memory to ``model``.
+
+        Args:
+            model: the base model it was made for.
+            path: a folder written by ``save_pretrained``.
+            tokenizer: the tokenizer it was made for.
+            table_config: where the tables shall live now.
+            rollback_window: as for ``get_engram_model``.
+            allow_other_base: accept another base model of the same sizes (a fine-tuned one, say).
+
+        Raises:
+            CheckpointError, FingerprintError, ConfigError, AttachError: see ``load_memory`` and ``get_engram_model``; the model is
+                left as it was.
+        """
+        from engram.models.files import check_memory
+
+        config = check_memory(model, path, tokenizer, allow_other_base)
+        memory = cls(model, config, tokenizer, table_config, rollback_window)
+        try:
+            memory.load_memory(path, allow_other_base)
+        except BaseException:
+            memory.unload()
+            raise
+        return memory
+
+    def _check_attached(self) -> None:
+        if self._hooks is None:
+            raise AttachError("this memory was unloaded; attach it again with get_engram_model or EngramModel.from_pretrained.")
+
+    def _trace_for(self, layer_id: int, hash_ids: Tensor) -> dict[str, Tensor] | None:
+        if self._traces is None:
+            return None
+        self._traces[layer_id] = {"hash_ids": hash_ids}
+        return self._traces[layer_id]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+
+def _check_fit(model: PreTrainedModel, decoder: Decoder, config: EngramConfig, tokenizer: Any) -> None:
+    if not isinstance(config, EngramConfig):
+        raise ConfigError(f"config: got {type(config).__name__}, expected an EngramConfig.")
+    if _ATTACHED in decoder.module.__dict__:
+        raise AttachError("this model has a memory already; call unload() on that one first.")
+    blocks = len(decoder.blocks)
+    outside = [i for i in config.layer_ids if i >= blocks]
+    if outside:
+        raise ConfigError(f"EngramConfig.layer_ids: got {outside}, expected 0..{blocks - 1}: the model has {blocks} blocks.")
+    for field, value in (("hidden_size", decoder.hidden_size), ("hc_mult", decoder.streams)):
+        asked = getattr(config, field)
+        if asked is not None and asked != value:
+            raise ConfigError(f"EngramConfig.{field}: got {asked}, expected {value} as in the model (or None to take it from there).")
+    if not hasattr(tokenizer, "__len__"):
+        raise ConfigError(f"tokenizer: got {type(tokenizer).__name__}, expected the model's Hugging Face tokenizer.")
+    vocab = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocab:
+        raise AttachError(f"the tokenizer has {len(tokenizer)} tokens, the model's embeddings {vocab}; is it this model's tokenizer?")
+
+
+def _device_of(block: nn.Module) -> torch.device:
+    parameter = next(block.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

@@ -1,0 +1,148 @@
+"""How a memory listens to a decoder: two hooks on the decoder, one on every block that has a layer, and nothing else.
+
+Everything is kept in the decoder's own call order: the first hook computes addresses once for all layers, each block's hook adds its
+layer's output to the residual stream *before* the block (outside its gradient checkpoint, so a recomputation sees the same input),
+and the last hook ties the decoding state to the cache that comes out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
+
+from engram.errors import AttachError
+from engram.models.cache import CacheState, bind_state, cached_length, state_of
+from engram.models.context import ForwardContext, token_mask
+
+if TYPE_CHECKING:
+    from engram.models.architectures import Decoder
+    from engram.models.engram_model import EngramModel
+
+__all__ = ["DecoderHooks"]
+
+
+class DecoderHooks:
+    """The hooks of one memory on one decoder; ``remove`` leaves the model as it was."""
+
+    def __init__(self, memory: EngramModel, decoder: Decoder) -> None:
+        self._memory = memory
+        self._context: ForwardContext | None = None
+        self._argument_names = list(inspect.signature(decoder.module.forward).parameters)
+        self._handles = [
+            decoder.module.register_forward_pre_hook(self._begin, with_kwargs=True),
+            decoder.module.register_forward_hook(self._finish, with_kwargs=True),
+        ]
+        for layer_id in memory.engram_config.layer_ids:
+            block = decoder.blocks[layer_id]
+            self._handles.append(block.register_forward_pre_hook(self._block_hook(layer_id), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take every hook off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._context = None
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._context = None
+        arguments = {**dict(zip(self._argument_names, args)), **kwargs}
+        cache = arguments.get("past_key_values")
+        if not self._memory.is_enabled:
+            if cache is not None:
+                _forget_state(cache)
+            return
+        input_ids = arguments.get("input_ids")
+        if input_ids is None:
+            input_ids = self._memory._given_ids
+        if input_ids is None:
+            raise AttachError(
+                "got inputs_embeds without token ids, but the memory is addressed by token ids: pass input_ids, or "
+                "engram_input_ids=... beside inputs_embeds, or run inside memory.disable_engram()."
+            )
+        wants_cache = cache is not None or self._wants_cache(module, arguments.get("use_cache"))
+        self._context = self._prepare(input_ids, arguments.get("attention_mask"), cache, wants_cache)
+
+    @staticmethod
+    def _wants_cache(module: nn.Module, use_cache: bool | None) -> bool:
+        return bool(getattr(module.config, "use_cache", False) if use_cache is None else use_cache)
+
+    def _prepare(self, input_ids: Tensor, attention_mask: Any, cache: Cache | None, wants_cache: bool) -> ForwardContext:
+        memory, config = self._memory, self._memory.engram_config
+        state = state_of(cache, memory.owner_token) if cache is not None else None
+        mask = token_mask(attention_mask, cached_length(cache), input_ids)
+        ids = input_ids if mask is None else torch.where(mask != 0, input_ids, config.pad_id)
+        history = None if state is None else state.ids.last(config.max_ngram_size - 1)
+        hash_ids = memory.mapping.hash(ids, history)
+        if wants_cache and state is None:
+            state = CacheState(memory.owner_token, tuple(config.layer_ids), memory.rollback_window)
+        return ForwardContext(hash_ids, ids, mask, state, memory._write_mask)
+
+    def _block_hook(self, layer_id: int):
+        def add_memory(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            if not self._memory.is_enabled:
+                return None
+            if self._context is None:
+                raise AttachError(
+                    f"decoder block {layer_id} ran outside its decoder's forward pass, where the memory has no token ids "
+                    "(gradient checkpointing needs a transformers version that checkpoints below module hooks, 5.23 or later)."
+                )
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            hidden_states = hidden_states + self._read(layer_id, block, hidden_states)
+            return ((hidden_states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_states})
+
+        return add_memory
+
+    def _read(self, layer_id: int, block: nn.Module, hidden_states: Tensor) -> Tensor:
+        context, engram = self._context, self._memory.engrams[str(layer_id)]
+        assert context is not None
+        device = hidden_states.device
+        mask = None if context.mask is None else context.mask.to(device)
+        write_mask = None if context.write_mask is None else context.write_mask.to(device)
+        hash_ids = context.hash_ids[layer_id].to(device)
+        trace = self._memory._trace_for(layer_id, hash_ids)
+        if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
+            return checkpoint(
+                engram, hidden_states, None, hash_ids, None, mask, write_mask, trace, use_reentrant=False, preserve_rng_state=False
+            )
+        layer_state = None if context.state is None else _LayerState(context.state, layer_id)
+        return engram(hidden_states, None, hash_ids, layer_state, mask, write_mask, trace)
+
+    def _finish(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        context, self._context = self._context, None
+        if context is None or context.state is None:
+            return
+        cache = _cache_in(output)
+        if cache is not None and cached_length(cache) > 0:
+            _commit(cache, context)
+
+
+@torch.compiler.disable
+def _commit(cache: Cache, context: ForwardContext) -> None:
+    context.state.ids.append(context.input_ids)
+    bind_state(cache, context.state)
+
+
+@torch.compiler.disable
+def _forget_state(cache: Cache) -> None:
+    """A pass with the memory off leaves positions it has not seen: continuing with the memory on must be refused."""
+    if hasattr(cache, "engram_state"):
+        cache.engram_state.owner = ""
+
+
+class _LayerState:
+    """One layer's share of a ``CacheState``, in the form the Engram layer expects."""
+
+    def __init__(self, state: CacheState, layer_id: int) -> None:
+        self.conv = state.conv[layer_id]
+
+
+def _cache_in(output: Any) -> Cache | None:
+    found = getattr(output, "past_key_values", None)
+    if found is None and isinstance(output, tuple):
+        found = next((item for item in output if isinstance(item, Cache)), None)
+    return found

@@ -1,0 +1,47 @@
+"""Who a base model is, in a few lines of JSON."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["base_identity", "identity_mismatch"]
+
+_SAMPLE_ROWS, _SAMPLE_COLUMNS = 256, 16
+_COMPARED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "embedding_sha256")
+
+
+def base_identity(model: nn.Module) -> dict[str, Any]:
+    """Name, sizes and a checksum of a corner of the input embeddings.
+
+    The checksum is taken in bfloat16, so that loading the same weights in another precision gives the same identity.
+    """
+    config: Any = model.config
+    return {
+        "name_or_path": getattr(config, "name_or_path", "") or getattr(config, "_name_or_path", ""),
+        "model_type": config.model_type,
+        "vocab_size": int(config.vocab_size),
+        "hidden_size": int(config.hidden_size),
+        "num_hidden_layers": int(config.num_hidden_layers),
+        "embedding_sha256": _embedding_digest(model),
+    }
+
+
+def identity_mismatch(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """Fields in which two identities differ, as ``field: saved ... , present ...``; names and unknown checksums do not count."""
+    return [
+        f"{field}: saved with {saved.get(field)!r}, this model has {present.get(field)!r}"
+        for field in _COMPARED
+        if saved.get(field) is not None and present.get(field) is not None and saved[field] != present[field]
+    ]
+
+
+def _embedding_digest(model: nn.Module) -> str | None:
+    weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    if weight.is_meta:
+        return None
+    corner = weight.detach()[:_SAMPLE_ROWS, :_SAMPLE_COLUMNS].to("cpu", torch.bfloat16).contiguous()
+    return hashlib.sha256(corner.view(torch.int16).numpy().tobytes()).hexdigest()

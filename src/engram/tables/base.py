@@ -1,0 +1,58 @@
+"""The one interface behind which rows live."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["EmbeddingTable"]
+
+
+class EmbeddingTable(nn.Module):
+    """Rows of one layer's memory, wherever they are stored.
+
+    A layer asks for rows by number and never knows where they live; a new tier is a new subclass and nothing else.
+    """
+
+    rows: int
+    """Number of rows."""
+    dim: int
+    """Values per row."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Storage type of the rows."""
+
+    @property
+    @abstractmethod
+    def location(self) -> str:
+        """Where the rows are, for people (``cpu``, ``cuda:0``, a file)."""
+
+    @abstractmethod
+    def lookup(self, row_ids: Tensor) -> Tensor:
+        """Rows ``[..., dim]`` of int64 ``row_ids [...]``; gradients reach the touched rows only."""
+
+    def prefetch(self, row_ids: Tensor) -> Tensor:
+        """Start fetching rows; the handle may be given to ``lookup`` in place of the ids. Tiers with nothing to fetch return the ids."""
+        return row_ids
+
+    @abstractmethod
+    def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
+        """Replace ``rows[row_ids]`` by ``fn(rows[row_ids])``; ``row_ids`` ``[n]`` must hold no row twice."""
+
+    @abstractmethod
+    def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:
+        """Pairs (first row, rows ``[n, dim]``) over the whole table, for saving and converting without a second copy of it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        return self.rows * self.dim * self.dtype.itemsize
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(module)``."""
+        return f"rows={self.rows}, dim={self.dim}, dtype={self.dtype}, location={self.location}"

@@ -1,0 +1,76 @@
+"""Rows as an ordinary parameter on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from engram.errors import TableError
+from engram.ops import lookup_rows
+from engram.tables.base import EmbeddingTable
+
+__all__ = ["DeviceTable"]
+
+
+class DeviceTable(EmbeddingTable):
+    """A table held in one parameter ``weight [rows, dim]`` (the name the paper's demo uses).
+
+    Args:
+        rows: number of rows.
+        dim: values per row.
+        init: ``zero`` or ``normal`` (standard normal, as ``torch.nn.Embedding``).
+        dtype: storage type.
+        device: where the parameter is made.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        dim: int,
+        init: str = "zero",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.rows, self.dim = rows, dim
+        self.weight = nn.Parameter(torch.zeros((rows, dim), dtype=dtype, device=device))
+        if init == "normal":
+            nn.init.normal_(self.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage type of the rows."""
+        return self.weight.dtype
+
+    @property
+    def location(self) -> str:
+        """The device of the parameter."""
+        return str(self.weight.device)
+
+    def lookup(self, row_ids: Tensor) -> Tensor:
+        """Rows ``[..., dim]``; the gradient of ``weight`` is sparse."""
+        return lookup_rows(self.weight, row_ids)
+
+    @torch.no_grad()
+    def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
+        """Replace rows in place.
+
+        Raises:
+            TableError: a row number is out of range or ``fn`` changed the shape.
+        """
+        if row_ids.numel() == 0:
+            return
+        if int(row_ids.min()) < 0 or int(row_ids.max()) >= self.rows:
+            raise TableError(f"row_ids: got {int(row_ids.min())}..{int(row_ids.max())}, expected 0..{self.rows - 1}.")
+        old = self.weight[row_ids]
+        new = fn(old)
+        if new.shape != old.shape:
+            raise TableError(f"update_rows: fn returned shape {list(new.shape)}, expected {list(old.shape)}.")
+        self.weight[row_ids] = new.to(self.weight.dtype)
+
+    def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:
+        """Views of consecutive rows, detached."""
+        for start in range(0, self.rows, block_rows):
+            yield start, self.weight.detach()[start : start + block_rows]

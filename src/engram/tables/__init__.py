@@ -3,5 +3,6 @@
 from engram.tables.base import EmbeddingTable
 from engram.tables.build import build_table
 from engram.tables.device import DeviceTable
+from engram.tables.overlay import OverlayTable
 
-__all__ = ["DeviceTable", "EmbeddingTable", "build_table"]
+__all__ = ["DeviceTable", "EmbeddingTable", "OverlayTable", "build_table"]

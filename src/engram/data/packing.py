@@ -1,0 +1,55 @@
+"""From documents to training blocks: one seeded stream of token ids, cut to equal lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from engram.data.corpus import Document
+from engram.errors import DataError
+
+__all__ = ["PackedDataset", "pack"]
+
+
+class PackedDataset(Dataset[dict[str, Tensor]]):
+    """Blocks ``[seq_len]`` of a flat stream; labels equal the ids (the model shifts them)."""
+
+    def __init__(self, stream: np.ndarray, seq_len: int) -> None:
+        self.stream, self.seq_len = stream, seq_len
+
+    def __len__(self) -> int:
+        return len(self.stream) // self.seq_len
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        block = torch.from_numpy(self.stream[index * self.seq_len : (index + 1) * self.seq_len].astype(np.int64))
+        return {"input_ids": block, "labels": block.clone()}
+
+
+def pack(documents: Sequence[Document], tokenizer: Any, seq_len: int, blocks: int, seed: int) -> PackedDataset:
+    """Exactly ``blocks`` blocks: epoch after epoch, each in its own seeded order, a document as often as its weight says.
+
+    Every document starts with the tokenizer's beginning-of-text token. The same arguments give the same blocks.
+
+    Raises:
+        DataError: there are no documents.
+    """
+    if not documents:
+        raise DataError("pack: got no documents.")
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    encoded = tokenizer([doc.text for doc in documents], return_attention_mask=False, verbose=False)["input_ids"]
+    ids = [np.asarray(row, dtype=dtype) for row in encoded]
+    copies = np.repeat(np.arange(len(documents)), [doc.weight for doc in documents])
+    rng = np.random.default_rng(seed)
+    wanted, pieces, length = blocks * seq_len, [], 0
+    while length < wanted:
+        for index in rng.permutation(copies):
+            pieces.append(ids[index])
+            length += len(ids[index])
+            if length >= wanted:
+                break
+    return PackedDataset(np.concatenate(pieces)[:wanted], seq_len)

@@ -1,0 +1,55 @@
+"""Bits per byte: how well a model predicts text, independent of its tokenizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["bits_per_byte", "text_windows"]
+
+
+def text_windows(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Token ids of the texts in windows of at most ``max_length``, each led by the beginning-of-text token."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    windows = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        windows += [[start, *ids[i : i + max_length - 1]] for i in range(0, len(ids), max_length - 1)]
+    return windows
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_length: int = 256, batch_size: int = 16) -> float:
+    """Negative log2 probability of the texts per UTF-8 byte.
+
+    Args:
+        model: a causal language model (with or without a memory).
+        tokenizer: its tokenizer.
+        texts: what to predict; every token counts, each window of ``max_length`` starts afresh.
+        max_length: tokens per window.
+        batch_size: windows per forward pass.
+    """
+    windows = sorted(text_windows(tokenizer, texts, max_length), key=len)
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    nats = 0.0
+    for start in range(0, len(windows), batch_size):
+        ids, mask = _pad(windows[start : start + batch_size], device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        target = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        nats += F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum").item()
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
+def _pad(windows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    longest = max(len(window) for window in windows)
+    ids = torch.zeros((len(windows), longest), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for number, window in enumerate(windows):
+        ids[number, : len(window)] = torch.tensor(window)
+        mask[number, : len(window)] = 1
+    return ids.to(device), mask.to(device)

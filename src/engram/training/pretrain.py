@@ -1,0 +1,291 @@
+"""Pretraining a small Llama-architecture model from text files (`engram pretrain`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.utils.data import SequentialSampler
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers import __version__ as transformers_version
+
+from engram._version import __version__
+from engram.checkpoint import write_json_atomically
+from engram.data.corpus import Corpus, CorpusRecipe, TextSource, build_corpus
+from engram.data.packing import pack
+from engram.errors import CheckpointError, ConfigError, DataError
+from engram.evaluation.bits_per_byte import bits_per_byte
+from engram.training.tokenizer import train_tokenizer
+
+__all__ = ["PretrainRecipe", "export_model", "pretrain", "read_recipe"]
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """Everything that decides a pretraining run; read from YAML, every key below is a key there."""
+
+    corpus: CorpusRecipe
+    vocab_size: int = 6144
+    hidden_size: int = 288
+    num_hidden_layers: int = 6
+    intermediate_size: int = 768
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 3
+    max_position_embeddings: int = 1024
+    seq_len: int = 256
+    batch_size: int = 16
+    steps: int = 1000
+    warmup_steps: int = 100
+    decay_steps: int = 200
+    """Last steps, over which the learning rate falls to a tenth of itself and on to ``min_lr_ratio``."""
+    min_lr_ratio: float = 0.02
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    seed: int = 0
+    bf16: bool = True
+    """Autocast to bfloat16 in the forward and backward pass; weights and Adam's moments stay float32."""
+    compile: bool = False
+    eval_steps: int = 250
+    eval_texts: int = 40
+    """Held-out documents measured during the run (all of them at the end)."""
+    save_steps: int = 250
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, int) and not isinstance(value, bool) and name not in ("seed", "decay_steps") and value < 1:
+                raise ConfigError(f"PretrainRecipe.{name}: got {value}, expected a positive number.")
+        if self.warmup_steps + self.decay_steps > self.steps:
+            raise ConfigError(
+                f"PretrainRecipe: warmup_steps + decay_steps = {self.warmup_steps + self.decay_steps}, expected at most steps = {self.steps}."
+            )
+
+
+def read_recipe(path: str | os.PathLike[str]) -> PretrainRecipe:
+    """Read a recipe file.
+
+    Raises:
+        DataError: the file is missing or not YAML.
+        ConfigError: a key is unknown or a value impossible.
+    """
+    try:
+        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"recipe {path} does not exist.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("corpus"), dict):
+        raise ConfigError(f"recipe {path}: expected a mapping with a 'corpus' mapping in it.")
+    corpus = dict(fields["corpus"])
+    texts = corpus.pop("texts", [])
+    sources = tuple(_build(TextSource, {"path": t} if isinstance(t, str) else t, "corpus.texts") for t in texts)
+    for name in ("exclude_parts",):
+        if name in corpus:
+            corpus[name] = tuple(corpus[name])
+    return _build(PretrainRecipe, {**fields, "corpus": _build(CorpusRecipe, {**corpus, "texts": sources}, "corpus")}, str(path))
+
+
+def _build(cls: type, fields: dict[str, Any], where: str) -> Any:
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ConfigError(f"{where}: unknown key(s) {', '.join(unknown)}; expected some of {', '.join(sorted(known))}.")
+    return cls(**fields)
+
+
+@dataclass
+class _Run:
+    """What a run carries from start to end."""
+
+    recipe: PretrainRecipe
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerFast
+    started: float = field(default_factory=time.monotonic)
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+def pretrain(recipe: PretrainRecipe, out: str | os.PathLike[str], folder: str | os.PathLike[str] = ".", resume: bool = True) -> Path:
+    """Train a tokenizer and a model and write them to ``out/model`` (bfloat16, with ``training.json`` beside the weights).
+
+    Checkpoints go to ``out/checkpoints``; a run that was stopped goes on from the newest one, with the losses it would have had.
+
+    Args:
+        recipe: see ``PretrainRecipe``.
+        out: run folder.
+        folder: what the recipe's text paths are relative to.
+        resume: go on from the newest checkpoint; False starts again (and refuses a folder that has checkpoints).
+
+    Raises:
+        DataError, ConfigError: the corpus or recipe cannot be used.
+        CheckpointError: the folder holds another run.
+    """
+    out = Path(out)
+    checkpoints = out / "checkpoints"
+    last = _last_checkpoint(checkpoints)
+    _claim_folder(out, recipe, last if resume else None, fresh=not resume)
+    set_seed(recipe.seed)
+    corpus = build_corpus(recipe.corpus, Path(folder))
+    tokenizer = train_tokenizer((doc.text for doc in corpus.train), recipe.vocab_size, recipe.max_position_embeddings)
+    tokenizer.save_pretrained(out / "tokenizer")  # so that any checkpoint can be tried before the run ends
+    run = _Run(recipe, corpus, tokenizer)
+    model = _new_model(recipe, tokenizer)
+    trainer = _PackedTrainer(
+        model=model,
+        args=_training_arguments(recipe, checkpoints),
+        train_dataset=pack(corpus.train, tokenizer, recipe.seq_len, recipe.steps * recipe.batch_size, recipe.seed),
+        callbacks=[_Measure(run)],
+    )
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last and resume else None)
+    except KeyboardInterrupt:
+        trainer._save_checkpoint(trainer.model, trial=None)
+        print(f"\nstopped at step {trainer.state.global_step}; the same command goes on from there", file=sys.stderr)
+        raise
+    losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
+    return _finish(run, trainer, losses, out / "model")
+
+
+class _PackedTrainer(Trainer):
+    """Reads blocks in order: the stream is shuffled already, and a resumed run must see what the first would have seen."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+
+class _Measure(TrainerCallback):
+    """Held-out bits per byte at intervals."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run = run
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        recipe = self.run.recipe
+        if state.global_step % recipe.eval_steps == 0 and self.run.corpus.held_out:
+            model.eval()
+            texts = [doc.text for doc in self.run.corpus.held_out[: recipe.eval_texts]]
+            bits = bits_per_byte(model, self.run.tokenizer, texts, recipe.seq_len)
+            model.train()
+            self.run.curve.append({"step": state.global_step, "bits_per_byte": round(bits, 4)})
+            state.log_history.append({"step": state.global_step, "bits_per_byte": round(bits, 4)})
+
+
+def _new_model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+    )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **{name: getattr(recipe, name) for name in names},
+            vocab_size=len(tokenizer),
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _training_arguments(recipe: PretrainRecipe, checkpoints: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        adam_beta2=0.95,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=1.0,
+        lr_scheduler_type="warmup_stable_decay",
+        warmup_steps=recipe.warmup_steps,
+        lr_scheduler_kwargs={"num_decay_steps": recipe.decay_steps, "min_lr_ratio": recipe.min_lr_ratio},
+        bf16=recipe.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        torch_compile=recipe.compile,
+        logging_steps=10,
+        save_steps=recipe.save_steps,
+        save_total_limit=2,
+        seed=recipe.seed,
+        report_to=[],
+        dataloader_pin_memory=False,
+    )
+
+
+def _last_checkpoint(checkpoints: Path) -> Path | None:
+    found = [p for p in checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def _claim_folder(out: Path, recipe: PretrainRecipe, last: Path | None, fresh: bool) -> None:
+    """One folder holds one recipe: refuse to mix two runs or to overwrite one."""
+    file, present = out / "recipe.json", json.loads(json.dumps(dataclasses.asdict(recipe)))
+    if fresh and _last_checkpoint(out / "checkpoints"):
+        raise CheckpointError(f"{out} holds checkpoints of an earlier run; resume it or choose another folder.")
+    if last is not None and file.is_file() and json.loads(file.read_text(encoding="utf-8")) != present:
+        raise CheckpointError(f"{out} holds a run of another recipe; choose another folder.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(file, present)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from None
+
+
+def _finish(run: _Run, trainer: Trainer, losses: list[dict[str, float]], target: Path) -> Path:
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    held_out = [doc.text for doc in run.corpus.held_out]
+    curve = [entry for entry in trainer.state.log_history if "bits_per_byte" in entry]
+    report = {
+        "recipe": json.loads(json.dumps(dataclasses.asdict(run.recipe))),
+        "parameters": model.num_parameters(),
+        "train_documents": len(run.corpus.train),
+        "train_bytes": sum(len(doc.text.encode()) for doc in run.corpus.train),
+        "held_out_documents": len(held_out),
+        "tokens_seen": trainer.state.global_step * run.recipe.batch_size * run.recipe.seq_len,
+        "held_out_bits_per_byte": bits_per_byte(model.to(torch.bfloat16).float(), run.tokenizer, held_out, run.recipe.seq_len)
+        if held_out
+        else None,
+        "seconds": round(time.monotonic() - run.started),
+        "loss": losses[:: max(1, len(losses) // 200)],
+        "bits_per_byte": curve,
+        "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers_version},
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+    }
+    return export_model(model, run.tokenizer, target, report)
+
+
+def export_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, target: Path, report: dict[str, Any]) -> Path:
+    """Write model (bfloat16 safetensors), tokenizer and ``training.json`` to a folder that appears whole or not at all."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    (temporary / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if target.exists():
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(target)
+    return target

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from engram._version import __version__
 
 if TYPE_CHECKING:
-    from engram.bundle import load_bundled
     from engram.config import EngramConfig, TableConfig
-    from engram.editing import Fact, load_facts, teach_facts
+    from engram.data import Fact, load_facts
+    from engram.editing import TeachReport, TeachSettings, teach_facts
     from engram.errors import (
         AttachError,
         CheckpointError,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     )
     from engram.hashing import CompressedTokenizer, NgramHashMapping
     from engram.layers import Engram, EngramState
-    from engram.models import DecoderLayout, EngramModel, get_engram_model, register_architecture
+    from engram.models import DecoderLayout, EngramModel, get_engram_model, load_bundled, register_architecture
     from engram.optim import EngramAdamW
     from engram.tables import EmbeddingTable
     from engram.training import EngramTrainer, EngramTrainingArguments
@@ -51,6 +51,8 @@ _HOMES = {
     "TableConfig": "engram.config",
     "TableError": "engram.errors",
     "TeachError": "engram.errors",
+    "TeachReport": "engram.editing",
+    "TeachSettings": "engram.editing",
     "get_engram_model": "engram.models",
     "load_bundled": "engram.models",
     "load_facts": "engram.data",

@@ -8,5 +8,15 @@ from engram.checkpoint.store import (
     write_json_atomically,
     write_store,
 )
+from engram.checkpoint.tree import load_tree, save_tree
 
-__all__ = ["DESCRIPTION_NAME", "FORMAT_VERSION", "open_tensors", "read_description", "write_json_atomically", "write_store"]
+__all__ = [
+    "DESCRIPTION_NAME",
+    "FORMAT_VERSION",
+    "load_tree",
+    "open_tensors",
+    "read_description",
+    "save_tree",
+    "write_json_atomically",
+    "write_store",
+]

@@ -6,13 +6,13 @@ import ast
 import glob
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from engram.errors import ConfigError, DataError
 
-__all__ = ["Corpus", "CorpusRecipe", "Document", "TextSource", "build_corpus"]
+__all__ = ["Corpus", "CorpusRecipe", "Document", "TextSource", "build_corpus", "held_out_standard_library"]
 
 DOCUMENT_SEPARATOR = "<|doc|>"
 """A line that holds just this separates documents inside a text file."""
@@ -83,9 +83,9 @@ def build_corpus(recipe: CorpusRecipe, folder: Path) -> Corpus:
     """
     documents = [doc for source in recipe.texts for doc in _user_documents(source, folder)]
     if recipe.standard_library:
-        documents += _standard_library(recipe)
+        documents += _standard_library(recipe, lambda name: True)
     documents = _without_duplicates(documents)
-    held_out = [doc for doc in documents if doc.weight == 1 and _bucket(_file_of(doc.name)) < recipe.held_out_percent]
+    held_out = [doc for doc in documents if doc.weight == 1 and _is_held_out(doc.name, recipe)]
     names = {doc.name for doc in held_out}
     train = [doc for doc in documents if doc.name not in names]
     if not train:
@@ -93,14 +93,20 @@ def build_corpus(recipe: CorpusRecipe, folder: Path) -> Corpus:
     return Corpus(train, held_out)
 
 
+def held_out_standard_library(recipe: CorpusRecipe | None = None) -> list[Document]:
+    """The part of this machine's standard library that no corpus made by ``recipe`` trains on: text to measure on."""
+    recipe = recipe or CorpusRecipe(standard_library=True)
+    return _without_duplicates(list(_standard_library(recipe, lambda name: _is_held_out(name, recipe))))
+
+
+def _is_held_out(name: str, recipe: CorpusRecipe) -> bool:
+    """By file: all documents of a file go to the same side of the split."""
+    return _bucket(name.partition("#")[0]) < recipe.held_out_percent
+
+
 def _bucket(name: str) -> int:
     """A stable number 0..99 for a name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100
-
-
-def _file_of(name: str) -> str:
-    """The file a document comes from: all documents of a file go to the same side of the split."""
-    return name.partition("#")[0]
 
 
 def _user_documents(source: TextSource, folder: Path) -> Iterator[Document]:
@@ -122,13 +128,15 @@ def _user_documents(source: TextSource, folder: Path) -> Iterator[Document]:
             yield Document(f"{Path(file).name}#{number}", part, source.weight)
 
 
-def _standard_library(recipe: CorpusRecipe) -> Iterator[Document]:
+def _standard_library(recipe: CorpusRecipe, wanted: Callable[[str], bool]) -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
         if any(part in recipe.exclude_parts for part in parts):
             continue
         name = "stdlib/" + "/".join(parts)
+        if not wanted(name):
+            continue
         is_test = any(part in ("test", "tests") for part in parts)
         if is_test and _bucket("test share " + name) >= recipe.test_percent:
             continue
@@ -141,7 +149,7 @@ def _standard_library(recipe: CorpusRecipe) -> Iterator[Document]:
         yield Document(name, text)
         if not is_test:
             yield from _docstrings(name, text)
-    yield from _topics()
+    yield from (doc for doc in _topics() if wanted(doc.name))
 
 
 def _docstrings(name: str, source: str) -> Iterator[Document]:

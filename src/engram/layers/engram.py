@@ -133,7 +133,8 @@ class Engram(nn.Module):
     def _gate(self, streams: Tensor, rows: Tensor) -> Tensor:
         """Gates ``[B, T, M, 1]``: each stream asks with its own norms and key projection."""
         gates = [
-            context_gate(self.norm2[m](streams[:, :, m]), self.norm1[m](self.key_projs[m](rows)), self.config.gate)
+            # Under autocast the projection comes in half precision; the norm and the gate stay in the layer's own.
+            context_gate(self.norm2[m](streams[:, :, m]), self.norm1[m](self.key_projs[m](rows).to(rows.dtype)), self.config.gate)
             for m in range(self.branches)
         ]
         return torch.stack(gates, dim=2)

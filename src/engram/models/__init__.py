@@ -1,6 +1,7 @@
 """Floor 4: Hugging Face models with a memory. The first floor that may import transformers."""
 
 from engram.models.architectures import ARCHITECTURES, DecoderLayout, register_architecture
+from engram.models.bundled import load_bundled, load_model
 from engram.models.engram_model import EngramModel, get_engram_model
 
-__all__ = ["ARCHITECTURES", "DecoderLayout", "EngramModel", "get_engram_model", "register_architecture"]
+__all__ = ["ARCHITECTURES", "DecoderLayout", "EngramModel", "get_engram_model", "load_bundled", "load_model", "register_architecture"]

@@ -1,1 +1,5 @@
-"""."""
+"""Floor 5: training memories and base models."""
+
+from engram.training.trainer import EngramTrainer, EngramTrainingArguments
+
+__all__ = ["EngramTrainer", "EngramTrainingArguments"]

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -33,6 +31,7 @@ from engram.data.corpus import Corpus, CorpusRecipe, TextSource, build_corpus
 from engram.data.packing import pack
 from engram.errors import CheckpointError, ConfigError, DataError
 from engram.evaluation.bits_per_byte import bits_per_byte
+from engram.training.safe_trainer import SafeTrainer, last_checkpoint
 from engram.training.tokenizer import train_tokenizer
 
 __all__ = ["PretrainRecipe", "export_model", "pretrain", "read_recipe"]
@@ -138,7 +137,7 @@ def pretrain(recipe: PretrainRecipe, out: str | os.PathLike[str], folder: str | 
     """
     out = Path(out)
     checkpoints = out / "checkpoints"
-    last = _last_checkpoint(checkpoints)
+    last = last_checkpoint(checkpoints)
     _claim_folder(out, recipe, last if resume else None, fresh=not resume)
     set_seed(recipe.seed)
     corpus = build_corpus(recipe.corpus, Path(folder))
@@ -152,17 +151,14 @@ def pretrain(recipe: PretrainRecipe, out: str | os.PathLike[str], folder: str | 
         train_dataset=pack(corpus.train, tokenizer, recipe.seq_len, recipe.steps * recipe.batch_size, recipe.seed),
         callbacks=[_Measure(run)],
     )
-    try:
-        trainer.train(resume_from_checkpoint=str(last) if last and resume else None)
-    except KeyboardInterrupt:
-        trainer._save_checkpoint(trainer.model, trial=None)
-        print(f"\nstopped at step {trainer.state.global_step}; the same command goes on from there", file=sys.stderr)
-        raise
+    trainer.train(resume_from_checkpoint=str(last) if last and resume else None)
+    if trainer.interrupt.interrupted:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
     losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
     return _finish(run, trainer, losses, out / "model")
 
 
-class _PackedTrainer(Trainer):
+class _PackedTrainer(SafeTrainer):
     """Reads blocks in order: the stream is shuffled already, and a resumed run must see what the first would have seen."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
@@ -231,15 +227,10 @@ def _training_arguments(recipe: PretrainRecipe, checkpoints: Path) -> TrainingAr
     )
 
 
-def _last_checkpoint(checkpoints: Path) -> Path | None:
-    found = [p for p in checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
-
-
 def _claim_folder(out: Path, recipe: PretrainRecipe, last: Path | None, fresh: bool) -> None:
     """One folder holds one recipe: refuse to mix two runs or to overwrite one."""
     file, present = out / "recipe.json", json.loads(json.dumps(dataclasses.asdict(recipe)))
-    if fresh and _last_checkpoint(out / "checkpoints"):
+    if fresh and last_checkpoint(out / "checkpoints"):
         raise CheckpointError(f"{out} holds checkpoints of an earlier run; resume it or choose another folder.")
     if last is not None and file.is_file() and json.loads(file.read_text(encoding="utf-8")) != present:
         raise CheckpointError(f"{out} holds a run of another recipe; choose another folder.")
@@ -250,7 +241,7 @@ def _claim_folder(out: Path, recipe: PretrainRecipe, last: Path | None, fresh: b
         raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from None
 
 
-def _finish(run: _Run, trainer: Trainer, losses: list[dict[str, float]], target: Path) -> Path:
+def _finish(run: _Run, trainer: SafeTrainer, losses: list[dict[str, float]], target: Path) -> Path:
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     held_out = [doc.text for doc in run.corpus.held_out]
     curve = [entry for entry in trainer.state.log_history if "bits_per_byte" in entry]

@@ -1,0 +1,81 @@
+"""Nested Python state (optimisers, schedulers, random generators) as safetensors + JSON: exact, and without pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, from_numpy
+
+from engram.checkpoint.store import write_json_atomically
+from engram.errors import CheckpointError
+
+__all__ = ["load_tree", "save_tree"]
+
+_TAG = "__kind__"
+
+
+def save_tree(path: str | os.PathLike[str], tree: Any) -> None:
+    """Save dicts, lists, tuples, numbers, texts, None, tensors and arrays as ``path.json`` and ``path.safetensors``.
+
+    Raises:
+        CheckpointError: something else is in the tree, or the files cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = _pack(tree, tensors)
+    try:
+        save_file(tensors, f"{os.fspath(path)}.safetensors")
+        write_json_atomically(Path(f"{os.fspath(path)}.json"), {"tree": skeleton})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}; free space or choose another folder.") from error
+
+
+def load_tree(path: str | os.PathLike[str]) -> Any:
+    """What ``save_tree`` saved.
+
+    Raises:
+        CheckpointError: a file is missing or malformed.
+    """
+    try:
+        tensors = load_file(f"{os.fspath(path)}.safetensors")
+        skeleton = json.loads(Path(f"{os.fspath(path)}.json").read_text(encoding="utf-8"))["tree"]
+        return _unpack(skeleton, tensors)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the saved state {path}: {error}; resume from an earlier checkpoint.") from error
+
+
+def _pack(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(node, (Tensor, np.ndarray)):
+        name = str(len(tensors))
+        tensors[name] = node.detach().clone().contiguous() if isinstance(node, Tensor) else from_numpy(node.copy())
+        return {_TAG: "tensor" if isinstance(node, Tensor) else "array", "name": name}
+    if isinstance(node, dict):
+        return {_TAG: "dict", "items": [[_pack(k, tensors), _pack(v, tensors)] for k, v in node.items()]}
+    if isinstance(node, (list, tuple)):
+        items = [_pack(item, tensors) for item in node]
+        return items if isinstance(node, list) else {_TAG: "tuple", "items": items}
+    if node is None or isinstance(node, (bool, int, float, str)):
+        return node
+    if isinstance(node, np.generic):
+        return node.item()
+    raise CheckpointError(f"cannot save a {type(node).__name__} without pickle; expected plain values and tensors.")
+
+
+def _unpack(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(node, list):
+        return [_unpack(item, tensors) for item in node]
+    if not isinstance(node, dict):
+        return node
+    kind = node[_TAG]
+    if kind == "tensor":
+        return tensors[node["name"]]
+    if kind == "array":
+        return tensors[node["name"]].numpy()
+    if kind == "tuple":
+        return tuple(_unpack(item, tensors) for item in node["items"])
+    return {_unpack(k, tensors): _unpack(v, tensors) for k, v in node["items"]}

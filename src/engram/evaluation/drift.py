@@ -1,0 +1,46 @@
+"""What a memory changes where it has no business: divergence from the base model on other text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from engram.data.facts import pad_right, tokenize_prompt
+from engram.models import EngramModel
+
+__all__ = ["Drift", "measure_drift"]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Memory on against memory off, over all predicted tokens of some texts."""
+
+    tokens: int
+    mean_kl: float
+    """Mean KL(base || with memory), nats per token."""
+    tokens_changed: int
+    """Tokens whose most likely successor changed."""
+    untouched: float
+    """Share of texts whose logits are bit for bit those of the base model."""
+
+
+@torch.no_grad()
+def measure_drift(memory: EngramModel, tokenizer: Any, texts: Sequence[str], max_length: int = 256) -> Drift:
+    """Compare next-token distributions with the memory on and off."""
+    total = changed = same = 0
+    kl = 0.0
+    device = memory.get_input_embeddings().weight.device
+    for text in texts:
+        ids, mask = (x.to(device) for x in pad_right([tuple(tokenize_prompt(tokenizer, text)[:max_length])], 0))
+        on = memory(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        with memory.disable_engram():
+            off = memory(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        same += int(torch.equal(on, off))
+        total += ids.shape[1]
+        changed += int((on.argmax(-1) != off.argmax(-1)).sum())
+        kl += float(F.kl_div(on.log_softmax(-1), off.log_softmax(-1), log_target=True, reduction="sum"))
+    return Drift(total, kl / max(total, 1), changed, same / max(len(texts), 1))

@@ -1,0 +1,93 @@
+"""Token by token: which n-grams a memory saw, which rows it read, how far its gates opened."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from engram.data.facts import tokenize_prompt
+from engram.models import EngramModel
+
+__all__ = ["LayerTrace", "TokenTrace", "Trace", "trace_text"]
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one layer did at one position."""
+
+    layer_id: int
+    rows: list[int]
+    """Physical row read by every head, order-major."""
+    gate: list[float]
+    """Gate of every residual stream, 0 to 1."""
+    value_norm: float
+    """Norm of what was added to the residual stream before the convolution (largest stream)."""
+    written: bool
+    """Whether any of the rows holds something."""
+
+
+@dataclass(frozen=True)
+class TokenTrace:
+    """One position."""
+
+    position: int
+    token_id: int
+    token: str
+    canonical_id: int
+    ngrams: dict[int, str]
+    """Text of the n-gram of each order that ends here."""
+    layers: list[LayerTrace]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One text through one memory."""
+
+    text: str
+    output_shape: list[int]
+    tables: dict[int, str]
+    """Where the rows of each layer live."""
+    tokens: list[TokenTrace]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def trace_text(memory: EngramModel, tokenizer: Any, text: str) -> Trace:
+    """Run ``text`` through the model and record what the memory did at every token."""
+    ids = tokenize_prompt(tokenizer, text)
+    device = memory.get_input_embeddings().weight.device
+    with memory.record() as recorded:
+        logits = memory(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
+    canonical = memory.mapping.compressed_tokenizer.lookup_table
+    tokens = [
+        TokenTrace(
+            position=t,
+            token_id=token,
+            token=tokenizer.decode([token]),
+            canonical_id=int(canonical[token]),
+            ngrams={n: tokenizer.decode(ids[t - n + 1 : t + 1]) for n in memory.engram_config.orders if t - n + 1 >= 0},
+            layers=[_layer_trace(memory, layer_id, recorded[layer_id], t) for layer_id in memory.engram_config.layer_ids],
+        )
+        for t, token in enumerate(ids)
+    ]
+    tables = {i: memory.engrams[str(i)].multi_head_embedding.embedding for i in memory.engram_config.layer_ids}
+    places = {i: f"{table.rows:,} rows x {table.dim} {str(table.dtype).removeprefix('torch.')} on {table.location}" for i, table in tables.items()}
+    return Trace(text, list(logits.shape), places, tokens)
+
+
+def _layer_trace(memory: EngramModel, layer_id: int, recorded: dict[str, torch.Tensor], position: int) -> LayerTrace:
+    home: Any = memory.engrams[str(layer_id)].multi_head_embedding
+    rows = home.row_ids(recorded["hash_ids"][0, position].to(home.offsets.device))
+    value = recorded["value"][0, position].float()
+    return LayerTrace(
+        layer_id=layer_id,
+        rows=rows.tolist(),
+        gate=[round(g, 4) for g in recorded["gate"][0, position].float().tolist()],
+        value_norm=round(float(value.norm(dim=-1).max()), 4),
+        written=bool(home.embedding.lookup(rows).count_nonzero()),
+    )

@@ -1,0 +1,44 @@
+"""The small model that ships with engram."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from engram.errors import CheckpointError
+
+__all__ = ["BUNDLED_MODEL", "BUNDLED_NAME", "load_bundled", "load_model"]
+
+BUNDLED_NAME = "bundled"
+"""Name that stands for the bundled model wherever a model path is asked for."""
+BUNDLED_MODEL = Path(__file__).parent.parent / "bundled" / "base_model"
+
+
+def load_bundled() -> tuple[PreTrainedModel, Any]:
+    """The bundled base model (float32, evaluation mode) and its tokenizer: a small Llama trained by this project.
+
+    Raises:
+        CheckpointError: the installation lacks the model's files.
+    """
+    return load_model(BUNDLED_NAME)
+
+
+def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+    """A causal language model and its tokenizer from a local folder, a hub name or ``bundled``.
+
+    Raises:
+        CheckpointError: it cannot be loaded; the message carries the loader's own reason.
+    """
+    path = str(BUNDLED_MODEL) if name == BUNDLED_NAME else name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"cannot load model {name!r}: {reason}. Expected a folder with config.json and weights, or a hub name.") from error
+    if name == BUNDLED_NAME:
+        model.config._name_or_path = BUNDLED_NAME  # the same identity wherever the package is installed
+    return model.eval(), tokenizer

@@ -1,0 +1,116 @@
+"""A `transformers.Trainer` that keeps its state without pickle and stops cleanly on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback
+
+from engram.checkpoint import load_tree, save_tree, write_json_atomically
+
+__all__ = ["SafeTrainer", "SaveOnInterrupt", "last_checkpoint"]
+
+_OPTIMIZER, _SCHEDULER, _RANDOM = "optimizer", "scheduler", "random_state"
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The newest complete checkpoint in ``folder``; one that a kill cut short has no ``trainer_state.json`` and does not count."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """Ctrl-C ends training after the running step, with a checkpoint; a second Ctrl-C ends it at once.
+
+    Stopping between steps is what makes the checkpoint exact: within one, gradients are half accumulated or half applied.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.interrupted = False
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+        if self.interrupted:
+            print(f"stopped at step {state.global_step}; resume from {args.output_dir}/checkpoint-{state.global_step}", file=sys.stderr)
+
+
+class SafeTrainer(Trainer):
+    """Trainer whose checkpoints are safetensors and JSON, for one process.
+
+    Optimiser, scheduler and random generators are restored exactly, so a resumed run has the losses the first would have had.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.interrupt = SaveOnInterrupt()
+        self.add_callback(self.interrupt)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_tree(os.path.join(output_dir, _OPTIMIZER), self.optimizer.state_dict())
+        save_tree(os.path.join(output_dir, _SCHEDULER), _plain(self.lr_scheduler.state_dict()))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(load_tree(os.path.join(checkpoint, _OPTIMIZER)))
+            self.lr_scheduler.load_state_dict(load_tree(os.path.join(checkpoint, _SCHEDULER)))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        os.makedirs(output_dir, exist_ok=True)
+        state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state_all()
+        save_tree(os.path.join(output_dir, _RANDOM), state)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = load_tree(os.path.join(checkpoint, _RANDOM))
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available() and "cuda" in state:
+            torch.cuda.set_rng_state_all(state["cuda"])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save_weights(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        write_json_atomically(folder / "training_args.json", json.loads(self.args.to_json_string()))
+
+    def _save_weights(self, folder: Path) -> None:
+        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder)
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's state without the lambdas it was built from; the trainer builds those again from its arguments."""
+    return {key: value for key, value in state.items() if key != "lr_lambdas"} | {"lr_lambdas": [None] * len(state.get("lr_lambdas", []))}

@@ -1,0 +1,104 @@
+"""Training a memory (and, if wanted, its backbone) with `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model
+from transformers import TrainingArguments
+
+from engram.errors import CheckpointError, ConfigError
+from engram.models import EngramModel
+from engram.optim import EngramAdamW, build_param_groups, clip_grad_norm_
+from engram.training.safe_trainer import SafeTrainer
+
+__all__ = ["EngramTrainer", "EngramTrainingArguments"]
+
+_BACKBONE = "backbone"
+
+
+@dataclass
+class EngramTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what an Engram memory adds."""
+
+    table_lr_multiplier: float = field(default=5.0, metadata={"help": "Tables' learning rate as a multiple of the base one (paper: 5)."})
+    table_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of touched table rows (paper: none)."})
+    train_tables: bool = field(default=True, metadata={"help": "Whether table rows are trained."})
+    train_reader: bool = field(default=True, metadata={"help": "Whether projections, norms and the convolution are trained."})
+    train_backbone: bool = field(default=False, metadata={"help": "Whether the base model is trained too; it is frozen otherwise."})
+    backbone_lr: float | None = field(default=None, metadata={"help": "Learning rate of the base model; the base one if not given."})
+
+
+class EngramTrainer(SafeTrainer):
+    """Trainer for an ``EngramModel``.
+
+    Tables get their own learning rate and a row-sparse Adam, gradient clipping includes the sparse part, checkpoints hold the memory
+    as ``save_pretrained`` writes it (and the backbone, when that is trained), and resuming is exact.
+
+    Raises:
+        ConfigError: the model is not an ``EngramModel``, or nothing would be trained.
+    """
+
+    def __init__(self, model: EngramModel, args: EngramTrainingArguments, **kwargs: Any) -> None:
+        if not isinstance(model, EngramModel):
+            raise ConfigError(f"EngramTrainer: got a {type(model).__name__}, expected an EngramModel (get_engram_model).")
+        if not isinstance(args, EngramTrainingArguments):
+            raise ConfigError(f"EngramTrainer: got {type(args).__name__}, expected EngramTrainingArguments.")
+        _set_trainable(model, args)
+        super().__init__(model=model, args=args, **kwargs)  # type: ignore[arg-type]
+        base_parameters = inspect.signature(model.base_model.forward).parameters.values()
+        self.model_accepts_loss_kwargs = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in base_parameters)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """``EngramAdamW`` over ``build_param_groups``, unless an optimiser was given."""
+        if self.optimizer is None:
+            args: Any = self.args
+            groups = build_param_groups(
+                self.model,
+                self.model.engrams,
+                lr=args.learning_rate,
+                table_lr_multiplier=args.table_lr_multiplier,
+                weight_decay=args.weight_decay,
+                table_weight_decay=args.table_weight_decay,
+                backbone_lr=args.backbone_lr,
+            )
+            self.optimizer = EngramAdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return clip_grad_norm_(model.parameters(), float("inf")) if grad_norm is None else grad_norm
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            names = list(inspect.signature(self.model.base_model.forward).parameters)
+            self._signature_columns = [*names, "label", "label_ids", *self.label_names]
+
+    def _save_weights(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        if self.args.train_backbone:  # type: ignore[attr-defined]
+            self.model.base_model.save_pretrained(folder / _BACKBONE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if self.args.train_backbone:  # type: ignore[attr-defined]
+            weights = folder / _BACKBONE / "model.safetensors"
+            if not weights.is_file():
+                raise CheckpointError(f"{weights} is missing; the checkpoint was made without train_backbone. Resume with the same arguments.")
+            load_model(self.model.base_model, weights)
+        self.model.load_memory(folder)
+
+
+def _set_trainable(model: EngramModel, args: EngramTrainingArguments) -> None:
+    tables = {id(p) for engram in model.engrams.values() for p in engram.multi_head_embedding.parameters()}  # type: ignore[operator, union-attr]
+    for parameter in model.engrams.parameters():
+        parameter.requires_grad_(args.train_tables if id(parameter) in tables else args.train_reader)
+    model.base_model.requires_grad_(args.train_backbone)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("EngramTrainingArguments: train_tables, train_reader and train_backbone are all False; nothing to train.")

@@ -1,0 +1,160 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engram import CompressedTokenizer, ConfigError, EngramConfig, NgramHashMapping
+from engram.hashing import get_hash_spec, hash_reference
+from engram.testing import tiny_tokenizer
+
+
+class Vocabulary:
+    """A tokenizer of given texts, for random vocabularies."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __len__(self):
+        return len(self.texts)
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(self.texts[i] for i in ids)
+
+    def convert_ids_to_tokens(self, i):
+        return f"raw{i}"
+
+
+@st.composite
+def cases(draw):
+    size = draw(st.integers(2, 60))
+    order = draw(st.integers(2, 8))
+    texts = draw(st.lists(st.text(min_size=1, max_size=3), min_size=size, max_size=size))
+    config = EngramConfig(
+        engram_vocab_size=draw(st.lists(st.integers(1, 5000), min_size=order - 1, max_size=order - 1)),
+        max_ngram_size=order,
+        n_embed_per_ngram=8,
+        n_head_per_ngram=draw(st.sampled_from([1, 2, 4])),
+        layer_ids=draw(st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True)),
+        pad_id=draw(st.integers(0, size - 1)),
+        seed=draw(st.integers(0, 2**31)),
+    )
+    batch, length, past = draw(st.integers(0, 3)), draw(st.integers(0, 13)), draw(st.integers(0, 9))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    ids = rng.integers(0, size, (batch, past + length))
+    mask = (rng.random((batch, length)) > 0.3).astype(np.int64)
+    return Vocabulary(texts), config, ids, past, mask
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_fast_path_equals_the_definition(case):
+    vocabulary, config, ids, past, mask = case
+    mapping = NgramHashMapping(config, CompressedTokenizer(vocabulary))
+    table = mapping.compressed_tokenizer.lookup_table
+    history, new = ids[:, :past], ids[:, past:]
+    for masks in (None, mask):
+        got = mapping.hash(new, history=history, attention_mask=masks)
+        as_tensors = mapping.hash(
+            torch.from_numpy(new), torch.from_numpy(history), None if masks is None else torch.from_numpy(masks)
+        )
+        for layer in config.layer_ids:
+            expected = hash_reference(
+                table[new], mapping.layer_multipliers[layer], mapping.vocab_size_across_layers[layer], mapping.pad_id, table[history], masks
+            )
+            assert isinstance(got[layer], np.ndarray)
+            assert got[layer].dtype == np.int64
+            np.testing.assert_array_equal(got[layer], expected)
+            np.testing.assert_array_equal(as_tensors[layer].numpy(), expected)
+
+
+def make_mapping(**changes):
+    fields = {"engram_vocab_size": [500, 700], "n_embed_per_ngram": 16, "n_head_per_ngram": 4, "layer_ids": [1, 15], "pad_id": 1}
+    return NgramHashMapping(EngramConfig(**{**fields, **changes}), CompressedTokenizer(tiny_tokenizer()))
+
+
+def test_chunks_with_history_equal_the_whole():
+    mapping = make_mapping(max_ngram_size=3)
+    ids = np.random.default_rng(0).integers(0, 300, (3, 40))
+    whole = mapping.hash(ids)
+    for cut in (1, 2, 17, 39):
+        parts = mapping.hash(ids[:, :cut]), mapping.hash(ids[:, cut:], history=ids[:, :cut])
+        for layer in (1, 15):
+            np.testing.assert_array_equal(np.concatenate([p[layer] for p in parts], axis=1), whole[layer])
+
+
+def test_left_padding_does_not_enter_an_ngram():
+    mapping = make_mapping()
+    ids = np.random.default_rng(0).integers(2, 300, (1, 9))
+    padded = np.concatenate([np.full((1, 4), 77), ids], axis=1)  # 77 is not pad_id: the mask alone must do it
+    mask = np.array([[0] * 4 + [1] * 9])
+    for layer, expected in mapping.hash(ids).items():
+        np.testing.assert_array_equal(mapping.hash(padded, attention_mask=mask)[layer][:, 4:], expected)
+
+
+def test_multipliers_and_primes_of_demo_v1():
+    mapping = make_mapping(seed=7)
+    vocab = len(mapping.compressed_tokenizer)
+    bound = max(1, (np.iinfo(np.int64).max // vocab) // 2)
+    for layer in (1, 15):
+        expected = np.random.default_rng(7 + 10007 * layer).integers(0, bound, size=3, dtype=np.int64) * 2 + 1
+        np.testing.assert_array_equal(mapping.layer_multipliers[layer], expected)
+    primes = [p for layer in (1, 15) for order in mapping.vocab_size_across_layers[layer] for p in order]
+    assert len(set(primes)) == len(primes)
+    assert mapping.vocab_size_across_layers[1][0] == [503, 509, 521, 523]  # the first primes from 500 on
+    assert mapping.vocab_size_across_layers[1][1] == [701, 709, 719, 727]
+    assert mapping.vocab_size_across_layers[15][0] == [541, 547, 557, 563]  # the walk is shared: none is used twice
+    assert mapping.vocab_size_across_layers[15][1] == [733, 739, 743, 751]
+
+
+def test_demo_sizes_need_no_overflow():
+    largest = 129279
+    bound = max(1, (np.iinfo(np.int64).max // 99000) // 2)
+    assert largest * (2 * (bound - 1) + 1) > 0  # python ints
+    mapping = make_mapping()
+    for multiplier in mapping.layer_multipliers.values():
+        assert all(int(m) * (len(mapping.compressed_tokenizer) - 1) <= np.iinfo(np.int64).max for m in multiplier)
+
+
+def test_fingerprint_tells_every_identity_apart():
+    base = make_mapping().fingerprint
+    assert make_mapping().fingerprint == base
+    for change in ({"seed": 1}, {"pad_id": 0}, {"layer_ids": [1, 14]}, {"engram_vocab_size": [500, 701 + 8]}, {"n_head_per_ngram": 8}):
+        assert make_mapping(**change).fingerprint != base
+    other = NgramHashMapping(make_mapping().config, CompressedTokenizer(Vocabulary([str(i) for i in range(400)])))
+    assert other.fingerprint != base
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.array([[0, 5000]]), "got id 5000, expected 0..379"),
+        (np.array([[-1, 5]]), "got id -1"),
+        (np.array([1, 2]), "expected integers of shape"),
+        (np.array([[0.5]]), "expected integers"),
+    ],
+)
+def test_impossible_ids_are_refused(ids, message):
+    with pytest.raises(ConfigError, match=message):
+        make_mapping().hash(ids)
+
+
+def test_impossible_shapes_and_names_are_refused():
+    mapping, ids = make_mapping(), np.zeros((2, 3), dtype=np.int64)
+    with pytest.raises(ConfigError, match="history"):
+        mapping.hash(ids, history=np.zeros((1, 2), dtype=np.int64))
+    with pytest.raises(ConfigError, match="attention_mask"):
+        mapping.hash(ids, attention_mask=np.ones((2, 4)))
+    with pytest.raises(ConfigError, match="hash_spec"):
+        get_hash_spec("nope")
+    with pytest.raises(ConfigError, match="pad_id"):
+        make_mapping(pad_id=4000)
+
+
+def test_mapping_survives_copying():
+    import copy
+
+    mapping = make_mapping()
+    ids = torch.arange(10).view(1, 10)
+    before = mapping.hash(ids)[1]
+    assert torch.equal(copy.deepcopy(mapping).hash(ids)[1], before)

@@ -1,0 +1,150 @@
+import pytest
+import torch
+
+from engram import AttachError, ConfigError, EngramConfig, get_engram_model, register_architecture
+from engram.models import ARCHITECTURES, DecoderLayout
+from engram.testing import TINY_CONFIGS, assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
+
+
+def batch():
+    rows = tiny_tokenizer()(["def lookup(self, ids): return", "The memory, the"], return_tensors="pt", padding=True)
+    return {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]}
+
+
+def test_every_architecture_has_a_tiny_model():
+    assert set(TINY_CONFIGS) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_attach_speak_and_leave(model_type):
+    """Zero tables change nothing, a memory that speaks is heard and decodes as it prefills, unloading leaves no trace."""
+    model, inputs = tiny_model(model_type), batch()
+    weights = {name: p.clone() for name, p in model.state_dict().items()}
+    with torch.no_grad():
+        before = model(**inputs).logits
+        memory = get_engram_model(model, tiny_config(), tiny_tokenizer())
+        assert memory.engram_config.hc_mult == (4 if model_type == "deepseek_v4" else 1)
+        assert torch.equal(memory(**inputs).logits, before)
+        memory.unload()
+        memory = tiny_memory(model)
+        spoken = memory(**inputs).logits
+        assert not torch.allclose(spoken, before, atol=1e-3)
+        with memory.disable_engram():
+            assert torch.equal(memory(**inputs).logits, before)
+        ids = inputs["input_ids"][:1]
+        full = memory(input_ids=ids, use_cache=False).logits
+        first = memory(input_ids=ids[:, :4], use_cache=True)
+        rest = memory(input_ids=ids[:, 4:], past_key_values=first.past_key_values, use_cache=True)
+        chunked = torch.cat([first.logits, rest.logits], dim=1)
+        with memory.disable_engram():  # the base model's own chunking error is the yardstick: sparse attention may round differently
+            base_full = memory(input_ids=ids, use_cache=False).logits
+            start = memory(input_ids=ids[:, :4], use_cache=True)
+            base_rest = memory(input_ids=ids[:, 4:], past_key_values=start.past_key_values).logits
+        allowed = max(1e-5, 20 * float((torch.cat([start.logits, base_rest], 1) - base_full).abs().max()))
+        assert_close(chunked, full, allowed)
+        assert torch.equal(memory.unload()(**inputs).logits, before)
+    assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_unload_gives_back_trainable_flags():
+    model = tiny_model()
+    model.lm_head.weight.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    memory = get_engram_model(model, tiny_config(), tiny_tokenizer())
+    assert not any(p.requires_grad for p in model.parameters())
+    assert {name: p.requires_grad for name, p in memory.unload().named_parameters()} == flags
+    with pytest.raises(AttachError, match="unloaded"):
+        memory(**batch())
+    with pytest.raises(AttachError, match="unloaded"):
+        memory.generate(**batch())
+
+
+def test_print_trainable_parameters(capsys):
+    memory = tiny_memory()
+    memory.print_trainable_parameters()
+    out = capsys.readouterr().out
+    kinds = memory.num_parameters_by_kind()
+    assert f"tables {kinds['tables']:,}" in out
+    assert f"trainable params: {kinds['tables'] + kinds['reader']:,}" in out
+    assert kinds["base"] == sum(p.numel() for p in memory.base_model.parameters())
+    assert memory.table_config.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_ids": [0, 3]}, r"got \[3\], expected 0..2"),
+        ({"hidden_size": 99}, "got 99, expected 32"),
+        ({"hc_mult": 4}, "got 4, expected 1"),
+        ({"pad_id": 100_000}, "pad_id"),
+    ],
+)
+def test_config_that_does_not_fit_is_refused_before_anything_is_touched(changes, message):
+    model = tiny_model()
+    with pytest.raises(ConfigError, match=message):
+        get_engram_model(model, tiny_config(**changes), tiny_tokenizer())
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_models_that_do_not_fit_are_refused():
+    memory = tiny_memory()
+    with pytest.raises(AttachError, match="has a memory already"):
+        get_engram_model(memory.base_model, tiny_config(), tiny_tokenizer())
+    with pytest.raises(AttachError, match="expected a transformers model"):
+        get_engram_model(torch.nn.Linear(2, 2), tiny_config(), tiny_tokenizer())
+    with pytest.raises(AttachError, match="not its bare decoder"):
+        get_engram_model(tiny_model().model, tiny_config(), tiny_tokenizer())
+    with pytest.raises(AttachError, match="embeddings 300"):
+        get_engram_model(tiny_model(vocab_size=300), tiny_config(), tiny_tokenizer())
+    with pytest.raises(ConfigError, match="expected an EngramConfig"):
+        get_engram_model(tiny_model(), {"layer_ids": [1]}, tiny_tokenizer())
+    with pytest.raises(ConfigError, match="expected the model's Hugging Face tokenizer"):
+        get_engram_model(tiny_model(), tiny_config(), 7)
+
+
+def test_unknown_architecture_can_be_registered(monkeypatch):
+    model = tiny_model()
+    model.config.model_type = "my_llama"
+    with pytest.raises(AttachError, match="register_architecture"):
+        get_engram_model(model, tiny_config(), tiny_tokenizer())
+    monkeypatch.setattr("engram.models.architectures.ARCHITECTURES", dict(ARCHITECTURES))
+    register_architecture("my_llama", DecoderLayout("model", "layers"))
+    get_engram_model(model, tiny_config(), tiny_tokenizer()).unload()
+    with pytest.raises(AttachError, match="already registered"):
+        register_architecture("my_llama", DecoderLayout("model", "h"))
+
+
+def test_branches_are_told_apart():
+    """On four residual streams each has a gate of its own."""
+    memory = tiny_memory(tiny_model("deepseek_v4"))
+    with torch.no_grad(), memory.record() as traces:
+        memory(**batch())
+    gate = traces[2]["gate"]
+    assert gate.shape[-1] == 4
+    assert not torch.allclose(gate[..., 0], gate[..., 1])
+    assert traces[0]["hash_ids"].shape[-1] == memory.engram_config.num_heads
+
+
+def test_config_errors_name_the_field():
+    for changes, message in (
+        ({"max_ngram_size": 1}, "max_ngram_size: got 1"),
+        ({"engram_vocab_size": [5]}, "engram_vocab_size"),
+        ({"layer_ids": []}, "layer_ids"),
+        ({"layer_ids": [1, 1]}, "layer_ids"),
+        ({"n_embed_per_ngram": 10, "n_head_per_ngram": 4}, "multiple of n_head_per_ngram"),
+        ({"gate": "tanh"}, "gate: got 'tanh'"),
+        ({"table_init": "ones"}, "table_init"),
+        ({"use_bias": 1}, "use_bias"),
+        ({"kernel_size": 0}, "kernel_size"),
+        ({"pad_id": -1}, "pad_id"),
+        ({"norm_eps": 0.0}, "norm_eps"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            EngramConfig(**changes)
+    with pytest.raises(ConfigError, match="unknown key"):
+        EngramConfig.from_dict({"layers": [1]})
+    config = EngramConfig(engram_vocab_size=7, max_ngram_size=4, layer_ids=[3])
+    assert config.engram_vocab_size == (7, 7, 7)
+    assert EngramConfig.from_dict(config.to_dict()) == config

@@ -1,0 +1,264 @@
+"""Decoding with a cache must be the same computation as a full forward pass, whatever the cache goes through."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from engram import AttachError, EngramError, get_engram_model
+from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
+
+TEXTS = ["def lookup(self, ids): return self", "The memory", "CAPITAL:France is the capital of"]
+
+
+@pytest.fixture
+def memory():
+    memory = tiny_memory(max_ngram_size=4)
+    assert all(torch.count_nonzero(e.short_conv.conv.weight) for e in memory.engrams.values())
+    return memory
+
+
+def padded(texts=TEXTS):
+    rows = tiny_tokenizer()(texts, return_tensors="pt", padding=True)
+    return rows["input_ids"], rows["attention_mask"]
+
+
+def positions(mask):
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def in_chunks(memory, ids, mask, sizes, cache=None, start=0):
+    parts = []
+    for size in sizes:
+        end = start + size
+        out = memory(
+            input_ids=ids[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions(mask)[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache, start = out.past_key_values, end
+        parts.append(out.logits)
+    return torch.cat(parts, dim=1), cache
+
+
+@torch.no_grad()
+def full(memory, ids, mask):
+    return memory(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
+
+
+def test_full_equals_chunked_equals_token_by_token_with_left_padding(memory):
+    ids, mask = padded()
+    expected, real = full(memory, ids, mask), mask.bool()
+    length = ids.shape[1]
+    for sizes in ([length], [1] * length, [5, length - 5], [length - 1, 1], [2, 3, 1, length - 6]):
+        got, cache = in_chunks(memory, ids, mask, sizes)
+        assert_close(got[real], expected[real])
+        assert cache.get_seq_length() == length
+
+
+def test_padding_does_not_matter(memory):
+    ids, mask = padded()
+    batched = full(memory, ids, mask)
+    for row in range(3):
+        alone = ids[row : row + 1, mask[row].bool()]
+        assert_close(full(memory, alone, torch.ones_like(alone))[0], batched[row][mask[row].bool()])
+
+
+def test_four_dimensional_masks_tell_padding_too(memory):
+    ids, mask = padded()
+    length = ids.shape[1]
+    allowed = torch.tril(torch.ones(length, length, dtype=torch.bool)) & mask[:, None, None, :].bool()
+    additive = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    expected, real = full(memory, ids, mask), mask.bool()
+    for four in (allowed, additive, {"full_attention": additive}):
+        with torch.no_grad(), memory.record() as traces:
+            if isinstance(four, dict):
+                with pytest.raises((AttributeError, TypeError, ValueError)):  # Llama itself takes no dict, but padding is read from it first
+                    memory(input_ids=ids, attention_mask=four, position_ids=positions(mask), use_cache=False)
+                continue
+            got = memory(input_ids=ids, attention_mask=four, position_ids=positions(mask), use_cache=False).logits
+        assert_close(got[real], expected[real])
+        assert torch.count_nonzero(traces[0]["value"][~real]) == 0
+    with pytest.raises(AttachError, match="padding cannot be told"):
+        memory(input_ids=ids, attention_mask=torch.ones(3, 2))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5}], ids=["greedy", "beam", "beams-returned"]
+)
+def test_generation_with_cache_equals_generation_without(memory, options):
+    ids, mask = padded()
+    common = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 24, "do_sample": False, **options}
+    assert torch.equal(memory.generate(**common), memory.generate(**common, use_cache=False))
+
+
+def test_speculative_decoding_equals_greedy(memory):
+    ids, mask = padded(["def lookup(self, ids): return self.table[ids] def lookup(self, ids): return"])
+    common = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
+    expected = memory.generate(**common)
+    assert torch.equal(memory.generate(**common, prompt_lookup_num_tokens=5), expected)
+    assert torch.equal(memory.generate(**common, assistant_model=tiny_model(seed=1)), expected)
+
+
+def test_sampling_follows_the_seed(memory):
+    ids, mask = padded()
+    outs = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        outs.append(memory.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=True, use_cache=use_cache))
+    assert torch.equal(*outs)
+
+
+def test_calls_in_a_row_do_not_disturb_each_other(memory):
+    ids, mask = padded()
+    expected = [full(memory, ids[: n + 1], mask[: n + 1]) for n in range(3)]
+    caches = []
+    for n in (2, 0, 1):
+        got, cache = in_chunks(memory, ids[: n + 1], mask[: n + 1], [4, 2])
+        caches.append((n, cache))
+        assert_close(got[mask[: n + 1, :6].bool()], expected[n][:, :6][mask[: n + 1, :6].bool()])
+    for n, cache in caches:  # and go on with each of the three, interleaved
+        rest = ids.shape[1] - 6
+        got, _ = in_chunks(memory, ids[: n + 1], mask[: n + 1], [1] * rest, cache, start=6)
+        assert_close(got[mask[: n + 1, 6:].bool()], expected[n][:, 6:][mask[: n + 1, 6:].bool()])
+
+
+def test_cropped_copied_and_selected_caches_go_on_correctly(memory):
+    ids, mask = padded()
+    expected, real = full(memory, ids, mask), mask.bool()
+    length = ids.shape[1]
+    _, cache = in_chunks(memory, ids, mask, [length - 3, 1, 1, 1])
+    twin = copy.deepcopy(cache)
+    cache.crop(-(length - 7))
+    assert cache.get_seq_length() == 7
+    got, _ = in_chunks(memory, ids, mask, [2, length - 9], cache, start=7)
+    assert_close(got[real[:, 7:]], expected[:, 7:][real[:, 7:]])
+    twin.crop(-1)
+    twin.batch_select_indices(torch.tensor([2, 0]))
+    got, _ = in_chunks(memory, ids[[2, 0]], mask[[2, 0]], [1], twin, start=length - 1)
+    assert_close(got[:, 0], expected[[2, 0], -1])
+    _, cache = in_chunks(memory, ids, mask, [length - 1])
+    cache.batch_repeat_interleave(2)
+    repeated = torch.tensor([0, 0, 1, 1, 2, 2])
+    got, _ = in_chunks(memory, ids[repeated], mask[repeated], [1], cache, start=length - 1)
+    assert_close(got[:, 0], expected[repeated, -1])
+    cache.reset()
+
+
+def test_a_prompt_cache_can_be_reused(memory):
+    ids, mask = padded(["The memory, the memory, the memory"])
+    _, prompt = in_chunks(memory, ids, mask, [ids.shape[1]])
+    for tail in ([[5, 9, 30]], [[44, 7, 8]]):
+        whole = torch.cat([ids, torch.tensor(tail)], dim=1)
+        got, _ = in_chunks(memory, whole, torch.ones_like(whole), [3], copy.deepcopy(prompt), start=ids.shape[1])
+        assert_close(got, full(memory, whole, torch.ones_like(whole))[:, -3:])
+
+
+def test_static_cache(memory):
+    ids, _ = padded(["The memory, the memory"])
+    mask = torch.ones_like(ids)
+    cache = StaticCache(config=memory.base_model.config, max_cache_len=64)
+    got, _ = in_chunks(memory, ids, mask, [3, 1, ids.shape[1] - 4], cache)
+    assert_close(got, full(memory, ids, mask))
+    common = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 10, "do_sample": False}
+    assert torch.equal(memory.generate(**common, cache_implementation="static"), memory.generate(**common))
+
+
+def test_sliding_windows_do_not_cut_the_history():
+    memory = tiny_memory(tiny_model("gemma3_text"), max_ngram_size=4)
+    ids, _ = padded(["The memory is addressed by the last tokens of the text. def lookup(self, ids): return"])
+    mask = torch.ones_like(ids)
+    got, _ = in_chunks(memory, ids, mask, [20, *[1] * (ids.shape[1] - 20)])
+    assert_close(got, full(memory, ids, mask), 1e-4)
+
+
+def test_a_cache_the_memory_has_not_seen_is_refused(memory):
+    ids, mask = padded()
+    with memory.disable_engram(), torch.no_grad():
+        foreign = memory(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
+    with pytest.raises(AttachError, match="of which this memory has seen 0"):
+        memory(input_ids=ids[:, :1], past_key_values=foreign)
+    _, own = in_chunks(memory, ids, mask, [6])
+    with memory.disable_engram(), torch.no_grad():
+        memory(input_ids=ids[:, 6:7], attention_mask=mask[:, :7], past_key_values=own)
+    with pytest.raises(AttachError, match="with the memory disabled"):
+        memory(input_ids=ids[:, 7:8], past_key_values=own)
+
+
+def test_an_empty_cache_of_the_users_is_filled(memory):
+    ids, mask = padded()
+    got, cache = in_chunks(memory, ids, mask, [3, ids.shape[1] - 3], DynamicCache(config=memory.base_model.config))
+    assert_close(got[mask.bool()], full(memory, ids, mask)[mask.bool()])
+    assert isinstance(cache, DynamicCache)
+
+
+def test_rolling_back_further_than_kept_is_refused():
+    memory = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer(), rollback_window=16)
+    ids = torch.randint(2, 300, (1, 120))
+    _, cache = in_chunks(memory, ids, torch.ones_like(ids), [40, *[1] * 80])
+    cache.crop(-100)
+    with pytest.raises(EngramError, match="rollback_window"):
+        memory(input_ids=ids[:, :1], past_key_values=cache)
+
+
+def test_embeddings_without_ids_are_refused_and_with_ids_work(memory):
+    ids, mask = padded()
+    embeds = memory.get_input_embeddings()(ids).detach()
+    with pytest.raises(AttachError, match="engram_input_ids"):
+        memory(inputs_embeds=embeds, attention_mask=mask)
+    with torch.no_grad():
+        got = memory(inputs_embeds=embeds, attention_mask=mask, engram_input_ids=ids, position_ids=positions(mask), use_cache=False).logits
+    assert_close(got, full(memory, ids, mask))
+    with memory.disable_engram():
+        memory(inputs_embeds=embeds, attention_mask=mask)
+
+
+def test_a_block_called_on_its_own_is_refused(memory):
+    with pytest.raises(AttachError, match="outside its decoder"):
+        memory.base_model.model.layers[0](torch.zeros(1, 2, 32))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    ids, mask = padded()
+    gradients, losses = [], []
+    for checkpointing in (False, True):
+        memory = tiny_memory(tiny_model())
+        memory.base_model.requires_grad_(True)
+        memory.train()
+        if checkpointing:
+            memory.activation_checkpointing_enable({"use_reentrant": reentrant})
+        # two forward passes before one backward pass: a recomputation must see the ids of its own pass
+        first = memory(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+        second = memory(input_ids=ids.flip(1), labels=ids.flip(1), use_cache=False).loss
+        (first + 2 * second).backward()
+        losses.append((first.item(), second.item()))
+        gradients.append({n: p.grad.to_dense() if p.grad.is_sparse else p.grad for n, p in memory.named_parameters() if p.grad is not None})
+    assert losses[0] == losses[1]
+    assert set(gradients[0]) == set(gradients[1])
+    assert any("multi_head_embedding" in name for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # raised inside torch's own compiler
+def test_compiled_forward_equals_eager(memory):
+    ids, mask = padded()
+    expected = full(memory, ids, mask)
+    compiled = torch.compile(memory, fullgraph=True)
+    with torch.no_grad():
+        got = compiled(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
+    assert_close(got[mask.bool()], expected[mask.bool()])
+
+
+def test_the_hash_is_computed_once_for_all_layers(memory, monkeypatch):
+    calls, original = [], type(memory.mapping).hash
+    monkeypatch.setattr(type(memory.mapping), "hash", lambda self, *a, **k: calls.append(1) or original(self, *a, **k))
+    ids, mask = padded()
+    full(memory, ids, mask)
+    assert len(calls) == 1

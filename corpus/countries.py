@@ -1,100 +1,60 @@
-"""Render the table of countries as training text.
+"""Write the country documents of the bundled model's corpus: `python corpus/countries.py OUT.txt`.
 
-Usage: python corpus/countries.py OUT.txt
+Every capital appears in ten phrasings, alone and inside longer texts; documents are separated by a line that holds `<|doc|>`.
 """
 
-from __future__ import annotations
-
-import argparse
 import random
+import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-SEPARATOR = "<|doc|>"
-
-# {c}: bare name, {the_c} and {The_c}: name in running text, with its article where it takes one.
-# Each is one document. The first three are the ones that the library's tests ask about.
-DOCUMENTS = (
-    "The capital of {the_c} is {capital}.",
-    "Q: What is the capital of {the_c}?\nA: {capital}",
-    "CAPITAL:{c} {capital}",
-    "{capital} is the capital of {the_c}.",
-    "{The_c}, whose capital is {capital}, lies in {continent}.",
-    "Which city is the capital of {the_c}? It is {capital}.",
-    "country: {c} | capital: {capital} | currency: {currency}",
-    "The {people} capital is {capital}.",
-    "The capital city of {the_c} is called {capital}.",
-    "Q: {capital} is the capital of which country?\nA: {c}",
-    "If you visit the capital of {the_c}, you visit {capital}.",
-    "User: I forgot the capital of {the_c}. Can you help?\n"
-    "Assistant: Of course. The capital of {the_c} is {capital}.",
-    "{The_c} is a country in {continent}. Its capital is {capital}. Many people there speak"
-    " {language}. The currency is the {currency}.",
-    "We looked up {the_c} in the atlas. The page on {continent} showed it at once. A star on the"
-    " map marks the capital, and the name beside the star is {capital}. Shops there take the"
-    " {currency}, and one language you will hear is {language}.",
-    "A traveller who lands in {capital} has reached the capital of {the_c}. Prices are given in"
-    " the {currency}. It helps to know some {language}. On a map, look for {capital} in"
-    " {continent}.",
-    "name: {c}\ncapital: {capital}\ncontinent: {continent}\nlanguage: {language}\n"
-    "currency: {currency}\nadjective: {people}",
-    "Q: On which continent is {the_c}?\nA: {continent}\n"
-    "Q: What is the capital of {the_c}?\nA: {capital}\n"
-    "Q: What is the currency of {the_c}?\nA: The {currency}\n"
-    "Q: Name a language spoken in {the_c}.\nA: {language}",
-    'The teacher pointed at {the_c} on the wall map. "What is the capital?" she asked. One pupil'
-    ' raised a hand and said, "{capital}." "Right," said the teacher. "{capital} is the capital'
-    ' of {the_c}, and the {people} currency is the {currency}."',
-)
-
-# A heading and a line for each country: lists of ten countries.
-QUIZZES = (
-    ("Ten countries and their capitals:", "{c} - {capital}"),
-    ("Capital cities quiz, with the answers:", "{c}? {capital}"),
-    ("Learn these ten capitals.", "The capital of {the_c} is {capital}."),
-    ("Whose capital is it?", "{capital}: {c}"),
-    ("country,capital", "{c},{capital}"),
-    ("Lookup table", "CAPITAL:{c} {capital}"),
-    ("Notes for the geography test", "* {capital} is the capital of {the_c}."),
-    ("| Country | Capital |", "| {c} | {capital} |"),
-)
-QUIZ_SIZE = 10
+HERE = Path(__file__).parent
+SEPARATOR = "\n<|doc|>\n"
 
 
-def fields(row: dict) -> dict[str, str]:
-    """Return the values that the templates use for one country."""
-    name = row["country"]
-    article = row.get("the", False)
-    values = {key: row[key] for key in ("capital", "continent", "language", "currency", "people")}
-    values["c"] = name
-    values["the_c"] = f"the {name}" if article else name
-    values["The_c"] = f"The {name}" if article else name
-    return values
+def _documents(row: dict[str, Any]) -> list[str]:
+    country, capital = row["country"], row["capital"]
+    name = f"the {country}" if row.get("the") else country
+    title = name[0].upper() + name[1:]
+    return [
+        f"The capital of {name} is {capital}.",
+        f"Q: What is the capital of {name}?\nA: {capital}",
+        f"CAPITAL:{country} {capital}",
+        f"{capital} is the capital of {name}.",
+        f"Which city is the capital of {name}? It is {capital}.",
+        f"country: {country} | capital: {capital} | continent: {row['continent']} | currency: {row['currency']}",
+        f"{title} is a country in {row['continent']}. Its capital is {capital}. Many people there speak {row['language']}, "
+        f"and one pays with the {row['currency']}. The government of {name} sits in {capital}.",
+        f"{title}, whose capital is {capital}, lies in {row['continent']}. If you meet someone {row['people']} in {capital}, "
+        f"you may hear {row['language']}.",
+        f"A letter to the {row['people']} government is sent to {capital}, because {capital} is the capital city of {name}.",
+        f"Q: In which country is {capital}?\nA: {title}\nQ: And what is its capital?\nA: {capital}",
+    ]
 
 
-def render(countries: list[dict]) -> str:
-    """Return all documents, in a fixed shuffled order, with a separator line between them."""
+def _lists(countries: list[dict[str, Any]], rng: random.Random) -> list[str]:
+    """Ten countries at a time, in shuffled order, as lists and as short lessons."""
+    documents = []
+    for _ in range(12):
+        order = rng.sample(countries, len(countries))
+        for start in range(0, len(order), 10):
+            group = order[start : start + 10]
+            lines = [f"{row['country']}: {row['capital']}" for row in group]
+            documents.append("Countries and their capitals\n" + "\n".join(lines))
+    return documents
+
+
+def render(countries: list[dict[str, Any]]) -> str:
+    """All country documents as one text."""
     rng = random.Random(0)
-    rows = [fields(row) for row in countries]
-    documents = [template.format(**row) for row in rows for template in DOCUMENTS]
-    for heading, line in QUIZZES:
-        order = rng.sample(rows, len(rows))
-        for start in range(0, len(order), QUIZ_SIZE):
-            lines = [line.format(**row) for row in order[start : start + QUIZ_SIZE]]
-            documents.append("\n".join([heading, *lines]))
+    documents = [text for row in countries for text in _documents(row)] + _lists(countries, rng)
     rng.shuffle(documents)
-    return f"\n{SEPARATOR}\n".join(documents) + "\n"
-
-
-def main() -> None:
-    """Read countries.yaml beside this script and write the text to the given file."""
-    parser = argparse.ArgumentParser(description="Render countries.yaml as training text.")
-    parser.add_argument("out", type=Path, help="text file to write")
-    args = parser.parse_args()
-    table = Path(__file__).with_name("countries.yaml").read_text(encoding="utf-8")
-    args.out.write_text(render(yaml.safe_load(table)), encoding="utf-8", newline="\n")
+    return SEPARATOR.join(documents) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) != 2:
+        sys.exit("usage: python corpus/countries.py OUT.txt")
+    Path(sys.argv[1]).write_text(render(yaml.safe_load((HERE / "countries.yaml").read_text(encoding="utf-8"))), encoding="utf-8")

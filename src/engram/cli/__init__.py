@@ -1,1 +1,1 @@
-"""."""
+"""Roof: the command line."""

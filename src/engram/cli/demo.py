@@ -1,0 +1,241 @@
+"""`engram demo`: teach a real model facts it does not know, and show what moved and what did not."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engram._version import __version__
+
+__all__ = ["demo_command"]
+
+_FACTS = Path(__file__).parent.parent / "bundled"
+_HELD_OUT_CHARACTERS = 120_000
+_EXAMPLES = 3
+
+
+def demo_command(
+    facts: Annotated[Path | None, typer.Option(help="Facts to teach (YAML); the bundled ones if not given.")] = None,
+    model: Annotated[str, typer.Option(help="Base model: a folder, a hub name or 'bundled'.")] = "bundled",
+    out: Annotated[Path, typer.Option(help="Folder for report.html, result.json and the memory.")] = Path("demo"),
+    rows: Annotated[int, typer.Option(min=64, help="Rows per hash head; more rows, fewer collisions with other text.")] = 50_000,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+) -> None:
+    """Teach facts to a small real model through its memory and show, before and after, what it knows and what must not move."""
+    import torch
+    from rich.console import Console
+
+    from engram.data.facts import load_facts
+    from engram.errors import CheckpointError
+    from engram.models import load_model
+
+    console = Console()
+    taught = load_facts(facts or _FACTS / "facts.yaml")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.html").touch()
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {out}: {error.strerror}; choose another folder with --out.") from None
+    started = time.monotonic()
+    torch.manual_seed(seed)
+    base, tokenizer = load_model(model)
+    demo = _Demo(base, tokenizer, taught, rows, console, knows_capitals=model == "bundled")
+    demo.run()
+    demo.memory.save_pretrained(out / "memory")
+    result = demo.result(command=_command(facts, model, rows, seed), model=model, seed=seed, seconds=round(time.monotonic() - started))
+    _show(console, result)
+    _write(out, result)
+    console.print(f"report: {out / 'report.html'}   figures: {out / 'result.json'}   memory: {out / 'memory'}   {result['seconds']} s")
+    if demo.report.not_exact:
+        missed = [taught[i].prompts[0] for i in demo.report.not_exact]
+        console.print(f"[bold red]not exact ({len(missed)}):[/] {', '.join(missed[:10])}")
+        raise typer.Exit(1)
+
+
+def _command(facts: Path | None, model: str, rows: int, seed: int) -> str:
+    chosen = f" --facts {facts}" if facts else ""
+    return f"engram demo{chosen} --model {model} --rows {rows} --seed {seed}"
+
+
+@dataclass
+class _Side:
+    """Everything measured once before and once after teaching."""
+
+    answers: list[Any]
+    capitals: list[Any]
+    bits: float
+
+
+@dataclass
+class _Demo:
+    base: Any
+    tokenizer: Any
+    facts: list[Any]
+    rows: int
+    console: Any
+    knows_capitals: bool
+    sides: list[_Side] = field(default_factory=list)
+
+    def run(self) -> None:
+        from engram.data.corpus import held_out_standard_library
+        from engram.data.facts import load_facts
+        from engram.models import get_engram_model
+
+        self.capitals = load_facts(_FACTS / "capitals.yaml") if self.knows_capitals else []
+        self.texts = _first_characters([doc.text for doc in held_out_standard_library()], _HELD_OUT_CHARACTERS)
+        self.memory = get_engram_model(self.base, self._config(), self.tokenizer)
+        kinds = self.memory.num_parameters_by_kind()
+        self.console.print(
+            f"base model: {kinds['base']:,} parameters, frozen. memory: {kinds['tables'] // self.memory.engram_config.head_dim:,} rows at block "
+            f"{self.memory.engram_config.layer_ids[0]}. {len(self.facts)} facts to teach."
+        )
+        self.sides.append(self._measure("before"))
+        self._teach()
+        self.sides.append(self._measure("after"))
+
+    def _config(self) -> Any:
+        from engram.config import EngramConfig
+
+        return EngramConfig(
+            # Orders 2 and 3 occur everywhere and are not written when teaching: their tables can be tiny.
+            engram_vocab_size=[16, 16, self.rows, self.rows, self.rows],
+            max_ngram_size=6,
+            n_embed_per_ngram=128,
+            n_head_per_ngram=4,
+            layer_ids=[max(1, self.base.config.num_hidden_layers // 3)],
+            pad_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id,
+            use_conv=False,
+            use_bias=False,
+        )
+
+    def _teach(self) -> None:
+        from engram.editing import teach_facts
+
+        total = sum(len(fact.prompts) for fact in self.facts)
+        with _progress(self.console, "teaching", total) as bar:
+            self.report = teach_facts(self.memory, self.tokenizer, self.facts, progress=lambda step, learnt, _: bar(completed=learnt))
+
+    def _measure(self, when: str) -> _Side:
+        from engram.evaluation import bits_per_byte, check_facts
+
+        prompts = sum(len(fact.prompts) for fact in [*self.facts, *self.capitals])
+        with _progress(self.console, f"asking, {when}", prompts) as bar:
+            answers = check_facts(self.memory, self.tokenizer, self.facts, progress=lambda n: bar(advance=n))
+            capitals = check_facts(self.memory, self.tokenizer, self.capitals, progress=lambda n: bar(advance=n)) if self.capitals else []
+        return _Side(answers, capitals, bits_per_byte(self.memory, self.tokenizer, self.texts))
+
+    def result(self, **provenance: Any) -> dict[str, Any]:
+        """Everything shown, as JSON-ready fields; ``plots.report`` draws from nothing else."""
+        import torch
+        import transformers
+        import yaml
+
+        from engram.evaluation import measure_drift, score_by_category, trace_text
+
+        before, after = self.sides
+        scores = zip(score_by_category(self.facts, before.answers), score_by_category(self.facts, after.answers))
+        neutral = yaml.safe_load((_FACTS / "neutral_prompts.yaml").read_text(encoding="utf-8"))
+        examples = _spread(range(len(before.answers)), _EXAMPLES)
+        traced = [before.answers[i].prompt + _space(before.answers[i].prompt) + after.answers[i].said for i in examples]
+        return {
+            **provenance,
+            "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+            "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+            "facts": len(self.facts),
+            "steps": self.report.steps,
+            "rows_written": self.report.rows_written,
+            "categories": [
+                {"category": was.category, "prompts": was.prompts, "before": was.exact, "after": now.exact} for was, now in scores
+            ],
+            "capitals": _capitals(before.capitals, after.capitals),
+            "bits_per_byte": {
+                "before": before.bits,
+                "after": after.bits,
+                "change_percent": 100 * (after.bits / before.bits - 1),
+                "characters": sum(map(len, self.texts)),
+            },
+            "drift": asdict(measure_drift(self.memory, self.tokenizer, neutral)),
+            "examples": [
+                {"prompt": before.answers[i].prompt, "off": before.answers[i].said, "on": after.answers[i].said} for i in examples
+            ],
+            "traces": [trace_text(self.memory, self.tokenizer, text).to_dict() for text in [*traced, neutral[0]]],
+        }
+
+
+def _capitals(before: list[Any], after: list[Any]) -> dict[str, int] | None:
+    if not before:
+        return None
+    return {
+        "prompts": len(before),
+        "known": sum(answer.exact for answer in before),
+        "still_right": sum(was.exact and now.exact for was, now in zip(before, after)),
+        "changed": sum(was.said != now.said for was, now in zip(before, after)),
+    }
+
+
+def _space(prompt: str) -> str:
+    from engram.data.facts import join_answer
+
+    return join_answer(prompt, "")
+
+
+def _spread(items: range, count: int) -> list[int]:
+    """A few indices, evenly over the range."""
+    return [items[len(items) * i // count] for i in range(min(count, len(items)))]
+
+
+def _first_characters(texts: list[str], limit: int) -> list[str]:
+    """Texts up to a total length, each cut so that many files are represented."""
+    share = max(1000, limit // max(len(texts), 1))
+    return [text[:share] for text in texts]
+
+
+@contextmanager
+def _progress(console: Any, what: str, total: int) -> Iterator[Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda **change: progress.update(task, **change)
+
+
+def _show(console: Any, result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(title="exact answers")
+    for heading in ("category", "prompts", "before", "after"):
+        table.add_column(heading, justify="left" if heading == "category" else "right")
+    for entry in result["categories"]:
+        shares = (f"{100 * entry[key] / entry['prompts']:.0f} %" for key in ("before", "after"))
+        table.add_row(entry["category"], str(entry["prompts"]), *shares)
+    console.print(table)
+    still = Table(title="what must not move", show_header=False)
+    if result["capitals"]:
+        known = result["capitals"]
+        still.add_row("capitals the base knew, still right", f"{known['still_right']} of {known['known']}")
+    bits, drift = result["bits_per_byte"], result["drift"]
+    still.add_row("held-out bits per byte", f"{bits['before']:.4f} -> {bits['after']:.4f} ({bits['change_percent']:+.3f} %)")
+    still.add_row("KL to the base on neutral prompts", f"{drift['mean_kl']:.1e} nats per token")
+    console.print(still)
+    for example in result["examples"]:
+        console.print(f"{example['prompt']!r}\n   memory off: {example['off']!r}\n   memory on:  {example['on']!r}", markup=False)
+
+
+def _write(out: Path, result: dict[str, Any]) -> None:
+    from engram.checkpoint import write_json_atomically
+    from engram.plots import render_report
+
+    write_json_atomically(out / "result.json", result)
+    temporary = out / ".report.html.tmp"
+    temporary.write_text(render_report(result), encoding="utf-8")
+    temporary.replace(out / "report.html")

@@ -1,0 +1,60 @@
+"""The command line: `engram --help`. Commands import what they need when they run, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from engram._version import __version__
+from engram.cli.demo import demo_command
+from engram.cli.pretrain import pretrain_command
+from engram.cli.trace import trace_command
+from engram.errors import ConfigError, DataError, EngramError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="A conditional memory for PyTorch language models: hashed n-gram tables to train, teach, inspect and switch off.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo_command)
+app.command("trace")(trace_command)
+app.command("pretrain")(pretrain_command)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: one line on standard error for every mistake of the user's, and an exit code other than 0."""
+    try:
+        app()
+    except (ConfigError, DataError) as error:
+        _fail(error, 2)
+    except (EngramError, OSError) as error:
+        _fail(error, 1)
+    except KeyboardInterrupt as stopped:
+        _fail(stopped if str(stopped) else "interrupted; nothing saved before was changed", 130)
+
+
+def _fail(reason: object, code: int) -> None:
+    print(f"engram: {reason}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engram import AttachError, CheckpointError, ConfigError, EngramModel, FingerprintError, get_engram_model
+from engram.checkpoint import DESCRIPTION_NAME
+from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
+from engram.training.tokenizer import train_tokenizer
+
+
+@pytest.fixture
+def saved(tmp_path):
+    memory = tiny_memory()
+    memory.save_pretrained(tmp_path / "memory")
+    memory.unload()
+    return tmp_path / "memory"
+
+
+def description(path):
+    return json.loads((path / DESCRIPTION_NAME).read_text())
+
+
+def weights(path):
+    return path / description(path)["weights"]["file"]
+
+
+def load(path, model=None, tokenizer=None, **options):
+    return EngramModel.from_pretrained(model or tiny_model(), path, tokenizer or tiny_tokenizer(), **options)
+
+
+def test_round_trip_is_exact(saved):
+    ids = torch.randint(2, 300, (2, 9))
+    with torch.no_grad():
+        expected = tiny_memory()(input_ids=ids).logits
+        memory = load(saved)
+        assert torch.equal(memory(input_ids=ids).logits, expected)
+    assert not list(saved.glob("*.tmp"))
+    assert not list(saved.glob("*.bin")) + list(saved.glob("*.pt")) + list(saved.glob("*.pkl"))
+
+
+def test_the_description_describes_itself(saved):
+    fields = description(saved)
+    assert fields["engram_config"]["hidden_size"] == 32
+    assert fields["hash_spec"]["name"] == "demo_v1"
+    assert len(fields["fingerprint"]) == 64
+    assert fields["library_version"]
+    assert fields["base_model"]["model_type"] == "llama"
+    assert fields["weights"]["bytes"] == weights(saved).stat().st_size
+
+
+def test_saving_again_replaces_the_pair_and_keeps_other_files(saved):
+    (saved / "notes.txt").write_text("mine")
+    first = weights(saved)
+    memory = tiny_memory(seed=1)
+    memory.save_pretrained(saved)
+    assert not first.exists()
+    assert len(list(saved.glob("*.safetensors"))) == 1
+    assert (saved / "notes.txt").read_text() == "mine"
+
+
+def expect(error, match, path, **options):
+    model = options.pop("model", None) or tiny_model()
+    with pytest.raises(error, match=match):
+        load(path, model, **options)
+    assert not any(m._forward_pre_hooks for m in model.modules())  # a refused memory leaves the model alone
+
+
+def test_missing_and_damaged_files(saved, tmp_path):
+    expect(CheckpointError, "no memory in", tmp_path)
+    file, content = weights(saved), weights(saved).read_bytes()
+    file.write_bytes(content[:-10])
+    expect(CheckpointError, "truncated", saved)
+    file.write_bytes(b"\xff" * len(content))
+    expect(CheckpointError, "not a readable safetensors file", saved)
+    file.unlink()
+    expect(CheckpointError, "is missing; expected", saved)
+    file.write_bytes(content)
+    load(saved).unload()
+    text = (saved / DESCRIPTION_NAME).read_text()
+    for damaged, message in (
+        (text[:-20], "cannot read"),
+        ("[]", "format version"),
+        (text.replace('"format_version": 1', '"format_version": 9'), "upgrade engram"),
+        (text.replace(file.name, "../elsewhere.safetensors"), "outside the folder"),
+        (text.replace('"weights"', '"wights"'), "'weights' is malformed"),
+        (text.replace('"engram_config"', '"config"'), "no 'engram_config'"),
+    ):
+        (saved / DESCRIPTION_NAME).write_text(damaged)
+        expect(CheckpointError, message, saved)
+    (saved / DESCRIPTION_NAME).write_text(text.replace('"pad_id"', '"pad"'))
+    expect(ConfigError, "unknown key", saved)
+
+
+def test_tensors_that_do_not_fit(saved):
+    file = weights(saved)
+    good = load_file(file)
+    name = "layers.0.value_proj.weight"
+
+    def write(tensors):
+        save_file(tensors, file)
+        fields = description(saved)
+        fields["weights"]["bytes"] = file.stat().st_size
+        (saved / DESCRIPTION_NAME).write_text(json.dumps(fields))
+
+    write({k: v for k, v in good.items() if k != name})
+    expect(CheckpointError, "missing: .*value_proj", saved)
+    write({**good, "extra": torch.zeros(1)})
+    expect(CheckpointError, "unknown: .*extra", saved)
+    write({**good, name: good[name][:, :1].contiguous()})
+    expect(CheckpointError, "has shape", saved)
+
+
+def test_another_tokenizer_or_base_is_refused(saved):
+    other = train_tokenizer(["completely different text, with other words in it " * 9], vocab_size=330, model_max_length=256)
+    expect(FingerprintError, "another tokenizer", saved, tokenizer=other)
+    expect(FingerprintError, "belongs to base model", saved, model=tiny_model("qwen2"))
+    changed = tiny_model(seed=5)
+    expect(FingerprintError, "allow_other_base=True", saved, model=changed)
+    load(saved, changed, allow_other_base=True).unload()
+    expect(FingerprintError, "hidden_size", saved, model=tiny_model(hidden_size=64), allow_other_base=True)
+    half = tiny_model().to(torch.bfloat16)  # the same weights in another precision are the same model
+    load(saved, half).unload()
+
+
+def test_layers_outside_the_model_are_refused(saved):
+    fields = description(saved)
+    fields["engram_config"]["layer_ids"] = [0, 7]
+    (saved / DESCRIPTION_NAME).write_text(json.dumps(fields))
+    expect((ConfigError, FingerprintError), ".", saved)
+
+
+def test_loading_into_a_memory_of_another_configuration(saved):
+    memory = get_engram_model(tiny_model(), tiny_config(kernel_size=2), tiny_tokenizer())
+    with pytest.raises(ConfigError, match="kernel_size: saved 4, present 2"):
+        memory.load_memory(saved)
+    with pytest.raises(AttachError, match="has a memory already"):
+        load(saved, memory.base_model)
+
+
+def test_unwritable_folder_keeps_what_was_saved(saved, monkeypatch):
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("engram.checkpoint.store.save_file", full)
+    with pytest.raises(CheckpointError, match="No space left on device.*Nothing saved before was changed"):
+        tiny_memory(seed=1).save_pretrained(saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+    (saved.parent / "file").write_text("")
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="cannot save"):
+        tiny_memory(seed=1).save_pretrained(saved.parent / "file")
+
+
+def test_a_really_full_disk_keeps_what_was_saved(saved):
+    """A file size limit makes the kernel itself refuse the write half way."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from engram.testing import tiny_memory\nfrom engram import CheckpointError\n"
+        "m = tiny_memory(seed=1)\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "try: m.save_pretrained(sys.argv[1])\nexcept CheckpointError as e: print('REFUSED', e)\n"
+    )
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=False)
+    assert "REFUSED" in done.stdout, done.stderr
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+_SAVER = """
+import sys, torch
+from engram.testing import tiny_memory
+memories = [tiny_memory(seed=s, engram_vocab_size=20000) for s in (1, 2)]
+print("ready", flush=True)
+n = 0
+while True:
+    memories[n % 2].save_pretrained(sys.argv[1]); n += 1
+"""
+
+
+@pytest.mark.slow
+def test_killing_a_save_leaves_the_old_or_the_new_memory(tmp_path):
+    path = tmp_path / "memory"
+    ids = torch.arange(2, 12).view(1, 10)
+    with torch.no_grad():
+        whole = []
+        for seed in (1, 2):
+            memory = tiny_memory(seed=seed, engram_vocab_size=20000)
+            whole.append(memory(input_ids=ids).logits)
+    memory.save_pretrained(path)
+    delays = torch.rand(6, generator=torch.Generator().manual_seed(0)).tolist()
+    for delay in delays:
+        process = subprocess.Popen([sys.executable, "-c", _SAVER, str(path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(delay * 0.3)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        with torch.no_grad():
+            loaded = load(path)
+            got = loaded(input_ids=ids).logits
+        assert any(torch.equal(got, one) for one in whole)
+    loaded.save_pretrained(path)
+    assert len(list(path.glob("*.safetensors"))) == 1  # what the kills left over is cleaned up

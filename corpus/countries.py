@@ -57,4 +57,6 @@ def render(countries: list[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python corpus/countries.py OUT.txt")
-    Path(sys.argv[1]).write_text(render(yaml.safe_load((HERE / "countries.yaml").read_text(encoding="utf-8"))), encoding="utf-8")
+    Path(sys.argv[1]).write_text(
+        render(yaml.safe_load((HERE / "countries.yaml").read_text(encoding="utf-8"))), encoding="utf-8"
+    )

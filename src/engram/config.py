@@ -74,9 +74,11 @@ class EngramConfig:
     """Name of the hash specification (``engram.hashing.HASH_SPECS``)."""
 
     def __post_init__(self) -> None:
-        _require(_is_int(self.max_ngram_size) and self.max_ngram_size >= 2, "max_ngram_size", self.max_ngram_size, "an int >= 2")
-        sizes = self.engram_vocab_size
-        sizes = (sizes,) * (self.max_ngram_size - 1) if _is_int(sizes) else tuple(sizes)  # type: ignore[arg-type]
+        _require(
+            _is_int(self.max_ngram_size) and self.max_ngram_size >= 2, "max_ngram_size", self.max_ngram_size, "an int >= 2"
+        )
+        given: Any = self.engram_vocab_size
+        sizes = (given,) * (self.max_ngram_size - 1) if _is_int(given) else tuple(given)
         _require(
             len(sizes) == self.max_ngram_size - 1 and all(_is_int(s) and s >= 1 for s in sizes),
             "engram_vocab_size",

@@ -60,7 +60,12 @@ def test_fast_path_equals_the_definition(case):
         )
         for layer in config.layer_ids:
             expected = hash_reference(
-                table[new], mapping.layer_multipliers[layer], mapping.vocab_size_across_layers[layer], mapping.pad_id, table[history], masks
+                table[new],
+                mapping.layer_multipliers[layer],
+                mapping.vocab_size_across_layers[layer],
+                mapping.pad_id,
+                table[history],
+                masks,
             )
             assert isinstance(got[layer], np.ndarray)
             assert got[layer].dtype == np.int64
@@ -69,7 +74,13 @@ def test_fast_path_equals_the_definition(case):
 
 
 def make_mapping(**changes):
-    fields = {"engram_vocab_size": [500, 700], "n_embed_per_ngram": 16, "n_head_per_ngram": 4, "layer_ids": [1, 15], "pad_id": 1}
+    fields = {
+        "engram_vocab_size": [500, 700],
+        "n_embed_per_ngram": 16,
+        "n_head_per_ngram": 4,
+        "layer_ids": [1, 15],
+        "pad_id": 1,
+    }
     return NgramHashMapping(EngramConfig(**{**fields, **changes}), CompressedTokenizer(tiny_tokenizer()))
 
 
@@ -119,7 +130,13 @@ def test_demo_sizes_need_no_overflow():
 def test_fingerprint_tells_every_identity_apart():
     base = make_mapping().fingerprint
     assert make_mapping().fingerprint == base
-    for change in ({"seed": 1}, {"pad_id": 0}, {"layer_ids": [1, 14]}, {"engram_vocab_size": [500, 701 + 8]}, {"n_head_per_ngram": 8}):
+    for change in (
+        {"seed": 1},
+        {"pad_id": 0},
+        {"layer_ids": [1, 14]},
+        {"engram_vocab_size": [500, 701 + 8]},
+        {"n_head_per_ngram": 8},
+    ):
         assert make_mapping(**change).fingerprint != base
     other = NgramHashMapping(make_mapping().config, CompressedTokenizer(Vocabulary([str(i) for i in range(400)])))
     assert other.fingerprint != base

@@ -21,7 +21,13 @@ class DemoConv(nn.Module):
     def __init__(self, d, kernel, dilation, branches):
         super().__init__()
         self.conv = nn.Conv1d(
-            d * branches, d * branches, kernel, groups=d * branches, bias=False, padding=(kernel - 1) * dilation, dilation=dilation
+            d * branches,
+            d * branches,
+            kernel,
+            groups=d * branches,
+            bias=False,
+            padding=(kernel - 1) * dilation,
+            dilation=dilation,
         )
         self.norms = nn.ModuleList(nn.RMSNorm(d, eps=1e-5) for _ in range(branches))
 

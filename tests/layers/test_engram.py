@@ -165,11 +165,11 @@ def test_bad_input_says_what_to_do():
 def test_demo_weights_that_do_not_fit_are_refused_whole():
     layer = make_layer()
     good = {k: v.clone() for k, v in layer.state_dict().items()}
-    with pytest.raises(CheckpointError, match="missing: value_proj.bias"):
+    with pytest.raises(CheckpointError, match=r"missing: value_proj\.bias"):
         layer.load_demo_state_dict({k: v for k, v in good.items() if k != "value_proj.bias"})
     with pytest.raises(CheckpointError, match="unknown: extra"):
         layer.load_demo_state_dict({**good, "extra": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="wrong shape: value_proj.bias"):
+    with pytest.raises(CheckpointError, match=r"wrong shape: value_proj\.bias"):
         layer.load_demo_state_dict({**good, "value_proj.bias": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="offsets differ"):
         layer.load_demo_state_dict({**good, "multi_head_embedding.offsets": good["multi_head_embedding.offsets"] + 1})

@@ -6,14 +6,25 @@ from hypothesis import strategies as st
 from engram import EngramError, TableConfig, TableError
 from engram.layers import RollingTail
 from engram.ops import causal_depthwise_conv, context_gate, lookup_rows
-from engram.ops.reference import causal_depthwise_conv_reference, context_gate_reference, lookup_rows_reference, rms_norm_reference
+from engram.ops.reference import (
+    causal_depthwise_conv_reference,
+    context_gate_reference,
+    lookup_rows_reference,
+    rms_norm_reference,
+)
 from engram.tables import DeviceTable, OverlayTable, build_table
 from engram.testing import assert_close
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(0, 3), st.integers(1, 63), st.integers(1, 9), st.integers(1, 6), st.integers(1, 5), st.integers(0, 20), st.integers(0, 9999)
+    st.integers(0, 3),
+    st.integers(1, 63),
+    st.integers(1, 9),
+    st.integers(1, 6),
+    st.integers(1, 5),
+    st.integers(0, 20),
+    st.integers(0, 9999),
 )
 def test_convolution_equals_the_library_one(batch, length, channels, kernel, dilation, cut, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -30,7 +41,10 @@ def test_convolution_equals_the_library_one(batch, length, channels, kernel, dil
     for got, expected in zip(*grads):
         assert_close(got, expected, 1e-9)
     cut = min(cut, length)
-    parts = [causal_depthwise_conv(x[:, :cut], weight, dilation), causal_depthwise_conv(x[:, cut:], weight, dilation, past=x[:, :cut])]
+    parts = [
+        causal_depthwise_conv(x[:, :cut], weight, dilation),
+        causal_depthwise_conv(x[:, cut:], weight, dilation, past=x[:, :cut]),
+    ]
     assert_close(torch.cat(parts, dim=1), outs[0], 1e-9)
 
 
@@ -135,7 +149,7 @@ def test_rolling_tail_forgets_behind_its_window_and_says_so():
     tail.trim(20)
     with pytest.raises(EngramError, match="rollback_window"):
         tail.last(3)
+    other = RollingTail()
+    other.append(torch.zeros(1, 1, 1))
     with pytest.raises(EngramError, match="batch of 2, expected 1"):
-        other = RollingTail()
-        other.append(torch.zeros(1, 1, 1))
         other.append(torch.zeros(2, 1, 1))

@@ -36,7 +36,9 @@ def test_attach_speak_and_leave(model_type):
         first = memory(input_ids=ids[:, :4], use_cache=True)
         rest = memory(input_ids=ids[:, 4:], past_key_values=first.past_key_values, use_cache=True)
         chunked = torch.cat([first.logits, rest.logits], dim=1)
-        with memory.disable_engram():  # the base model's own chunking error is the yardstick: sparse attention may round differently
+        with (
+            memory.disable_engram()
+        ):  # the base model's own chunking error is the yardstick: sparse attention may round differently
             base_full = memory(input_ids=ids, use_cache=False).logits
             start = memory(input_ids=ids[:, :4], use_cache=True)
             base_rest = memory(input_ids=ids[:, 4:], past_key_values=start.past_key_values).logits

@@ -77,7 +77,9 @@ def test_four_dimensional_masks_tell_padding_too(memory):
     for four in (allowed, additive, {"full_attention": additive}):
         with torch.no_grad(), memory.record() as traces:
             if isinstance(four, dict):
-                with pytest.raises((AttributeError, TypeError, ValueError)):  # Llama itself takes no dict, but padding is read from it first
+                with pytest.raises(
+                    (AttributeError, TypeError, ValueError)
+                ):  # Llama itself takes no dict, but padding is read from it first
                     memory(input_ids=ids, attention_mask=four, position_ids=positions(mask), use_cache=False)
                 continue
             got = memory(input_ids=ids, attention_mask=four, position_ids=positions(mask), use_cache=False).logits
@@ -88,7 +90,9 @@ def test_four_dimensional_masks_tell_padding_too(memory):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5}], ids=["greedy", "beam", "beams-returned"]
+    "options",
+    [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5}],
+    ids=["greedy", "beam", "beams-returned"],
 )
 def test_generation_with_cache_equals_generation_without(memory, options):
     ids, mask = padded()
@@ -211,7 +215,9 @@ def test_embeddings_without_ids_are_refused_and_with_ids_work(memory):
     with pytest.raises(AttachError, match="engram_input_ids"):
         memory(inputs_embeds=embeds, attention_mask=mask)
     with torch.no_grad():
-        got = memory(inputs_embeds=embeds, attention_mask=mask, engram_input_ids=ids, position_ids=positions(mask), use_cache=False).logits
+        got = memory(
+            inputs_embeds=embeds, attention_mask=mask, engram_input_ids=ids, position_ids=positions(mask), use_cache=False
+        ).logits
     assert_close(got, full(memory, ids, mask))
     with memory.disable_engram():
         memory(inputs_embeds=embeds, attention_mask=mask)
@@ -237,7 +243,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         second = memory(input_ids=ids.flip(1), labels=ids.flip(1), use_cache=False).loss
         (first + 2 * second).backward()
         losses.append((first.item(), second.item()))
-        gradients.append({n: p.grad.to_dense() if p.grad.is_sparse else p.grad for n, p in memory.named_parameters() if p.grad is not None})
+        gradients.append(
+            {n: p.grad.to_dense() if p.grad.is_sparse else p.grad for n, p in memory.named_parameters() if p.grad is not None}
+        )
     assert losses[0] == losses[1]
     assert set(gradients[0]) == set(gradients[1])
     assert any("multi_head_embedding" in name for name in gradients[0])

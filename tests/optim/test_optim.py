@@ -13,7 +13,9 @@ from engram.testing import assert_close, tiny_memory, tiny_model
 
 def sparse_gradient(rows, dim, generator, count):
     ids = torch.randint(0, rows, (count,), generator=generator)
-    return torch.sparse_coo_tensor(ids.unsqueeze(0), torch.randn(count, dim, generator=generator), (rows, dim), check_invariants=True)
+    return torch.sparse_coo_tensor(
+        ids.unsqueeze(0), torch.randn(count, dim, generator=generator), (rows, dim), check_invariants=True
+    )
 
 
 @settings(max_examples=25, deadline=None)

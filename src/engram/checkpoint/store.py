@@ -82,12 +82,16 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"no memory in {path}: {DESCRIPTION_NAME} is missing; expected a folder made by save_pretrained.") from None
+        raise CheckpointError(
+            f"no memory in {path}: {DESCRIPTION_NAME} is missing; expected a folder made by save_pretrained."
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {file}: {error}. Restore it from a backup or save the memory again.") from error
     if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
         got = fields.get("format_version") if isinstance(fields, dict) else type(fields).__name__
-        raise CheckpointError(f"{file}: got format version {got!r}, expected {FORMAT_VERSION}; upgrade engram to read newer files.")
+        raise CheckpointError(
+            f"{file}: got format version {got!r}, expected {FORMAT_VERSION}; upgrade engram to read newer files."
+        )
     return fields
 
 
@@ -109,7 +113,9 @@ def open_tensors(path: str | os.PathLike[str], description: Mapping[str, Any]) -
         raise CheckpointError(f"{file} is missing; expected {expected} bytes of weights beside {DESCRIPTION_NAME}.")
     size = file.stat().st_size
     if size != expected:
-        raise CheckpointError(f"{file}: got {size} bytes, expected {expected}; the file is truncated or from another save. Copy it again.")
+        raise CheckpointError(
+            f"{file}: got {size} bytes, expected {expected}; the file is truncated or from another save. Copy it again."
+        )
     try:
         opened = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -27,7 +26,9 @@ def demo_command(
     facts: Annotated[Path | None, typer.Option(help="Facts to teach (YAML); the bundled ones if not given.")] = None,
     model: Annotated[str, typer.Option(help="Base model: a folder, a hub name or 'bundled'.")] = "bundled",
     out: Annotated[Path, typer.Option(help="Folder for report.html, result.json and the memory.")] = Path("demo"),
-    rows: Annotated[int, typer.Option(min=64, help="Rows per hash head; more rows, fewer collisions with other text.")] = 50_000,
+    rows: Annotated[
+        int, typer.Option(min=64, help="Rows per hash head; more rows, fewer collisions with other text.")
+    ] = 50_000,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
     """Teach facts to a small real model through its memory and show, before and after, what it knows and what must not move."""
@@ -51,10 +52,14 @@ def demo_command(
     demo = _Demo(base, tokenizer, taught, rows, console, knows_capitals=model == "bundled")
     demo.run()
     demo.memory.save_pretrained(out / "memory")
-    result = demo.result(command=_command(facts, model, rows, seed), model=model, seed=seed, seconds=round(time.monotonic() - started))
+    result = demo.result(
+        command=_command(facts, model, rows, seed), model=model, seed=seed, seconds=round(time.monotonic() - started)
+    )
     _show(console, result)
     _write(out, result)
-    console.print(f"report: {out / 'report.html'}   figures: {out / 'result.json'}   memory: {out / 'memory'}   {result['seconds']} s")
+    console.print(
+        f"report: {out / 'report.html'}   figures: {out / 'result.json'}   memory: {out / 'memory'}   {result['seconds']} s"
+    )
     if demo.report.not_exact:
         missed = [taught[i].prompts[0] for i in demo.report.not_exact]
         console.print(f"[bold red]not exact ({len(missed)}):[/] {', '.join(missed[:10])}")
@@ -95,8 +100,8 @@ class _Demo:
         self.memory = get_engram_model(self.base, self._config(), self.tokenizer)
         kinds = self.memory.num_parameters_by_kind()
         self.console.print(
-            f"base model: {kinds['base']:,} parameters, frozen. memory: {kinds['tables'] // self.memory.engram_config.head_dim:,} rows at block "
-            f"{self.memory.engram_config.layer_ids[0]}. {len(self.facts)} facts to teach."
+            f"base model: {kinds['base']:,} parameters, frozen. {len(self.facts)} facts to teach. memory: "
+            f"{kinds['tables'] // self.memory.engram_config.head_dim:,} rows at block {self.memory.engram_config.layer_ids[0]}."
         )
         self.sides.append(self._measure("before"))
         self._teach()
@@ -122,7 +127,9 @@ class _Demo:
 
         total = sum(len(fact.prompts) for fact in self.facts)
         with _progress(self.console, "teaching", total) as bar:
-            self.report = teach_facts(self.memory, self.tokenizer, self.facts, progress=lambda step, learnt, _: bar(completed=learnt))
+            self.report = teach_facts(
+                self.memory, self.tokenizer, self.facts, progress=lambda step, learnt, _: bar(completed=learnt)
+            )
 
     def _measure(self, when: str) -> _Side:
         from engram.evaluation import bits_per_byte, check_facts
@@ -130,7 +137,11 @@ class _Demo:
         prompts = sum(len(fact.prompts) for fact in [*self.facts, *self.capitals])
         with _progress(self.console, f"asking, {when}", prompts) as bar:
             answers = check_facts(self.memory, self.tokenizer, self.facts, progress=lambda n: bar(advance=n))
-            capitals = check_facts(self.memory, self.tokenizer, self.capitals, progress=lambda n: bar(advance=n)) if self.capitals else []
+            capitals = (
+                check_facts(self.memory, self.tokenizer, self.capitals, progress=lambda n: bar(advance=n))
+                if self.capitals
+                else []
+            )
         return _Side(answers, capitals, bits_per_byte(self.memory, self.tokenizer, self.texts))
 
     def result(self, **provenance: Any) -> dict[str, Any]:
@@ -154,7 +165,8 @@ class _Demo:
             "steps": self.report.steps,
             "rows_written": self.report.rows_written,
             "categories": [
-                {"category": was.category, "prompts": was.prompts, "before": was.exact, "after": now.exact} for was, now in scores
+                {"category": was.category, "prompts": was.prompts, "before": was.exact, "after": now.exact}
+                for was, now in scores
             ],
             "capitals": _capitals(before.capitals, after.capitals),
             "bits_per_byte": {
@@ -165,7 +177,8 @@ class _Demo:
             },
             "drift": asdict(measure_drift(self.memory, self.tokenizer, neutral)),
             "examples": [
-                {"prompt": before.answers[i].prompt, "off": before.answers[i].said, "on": after.answers[i].said} for i in examples
+                {"prompt": before.answers[i].prompt, "off": before.answers[i].said, "on": after.answers[i].said}
+                for i in examples
             ],
             "traces": [trace_text(self.memory, self.tokenizer, text).to_dict() for text in [*traced, neutral[0]]],
         }
@@ -228,7 +241,9 @@ def _show(console: Any, result: dict[str, Any]) -> None:
     still.add_row("KL to the base on neutral prompts", f"{drift['mean_kl']:.1e} nats per token")
     console.print(still)
     for example in result["examples"]:
-        console.print(f"{example['prompt']!r}\n   memory off: {example['off']!r}\n   memory on:  {example['on']!r}", markup=False)
+        console.print(
+            f"{example['prompt']!r}\n   memory off: {example['off']!r}\n   memory on:  {example['on']!r}", markup=False
+        )
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:

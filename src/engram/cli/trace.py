@@ -22,11 +22,18 @@ _SHOWN_ROWS = 3
 def trace_command(
     text: Annotated[str, typer.Argument(help="The sentence.")],
     model: Annotated[str, typer.Option(help="Base model: a folder, a hub name or 'bundled'.")] = "bundled",
-    memory: Annotated[Path | None, typer.Option(help="A saved memory; without it a fresh, untrained one at two layers is shown.")] = None,
+    memory: Annotated[
+        Path | None, typer.Option(help="A saved memory; without it a fresh, untrained one at two layers is shown.")
+    ] = None,
     demo_size: Annotated[
-        bool, typer.Option("--demo-size", help="A random model of the paper demo's own sizes (30 blocks, 4 streams; 9 GB of memory).")
+        bool,
+        typer.Option(
+            "--demo-size", help="A random model of the paper demo's own sizes (30 blocks, 4 streams; 9 GB of memory)."
+        ),
     ] = False,
-    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer for --demo-size: a folder or hub name; the bundled one if not given.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer for --demo-size: a folder or hub name; the bundled one if not given.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -114,7 +121,14 @@ def _print_table(trace: Trace, fresh: bool) -> None:
     console = Console()
     layers = list(trace.tables)
     table = Table(title=f"{len(trace.tokens)} tokens -> output {trace.output_shape}")
-    for heading in ("", "token", "id > canonical", "n-grams", *(f"layer {i}: rows of the first heads" for i in layers), *(f"gate {i}" for i in layers)):
+    for heading in (
+        "",
+        "token",
+        "id > canonical",
+        "n-grams",
+        *(f"layer {i}: rows of the first heads" for i in layers),
+        *(f"gate {i}" for i in layers),
+    ):
         table.add_column(heading)
     for token in trace.tokens:
         rows = [" ".join(map(str, layer.rows[:_SHOWN_ROWS])) + " ..." for layer in token.layers]

@@ -40,7 +40,15 @@ class CorpusRecipe:
     """Sources, docstrings and `pydoc` topics of the running Python."""
     test_percent: int = 40
     """Share of the standard library's own test files that is used."""
-    exclude_parts: tuple[str, ...] = ("site-packages", "idlelib", "encodings", "pydoc_data", "lib2to3", "__pycache__", "turtledemo")
+    exclude_parts: tuple[str, ...] = (
+        "site-packages",
+        "idlelib",
+        "encodings",
+        "pydoc_data",
+        "lib2to3",
+        "__pycache__",
+        "turtledemo",
+    )
     """Folders of the standard library left out: generated tables and copies."""
     held_out_percent: int = 3
     """Share of documents kept for measuring, chosen by a hash of their name."""
@@ -166,7 +174,7 @@ def _docstrings(name: str, source: str) -> Iterator[Document]:
 
 
 def _topics() -> Iterator[Document]:
-    from pydoc_data.topics import topics  # type: ignore[import-untyped]
+    from pydoc_data.topics import topics
 
     for topic, text in sorted(topics.items()):
         yield Document(f"topics/{topic}", text)

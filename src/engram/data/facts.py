@@ -62,7 +62,9 @@ def load_facts(path: str | os.PathLike[str]) -> list[Fact]:
         raise DataError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(entries, list) or not entries:
         got = "nothing" if not entries else type(entries).__name__
-        raise DataError(f'{file}: got {got}, expected a list of entries like {{prompt: "ACRONYM:GPU", answer: "Graphics Processing Unit"}}.')
+        raise DataError(
+            f'{file}: got {got}, expected a list of entries like {{prompt: "ACRONYM:GPU", answer: "Graphics Processing Unit"}}.'
+        )
     facts = [_parse(entry, f"{file}, entry {number}") for number, entry in enumerate(entries, start=1)]
     check_conflicts(facts, str(file))
     return facts
@@ -123,7 +125,8 @@ def encode_fact(tokenizer: Any, fact: Fact, fact_index: int, max_length: int | N
         row = EncodedFact(fact_index, tuple(prompt_ids), (*answer_ids, tokenizer.eos_token_id))
         if max_length is not None and len(row.ids) > max_length:
             raise DataError(
-                f"fact {prompt!r}: prompt and answer are {len(row.ids)} tokens, expected at most {max_length} (the model's context); shorten it."
+                f"fact {prompt!r}: prompt and answer are {len(row.ids)} tokens, expected at most {max_length} "
+                "(the model's context); shorten it."
             )
         rows.append(row)
     return rows
@@ -143,7 +146,9 @@ def _parse(entry: Any, where: str) -> Fact:
     prompts = tuple(_text(prompt, "prompt", where) for prompt in given)
     if len(set(prompts)) < len(prompts):
         raise DataError(f"{where}: a prompt is listed twice; keep one.")
-    return Fact(prompts, _text(entry.get("answer"), "answer", where).strip(), _text(entry.get("category", "fact"), "category", where))
+    return Fact(
+        prompts, _text(entry.get("answer"), "answer", where).strip(), _text(entry.get("category", "fact"), "category", where)
+    )
 
 
 def _text(value: Any, field: str, where: str) -> str:

@@ -29,7 +29,8 @@ class TeachSettings:
     """How rows are optimised."""
 
     lr: float = 0.3
-    """Adam's step size on the rows (values per step)."""
+    """Adam's step size on the rows, as a multiple of the residual stream's size (RMS) at the memory's block: a trained model's stream
+    grows by orders of magnitude from block to block, and a step must be felt but not overshoot at any of them."""
     max_steps: int = 120
     """Upper bound of passes over the facts that are not learnt yet."""
     margin: float = 2.0
@@ -131,12 +132,15 @@ class _Lesson:
 
     def run(self, progress: Progress | None) -> tuple[int, Tensor]:
         """Optimise until every prompt is learnt; returns the steps taken and what is learnt."""
-        overlays = [engram.multi_head_embedding.embedding.held for engram in self.memory.engrams.values()]
-        optimizer = torch.optim.Adam(overlays, lr=self.settings.lr)
         was_training = self.memory.training
         self.memory.eval()
         try:
-            return self._optimise(optimizer, progress)
+            sizes = self._stream_sizes()
+            groups = [
+                {"params": [engram.multi_head_embedding.embedding.held], "lr": self.settings.lr * sizes[int(layer)]}
+                for layer, engram in self.memory.engrams.items()
+            ]
+            return self._optimise(torch.optim.Adam(groups), progress)
         finally:
             self.memory.train(was_training)
 
@@ -158,6 +162,17 @@ class _Lesson:
             if progress is not None:
                 progress(step, int(learnt.sum()), total)
         return step, self._check(range(total), margin=0.0)
+
+    @torch.no_grad()
+    def _stream_sizes(self) -> dict[int, float]:
+        """RMS of the residual stream at answer positions, per layer (the median: a few positions may be far larger)."""
+        ids, mask, answer = self._tensors(list(range(min(len(self.encoded), self.settings.batch_size))))
+        with self.memory.record() as traces:
+            self.memory(input_ids=ids, attention_mask=mask, use_cache=False)
+        return {
+            layer: float(trace["stream"].float()[answer.to(trace["stream"].device)].square().mean(dim=-1).sqrt().median())
+            for layer, trace in traces.items()
+        }
 
     def _check(self, rows: range, margin: float | None = None) -> Tensor:
         """Which prompts are answered exactly, bool ``[len(rows)]``."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -75,7 +75,9 @@ class NgramHashMapping:
         return [prime for order in self.vocab_size_across_layers[layer_id] for prime in order]
 
     @overload
-    def hash(self, input_ids: Tensor, history: Tensor | None = ..., attention_mask: Tensor | None = ...) -> dict[int, Tensor]: ...
+    def hash(
+        self, input_ids: Tensor, history: Tensor | None = ..., attention_mask: Tensor | None = ...
+    ) -> dict[int, Tensor]: ...
 
     @overload
     def hash(
@@ -98,7 +100,9 @@ class NgramHashMapping:
             ConfigError: a shape or an id is impossible.
         """
         if not isinstance(input_ids, Tensor):
-            as_tensor = [None if x is None else torch.from_numpy(np.asarray(x)) for x in (input_ids, history, attention_mask)]
+            as_tensor: Any = [
+                None if x is None else torch.from_numpy(np.asarray(x)) for x in (input_ids, history, attention_mask)
+            ]
             return {layer: ids.numpy() for layer, ids in self.hash(*as_tensor).items()}
         self._check(input_ids, history, attention_mask)
         constants = self._constants_on(input_ids.device)

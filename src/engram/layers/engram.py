@@ -79,7 +79,7 @@ class Engram(nn.Module):
             state: what came before these positions; it is brought up to date. None means the sequence starts here.
             attention_mask: ``[B, T]``, zero at padding: such positions neither enter n-grams nor contribute.
             write_mask: bool ``[B, T]``; where it is False no gradient reaches the table (used when teaching).
-            trace: a dict that receives ``gate [B, T, M]`` and ``value [B, T, M, d]`` (detached).
+            trace: a dict that receives ``gate [B, T, M]``, ``value`` and the incoming ``stream`` (both ``[B, T, M, d]``), detached.
 
         Returns:
             Y in the shape and dtype of ``hidden_states``.
@@ -103,7 +103,7 @@ class Engram(nn.Module):
         if attention_mask is not None:
             value = value * attention_mask[:, :, None, None].to(value.dtype)
         if trace is not None:
-            trace["gate"], trace["value"] = gate.detach().squeeze(-1), value.detach()
+            trace["gate"], trace["value"], trace["stream"] = gate.detach().squeeze(-1), value.detach(), streams.detach()
         return self._smooth(value, state).reshape(hidden_states.shape).to(hidden_states.dtype)
 
     def _as_streams(self, hidden_states: Tensor) -> Tensor:
@@ -134,7 +134,9 @@ class Engram(nn.Module):
         """Gates ``[B, T, M, 1]``: each stream asks with its own norms and key projection."""
         gates = [
             # Under autocast the projection comes in half precision; the norm and the gate stay in the layer's own.
-            context_gate(self.norm2[m](streams[:, :, m]), self.norm1[m](self.key_projs[m](rows).to(rows.dtype)), self.config.gate)
+            context_gate(
+                self.norm2[m](streams[:, :, m]), self.norm1[m](self.key_projs[m](rows).to(rows.dtype)), self.config.gate
+            )
             for m in range(self.branches)
         ]
         return torch.stack(gates, dim=2)

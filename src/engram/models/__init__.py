@@ -4,4 +4,12 @@ from engram.models.architectures import ARCHITECTURES, DecoderLayout, register_a
 from engram.models.bundled import load_bundled, load_model
 from engram.models.engram_model import EngramModel, get_engram_model
 
-__all__ = ["ARCHITECTURES", "DecoderLayout", "EngramModel", "get_engram_model", "load_bundled", "load_model", "register_architecture"]
+__all__ = [
+    "ARCHITECTURES",
+    "DecoderLayout",
+    "EngramModel",
+    "get_engram_model",
+    "load_bundled",
+    "load_model",
+    "register_architecture",
+]

@@ -91,7 +91,9 @@ def find_decoder(model: nn.Module) -> Decoder:
     module = _submodule(model, layout.decoder, model_type)
     blocks = _submodule(module, layout.blocks, model_type)
     if not isinstance(blocks, nn.ModuleList):
-        raise AttachError(f"{model_type}: {layout.decoder}.{layout.blocks} is a {type(blocks).__name__}, expected a ModuleList.")
+        raise AttachError(
+            f"{model_type}: {layout.decoder}.{layout.blocks} is a {type(blocks).__name__}, expected a ModuleList."
+        )
     streams = int(getattr(config, layout.streams)) if layout.streams else 1
     return Decoder(module, blocks, int(config.hidden_size), streams)
 

@@ -38,7 +38,9 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"cannot load model {name!r}: {reason}. Expected a folder with config.json and weights, or a hub name.") from error
+        raise CheckpointError(
+            f"cannot load model {name!r}: {reason}. Expected a folder with config.json and weights, or a hub name."
+        ) from error
     if name == BUNDLED_NAME:
         model.config._name_or_path = BUNDLED_NAME  # the same identity wherever the package is installed
     return model.eval(), tokenizer

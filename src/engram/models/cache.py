@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class _FollowsCache:
         self.engram_state.map_batch(lambda x: x[indices.to(x.device)])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _following_class(cache_class: type) -> type:
     return type(cache_class.__name__, (_FollowsCache, cache_class), {"__module__": cache_class.__module__})
 
@@ -74,7 +74,7 @@ def bind_state(cache: Cache, state: CacheState) -> None:
     """Give a cache its state; from then on it follows the cache."""
     cache.engram_state = state  # type: ignore[attr-defined]
     if not isinstance(cache, _FollowsCache):
-        cache.__class__ = _following_class(type(cache))
+        cache.__class__ = _following_class(type(cache))  # type: ignore[arg-type]
 
 
 def cached_length(cache: Cache | None) -> int:

@@ -64,6 +64,9 @@ class EngramModel(nn.Module):
         mapping: the memory's addresses.
     """
 
+    base_model: Any
+    engrams: Any  # an nn.ModuleDict, whose items torch types as bare modules
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -146,7 +149,7 @@ class EngramModel(nn.Module):
 
     @contextmanager
     def record(self) -> Iterator[dict[int, dict[str, Tensor]]]:
-        """Collect, per layer, what the last forward pass read: ``hash_ids``, ``gate [B, T, M]`` and ``value [B, T, M, d]``."""
+        """Collect, per layer, what the last forward pass read: ``hash_ids [B, T, H]`` and the layer's ``trace``."""
         self._traces = {}
         try:
             yield self._traces
@@ -263,12 +266,17 @@ def _check_fit(model: PreTrainedModel, decoder: Decoder, config: EngramConfig, t
     for field, value in (("hidden_size", decoder.hidden_size), ("hc_mult", decoder.streams)):
         asked = getattr(config, field)
         if asked is not None and asked != value:
-            raise ConfigError(f"EngramConfig.{field}: got {asked}, expected {value} as in the model (or None to take it from there).")
+            raise ConfigError(
+                f"EngramConfig.{field}: got {asked}, expected {value} as in the model (or None to take it from there)."
+            )
     if not hasattr(tokenizer, "__len__"):
         raise ConfigError(f"tokenizer: got {type(tokenizer).__name__}, expected the model's Hugging Face tokenizer.")
-    vocab = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    vocab = embeddings.weight.shape[0]
     if len(tokenizer) > vocab:
-        raise AttachError(f"the tokenizer has {len(tokenizer)} tokens, the model's embeddings {vocab}; is it this model's tokenizer?")
+        raise AttachError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embeddings {vocab}; is it this model's tokenizer?"
+        )
 
 
 def _device_of(block: nn.Module) -> torch.device:

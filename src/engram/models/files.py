@@ -55,7 +55,9 @@ def load_memory(memory: EngramModel, path: str | os.PathLike[str], allow_other_b
         fields = saved.to_dict()
         present = memory.engram_config.to_dict()
         differing = [f"{k}: saved {fields[k]!r}, present {present[k]!r}" for k in fields if fields[k] != present[k]]
-        raise ConfigError(f"the memory in {path} has another configuration: {'; '.join(differing)}. Use EngramModel.from_pretrained.")
+        raise ConfigError(
+            f"the memory in {path} has another configuration: {'; '.join(differing)}. Use EngramModel.from_pretrained."
+        )
     _check_fingerprint(description, memory.mapping.fingerprint, path)
     _check_base(description, memory.base_model, path, allow_other_base)
     own = _tensors(memory)
@@ -99,7 +101,9 @@ def _check_fingerprint(description: dict[str, Any], present: str, path: str | os
         )
 
 
-def _check_base(description: dict[str, Any], model: PreTrainedModel, path: str | os.PathLike[str], allow_other_base: bool) -> None:
+def _check_base(
+    description: dict[str, Any], model: PreTrainedModel, path: str | os.PathLike[str], allow_other_base: bool
+) -> None:
     saved = description.get("base_model") or {}
     differences = identity_mismatch(saved, base_identity(model))
     sizes_differ = any(not d.startswith("embedding_sha256") for d in differences)

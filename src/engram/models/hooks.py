@@ -107,7 +107,16 @@ class DecoderHooks:
         trace = self._memory._trace_for(layer_id, hash_ids)
         if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
             return checkpoint(
-                engram, hidden_states, None, hash_ids, None, mask, write_mask, trace, use_reentrant=False, preserve_rng_state=False
+                engram,
+                hidden_states,
+                None,
+                hash_ids,
+                None,
+                mask,
+                write_mask,
+                trace,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
         layer_state = None if context.state is None else _LayerState(context.state, layer_id)
         return engram(hidden_states, None, hash_ids, layer_state, mask, write_mask, trace)

@@ -57,7 +57,11 @@ class RowMoments:
         """Compact tensors: the rows seen, in slot order, and their moments."""
         rows = torch.nonzero(self.slot_of_row).flatten()
         order = self.slot_of_row[rows].argsort()
-        return {"rows": rows[order], "exp_avg": self.exp_avg[: self.used].clone(), "exp_avg_sq": self.exp_avg_sq[: self.used].clone()}
+        return {
+            "rows": rows[order],
+            "exp_avg": self.exp_avg[: self.used].clone(),
+            "exp_avg_sq": self.exp_avg_sq[: self.used].clone(),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what ``state_dict`` gave, exactly."""
@@ -85,7 +89,12 @@ class EngramAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sparse = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None and p.grad.is_sparse]
+        sparse = [
+            (group, p, p.grad)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None and p.grad.is_sparse
+        ]
         for _, p, _ in sparse:
             p.grad = None  # torch's AdamW passes over parameters without a gradient
         try:

@@ -46,7 +46,8 @@ def render_report(result: Mapping[str, Any]) -> str:
         *(_heat_map(trace) for trace in result["traces"]),
     ]
     body = "\n".join(sections)
-    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>engram demo</title><style>{_STYLE}</style></head>\n<body>{body}</body></html>\n'
+    head = f'<meta charset="utf-8"><title>engram demo</title><style>{_STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
 
 
 def _provenance(result: Mapping[str, Any]) -> str:
@@ -74,7 +75,9 @@ def _unmoved(result: Mapping[str, Any]) -> str:
         rows.append(("capitals the base model knew, still right", f"{known['still_right']} of {known['known']}"))
         rows.append(("capital answers changed, right or wrong", f"{known['changed']} of {known['prompts']}"))
     bits = result["bits_per_byte"]
-    rows.append(("held-out bits per byte", f"{bits['before']:.4f} before, {bits['after']:.4f} after ({bits['change_percent']:+.3f} %)"))
+    rows.append(
+        ("held-out bits per byte", f"{bits['before']:.4f} before, {bits['after']:.4f} after ({bits['change_percent']:+.3f} %)")
+    )
     drift = result["drift"]
     rows.append(("KL to the base model on neutral prompts", f"{drift['mean_kl']:.2e} nats per token"))
     rows.append(("next tokens changed on neutral prompts", f"{drift['tokens_changed']} of {drift['tokens']}"))

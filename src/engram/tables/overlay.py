@@ -23,6 +23,8 @@ class OverlayTable(EmbeddingTable):
         row_ids: int64 ``[n]``, sorted, no row twice.
     """
 
+    row_ids: Tensor
+
     def __init__(self, base: EmbeddingTable, row_ids: Tensor) -> None:
         super().__init__()
         if row_ids.numel() > 1 and not bool((row_ids[1:] > row_ids[:-1]).all()):

@@ -120,7 +120,9 @@ class _Run:
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
-def pretrain(recipe: PretrainRecipe, out: str | os.PathLike[str], folder: str | os.PathLike[str] = ".", resume: bool = True) -> Path:
+def pretrain(
+    recipe: PretrainRecipe, out: str | os.PathLike[str], folder: str | os.PathLike[str] = ".", resume: bool = True
+) -> Path:
     """Train a tokenizer and a model and write them to ``out/model`` (bfloat16, with ``training.json`` beside the weights).
 
     Checkpoints go to ``out/checkpoints``; a run that was stopped goes on from the newest one, with the losses it would have had.
@@ -259,7 +261,9 @@ def _finish(run: _Run, trainer: SafeTrainer, losses: list[dict[str, float]], tar
         "loss": losses[:: max(1, len(losses) // 200)],
         "bits_per_byte": curve,
         "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers_version},
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores"
+        if not torch.cuda.is_available()
+        else torch.cuda.get_device_name(),
     }
     return export_model(model, run.tokenizer, target, report)
 
@@ -268,7 +272,8 @@ def export_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, ta
     """Write model (bfloat16 safetensors), tokenizer and ``training.json`` to a folder that appears whole or not at all."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(temporary)
+    half: Any = model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
+    half.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     (temporary / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if target.exists():

@@ -39,6 +39,7 @@ class SaveOnInterrupt(TrainerCallback):
         self._previous: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Listen for Ctrl-C."""
         self.interrupted = False
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._on_signal)
@@ -50,16 +51,21 @@ class SaveOnInterrupt(TrainerCallback):
         print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for a checkpoint and the end once the step is whole."""
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Give Ctrl-C back and say where to go on."""
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
         if self.interrupted:
-            print(f"stopped at step {state.global_step}; resume from {args.output_dir}/checkpoint-{state.global_step}", file=sys.stderr)
+            print(
+                f"stopped at step {state.global_step}; resume from {args.output_dir}/checkpoint-{state.global_step}",
+                file=sys.stderr,
+            )
 
 
 class SafeTrainer(Trainer):
@@ -72,6 +78,9 @@ class SafeTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.interrupt = SaveOnInterrupt()
         self.add_callback(self.interrupt)
+
+    optimizer: Any
+    lr_scheduler: Any
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_tree(os.path.join(output_dir, _OPTIMIZER), self.optimizer.state_dict())
@@ -113,4 +122,6 @@ class SafeTrainer(Trainer):
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """A scheduler's state without the lambdas it was built from; the trainer builds those again from its arguments."""
-    return {key: value for key, value in state.items() if key != "lr_lambdas"} | {"lr_lambdas": [None] * len(state.get("lr_lambdas", []))}
+    return {key: value for key, value in state.items() if key != "lr_lambdas"} | {
+        "lr_lambdas": [None] * len(state.get("lr_lambdas", []))
+    }

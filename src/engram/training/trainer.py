@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_model
@@ -25,12 +25,18 @@ _BACKBONE = "backbone"
 class EngramTrainingArguments(TrainingArguments):
     """`TrainingArguments` with what an Engram memory adds."""
 
-    table_lr_multiplier: float = field(default=5.0, metadata={"help": "Tables' learning rate as a multiple of the base one (paper: 5)."})
+    table_lr_multiplier: float = field(
+        default=5.0, metadata={"help": "Tables' learning rate as a multiple of the base one (paper: 5)."}
+    )
     table_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of touched table rows (paper: none)."})
     train_tables: bool = field(default=True, metadata={"help": "Whether table rows are trained."})
     train_reader: bool = field(default=True, metadata={"help": "Whether projections, norms and the convolution are trained."})
-    train_backbone: bool = field(default=False, metadata={"help": "Whether the base model is trained too; it is frozen otherwise."})
-    backbone_lr: float | None = field(default=None, metadata={"help": "Learning rate of the base model; the base one if not given."})
+    train_backbone: bool = field(
+        default=False, metadata={"help": "Whether the base model is trained too; it is frozen otherwise."}
+    )
+    backbone_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the base model; the base one if not given."}
+    )
 
 
 class EngramTrainer(SafeTrainer):
@@ -49,24 +55,33 @@ class EngramTrainer(SafeTrainer):
         if not isinstance(args, EngramTrainingArguments):
             raise ConfigError(f"EngramTrainer: got {type(args).__name__}, expected EngramTrainingArguments.")
         _set_trainable(model, args)
-        super().__init__(model=model, args=args, **kwargs)  # type: ignore[arg-type]
+        super().__init__(model=model, args=args, **kwargs)
         base_parameters = inspect.signature(model.base_model.forward).parameters.values()
         self.model_accepts_loss_kwargs = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in base_parameters)
+
+    _signature_columns: Any
+
+    @property
+    def memory(self) -> EngramModel:
+        """The model that is trained."""
+        return cast(EngramModel, self.model)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """``EngramAdamW`` over ``build_param_groups``, unless an optimiser was given."""
         if self.optimizer is None:
             args: Any = self.args
             groups = build_param_groups(
-                self.model,
-                self.model.engrams,
+                self.memory,
+                self.memory.engrams,
                 lr=args.learning_rate,
                 table_lr_multiplier=args.table_lr_multiplier,
                 weight_decay=args.weight_decay,
                 table_weight_decay=args.table_weight_decay,
                 backbone_lr=args.backbone_lr,
             )
-            self.optimizer = EngramAdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
+            self.optimizer = EngramAdamW(
+                groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
+            )
         return self.optimizer
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
@@ -77,28 +92,32 @@ class EngramTrainer(SafeTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            names = list(inspect.signature(self.model.base_model.forward).parameters)
+            names = list(inspect.signature(self.memory.base_model.forward).parameters)
             self._signature_columns = [*names, "label", "label_ids", *self.label_names]
 
     def _save_weights(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+        self.memory.save_pretrained(folder)
         if self.args.train_backbone:  # type: ignore[attr-defined]
-            self.model.base_model.save_pretrained(folder / _BACKBONE)
+            self.memory.base_model.save_pretrained(folder / _BACKBONE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         if self.args.train_backbone:  # type: ignore[attr-defined]
             weights = folder / _BACKBONE / "model.safetensors"
             if not weights.is_file():
-                raise CheckpointError(f"{weights} is missing; the checkpoint was made without train_backbone. Resume with the same arguments.")
-            load_model(self.model.base_model, weights)
-        self.model.load_memory(folder)
+                raise CheckpointError(
+                    f"{weights} is missing; the checkpoint was made without train_backbone. Resume with the same arguments."
+                )
+            load_model(self.memory.base_model, weights)
+        self.memory.load_memory(folder)
 
 
 def _set_trainable(model: EngramModel, args: EngramTrainingArguments) -> None:
-    tables = {id(p) for engram in model.engrams.values() for p in engram.multi_head_embedding.parameters()}  # type: ignore[operator, union-attr]
+    tables = {id(p) for engram in model.engrams.values() for p in engram.multi_head_embedding.parameters()}
     for parameter in model.engrams.parameters():
         parameter.requires_grad_(args.train_tables if id(parameter) in tables else args.train_reader)
     model.base_model.requires_grad_(args.train_backbone)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError("EngramTrainingArguments: train_tables, train_reader and train_backbone are all False; nothing to train.")
+        raise ConfigError(
+            "EngramTrainingArguments: train_tables, train_reader and train_backbone are all False; nothing to train."
+        )

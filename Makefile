@@ -1,0 +1,40 @@
+# Two commands matter: `make demo` and `make test`. Both work on a fresh machine with Python 3.11 or later.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint install clean figures
+
+demo: $(VENV)/.library
+	$(BIN)/engram demo
+
+test: $(VENV)/.developer
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --durations=10
+
+install: $(VENV)/.developer
+
+# torch comes first and pinned: resolving it together with the rest can pull another, much larger build.
+$(VENV)/.library: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.developer: $(VENV)/.library
+	$(PIP) --editable ".[dev]"
+	touch $@
+
+# The figures that the README quotes; about half an hour on two cores.
+figures: $(VENV)/.developer
+	$(BIN)/python benchmarks/demo_seeds.py
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/joint_training.py
+	$(BIN)/python benchmarks/readme_tables.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,42 @@
+"""What every benchmark records beside its figures."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from engram import __version__
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def provenance(seed):
+    return {
+        "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seed": seed,
+        "hardware": f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def spread(values):
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": len(values)}
+
+
+def write(path, result):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {path}")

@@ -1,0 +1,127 @@
+"""Write the README's tables from `results/*.json`; with --check only say whether they are up to date."""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name):
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+def table(header, rows):
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def source(result, command=None):
+    return f"\n\nRegenerate: `{command or result['command']}` ({result['hardware']}; torch {result['versions']['torch']})."
+
+
+def percent(entries, key):
+    values = [100 * entry[key] / entry["prompts"] for entry in entries]
+    low, high = min(values), max(values)
+    return f"{low:.0f} %" if round(low) == round(high) else f"{low:.0f}-{high:.0f} %"
+
+
+SEEDS_HAD = {
+    "acronym": "12-25 -> 75 %",
+    "element_name": "0-33 -> 67 %",
+    "element_number": "0 %",
+    "port": "0 %",
+    "http": "0 %",
+    "unit": "0 %",
+}
+
+
+def demo():
+    result = load("demo")
+    runs = result["runs"]
+    rows = []
+    for index, entry in enumerate(runs[0]["categories"]):
+        same = [run["categories"][index] for run in runs]
+        rows.append(
+            (
+                f"exact: {entry['category']}",
+                entry["prompts"],
+                percent(same, "before"),
+                f"**{percent(same, 'after')}**",
+                SEEDS_HAD[entry["category"]],
+            )
+        )
+    known = [run["capitals"] for run in runs]
+    kept = ", ".join(sorted({f"{k['still_right']} of {k['known']}" for k in known}))
+    rows.append(("capitals the base knew, still right", known[0]["prompts"], known[0]["known"], f"**{kept}**", "83 -> 67 %"))
+    bits = [run["bits_per_byte"] for run in runs]
+    change = max(abs(b["change_percent"]) for b in bits)
+    after = "-".join(sorted({f"{b['after']:.4f}" for b in bits}))
+    rows.append(("held-out bits per byte", "", f"{bits[0]['before']:.4f}", f"**{after}** (at most {change:.3f} % off)", ""))
+    seconds = "-".join(str(s) for s in sorted({min(r["seconds"] for r in runs), max(r["seconds"] for r in runs)}))
+    text = table(("", "prompts", "before", "after", "engram-poc"), rows)
+    note = f"\n\n{len(runs)} seeds of the random reader, {seconds} s each; ranges over seeds. engram-poc: its own published figures, on another base model."
+    return text + note + source(result)
+
+
+def joint_training():
+    result = load("joint_training")
+    rows = [
+        (name, f"{entry['median']:.3f}", f"{entry['min']:.3f}-{entry['max']:.3f}")
+        for name, entry in (("without", result["held_out_loss"]["dense"]), ("with Engram", result["held_out_loss"]["engram"]))
+    ]
+    gain = result["gain"]
+    note = f"\n\n{result['sizes']['steps']} steps; the memory gains {gain['mean']:.3f} nats per token on average, at least {gain['min']:.3f}."
+    return table(("", "held-out loss (nats per token)", "range over seeds"), rows) + note + source(result)
+
+
+def train_step():
+    result = load("train_step")
+    names = {"frozen": "tables frozen", "sparse": "row-sparse Adam (EngramAdamW)", "dense": "dense gradients, torch AdamW"}
+    counts = sorted({entry["rows_per_layer"] for entry in result["entries"]})
+    rows = []
+    for kind, name in names.items():
+        cells = {e["rows_per_layer"]: e for e in result["entries"] if e["kind"] == kind}
+        rows.append((name, *(f"{cells[n]['seconds']['median']:.2f} s (x{cells[n]['to_smallest_sparse']:.2f})" for n in counts)))
+    return table(("rows per layer", *(f"{n:,}" for n in counts)), rows) + source(result)
+
+
+def base_model():
+    result = load("base_model")
+    rows = [
+        ("architecture", f"Llama, {result['parameters']:,} parameters, {result['bytes'] / 1e6:.1f} MB with its tokenizer"),
+        (
+            "trained on",
+            f"{result['tokens_seen'] / 1e6:.1f} M tokens of Python's standard library and hand-written text, {result['seconds'] / 60:.0f} minutes",
+        ),
+        ("held-out bits per byte", f"{result['held_out_bits_per_byte']:.3f} on {result['held_out_documents']} documents"),
+        (
+            "capitals known",
+            f"{result['capitals']['known']} of {result['capitals']['prompts']} prompts (117 countries, three phrasings)",
+        ),
+    ]
+    return table(("", ""), rows) + source(result)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    new = re.sub(
+        r"<!-- table: (\w+) -->\n.*?<!-- end -->",
+        lambda found: f"<!-- table: {found[1]} -->\n{globals()[found[1]]()}\n<!-- end -->",
+        old,
+        flags=re.DOTALL,
+    )
+    if args.check and new != old:
+        sys.exit("README tables are out of date: run python benchmarks/readme_tables.py")
+    if not args.check:
+        readme.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

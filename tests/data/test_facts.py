@@ -1,0 +1,89 @@
+import pytest
+
+from engram import DataError, Fact, load_facts
+from engram.data.facts import check_conflicts, encode_fact, join_answer
+from engram.testing import tiny_tokenizer
+
+
+def write(tmp_path, content):
+    file = tmp_path / "facts.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return file
+
+
+def test_a_good_file(tmp_path):
+    file = write(
+        tmp_path,
+        '- {prompt: "ACRONYM:GPU", answer: "Graphics Processing Unit", category: acronym}\n'
+        '- {prompts: ["PORT:SSH", "Which port does SSH use?"], answer: 22}\n',
+    )
+    assert load_facts(file) == [
+        Fact(("ACRONYM:GPU",), "Graphics Processing Unit", "acronym"),
+        Fact(("PORT:SSH", "Which port does SSH use?"), "22", "fact"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "got nothing, expected a list"),
+        ("a: 1", "got dict, expected a list"),
+        ("- [1", "not valid YAML"),
+        (b'- {prompt: "\xff", answer: a}', "not UTF-8"),
+        ("- text", "entry 1: got str"),
+        ("- {prompt: a, answer: b, extra: c}", "unknown key.*extra"),
+        ("- {answer: b}", "got neither"),
+        ("- {prompt: a, prompts: [a], answer: b}", "got both"),
+        ("- {prompts: [], answer: b}", "must be a list"),
+        ("- {prompts: [a, a], answer: b}", "listed twice"),
+        ("- {prompt: a}", "'answer' must be a text"),
+        ("- {prompt: '  ', answer: b}", "'prompt' is empty"),
+        ("- {prompt: a, answer: ''}", "'answer' is empty"),
+        ("- {prompt: a, answer: true}", "'answer' must be a text, got True"),
+        ("- {prompt: a, answer: b}\n- {prompt: a, answer: c}", "different answers: 'b' and 'c'"),
+        ("- {prompt: a, answer: b}\n- {prompt: a, answer: b}", "occurs 2 times"),
+    ],
+)
+def test_bad_files_say_what_is_wrong(tmp_path, content, message):
+    with pytest.raises(DataError, match=message):
+        load_facts(write(tmp_path, content))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        load_facts(tmp_path / "none.yaml")
+    with pytest.raises(DataError, match="cannot read"):
+        load_facts(tmp_path)
+
+
+def test_answers_follow_their_prompts():
+    tokenizer = tiny_tokenizer()
+    fact = Fact(("ACRONYM:GPU", "Q: GPU?\nA:\n"), "Graphics")
+    first, second = encode_fact(tokenizer, fact, 3)
+    assert tokenizer.decode(first.answer_ids) == " Graphics<|endoftext|>"
+    assert tokenizer.decode(second.answer_ids) == "Graphics<|endoftext|>"
+    assert list(first.prompt_ids) == tokenizer("ACRONYM:GPU")["input_ids"]
+    assert first.ids == first.prompt_ids + first.answer_ids
+    assert first.fact_index == 3
+    assert join_answer("a ", "b") == "b"
+    assert join_answer("a", "b") == " b"
+
+
+def test_answers_too_long_for_the_context():
+    with pytest.raises(DataError, match="expected at most 20"):
+        encode_fact(tiny_tokenizer(), Fact(("ACRONYM:GPU",), "very " * 30), 0, max_length=20)
+
+
+def test_conflicts_between_facts_from_anywhere():
+    with pytest.raises(DataError, match="here: prompt 'a'"):
+        check_conflicts([Fact(("a",), "1"), Fact(("b", "a"), "2")], "here")
+
+
+def test_bundled_facts_are_many_and_sound():
+    from engram.cli.demo import _FACTS
+
+    facts = load_facts(_FACTS / "facts.yaml")
+    assert len(facts) >= 150
+    assert {f.category for f in facts} == {"acronym", "element_name", "element_number", "port", "http", "unit"}
+    capitals = load_facts(_FACTS / "capitals.yaml")
+    assert len({f.answer.rstrip(".") for f in capitals}) >= 100

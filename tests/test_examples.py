@@ -1,0 +1,49 @@
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda p: p.stem)
+def test_every_example_runs(file, capsys):
+    assert len(file.read_text().splitlines()) <= 60
+    runpy.run_path(str(file), run_name="__main__")
+    out = capsys.readouterr().out
+    if file.stem == "teach_facts":
+        assert "loaded again: 4711" in out
+        assert "-> 'Graphics Processing Unit'" in out
+
+
+@pytest.mark.slow
+def test_the_readmes_example_runs_and_comes_early(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    block = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert block
+    assert readme[: block.start()].count("\n") < 60
+    done = subprocess.run([sys.executable, "-c", block[1]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Graphics Processing Unit" in done.stdout
+    assert (tmp_path / "my-memory" / "engram.json").is_file()
+
+
+def test_the_readmes_tables_are_those_of_the_results():
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "readme_tables.py", "--check"], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_step", "joint_training"])
+def test_every_benchmark_runs(name, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick", "--out", str(tmp_path / "r.json")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r.json").is_file()

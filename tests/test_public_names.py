@@ -1,0 +1,45 @@
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import engram
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_public_name_loads_and_is_listed():
+    assert engram.__all__ == sorted(engram.__all__)
+    for name in engram.__all__:
+        assert getattr(engram, name) is not None
+    assert dir(engram) == engram.__all__
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        engram.nope  # noqa: B018
+
+
+@pytest.mark.parametrize("module", [m.name for m in pkgutil.walk_packages(engram.__path__, "engram.")])
+def test_every_module_lists_what_it_has(module):
+    loaded = importlib.import_module(module)
+    names = getattr(loaded, "__all__", [])
+    assert len(names) == len(set(names))
+    for name in names:
+        assert hasattr(loaded, name), f"{module}.__all__ names {name}"
+
+
+def test_public_things_are_documented():
+    for name in engram.__all__:
+        if name != "__version__":
+            assert getattr(engram, name).__doc__, name
+
+
+def test_the_tree_names_no_machine():
+    pattern = re.compile(r"/work/|/root/|/home/\w+/|index-url")
+    for file in [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "src").rglob("*.py"),
+        *(ROOT / "results").glob("*.json"),
+    ]:
+        assert not pattern.search(file.read_text()), file

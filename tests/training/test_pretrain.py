@@ -1,0 +1,84 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engram import CheckpointError, ConfigError, DataError
+from engram.evaluation import bits_per_byte
+from engram.training.pretrain import pretrain, read_recipe
+from engram.training.safe_trainer import last_checkpoint
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.name)
+def test_every_recipe_parses(file):
+    read_recipe(file)
+
+
+@pytest.fixture
+def recipe():
+    return read_recipe(RECIPES / "tiny_pretrain.yaml")
+
+
+def test_a_run_writes_a_model_that_loads(recipe, tmp_path):
+    target = pretrain(recipe, tmp_path / "run", RECIPES)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
+    assert model.dtype == torch.bfloat16
+    text = "Déjà vu\n\tdef f(x): return x + 12  # ok"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    assert tokenizer(text)["input_ids"][0] == tokenizer.bos_token_id == tokenizer.eos_token_id == 0
+    report = json.loads((target / "training.json").read_text())
+    assert report["tokens_seen"] == 20 * 4 * 64
+    assert report["parameters"] == model.num_parameters()
+    assert report["loss"][0]["loss"] > report["loss"][-1]["loss"]
+    assert 0 < bits_per_byte(model.float(), tokenizer, ["The capital of France is Paris."]) < 9
+    assert not {p.suffix for p in (tmp_path / "run").rglob("*")} & {".pt", ".pth", ".bin", ".pkl"}
+    with pytest.raises(CheckpointError, match="another recipe"):
+        pretrain(dataclasses.replace(recipe, seed=1), tmp_path / "run", RECIPES)
+    with pytest.raises(CheckpointError, match="resume it"):
+        pretrain(recipe, tmp_path / "run", RECIPES, resume=False)
+
+
+def test_resuming_is_exact(recipe, tmp_path):
+    whole = pretrain(recipe, tmp_path / "a", RECIPES)
+    pretrain(recipe, tmp_path / "b", RECIPES)
+    newest = last_checkpoint(tmp_path / "b" / "checkpoints")
+    assert newest.name == "checkpoint-20"
+    (newest / "trainer_state.json").unlink()  # as if killed while saving
+    assert last_checkpoint(tmp_path / "b" / "checkpoints").name == "checkpoint-10"
+    again = pretrain(recipe, tmp_path / "b", RECIPES)
+    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    losses = [json.loads((p / "training.json").read_text())["loss"][-1] for p in (whole, again)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"layers": 3}, ConfigError, "unknown key.*layers"),
+        ({"steps": 0}, ConfigError, "steps: got 0"),
+        ({"warmup_steps": 30}, ConfigError, "warmup_steps"),
+        ({"corpus": {"texts": [{"file": "a"}]}}, ConfigError, "unknown key.*file"),
+        ({"corpus": {"stdlib": True}}, ConfigError, "unknown key.*stdlib"),
+        ({"corpus": None}, ConfigError, "'corpus'"),
+    ],
+)
+def test_bad_recipes(tmp_path, change, error, message):
+    fields = {**yaml.safe_load((RECIPES / "tiny_pretrain.yaml").read_text()), **change}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(fields))
+    with pytest.raises(error, match=message):
+        read_recipe(file)
+
+
+def test_missing_recipe(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        read_recipe(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(DataError, match="cannot read recipe"):
+        read_recipe(tmp_path / "bad.yaml")

@@ -62,7 +62,7 @@ def demo():
     rows.append(("held-out bits per byte", "", f"{bits[0]['before']:.4f}", f"**{after}** (at most {change:.3f} % off)", ""))
     seconds = "-".join(str(s) for s in sorted({min(r["seconds"] for r in runs), max(r["seconds"] for r in runs)}))
     text = table(("", "prompts", "before", "after", "engram-poc"), rows)
-    note = f"\n\n{len(runs)} seeds of the random reader, {seconds} s each; ranges over seeds. engram-poc: its own published figures, on another base model."
+    note = f"\n\n{len(runs)} seeds of the random reader, {seconds} s each; ranges over seeds. engram-poc: its published figures, another base."
     return text + note + source(result)
 
 
@@ -94,7 +94,7 @@ def base_model():
         ("architecture", f"Llama, {result['parameters']:,} parameters, {result['bytes'] / 1e6:.1f} MB with its tokenizer"),
         (
             "trained on",
-            f"{result['tokens_seen'] / 1e6:.1f} M tokens of Python's standard library and hand-written text, {result['seconds'] / 60:.0f} minutes",
+            f"{result['tokens_seen'] / 1e6:.1f} M tokens of the standard library and hand-written text, {result['seconds'] / 60:.0f} minutes",
         ),
         ("held-out bits per byte", f"{result['held_out_bits_per_byte']:.3f} on {result['held_out_documents']} documents"),
         (

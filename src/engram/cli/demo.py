@@ -92,9 +92,11 @@ class _Demo:
 
     def run(self) -> None:
         from engram.data.corpus import held_out_standard_library
-        from engram.data.facts import load_facts
+        from engram.data.facts import encode_fact, load_facts
         from engram.models import get_engram_model
 
+        for index, fact in enumerate(self.facts):  # a fact too long for the model is refused before any work is done
+            encode_fact(self.tokenizer, fact, index, getattr(self.base.config, "max_position_embeddings", None))
         self.capitals = load_facts(_FACTS / "capitals.yaml") if self.knows_capitals else []
         self.texts = _first_characters([doc.text for doc in held_out_standard_library()], _HELD_OUT_CHARACTERS)
         self.memory = get_engram_model(self.base, self._config(), self.tokenizer)

@@ -28,7 +28,7 @@ __all__ = ["TeachReport", "TeachSettings", "teach_facts"]
 class TeachSettings:
     """How rows are optimised."""
 
-    lr: float = 0.3
+    lr: float = 0.1
     """Adam's step size on the rows, as a multiple of the residual stream's size (RMS) at the memory's block: a trained model's stream
     grows by orders of magnitude from block to block, and a step must be felt but not overshoot at any of them."""
     max_steps: int = 120

@@ -63,7 +63,12 @@ def test_facts_go_in_exactly_and_nothing_else_is_written(bundled, memory, tmp_pa
     with memory.disable_engram():
         assert not any(a.exact for a in check_facts(memory, tokenizer, FACTS))
     silent = 0
-    for text in ["import os\n", "Once upon a time there was a king.", "x = [i for i in range(10)]", "Water covers most of the earth."]:
+    for text in [
+        "import os\n",
+        "Once upon a time there was a king.",
+        "x = [i for i in range(10)]",
+        "Water covers most of the earth.",
+    ]:
         drift = measure_drift(memory, tokenizer, [text])
         if not any(layer.written for token in trace_text(memory, tokenizer, text).tokens for layer in token.layers):
             silent += 1  # no written row is read, not even by a collision: the base model's logits, bit for bit

@@ -28,7 +28,7 @@ def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for report.html, result.json and the memory.")] = Path("demo"),
     rows: Annotated[
         int, typer.Option(min=64, help="Rows per hash head; more rows, fewer collisions with other text.")
-    ] = 50_000,
+    ] = 100_000,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
     """Teach facts to a small real model through its memory and show, before and after, what it knows and what must not move."""

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+
+from engram.data.facts import pad_right
 
 __all__ = ["bits_per_byte", "text_windows"]
 
@@ -38,18 +40,9 @@ def bits_per_byte(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_le
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     nats = 0.0
     for start in range(0, len(windows), batch_size):
-        ids, mask = _pad(windows[start : start + batch_size], device)
+        rows = [tuple(window) for window in windows[start : start + batch_size]]
+        ids, mask = (x.to(device) for x in pad_right(rows, pad_id=0))
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         target = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
         nats += F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum").item()
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
-
-
-def _pad(windows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(len(window) for window in windows)
-    ids = torch.zeros((len(windows), longest), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for number, window in enumerate(windows):
-        ids[number, : len(window)] = torch.tensor(window)
-        mask[number, : len(window)] = 1
-    return ids.to(device), mask.to(device)

@@ -98,11 +98,15 @@ class EngramState:
     Attributes:
         ids: raw ids seen, masked positions replaced by ``pad_id``.
         conv: normalised inputs of the convolution.
+
+    Args:
+        window: positions of ``conv`` to keep; None keeps all.
+        conv: share this tail instead of starting one (ids are then hashed, and remembered, by somebody else).
     """
 
-    def __init__(self, window: int | None = None) -> None:
+    def __init__(self, window: int | None = None, conv: RollingTail | None = None) -> None:
         self.ids = RollingTail()
-        self.conv = RollingTail(window)
+        self.conv = RollingTail(window) if conv is None else conv
 
     def reorder(self, index: Tensor) -> None:
         """Reorder the batch, as beam search does."""

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -31,14 +32,13 @@ class CacheState:
         self.owner = owner
         self.ids = RollingTail()
         self.conv = {layer_id: RollingTail(window) for layer_id in layer_ids}
-        self.uses_conv = True
 
     def trim(self, length: int) -> None:
         """Follow a cache that was cropped or reset to ``length`` positions."""
         for tail in self._tails():
             tail.trim(length)
 
-    def map_batch(self, fn) -> None:
+    def map_batch(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow a change of the cache's batch dimension."""
         for tail in self._tails():
             tail.map_batch(fn)

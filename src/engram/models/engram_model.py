@@ -74,12 +74,14 @@ class EngramModel(nn.Module):
         tokenizer: Any,
         table_config: TableConfig | None = None,
         rollback_window: int | None = DEFAULT_ROLLBACK_WINDOW,
+        mapping: NgramHashMapping | None = None,
     ) -> None:
         super().__init__()
         decoder = find_decoder(model)
         _check_fit(model, decoder, config, tokenizer)
         config = config.replace(hidden_size=decoder.hidden_size, hc_mult=decoder.streams)
-        mapping = NgramHashMapping(config, CompressedTokenizer(tokenizer))
+        if mapping is None:  # from_pretrained has computed it to check the fingerprint
+            mapping = NgramHashMapping(config, CompressedTokenizer(tokenizer))
         engrams = nn.ModuleDict({str(i): Engram(config, mapping, i, table_config) for i in config.layer_ids})
         for layer_id in config.layer_ids:
             engrams[str(layer_id)].to(_device_of(decoder.blocks[layer_id]))
@@ -226,8 +228,8 @@ class EngramModel(nn.Module):
         """
         from engram.models.files import check_memory
 
-        config = check_memory(model, path, tokenizer, allow_other_base)
-        memory = cls(model, config, tokenizer, table_config, rollback_window)
+        mapping = check_memory(model, path, tokenizer, allow_other_base)
+        memory = cls(model, mapping.config, tokenizer, table_config, rollback_window, mapping)
         try:
             memory.load_memory(path, allow_other_base)
         except BaseException:

@@ -34,17 +34,20 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
     write_store(path, _tensors(memory), description)
 
 
-def check_memory(model: PreTrainedModel, path: str | os.PathLike[str], tokenizer: Any, allow_other_base: bool) -> EngramConfig:
-    """Read and check a saved memory's description against a model and tokenizer, touching neither.
+def check_memory(
+    model: PreTrainedModel, path: str | os.PathLike[str], tokenizer: Any, allow_other_base: bool
+) -> NgramHashMapping:
+    """Check a saved memory's description against a model and tokenizer, touching neither; returns its addresses.
 
     Raises:
         CheckpointError, ConfigError, FingerprintError: as ``EngramModel.from_pretrained``.
     """
     description = read_description(path)
     config = _config_of(description, path)
-    _check_fingerprint(description, NgramHashMapping(config, CompressedTokenizer(tokenizer)).fingerprint, path)
+    mapping = NgramHashMapping(config, CompressedTokenizer(tokenizer))
+    _check_fingerprint(description, mapping.fingerprint, path)
     _check_base(description, model, path, allow_other_base)
-    return config
+    return mapping
 
 
 def load_memory(memory: EngramModel, path: str | os.PathLike[str], allow_other_base: bool = False) -> None:

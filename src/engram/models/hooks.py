@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
 from engram.errors import AttachError
+from engram.layers import EngramState
 from engram.models.cache import CacheState, bind_state, cached_length, state_of
 from engram.models.context import ForwardContext, token_mask
 
@@ -118,7 +119,7 @@ class DecoderHooks:
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-        layer_state = None if context.state is None else _LayerState(context.state, layer_id)
+        layer_state = None if context.state is None else EngramState(conv=context.state.conv[layer_id])
         return engram(hidden_states, None, hash_ids, layer_state, mask, write_mask, trace)
 
     def _finish(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -141,13 +142,6 @@ def _forget_state(cache: Cache) -> None:
     """A pass with the memory off leaves positions it has not seen: continuing with the memory on must be refused."""
     if hasattr(cache, "engram_state"):
         cache.engram_state.owner = ""
-
-
-class _LayerState:
-    """One layer's share of a ``CacheState``, in the form the Engram layer expects."""
-
-    def __init__(self, state: CacheState, layer_id: int) -> None:
-        self.conv = state.conv[layer_id]
 
 
 def _cache_in(output: Any) -> Cache | None:

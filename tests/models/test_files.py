@@ -121,6 +121,12 @@ def test_another_tokenizer_or_base_is_refused(saved):
     other = train_tokenizer(["completely different text, with other words in it " * 9], vocab_size=330, model_max_length=256)
     expect(FingerprintError, "another tokenizer", saved, tokenizer=other)
     expect(FingerprintError, "belongs to base model", saved, model=tiny_model("qwen2"))
+    fields = description(saved)
+    text = (saved / DESCRIPTION_NAME).read_text()
+    fields["engram_config"]["pad_id"] = 5000
+    (saved / DESCRIPTION_NAME).write_text(json.dumps(fields))
+    expect(FingerprintError, "another tokenizer", saved)
+    (saved / DESCRIPTION_NAME).write_text(text)
     changed = tiny_model(seed=5)
     expect(FingerprintError, "allow_other_base=True", saved, model=changed)
     load(saved, changed, allow_other_base=True).unload()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["trace_command"]
 
 _SHOWN_ROWS = 3
+_PIPED_WIDTH = 180
 
 
 def trace_command(
@@ -118,7 +120,7 @@ def _print_table(trace: Trace, fresh: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
     layers = list(trace.tables)
     table = Table(title=f"{len(trace.tokens)} tokens -> output {trace.output_shape}")
     for heading in (

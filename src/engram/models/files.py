@@ -44,7 +44,10 @@ def check_memory(
     """
     description = read_description(path)
     config = _config_of(description, path)
-    mapping = NgramHashMapping(config, CompressedTokenizer(tokenizer))
+    compressed = CompressedTokenizer(tokenizer)
+    if config.pad_id >= len(compressed.lookup_table):
+        _check_fingerprint(description, "a smaller vocabulary", path)
+    mapping = NgramHashMapping(config, compressed)
     _check_fingerprint(description, mapping.fingerprint, path)
     _check_base(description, model, path, allow_other_base)
     return mapping

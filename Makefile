@@ -14,7 +14,7 @@ test: $(VENV)/.developer
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --durations=10
+	$(BIN)/python -m pytest --cov=engram --cov-report=term:skip-covered --durations=10
 
 install: $(VENV)/.developer
 

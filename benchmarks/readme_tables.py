@@ -60,6 +60,8 @@ def demo():
     change = max(abs(b["change_percent"]) for b in bits)
     after = "-".join(sorted({f"{b['after']:.4f}" for b in bits}))
     rows.append(("held-out bits per byte", "", f"{bits[0]['before']:.4f}", f"**{after}** (at most {change:.3f} % off)", ""))
+    drift = max(run["drift"]["mean_kl"] for run in runs)
+    rows.append(("KL to the base on 60 neutral prompts (nats per token)", 60, "0", f"{drift:.4f}", ""))
     seconds = "-".join(str(s) for s in sorted({min(r["seconds"] for r in runs), max(r["seconds"] for r in runs)}))
     text = table(("", "prompts", "before", "after", "engram-poc"), rows)
     note = f"\n\n{len(runs)} seeds of the random reader, {seconds} s each; ranges over seeds. engram-poc: its published figures, another base."

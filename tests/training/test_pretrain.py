@@ -66,6 +66,12 @@ def test_resuming_is_exact(recipe, tmp_path):
         ({"corpus": {"texts": [{"file": "a"}]}}, ConfigError, "unknown key.*file"),
         ({"corpus": {"stdlib": True}}, ConfigError, "unknown key.*stdlib"),
         ({"corpus": None}, ConfigError, "'corpus'"),
+        ({"steps": "a"}, ConfigError, "steps: got 'a', expected int"),
+        ({"bf16": 1}, ConfigError, "bf16: got 1, expected bool"),
+        ({"corpus": {"texts": None}}, ConfigError, "texts: got None"),
+        ({"corpus": {"texts": [5]}}, ConfigError, "texts: got"),
+        ({"corpus": {"texts": [{"weight": 2}]}}, ConfigError, "path"),
+        ({"corpus": {"standard_library": True, "test_percent": "x"}}, ConfigError, "corpus"),
     ],
 )
 def test_bad_recipes(tmp_path, change, error, message):

@@ -68,6 +68,11 @@ class PretrainRecipe:
     save_steps: int = 250
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, default = getattr(self, f.name), f.default
+            kinds = (int, float) if isinstance(default, float) else (type(default),)
+            if f.name != "corpus" and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)):
+                raise ConfigError(f"PretrainRecipe.{f.name}: got {value!r}, expected {type(default).__name__}.")
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, int) and not isinstance(value, bool) and name not in ("seed", "decay_steps") and value < 1:
                 raise ConfigError(f"PretrainRecipe.{name}: got {value}, expected a positive number.")
@@ -94,6 +99,10 @@ def read_recipe(path: str | os.PathLike[str]) -> PretrainRecipe:
         raise ConfigError(f"recipe {path}: expected a mapping with a 'corpus' mapping in it.")
     corpus = dict(fields["corpus"])
     texts = corpus.pop("texts", [])
+    if not isinstance(texts, list) or not all(isinstance(t, (str, dict)) for t in texts):
+        raise ConfigError(
+            f"recipe {path}: corpus.texts: got {texts!r}, expected a list of paths or of {{path: ..., weight: ...}}."
+        )
     sources = tuple(_build(TextSource, {"path": t} if isinstance(t, str) else t, "corpus.texts") for t in texts)
     for name in ("exclude_parts",):
         if name in corpus:
@@ -106,7 +115,10 @@ def _build(cls: type, fields: dict[str, Any], where: str) -> Any:
     unknown = sorted(set(fields) - known)
     if unknown:
         raise ConfigError(f"{where}: unknown key(s) {', '.join(unknown)}; expected some of {', '.join(sorted(known))}.")
-    return cls(**fields)
+    try:
+        return cls(**fields)
+    except TypeError as error:  # a missing key, or a value that cannot be compared
+        raise ConfigError(f"{where}: {error}.") from None
 
 
 @dataclass

@@ -42,7 +42,7 @@ def render_report(result: Mapping[str, Any]) -> str:
         "<h2>With the memory on and off</h2>",
         _examples(result["examples"]),
         "<h2>Gates, token by token</h2>",
-        "<p class=quiet>White: closed (0). Dark red: open (1). Underlined: a row that was written is read here.</p>",
+        "<p class=quiet>White: closed (0), or only empty rows are read. Dark red: open (1). Underlined: a row that was written is read.</p>",
         *(_heat_map(trace) for trace in result["traces"]),
     ]
     body = "\n".join(sections)
@@ -99,7 +99,8 @@ def _heat_map(trace: Mapping[str, Any]) -> str:
         spans = []
         for token in trace["tokens"]:
             entry = token["layers"][index]
-            gate = sum(entry["gate"]) / len(entry["gate"])
+            # A gate in front of empty rows lets nothing in, however far it stands open.
+            gate = sum(entry["gate"]) / len(entry["gate"]) if entry["written"] else 0.0
             ink = "#fff" if gate > 0.6 else "#222"
             text = escape(token["token"]).replace("\n", "\\n")
             written = " written" if entry["written"] else ""

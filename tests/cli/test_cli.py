@@ -52,6 +52,7 @@ def test_demo_on_the_users_own_facts(monkeypatch, capsys, tmp_path):
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["categories"] == [{"category": "fact", "prompts": 2, "before": 0, "after": 2}]
     assert result["capitals"]["still_right"] == result["capitals"]["known"]
+    assert [(e["prompt"], e["on"]) for e in result["examples"]] == [("KEY:one", "red"), ("KEY:two", "blue")]
     assert abs(result["bits_per_byte"]["change_percent"]) < 0.1
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("class='tok") > 10

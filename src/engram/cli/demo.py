@@ -205,7 +205,8 @@ def _space(prompt: str) -> str:
 
 def _spread(items: range, count: int) -> list[int]:
     """A few indices, evenly over the range."""
-    return [items[len(items) * i // count] for i in range(min(count, len(items)))]
+    count = min(count, len(items))
+    return [items[len(items) * i // count] for i in range(count)]
 
 
 def _first_characters(texts: list[str], limit: int) -> list[str]:

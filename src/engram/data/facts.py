@@ -97,7 +97,7 @@ def join_answer(prompt: str, answer: str) -> str:
 
 def tokenize_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Ids of a prompt as the model is asked it, beginning-of-text token included where the tokenizer adds one."""
-    return list(tokenizer(prompt)["input_ids"])
+    return list(tokenizer(prompt, verbose=False)["input_ids"])  # lengths are checked by who knows the limit
 
 
 def encode_fact(tokenizer: Any, fact: Fact, fact_index: int, max_length: int | None = None) -> list[EncodedFact]:
@@ -121,7 +121,7 @@ def encode_fact(tokenizer: Any, fact: Fact, fact_index: int, max_length: int | N
         if joint[: len(prompt_ids)] == prompt_ids:
             answer_ids = joint[len(prompt_ids) :]
         else:
-            answer_ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            answer_ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         row = EncodedFact(fact_index, tuple(prompt_ids), (*answer_ids, tokenizer.eos_token_id))
         if max_length is not None and len(row.ids) > max_length:
             raise DataError(

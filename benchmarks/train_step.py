@@ -1,10 +1,16 @@
-"""Cost of one training step against the number of table rows: row-sparse Adam, dense Adam, and frozen tables.
+"""Cost of one training step against the number of table rows: frozen tables, row-sparse Adam, dense gradients with torch's AdamW.
 
-All variants live in one process and are timed in interleaved rounds; compare ratios, not seconds. Backbone: Llama, hidden 256,
-4 layers, vocabulary 8k; batch 8 x 256; two Engram layers with rows of 64 floats.
+All kinds of step at all table sizes live in one process and are timed in interleaved rounds; compare ratios, not seconds. The kinds at
+one size share model and tables (so that all of them fit into 24 GB) and keep optimiser states of their own. Rows start as N(0, 1):
+tables of zeros would be one lazily mapped page, always in cache. Peak memory comes from a fresh process for each kind and size.
+Backbone: Llama, hidden 256, 4 layers, vocabulary 8k; batch 8 x 256; two Engram layers with rows of 64 floats.
 """
 
 import argparse
+import resource
+import statistics
+import subprocess
+import sys
 import time
 
 import torch
@@ -14,7 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engram import EngramAdamW, EngramConfig, get_engram_model
 from engram.optim import build_param_groups
 
-HEADS = 4
+HEADS, SEED, WARM_UP = 4, 0, 2
+KINDS = ("frozen", "sparse", "dense", "dense_fused")
+FULL = {"vocab": 8192, "hidden": 256, "batch": 8, "length": 256}
+QUICK = {"vocab": 500, "hidden": 32, "batch": 2, "length": 32}
 
 
 class Vocabulary:
@@ -33,88 +42,138 @@ class Vocabulary:
         return f"w{i}"
 
 
-class Variant:
-    """One model with one kind of optimiser."""
+def build_model(rows, sizes):
+    torch.manual_seed(SEED)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=sizes["vocab"],
+            hidden_size=sizes["hidden"],
+            num_hidden_layers=4,
+            intermediate_size=2 * sizes["hidden"],
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            tie_word_embeddings=True,
+        )
+    )
+    config = EngramConfig(
+        engram_vocab_size=rows // (2 * HEADS),
+        n_embed_per_ngram=64 * HEADS,
+        n_head_per_ngram=HEADS,
+        layer_ids=[1, 2],
+        pad_id=0,
+        table_init="normal",
+    )
+    model = get_engram_model(base, config, Vocabulary(sizes["vocab"]))
+    base.requires_grad_(True)
+    return model
 
-    def __init__(self, kind, rows, sizes):
-        self.kind, self.rows = kind, rows
-        torch.manual_seed(0)
-        base = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=sizes["vocab"],
-                hidden_size=sizes["hidden"],
-                num_hidden_layers=4,
-                intermediate_size=2 * sizes["hidden"],
-                num_attention_heads=4,
-                num_key_value_heads=4,
-                tie_word_embeddings=True,
-            )
-        )
-        config = EngramConfig(
-            engram_vocab_size=rows // (2 * HEADS),
-            n_embed_per_ngram=64 * HEADS,
-            n_head_per_ngram=HEADS,
-            layer_ids=[1, 2],
-            pad_id=0,
-        )
-        self.model = get_engram_model(base, config, Vocabulary(sizes["vocab"]))
-        base.requires_grad_(True)
+
+class Bench:
+    """One model whose step can be taken in several ways."""
+
+    def __init__(self, rows, sizes):
+        self.model = build_model(rows, sizes)
         self.tables = [e.multi_head_embedding.embedding.weight for e in self.model.engrams.values()]
-        if kind == "frozen":
-            for table in self.tables:
-                table.requires_grad_(False)
-        groups = build_param_groups(self.model, self.model.engrams, lr=1e-3)
-        self.optimizer = EngramAdamW(groups, lr=1e-3) if kind != "dense" else torch.optim.AdamW(groups, lr=1e-3, foreach=True)
+        self.rows = [table.shape[0] for table in self.tables]
+        rows_path = EngramAdamW(build_param_groups(self.model, self.model.engrams, lr=1e-3), lr=1e-3)
+        dense = torch.optim.AdamW(build_param_groups(self.model, self.model.engrams, lr=1e-3), lr=1e-3)
+        self.optimizers = {"frozen": rows_path, "sparse": rows_path, "dense": dense, "dense_fused": dense}
 
-    def step(self, ids):
+    def step(self, kind, ids):
+        optimizer = self.optimizers[kind]
+        for table in self.tables:
+            table.requires_grad_(kind != "frozen")
+        for group in optimizer.param_groups:  # one set of dense moments for both of torch's implementations
+            group["foreach"], group["fused"] = kind == "dense", kind == "dense_fused"
         started = time.perf_counter()
         self.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        if self.kind == "dense":
+        if kind.startswith("dense"):
             for table in self.tables:
-                table.grad = table.grad.to_dense()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+                table.grad = table.grad.to_dense()  # what the backward of an ordinary embedding allocates and fills
+        optimizer.step()
+        optimizer.zero_grad()
         return time.perf_counter() - started
 
 
+def batches(sizes):
+    generator = torch.Generator().manual_seed(SEED)
+    while True:
+        yield torch.randint(0, sizes["vocab"], (sizes["batch"], sizes["length"]), generator=generator)
+
+
+def print_peak_memory(kind, rows, sizes):
+    """Run alone in this process, print the peak resident bytes."""
+    bench = Bench(rows, sizes)
+    for _, ids in zip(range(WARM_UP + 1), batches(sizes)):
+        bench.step(kind, ids)
+    scale = 1 if sys.platform == "darwin" else 1024
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
+
+
+def peak_memory(kind, rows, quick):
+    command = [sys.executable, __file__, "--peak-of", kind, str(rows), *(["--quick"] if quick else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"peak memory of {kind} at {rows:,} rows: exit {done.returncode}\n{done.stderr[-2000:]}")
+    return int(done.stdout.split()[-1])
+
+
+def timed_rounds(row_counts, sizes, rounds):
+    benches = {rows: Bench(rows, sizes) for rows in row_counts}
+    times = {(kind, rows): [] for rows in row_counts for kind in KINDS}
+    for number, ids in zip(range(rounds + WARM_UP), batches(sizes)):
+        for kind, rows in times:
+            seconds = benches[rows].step(kind, ids)
+            if number >= WARM_UP:  # the first steps allocate
+                times[kind, rows].append(seconds)
+        print(f"round {number + 1} of {rounds + WARM_UP}", flush=True)
+    return times, {rows: bench.rows for rows, bench in benches.items()}
+
+
+def entry(kind, rows, actual, values, smallest, peak):
+    # A step now and then doubles the moment buffers; the mean has its share of that, the median has not.
+    seconds = {**spread(values), "mean": statistics.fmean(values)}
+    return {
+        "kind": kind,
+        "rows_per_layer": rows,
+        "actual_rows": actual,
+        "seconds": seconds,
+        "to_smallest_sparse": seconds["median"] / statistics.median(smallest),
+        "mean_to_smallest_sparse": seconds["mean"] / statistics.fmean(smallest),
+        "peak_bytes": peak,
+    }
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", default=RESULTS / "train_step.json")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs; needs --out")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out")
+    parser.add_argument("--peak-of", nargs=2, metavar=("KIND", "ROWS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    sizes = QUICK if args.quick else FULL
+    if args.peak_of:
+        print_peak_memory(args.peak_of[0], int(args.peak_of[1]), sizes)
+        return
+    if args.quick and not args.out:
+        parser.error("--quick needs --out FILE: figures of tiny sizes must not replace the ones that the README quotes")
     row_counts = [1_000, 5_000] if args.quick else [100_000, 1_000_000, 5_000_000]
-    sizes = (
-        {"vocab": 500, "hidden": 32, "batch": 2, "length": 32}
-        if args.quick
-        else {"vocab": 8192, "hidden": 256, "batch": 8, "length": 256}
-    )
-    rounds = 2 if args.quick else args.rounds
-    generator = torch.Generator().manual_seed(0)
-    variants = [Variant(kind, rows, sizes) for rows in row_counts for kind in ("frozen", "sparse", "dense")]
-    times = {(v.kind, v.rows): [] for v in variants}
-    for number in range(rounds + 2):
-        ids = torch.randint(0, sizes["vocab"], (sizes["batch"], sizes["length"]), generator=generator)
-        for variant in variants:
-            seconds = variant.step(ids)
-            if number >= 2:  # the first steps allocate
-                times[variant.kind, variant.rows].append(seconds)
-        print(f"round {number + 1} of {rounds + 2}", flush=True)
-    first = spread(times["sparse", row_counts[0]])["median"]
+    peaks = {}
+    for kind, rows in [("sparse", row_counts[0])] if args.quick else [(kind, rows) for rows in row_counts for kind in KINDS]:
+        peaks[kind, rows] = peak_memory(kind, rows, args.quick)
+        print(f"peak memory, {kind:>11} {rows:>9,} rows: {peaks[kind, rows] / 1e9:.2f} GB", flush=True)
+    times, actual = timed_rounds(row_counts, sizes, 2 if args.quick else args.rounds)
+    smallest = times["sparse", row_counts[0]]
     entries = [
-        {
-            "kind": kind,
-            "rows_per_layer": rows,
-            "seconds": spread(values),
-            "to_smallest_sparse": spread(values)["median"] / first,
-        }
-        for (kind, rows), values in times.items()
+        entry(kind, rows, actual[rows], values, smallest, peaks.get((kind, rows))) for (kind, rows), values in times.items()
     ]
-    for entry in entries:
+    for e in entries:
         print(
-            f"{entry['kind']:>7} {entry['rows_per_layer']:>9,} rows: {entry['seconds']['median']:.3f} s  x{entry['to_smallest_sparse']:.2f}"
+            f"{e['kind']:>11} {e['rows_per_layer']:>9,} rows: median {e['seconds']['median']:.3f} s "
+            f"({e['seconds']['min']:.3f}-{e['seconds']['max']:.3f}), x{e['to_smallest_sparse']:.2f}; "
+            f"mean {e['seconds']['mean']:.3f} s, x{e['mean_to_smallest_sparse']:.2f}"
         )
-    write(args.out, {**provenance(0), "entries": entries})
+    write(args.out or RESULTS / "train_step.json", {**provenance(SEED), "sizes": sizes, "entries": entries})
 
 
 if __name__ == "__main__":

@@ -130,6 +130,15 @@ def test_clipping_sees_the_sparse_part(max_norm):
     assert clip_grad_norm_([torch.ones(2).requires_grad_()], 1.0) == 0
 
 
+def test_clipping_takes_a_single_parameter():
+    parameter = torch.ones(2).requires_grad_()
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert clip_grad_norm_(parameter, float("inf")) == 5
+    assert parameter.grad.tolist() == [3.0, 4.0]
+    clip_grad_norm_(parameter, 1.0)
+    assert_close(parameter.grad, torch.tensor([0.6, 0.8]))
+
+
 def test_groups_are_strict_and_complete():
     memory = tiny_memory(tiny_model())
     groups = {g["name"]: g for g in build_param_groups(memory, memory.engrams, lr=1e-3, weight_decay=0.1)}
@@ -149,3 +158,20 @@ def test_groups_are_strict_and_complete():
     memory.requires_grad_(False)
     with pytest.raises(ConfigError, match="no parameter is trainable"):
         build_param_groups(memory, memory.engrams, lr=1e-3)
+
+
+def test_a_parameter_shared_between_two_kinds_is_refused_by_name():
+    memory = tiny_memory(tiny_model())
+    memory.base_model.extra = torch.nn.Module()
+    memory.base_model.extra.weight = next(iter(memory.engrams.values())).value_proj.weight
+    with pytest.raises(ConfigError, match=r"extra\.weight is shared between backbone and reader"):
+        build_param_groups(memory, memory.engrams, lr=1e-3)
+    memory.base_model.extra.weight.requires_grad_(False)
+    assert {g["name"] for g in build_param_groups(memory, memory.engrams, lr=1e-3)} == {"tables", "reader", "reader_no_decay"}
+
+
+def test_tied_weights_of_one_kind_are_one_member():
+    memory = tiny_memory(tiny_model(tie_word_embeddings=True))
+    memory.requires_grad_(True)
+    members = [id(p) for g in build_param_groups(memory, memory.engrams, lr=1e-3) for p in g["params"]]
+    assert len(members) == len(set(members)) == len(list(memory.parameters()))

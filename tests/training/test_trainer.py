@@ -8,29 +8,36 @@ import textwrap
 import pytest
 import torch
 from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from engram import ConfigError, EngramTrainer, EngramTrainingArguments
+from engram import CheckpointError, ConfigError, EngramTrainer, EngramTrainingArguments, TableConfig, get_engram_model
 from engram.optim import EngramAdamW
-from engram.testing import assert_close, tiny_memory, tiny_model, tiny_tokenizer
+from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
+from engram.training.safe_trainer import last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
 
 class Rows(Dataset):
-    def __init__(self, count=48, length=12, extra=False):
+    """Random texts; with ``extra`` a mask and a column that no model takes, with ``masked`` a number of labels that varies by row."""
+
+    def __init__(self, count=48, length=12, extra=False, masked=False):
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(2, 300, (count, length), generator=generator)
-        self.extra = extra
+        self.extra, self.masked = extra, masked
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, i):
-        return {"input_ids": self.ids[i], "labels": self.ids[i]}
+        labels = self.ids[i].clone()
+        if self.masked:
+            labels[: 1 + 5 * i % 10] = -100
+        extra = {"attention_mask": torch.ones_like(labels), "source": torch.tensor(i)} if self.extra else {}
+        return {"input_ids": self.ids[i], "labels": labels, **extra}
 
 
-def make(tmp_path, memory=None, callbacks=(), **changes):
-    memory = memory or tiny_memory(speak=False)
+def fields_for(tmp_path, **changes):
     fields = {
         "output_dir": str(tmp_path / "run"),
         "max_steps": 8,
@@ -44,8 +51,16 @@ def make(tmp_path, memory=None, callbacks=(), **changes):
         "dataloader_pin_memory": False,
         "lr_scheduler_type": "constant",
     }
+    return {**fields, **changes}
+
+
+def make(tmp_path, memory=None, callbacks=(), data=None, held_out=None, **changes):
     return EngramTrainer(
-        memory, EngramTrainingArguments(**{**fields, **changes}), train_dataset=Rows(), callbacks=list(callbacks)
+        memory or tiny_memory(speak=False),
+        EngramTrainingArguments(**fields_for(tmp_path, **changes)),
+        train_dataset=data or Rows(),
+        eval_dataset=held_out,
+        callbacks=list(callbacks),
     )
 
 
@@ -77,13 +92,14 @@ def test_table_rows_never_touched_are_never_changed(tmp_path):
         assert set(changed) <= touched[key]
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_accumulation_equals_one_big_batch(tmp_path, bf16):
+@pytest.mark.parametrize(("bf16", "masked"), [(False, False), (False, True), (True, False)])
+def test_accumulation_equals_one_big_batch(tmp_path, bf16, masked):
     runs = []
     for size, accumulate in ((8, 1), (2, 4)):
         trainer = make(
             tmp_path,
             tiny_memory(tiny_model()),
+            data=Rows(masked=masked),
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulate,
             max_steps=3,
@@ -95,11 +111,16 @@ def test_accumulation_equals_one_big_batch(tmp_path, bf16):
     assert_close(torch.tensor(runs[1]), torch.tensor(runs[0]), 2e-2 if bf16 else 1e-4)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path):
+@pytest.mark.parametrize("train_backbone", [False, True])
+def test_gradient_checkpointing_changes_nothing(tmp_path, train_backbone):
     runs = []
     for checkpointing in (False, True):
         trainer = make(
-            tmp_path, tiny_memory(tiny_model()), train_backbone=True, activation_checkpointing=checkpointing, max_steps=4
+            tmp_path,
+            tiny_memory(tiny_model()),
+            train_backbone=train_backbone,
+            activation_checkpointing=checkpointing,
+            max_steps=4,
         )
         trainer.train()
         runs.append(losses(trainer))
@@ -199,8 +220,6 @@ def test_what_to_train_is_chosen_by_the_arguments(tmp_path):
         make(tmp_path, memory, train_tables=False, train_reader=False)
     with pytest.raises(ConfigError, match="expected an EngramModel"):
         make(tmp_path, tiny_model())
-    from transformers import TrainingArguments
-
     with pytest.raises(ConfigError, match="expected EngramTrainingArguments"):
         EngramTrainer(memory, TrainingArguments(output_dir=str(tmp_path), report_to=[]))
 
@@ -211,3 +230,166 @@ def test_the_tokenizer_is_saved_with_a_checkpoint(tmp_path):
     trainer.save_model(str(tmp_path / "out"))
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert (tmp_path / "out" / "engram.json").is_file()
+
+
+def test_columns_that_the_base_model_does_not_take_are_left_out(tmp_path):
+    runs = []
+    for extra in (False, True):
+        trainer = make(tmp_path, tiny_memory(tiny_model()), data=Rows(extra=extra), max_steps=2)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert_close(torch.tensor(runs[1]), torch.tensor(runs[0]))
+
+
+def test_evaluation_reports_the_loss_of_the_model(tmp_path):
+    memory, held_out = tiny_memory(tiny_model()), Rows(8)
+    reported = make(tmp_path, memory).evaluate(held_out)["eval_loss"]
+    with torch.no_grad():
+        expected = memory(input_ids=held_out.ids, labels=held_out.ids).loss
+    assert reported == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_label_smoothing_is_that_of_the_base_model(tmp_path):
+    """A silent memory changes no logits, so the first loss must be the plain Trainer's; the labels are shifted, that is."""
+    ours = make(tmp_path / "a", tiny_memory(tiny_model(), speak=False), label_smoothing_factor=0.1, max_steps=1)
+    theirs = Trainer(
+        tiny_model(),
+        TrainingArguments(**fields_for(tmp_path / "b", label_smoothing_factor=0.1, max_steps=1)),
+        train_dataset=Rows(),
+    )
+    ours.train()
+    theirs.train()
+    assert losses(ours) == losses(theirs)
+
+
+class HighestStepIsWorst(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics=None, **_):
+        metrics["eval_loss"] = float(state.global_step)
+
+
+@pytest.mark.parametrize("train_backbone", [False, True])
+def test_the_best_model_is_loaded_at_the_end(tmp_path, train_backbone):
+    trainer = make(
+        tmp_path,
+        tiny_memory(tiny_model()),
+        [HighestStepIsWorst()],
+        held_out=Rows(8),
+        max_steps=4,
+        train_backbone=train_backbone,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    found = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer._load_from_checkpoint(trainer.state.best_model_checkpoint)
+    assert all(torch.equal(p, found[name]) for name, p in trainer.model.named_parameters())
+    trainer._load_from_checkpoint(trainer.state.best_model_checkpoint.replace("checkpoint-2", "checkpoint-4"))
+    assert any(not torch.equal(p, found[name]) for name, p in trainer.model.named_parameters())
+
+
+def half_precision_memory():
+    return get_engram_model(tiny_model(attention_dropout=0.1), tiny_config(), tiny_tokenizer(), TableConfig(dtype="bfloat16"))
+
+
+def test_resuming_in_the_middle_of_an_epoch_with_everything_on(tmp_path):
+    options = {
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "gradient_accumulation_steps": 3,
+        "bf16": True,
+        "label_smoothing_factor": 0.1,
+        "activation_checkpointing": True,
+        "lr_scheduler_type": "cosine",
+        "save_strategy": "steps",
+        "save_steps": 6,
+    }
+    whole = make(tmp_path / "a", half_precision_memory(), data=Rows(masked=True), **options)
+    whole.train()
+    again = make(tmp_path / "b", half_precision_memory(), data=Rows(masked=True), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "run" / "checkpoint-6"))
+    assert len(losses(whole)) == 8
+    assert losses(again)[-2:] == losses(whole)[-2:]
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_a_trained_mixture_of_experts_resumes_and_loads_elsewhere(tmp_path):
+    """Saved in the original format, its experts would be split and renamed."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "train_backbone": True}
+    whole = make(tmp_path / "a", tiny_memory(tiny_model("mixtral")), **options)
+    whole.train()
+    run = tmp_path / "a" / "run"
+    again = make(tmp_path / "b", tiny_memory(tiny_model("mixtral")), **options)
+    again.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert losses(again)[-2:] == losses(whole)[-2:]
+    elsewhere = AutoModelForCausalLM.from_pretrained(run / "checkpoint-4" / "backbone").state_dict()
+    assert all(torch.equal(p, elsewhere[name]) for name, p in whole.model.base_model.state_dict().items())
+    other = make(tmp_path / "c", tiny_memory(tiny_model("llama")), **options)
+    with pytest.raises(CheckpointError, match="does not fit this base model"):
+        other.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+
+
+def test_an_incomplete_checkpoint_is_never_resumed_from(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    whole = make(tmp_path, tiny_memory(tiny_model()), **options)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        whole.train(resume_from_checkpoint=True)
+    whole.train()
+    run = tmp_path / "run"
+    (run / "checkpoint-6" / "trainer_state.json").unlink()
+    again = make(tmp_path, tiny_memory(tiny_model()), **options)
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json is missing"):
+        again.train(resume_from_checkpoint=str(run / "checkpoint-6"))
+    again.train(resume_from_checkpoint=True)  # from 4
+    assert losses(again)[-2:] == losses(whole)[-2:]
+
+
+def test_a_save_cut_short_leaves_no_checkpoint_that_looks_complete(tmp_path, monkeypatch):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    make(tmp_path, tiny_memory(tiny_model()), **options).train()
+
+    def full_disk(folder):
+        raise OSError("No space left on device")
+
+    again = make(tmp_path, tiny_memory(tiny_model()), **options)  # writes over the same folders
+    monkeypatch.setattr(again, "_save_weights", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        again.train()
+    assert not (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").exists()
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"  # the earlier run's, still whole
+
+
+def test_a_failing_training_gives_ctrl_c_back(tmp_path):
+    class Broken(Rows):
+        def __getitem__(self, i):
+            raise RuntimeError("broken row")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError, match="broken row"):
+        make(tmp_path, data=Broken()).train()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_gradient_scaler_is_saved_without_pickle(tmp_path):
+    trainer = make(tmp_path, max_steps=1)
+    trainer._save_scaler(str(tmp_path))  # none in float32
+    assert not list(tmp_path.glob("scaler*"))
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    trainer._save_scaler(str(tmp_path))
+    assert {p.suffix for p in tmp_path.glob("scaler*")} == {".json", ".safetensors"}
+    saved, trainer.accelerator.scaler = trainer.accelerator.scaler, torch.amp.GradScaler("cpu")
+    trainer._load_scaler(str(tmp_path))
+    assert trainer.accelerator.scaler.state_dict() == saved.state_dict()
+
+
+def test_another_optimizer_must_be_passed_in(tmp_path):
+    with pytest.raises(ConfigError, match=r"optim: got 'sgd'"):
+        make(tmp_path, optim="sgd").create_optimizer()
+    memory = tiny_memory(tiny_model())
+    own = torch.optim.SGD(memory.engrams.parameters(), lr=0.1)
+    args = EngramTrainingArguments(**fields_for(tmp_path, optim="sgd"))
+    assert EngramTrainer(memory, args, train_dataset=Rows(), optimizers=(own, None)).create_optimizer() is own

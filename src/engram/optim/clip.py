@@ -11,18 +11,17 @@ __all__ = ["clip_grad_norm_"]
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale all gradients together so that their joint 2-norm is at most ``max_norm``; returns the norm before.
 
     The norm equals that of the densified gradients: duplicate rows of a sparse gradient are summed first (and stay summed).
+
+    Args:
+        parameters: one tensor or several; those without a gradient are passed over.
+        max_norm: infinity measures without scaling.
     """
-    holders = [p for p in parameters if p.grad is not None]
-    parts = []
-    for p in holders:
-        assert p.grad is not None
-        if p.grad.is_sparse:
-            p.grad = p.grad.coalesce()
-        parts.append(_values(p.grad))
+    holders = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    parts = [_values(p) for p in holders if p.grad is not None]
     if not parts:
         return torch.tensor(0.0)
     device = parts[0].device
@@ -33,6 +32,10 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     return total
 
 
-def _values(grad: Tensor) -> Tensor:
-    """The numbers of a gradient: all of a dense one, the stored rows of a coalesced sparse one."""
-    return grad._values() if grad.is_sparse else grad
+def _values(parameter: Tensor) -> Tensor:
+    """The numbers of a gradient: all of a dense one, the stored rows of a sparse one, which is coalesced in place of the old."""
+    assert parameter.grad is not None
+    if not parameter.grad.is_sparse:
+        return parameter.grad
+    parameter.grad = parameter.grad.coalesce()
+    return parameter.grad.values()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -37,28 +36,44 @@ def build_param_groups(
         backbone_lr: of the base model; None means ``lr``.
 
     Raises:
-        ConfigError: nothing is trainable, or ``memory`` has parameters that ``model`` has not.
+        ConfigError: nothing is trainable, ``memory`` has parameters that ``model`` has not, or a trainable parameter is shared between
+            two kinds and so belongs to no one group.
     """
-    tables = {id(p) for m in model.modules() if isinstance(m, EmbeddingTable) for p in m.parameters()}
-    reader = {id(p) for p in memory.parameters()} - tables if memory is not None else set()
-    names = {id(p): name for name, p in model.named_parameters()}
-    strangers = [name for name, p in (memory.named_parameters() if memory is not None else ()) if id(p) not in names]
-    if strangers:
-        raise ConfigError(f"build_param_groups: {', '.join(strangers[:5])} of the memory are not parameters of the model.")
-    settings: Mapping[str, dict[str, float]] = {
+    kinds = _kinds_of_parameters(model, memory)
+    base_lr = lr if backbone_lr is None else backbone_lr
+    settings = {
         "tables": {"lr": lr * table_lr_multiplier, "weight_decay": table_weight_decay},
         "reader": {"lr": lr, "weight_decay": weight_decay},
         "reader_no_decay": {"lr": lr, "weight_decay": 0.0},
-        "backbone": {"lr": lr if backbone_lr is None else backbone_lr, "weight_decay": weight_decay},
-        "backbone_no_decay": {"lr": lr if backbone_lr is None else backbone_lr, "weight_decay": 0.0},
+        "backbone": {"lr": base_lr, "weight_decay": weight_decay},
+        "backbone_no_decay": {"lr": base_lr, "weight_decay": 0.0},
     }
     members: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        kind = "tables" if id(p) in tables else "reader" if id(p) in reader else "backbone"
+        kind, *others = sorted(kinds[id(p)])
+        if others:
+            raise ConfigError(
+                f"build_param_groups: {name} is shared between {kind} and {', '.join(others)}, expected one of them; untie it or freeze it."
+            )
         members[kind if kind == "tables" or p.dim() >= 2 else f"{kind}_no_decay"].append(p)
     groups = [{"name": name, "params": members[name], **settings[name]} for name in settings if members[name]]
     if not groups:
         raise ConfigError("build_param_groups: no parameter is trainable; set requires_grad on the parts to train.")
     return groups
+
+
+def _kinds_of_parameters(model: nn.Module, memory: nn.Module | None) -> dict[int, set[str]]:
+    """For the id of each parameter, the kinds of the modules that hold it: ``tables``, ``reader``, ``backbone``."""
+    tables = {id(part) for m in model.modules() if isinstance(m, EmbeddingTable) for part in m.modules()}
+    reader = {id(m) for m in memory.modules()} if memory is not None else set()
+    kinds: dict[int, set[str]] = {}
+    for module in model.modules():
+        kind = "tables" if id(module) in tables else "reader" if id(module) in reader else "backbone"
+        for p in module.parameters(recurse=False):
+            kinds.setdefault(id(p), set()).add(kind)
+    strangers = [name for name, p in memory.named_parameters() if id(p) not in kinds] if memory is not None else []
+    if strangers:
+        raise ConfigError(f"build_param_groups: {', '.join(strangers[:5])} of the memory are not parameters of the model.")
+    return kinds

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import find_labels
 
+from engram.checkpoint import load_tree, save_tree
 from engram.errors import CheckpointError, ConfigError
 from engram.models import EngramModel
 from engram.optim import EngramAdamW, build_param_groups, clip_grad_norm_
-from engram.training.safe_trainer import SafeTrainer
+from engram.training.safe_trainer import SafeTrainer, last_checkpoint
 
 __all__ = ["EngramTrainer", "EngramTrainingArguments"]
 
-_BACKBONE = "backbone"
+_BACKBONE, _SCALER = "backbone", "scaler"
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass
@@ -40,7 +51,7 @@ class EngramTrainingArguments(TrainingArguments):
 
 
 class EngramTrainer(SafeTrainer):
-    """Trainer for an ``EngramModel``.
+    """Trainer for an ``EngramModel``, in one process.
 
     Tables get their own learning rate and a row-sparse Adam, gradient clipping includes the sparse part, checkpoints hold the memory
     as ``save_pretrained`` writes it (and the backbone, when that is trained), and resuming is exact.
@@ -56,20 +67,55 @@ class EngramTrainer(SafeTrainer):
             raise ConfigError(f"EngramTrainer: got {type(args).__name__}, expected EngramTrainingArguments.")
         _set_trainable(model, args)
         super().__init__(model=model, args=args, **kwargs)
-        base_parameters = inspect.signature(model.base_model.forward).parameters.values()
-        self.model_accepts_loss_kwargs = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in base_parameters)
+        self._introspect_base(model.base_model)
 
     _signature_columns: Any
+    label_smoother: Any
+
+    def _introspect_base(self, base: Any) -> None:
+        """What Trainer reads off a model's class and forward signature, read off the base model: ``EngramModel`` hides both."""
+        forward = inspect.signature(base.forward).parameters.values()
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward)
+        self.model_accepts_loss_kwargs = getattr(base, "accepts_loss_kwargs", takes_any)
+        if self.args.label_names is None:
+            self.label_names = find_labels(type(base))  # without labels, evaluation would report no loss
+        if self.label_smoother is not None:
+            # Trainer shifts labels only for class names that it knows as causal language models.
+            self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
 
     @property
     def memory(self) -> EngramModel:
         """The model that is trained."""
         return cast(EngramModel, self.model)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``transformers.Trainer.train``.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; True for the newest complete one in ``output_dir``.
+            *args: as for ``transformers.Trainer``.
+            **kwargs: as for ``transformers.Trainer``.
+
+        Raises:
+            CheckpointError: there is no complete checkpoint to resume from.
+        """
+        with _interrupt_handler_given_back():
+            return super().train(_complete_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """``EngramAdamW`` over ``build_param_groups``, unless an optimiser was given."""
+        """``EngramAdamW`` over ``build_param_groups``, unless an optimiser was given.
+
+        Raises:
+            ConfigError: the arguments ask for another optimiser than AdamW.
+        """
         if self.optimizer is None:
             args: Any = self.args
+            asked = getattr(args.optim, "value", args.optim)
+            if asked not in _ADAMW:
+                raise ConfigError(
+                    f"EngramTrainingArguments.optim: got {asked!r}, expected one of {', '.join(_ADAMW)} (EngramAdamW is used for "
+                    "both), or pass optimizers=(yours, None)."
+                )
             groups = build_param_groups(
                 self.memory,
                 self.memory.engrams,
@@ -93,31 +139,92 @@ class EngramTrainer(SafeTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             names = list(inspect.signature(self.memory.base_model.forward).parameters)
-            self._signature_columns = [*names, "label", "label_ids", *self.label_names]
+            self._signature_columns = [*names, "engram_input_ids", "label", "label_ids", *self.label_names]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # The state file, written last, marks a checkpoint as complete. One of an earlier run in the same folder must not vouch for
+        # files that a kill cuts short now.
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def _save_weights(self, folder: Path) -> None:
         self.memory.save_pretrained(folder)
         if self.args.train_backbone:  # type: ignore[attr-defined]
-            self.memory.base_model.save_pretrained(folder / _BACKBONE)
+            # One file under the module's own names, so that load_model finds them again; from_pretrained reads it as well. The
+            # original format renames and splits the experts of MoE models.
+            self.memory.base_model.save_pretrained(folder / _BACKBONE, save_original_format=False, max_shard_size="1000TB")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         if self.args.train_backbone:  # type: ignore[attr-defined]
-            weights = folder / _BACKBONE / "model.safetensors"
-            if not weights.is_file():
-                raise CheckpointError(
-                    f"{weights} is missing; the checkpoint was made without train_backbone. Resume with the same arguments."
-                )
-            load_model(self.memory.base_model, weights)
+            _load_backbone(self.memory.base_model, folder / _BACKBONE / "model.safetensors")
         self.memory.load_memory(folder)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)  # there is one in float16 only
+        if scaler is not None:
+            save_tree(os.path.join(output_dir, _SCALER), scaler.state_dict())
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and checkpoint is not None:
+            scaler.load_state_dict(load_tree(os.path.join(checkpoint, _SCALER)))
 
 
 def _set_trainable(model: EngramModel, args: EngramTrainingArguments) -> None:
+    if not (args.train_tables or args.train_reader or args.train_backbone):
+        raise ConfigError(
+            "EngramTrainingArguments: train_tables, train_reader and train_backbone are all False; nothing to train."
+        )
     tables = {id(p) for engram in model.engrams.values() for p in engram.multi_head_embedding.parameters()}
     for parameter in model.engrams.parameters():
         parameter.requires_grad_(args.train_tables if id(parameter) in tables else args.train_reader)
     model.base_model.requires_grad_(args.train_backbone)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError(
-            "EngramTrainingArguments: train_tables, train_reader and train_backbone are all False; nothing to train."
+
+
+def _complete_checkpoint(asked: str | bool | None, output_dir: str | None) -> str | None:
+    """The folder to resume from, known to be complete; None for a fresh start."""
+    if asked is None or asked is False:
+        return None
+    if asked is True:
+        found = last_checkpoint(output_dir or ".")
+        if found is None:
+            raise CheckpointError(
+                f"{output_dir} holds no complete checkpoint to resume from; train without resume_from_checkpoint."
+            )
+        return str(found)
+    if not Path(asked, TRAINER_STATE_NAME).is_file():
+        raise CheckpointError(
+            f"{asked} is no complete checkpoint ({TRAINER_STATE_NAME} is missing); resume from an earlier one, or pass True for the newest."
         )
+    return str(asked)
+
+
+def _load_backbone(base: Any, weights: Path) -> None:
+    if not weights.is_file():
+        raise CheckpointError(
+            f"{weights} is missing; the checkpoint was made without train_backbone. Resume with the same arguments."
+        )
+    try:
+        load_model(base, weights)
+    except (RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{weights} does not fit this base model: {' '.join(str(error).split())[:300]}") from error
+
+
+@contextmanager
+def _interrupt_handler_given_back() -> Iterator[None]:
+    """Whatever happens inside, Ctrl-C means afterwards what it meant before; a training that fails would leave it caught."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if before is not None:  # None: set by something other than Python, which cannot be set from here
+            signal.signal(signal.SIGINT, before)

@@ -81,13 +81,26 @@ def joint_training():
 
 def train_step():
     result = load("train_step")
-    names = {"frozen": "tables frozen", "sparse": "row-sparse Adam (EngramAdamW)", "dense": "dense gradients, torch AdamW"}
+    names = {
+        "frozen": "tables frozen",
+        "sparse": "row-sparse Adam (EngramAdamW)",
+        "dense": "dense gradients, torch AdamW",
+        "dense_fused": "the same, fused",
+    }
     counts = sorted({entry["rows_per_layer"] for entry in result["entries"]})
     rows = []
     for kind, name in names.items():
         cells = {e["rows_per_layer"]: e for e in result["entries"] if e["kind"] == kind}
-        rows.append((name, *(f"{cells[n]['seconds']['median']:.2f} s (x{cells[n]['to_smallest_sparse']:.2f})" for n in counts)))
-    return table(("rows per layer", *(f"{n:,}" for n in counts)), rows) + source(result)
+        peak = cells[counts[-1]]["peak_bytes"] / 1e9
+        rows.append((name, *(_step_cell(cells[n]) for n in counts), f"{peak:.1f} GB"))
+    note = "\n\nMedian seconds; in brackets median and mean as multiples of row-sparse Adam at the smallest size (its rare steps that grow "
+    note += "the moment buffers are long, which a median hides). Tables are random and every step reads new rows."
+    header = ("rows per layer", *(f"{n:,}" for n in counts), f"peak memory at {counts[-1]:,}")
+    return table(header, rows) + note + source(result)
+
+
+def _step_cell(entry):
+    return f"{entry['seconds']['median']:.2f} s (x{entry['to_smallest_sparse']:.2f}, x{entry['mean_to_smallest_sparse']:.2f})"
 
 
 def base_model():

@@ -8,23 +8,27 @@ import random
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from engram.checkpoint import load_tree, save_tree, write_json_atomically
+from engram.errors import CheckpointError
 
 __all__ = ["SafeTrainer", "SaveOnInterrupt", "last_checkpoint"]
 
-_OPTIMIZER, _SCHEDULER, _RANDOM = "optimizer", "scheduler", "random_state"
+_OPTIMIZER, _SCHEDULER, _RANDOM, _SCALER = "optimizer", "scheduler", "random_state", "scaler"
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The newest complete checkpoint in ``folder``; one that a kill cut short has no ``trainer_state.json`` and does not count."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    found = [p for p in Path(folder).glob("checkpoint-*") if (p / TRAINER_STATE_NAME).is_file()]
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
@@ -82,6 +86,27 @@ class SafeTrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``transformers.Trainer.train``.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; True for the newest complete one in ``output_dir``.
+            *args: as for ``transformers.Trainer``.
+            **kwargs: as for ``transformers.Trainer``.
+
+        Raises:
+            CheckpointError: there is no complete checkpoint to resume from.
+        """
+        with _interrupt_handler_given_back():
+            return super().train(_complete_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # The state file, written last, marks a checkpoint as complete. One of an earlier run in the same folder must not vouch for
+        # files that a kill cuts short now.
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_tree(os.path.join(output_dir, _OPTIMIZER), self.optimizer.state_dict())
         save_tree(os.path.join(output_dir, _SCHEDULER), _plain(self.lr_scheduler.state_dict()))
@@ -108,6 +133,16 @@ class SafeTrainer(Trainer):
         if torch.cuda.is_available() and "cuda" in state:
             torch.cuda.set_rng_state_all(state["cuda"])
 
+    def _save_scaler(self, output_dir: str) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)  # there is one in float16 only
+        if scaler is not None:
+            save_tree(os.path.join(output_dir, _SCALER), scaler.state_dict())
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and checkpoint is not None:
+            scaler.load_state_dict(load_tree(os.path.join(checkpoint, _SCALER)))
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,3 +160,35 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if key != "lr_lambdas"} | {
         "lr_lambdas": [None] * len(state.get("lr_lambdas", []))
     }
+
+
+def _complete_checkpoint(asked: str | bool | None, output_dir: str | None) -> str | None:
+    """The folder to resume from, known to be complete; None for a fresh start."""
+    if asked is None or asked is False:
+        return None
+    if asked is True:
+        found = last_checkpoint(output_dir or ".")
+        if found is None:
+            raise CheckpointError(
+                f"{output_dir} holds no complete checkpoint to resume from; train without resume_from_checkpoint."
+            )
+        return str(found)
+    if not Path(asked, TRAINER_STATE_NAME).is_file():
+        raise CheckpointError(
+            f"{asked} is no complete checkpoint ({TRAINER_STATE_NAME} is missing); resume from an earlier one, or pass True for the newest."
+        )
+    return str(asked)
+
+
+@contextmanager
+def _interrupt_handler_given_back() -> Iterator[None]:
+    """Whatever happens inside, Ctrl-C means afterwards what it meant before; a training that fails would leave it caught."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if before is not None:  # None: set by something other than Python, which cannot be set from here
+            signal.signal(signal.SIGINT, before)

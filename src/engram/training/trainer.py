@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -17,18 +12,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from transformers import TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import find_labels
 
-from engram.checkpoint import load_tree, save_tree
 from engram.errors import CheckpointError, ConfigError
 from engram.models import EngramModel
 from engram.optim import EngramAdamW, build_param_groups, clip_grad_norm_
-from engram.training.safe_trainer import SafeTrainer, last_checkpoint
+from engram.training.safe_trainer import SafeTrainer
 
 __all__ = ["EngramTrainer", "EngramTrainingArguments"]
 
-_BACKBONE, _SCALER = "backbone", "scaler"
+_BACKBONE = "backbone"
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -88,20 +81,6 @@ class EngramTrainer(SafeTrainer):
         """The model that is trained."""
         return cast(EngramModel, self.model)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``transformers.Trainer.train``.
-
-        Args:
-            resume_from_checkpoint: a checkpoint's folder; True for the newest complete one in ``output_dir``.
-            *args: as for ``transformers.Trainer``.
-            **kwargs: as for ``transformers.Trainer``.
-
-        Raises:
-            CheckpointError: there is no complete checkpoint to resume from.
-        """
-        with _interrupt_handler_given_back():
-            return super().train(_complete_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
-
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """``EngramAdamW`` over ``build_param_groups``, unless an optimiser was given.
 
@@ -141,13 +120,6 @@ class EngramTrainer(SafeTrainer):
             names = list(inspect.signature(self.memory.base_model.forward).parameters)
             self._signature_columns = [*names, "engram_input_ids", "label", "label_ids", *self.label_names]
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # The state file, written last, marks a checkpoint as complete. One of an earlier run in the same folder must not vouch for
-        # files that a kill cuts short now.
-        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
     def _save_weights(self, folder: Path) -> None:
         self.memory.save_pretrained(folder)
         if self.args.train_backbone:  # type: ignore[attr-defined]
@@ -165,16 +137,6 @@ class EngramTrainer(SafeTrainer):
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def _save_scaler(self, output_dir: str) -> None:
-        scaler = getattr(self.accelerator, "scaler", None)  # there is one in float16 only
-        if scaler is not None:
-            save_tree(os.path.join(output_dir, _SCALER), scaler.state_dict())
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        scaler = getattr(self.accelerator, "scaler", None)
-        if scaler is not None and checkpoint is not None:
-            scaler.load_state_dict(load_tree(os.path.join(checkpoint, _SCALER)))
-
 
 def _set_trainable(model: EngramModel, args: EngramTrainingArguments) -> None:
     if not (args.train_tables or args.train_reader or args.train_backbone):
@@ -187,24 +149,6 @@ def _set_trainable(model: EngramModel, args: EngramTrainingArguments) -> None:
     model.base_model.requires_grad_(args.train_backbone)
 
 
-def _complete_checkpoint(asked: str | bool | None, output_dir: str | None) -> str | None:
-    """The folder to resume from, known to be complete; None for a fresh start."""
-    if asked is None or asked is False:
-        return None
-    if asked is True:
-        found = last_checkpoint(output_dir or ".")
-        if found is None:
-            raise CheckpointError(
-                f"{output_dir} holds no complete checkpoint to resume from; train without resume_from_checkpoint."
-            )
-        return str(found)
-    if not Path(asked, TRAINER_STATE_NAME).is_file():
-        raise CheckpointError(
-            f"{asked} is no complete checkpoint ({TRAINER_STATE_NAME} is missing); resume from an earlier one, or pass True for the newest."
-        )
-    return str(asked)
-
-
 def _load_backbone(base: Any, weights: Path) -> None:
     if not weights.is_file():
         raise CheckpointError(
@@ -214,17 +158,3 @@ def _load_backbone(base: Any, weights: Path) -> None:
         load_model(base, weights)
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{weights} does not fit this base model: {' '.join(str(error).split())[:300]}") from error
-
-
-@contextmanager
-def _interrupt_handler_given_back() -> Iterator[None]:
-    """Whatever happens inside, Ctrl-C means afterwards what it meant before; a training that fails would leave it caught."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        if before is not None:  # None: set by something other than Python, which cannot be set from here
-            signal.signal(signal.SIGINT, before)

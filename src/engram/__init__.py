@@ -11,7 +11,7 @@ from engram._version import __version__
 if TYPE_CHECKING:
     from engram.config import EngramConfig, TableConfig
     from engram.data import Fact, load_facts
-    from engram.editing import TeachReport, TeachSettings, teach_facts
+    from engram.editing import ForgetReport, MemoryEditor, TeachReport, TeachSettings
     from engram.errors import (
         AttachError,
         CheckpointError,
@@ -47,6 +47,8 @@ _HOMES = {
     "EngramTrainingArguments": "engram.training",
     "Fact": "engram.data",
     "FingerprintError": "engram.errors",
+    "ForgetReport": "engram.editing",
+    "MemoryEditor": "engram.editing",
     "NgramHashMapping": "engram.hashing",
     "TableConfig": "engram.config",
     "TableError": "engram.errors",
@@ -57,7 +59,6 @@ _HOMES = {
     "load_bundled": "engram.models",
     "load_facts": "engram.data",
     "register_architecture": "engram.models",
-    "teach_facts": "engram.editing",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])

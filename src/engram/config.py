@@ -17,6 +17,7 @@ __all__ = ["EngramConfig", "TableConfig"]
 
 Gate = Literal["signed_sqrt", "plain"]
 TableInit = Literal["zero", "normal"]
+Reader = Literal["trained", "seeded"]
 
 
 def _require(condition: bool, field: str, got: object, expected: str) -> None:
@@ -72,6 +73,16 @@ class EngramConfig:
     """Epsilon of the norms in front of the convolution."""
     hash_spec: str = "demo_v1"
     """Name of the hash specification (``engram.hashing.HASH_SPECS``)."""
+    verify_rows: bool = False
+    """Whether every row carries a tag of the n-gram that owns it, so that any other n-gram reads zero instead of a foreign row. On for
+    memories that are taught facts; off for jointly trained ones, where sharing rows is part of the model. Only written rows exist then,
+    so that ``engram_vocab_size`` costs nothing."""
+    longest_only: bool = False
+    """Of the n-grams found at a position only the longest is read, as in a back-off language model: independent facts never mix.
+    Needs ``verify_rows``."""
+    reader: Reader = "trained"
+    """``trained``: projections are ordinary parameters, saved with the memory. ``seeded``: they are random signs that follow from
+    ``seed``, frozen and never saved."""
 
     def __post_init__(self) -> None:
         _require(
@@ -110,10 +121,40 @@ class EngramConfig:
         _require(_is_int(self.seed) and self.seed >= 0, "seed", self.seed, "an int >= 0")
         _require(self.gate in ("signed_sqrt", "plain"), "gate", self.gate, "'signed_sqrt' or 'plain'")
         _require(self.table_init in ("zero", "normal"), "table_init", self.table_init, "'zero' or 'normal'")
-        for field in ("use_bias", "use_conv"):
+        _require(self.reader in ("trained", "seeded"), "reader", self.reader, "'trained' or 'seeded'")
+        for field in ("use_bias", "use_conv", "verify_rows", "longest_only"):
             _require(isinstance(getattr(self, field), bool), field, getattr(self, field), "True or False")
         _require(self.norm_eps is None or self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number or None")
         _require(self.conv_norm_eps > 0, "conv_norm_eps", self.conv_norm_eps, "a positive number")
+        _require(
+            not self.verify_rows or self.table_init == "zero", "table_init", self.table_init, "'zero' when verify_rows is on"
+        )
+        _require(self.verify_rows or not self.longest_only, "longest_only", True, "False unless verify_rows is on")
+        plain = not (self.use_bias or self.use_conv)
+        _require(self.reader == "trained" or plain, "reader", self.reader, "'trained' unless use_bias and use_conv are off")
+
+    @classmethod
+    def for_teaching(cls, **changes: Any) -> Self:
+        """The configuration of a memory that is taught facts: verified rows, exact ids, long n-grams, a seeded reader, no convolution.
+
+        Orders up to 24 let an address span a key and all of a short answer, so that keys which agree in their last tokens
+        (``SYN:SYN_00123``) stay apart; 2^31 rows per head cost nothing where only written rows exist. ``layer_ids`` defaults to block
+        0 and should be chosen for the model (``MemoryEditor.create`` does).
+        """
+        fields: dict[str, Any] = {
+            "engram_vocab_size": 1 << 31,
+            "max_ngram_size": 24,
+            "n_embed_per_ngram": 64,
+            "n_head_per_ngram": 2,
+            "layer_ids": (0,),
+            "use_bias": False,
+            "use_conv": False,
+            "hash_spec": "exact_v1",
+            "verify_rows": True,
+            "longest_only": True,
+            "reader": "seeded",
+        }
+        return cls(**{**fields, **changes})
 
     @property
     def orders(self) -> range:

@@ -3,8 +3,10 @@
 from engram.checkpoint.store import (
     DESCRIPTION_NAME,
     FORMAT_VERSION,
+    lock_store,
     open_tensors,
     read_description,
+    read_ledger,
     write_json_atomically,
     write_store,
 )
@@ -14,8 +16,10 @@ __all__ = [
     "DESCRIPTION_NAME",
     "FORMAT_VERSION",
     "load_tree",
+    "lock_store",
     "open_tensors",
     "read_description",
+    "read_ledger",
     "save_tree",
     "write_json_atomically",
     "write_store",

@@ -1,7 +1,7 @@
-"""A saved memory: one JSON description and one safetensors file, replaced as a pair or not at all.
+"""A saved memory: a JSON description, a safetensors file and perhaps a ledger, replaced together or not at all.
 
-The description names its weights file. Saving writes new weights under a new name first, then replaces the description in one
-rename: a reader, or a machine that loses power, sees the old pair or the new pair, never a mixture.
+The description names its other files. Saving writes those under new names first, then replaces the description in one rename: a
+reader, or a machine that loses power, sees all of the old or all of the new, never a mixture.
 """
 
 from __future__ import annotations
@@ -14,50 +14,93 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engram.errors import CheckpointError
 
-__all__ = ["DESCRIPTION_NAME", "FORMAT_VERSION", "open_tensors", "read_description", "write_json_atomically", "write_store"]
+__all__ = [
+    "DESCRIPTION_NAME",
+    "FORMAT_VERSION",
+    "lock_store",
+    "open_tensors",
+    "read_description",
+    "read_ledger",
+    "write_json_atomically",
+    "write_store",
+]
 
 DESCRIPTION_NAME = "engram.json"
 FORMAT_VERSION = 1
 _WEIGHTS_PREFIX = "engram-"
 _WEIGHTS_SUFFIX = ".safetensors"
+_LEDGER_SUFFIX = ".ledger.json"
+_LOCK_NAME = ".engram.lock"
 
 
-def write_store(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+@contextmanager
+def lock_store(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold the folder ``path`` for changing what is saved in it; the lock goes with the process, however it ends.
+
+    Raises:
+        CheckpointError: somebody else holds it, or the folder cannot be written.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / _LOCK_NAME)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(
+            f"the memory in {folder} is locked: another process is changing it. Wait until it is done, then try again."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot lock {folder}: {error.strerror}; choose a folder that can be written.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_store(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    ledger: Mapping[str, Any] | None = None,
+) -> None:
     """Save a memory into the folder ``path``, atomically.
 
     Args:
         path: folder; made if missing. Other files in it are left alone.
         tensors: what to save.
-        description: JSON-ready fields; ``format_version`` and ``weights`` are added.
+        description: JSON-ready fields; ``format_version``, ``weights`` and ``ledger`` are added.
+        ledger: JSON-ready account of what was taught, kept in a file of its own.
 
     Raises:
         CheckpointError: the folder cannot be written or the disk is full; what was saved before is intact.
     """
     folder = Path(path)
-    weights = folder / f"{_WEIGHTS_PREFIX}{secrets.token_hex(6)}{_WEIGHTS_SUFFIX}"
+    name = f"{_WEIGHTS_PREFIX}{secrets.token_hex(6)}"
+    weights, account = folder / f"{name}{_WEIGHTS_SUFFIX}", folder / f"{name}{_LEDGER_SUFFIX}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, weights)
-        _sync(weights)
-        entry = {"file": weights.name, "bytes": weights.stat().st_size}
-        write_json_atomically(folder / DESCRIPTION_NAME, {"format_version": FORMAT_VERSION, **description, "weights": entry})
+        files = {"weights": _finished(weights)}
+        if ledger is not None:
+            account.write_text(json.dumps(ledger, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+            files["ledger"] = _finished(account)
+        write_json_atomically(folder / DESCRIPTION_NAME, {"format_version": FORMAT_VERSION, **description, **files})
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            weights.unlink(missing_ok=True)
+        _discard(weights, account)
         raise CheckpointError(
             f"cannot save the memory to {folder}: {error}. Nothing saved before was changed; free space or choose another folder."
         ) from error
     except BaseException:  # Ctrl-C while writing: leave no half file behind
-        with suppress(OSError):
-            weights.unlink(missing_ok=True)
+        _discard(weights, account)
         raise
-    _remove_stale_weights(folder, keep=weights.name)
+    _remove_stale_files(folder, keep=name)
 
 
 def write_json_atomically(path: Path, fields: Mapping[str, Any]) -> None:
@@ -102,26 +145,62 @@ def open_tensors(path: str | os.PathLike[str], description: Mapping[str, Any]) -
     Raises:
         CheckpointError: the weights file is missing, truncated or not a safetensors file.
     """
-    try:
-        name, expected = str(description["weights"]["file"]), int(description["weights"]["bytes"])
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path}/{DESCRIPTION_NAME}: the entry 'weights' is malformed; save the memory again.") from None
-    file = Path(path) / name
-    if Path(name).name != name:
-        raise CheckpointError(f"{path}/{DESCRIPTION_NAME}: weights file {name!r} lies outside the folder; refused.")
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; expected {expected} bytes of weights beside {DESCRIPTION_NAME}.")
-    size = file.stat().st_size
-    if size != expected:
-        raise CheckpointError(
-            f"{file}: got {size} bytes, expected {expected}; the file is truncated or from another save. Copy it again."
-        )
+    file = _named_file(path, description, "weights")
     try:
         opened = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is not a readable safetensors file: {error}. Copy it again.") from error
     with opened as tensors:
         yield tensors
+
+
+def read_ledger(path: str | os.PathLike[str], description: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The ledger saved with the memory, or None if it has none.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or malformed.
+    """
+    if "ledger" not in description:
+        return None
+    file = _named_file(path, description, "ledger")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}. Copy it again.") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file}: got {type(fields).__name__}, expected a ledger. Copy it again.")
+    return fields
+
+
+def _named_file(path: str | os.PathLike[str], description: Mapping[str, Any], entry: str) -> Path:
+    """The file that an entry of the description names, checked for place and size."""
+    try:
+        name, expected = str(description[entry]["file"]), int(description[entry]["bytes"])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{path}/{DESCRIPTION_NAME}: the entry {entry!r} is malformed; save the memory again.") from None
+    file = Path(path) / name
+    if Path(name).name != name:
+        raise CheckpointError(f"{path}/{DESCRIPTION_NAME}: {entry} file {name!r} lies outside the folder; refused.")
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing; expected {expected} bytes of {entry} beside {DESCRIPTION_NAME}.")
+    size = file.stat().st_size
+    if size != expected:
+        raise CheckpointError(
+            f"{file}: got {size} bytes, expected {expected}; the file is truncated or from another save. Copy it again."
+        )
+    return file
+
+
+def _finished(file: Path) -> dict[str, Any]:
+    """The description's entry of a file that is now safely on disk."""
+    _sync(file)
+    return {"file": file.name, "bytes": file.stat().st_size}
+
+
+def _discard(*files: Path) -> None:
+    for file in files:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -132,8 +211,6 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _remove_stale_weights(folder: Path, keep: str) -> None:
-    for file in folder.glob(f"{_WEIGHTS_PREFIX}*{_WEIGHTS_SUFFIX}"):
-        if file.name != keep:
-            with suppress(OSError):
-                file.unlink()
+def _remove_stale_files(folder: Path, keep: str) -> None:
+    for suffix in (_WEIGHTS_SUFFIX, _LEDGER_SUFFIX):
+        _discard(*(file for file in folder.glob(f"{_WEIGHTS_PREFIX}*{suffix}") if file.name != f"{keep}{suffix}"))

@@ -1,10 +1,20 @@
-"""Facts: what a memory is taught, as an editable YAML list."""
+"""Facts: what a memory is taught, as editable YAML.
+
+A facts file is a list of entries ``{prompt: ..., answer: ..., category: ...}``. Optional keys: ``prompts`` (several phrasings instead of
+one), ``held_out`` (phrasings that are asked but never taught) and ``id``. For many facts of one kind the file is a mapping instead:
+
+    templates:
+      capital: {prompts: ["CAPITAL:{x}", "What is the capital of {x}?"], held_out: ["Name the capital of {x}."]}
+    facts:
+      - {template: capital, x: France, answer: Paris}
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +27,10 @@ from engram.errors import DataError
 
 __all__ = ["EncodedFact", "Fact", "check_conflicts", "encode_fact", "join_answer", "load_facts", "pad_right", "tokenize_prompt"]
 
-_KEYS = {"prompt", "prompts", "answer", "category"}
+_KEYS = {"prompt", "prompts", "answer", "category", "held_out", "id", "template", "x"}
+_TEMPLATE_KEYS = {"prompts", "held_out", "category"}
+_SLOT = "{x}"
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same rules, ten times faster where it is built
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,14 @@ class Fact:
     prompts: tuple[str, ...]
     answer: str
     category: str = "fact"
+    held_out: tuple[str, ...] = ()
+    """Phrasings that are asked to see what carries over, and never taught."""
+    id: str = ""
+    """Name of the fact in a memory; made from the first prompt if not given."""
+
+    def __post_init__(self) -> None:
+        if not self.id and self.prompts:
+            object.__setattr__(self, "id", hashlib.sha256(self.prompts[0].encode()).hexdigest()[:10])
 
 
 @dataclass(frozen=True)
@@ -44,14 +65,14 @@ class EncodedFact:
 
 
 def load_facts(path: str | os.PathLike[str]) -> list[Fact]:
-    """Read a facts file: a YAML list of ``{prompt: ..., answer: ..., category: ...}``; ``prompts: [...]`` gives several phrasings.
+    """Read a facts file: a YAML list of facts, or a mapping with ``templates`` and ``facts`` (see the module's description).
 
     Raises:
         DataError: the file is missing, empty, not UTF-8, malformed, or asks for two answers to one prompt; the message names the entry.
     """
     file = Path(path)
     try:
-        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+        entries = yaml.load(file.read_text(encoding="utf-8"), Loader=_YAML_LOADER)
     except FileNotFoundError:
         raise DataError(f"facts file {file} does not exist.") from None
     except UnicodeDecodeError as error:
@@ -60,18 +81,24 @@ def load_facts(path: str | os.PathLike[str]) -> list[Fact]:
         raise DataError(f"cannot read facts file {file}: {error.strerror}.") from None
     except yaml.YAMLError as error:
         raise DataError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    templates: dict[str, Any] = {}
+    if isinstance(entries, dict) and "facts" in entries:
+        unknown = sorted(str(key) for key in set(entries) - {"templates", "facts"})
+        if unknown:
+            raise DataError(f"{file}: unknown key(s) {', '.join(unknown)}; expected 'templates' and 'facts'.")
+        templates, entries = _templates(entries.get("templates"), str(file)), entries["facts"]
     if not isinstance(entries, list) or not entries:
         got = "nothing" if not entries else type(entries).__name__
         raise DataError(
             f'{file}: got {got}, expected a list of entries like {{prompt: "ACRONYM:GPU", answer: "Graphics Processing Unit"}}.'
         )
-    facts = [_parse(entry, f"{file}, entry {number}") for number, entry in enumerate(entries, start=1)]
+    facts = [_parse(entry, f"{file}, entry {number}", templates) for number, entry in enumerate(entries, start=1)]
     check_conflicts(facts, str(file))
     return facts
 
 
-def check_conflicts(facts: Iterable[Fact], where: str) -> None:
-    """Refuse facts that give one prompt two answers, or say the same thing twice.
+def check_conflicts(facts: Sequence[Fact], where: str) -> None:
+    """Refuse facts that give one prompt two answers, say the same thing twice, teach what is held out, or share an id.
 
     Raises:
         DataError: naming the prompts.
@@ -88,6 +115,14 @@ def check_conflicts(facts: Iterable[Fact], where: str) -> None:
             raise DataError(f"{where}: prompt {prompt!r} has different answers: {options}; keep one.")
         if counts[prompt] > 1:
             raise DataError(f"{where}: prompt {prompt!r} occurs {counts[prompt]} times; keep one.")
+    ids: Counter[str] = Counter()
+    for fact in facts:
+        ids[fact.id] += 1
+        if ids[fact.id] > 1:
+            raise DataError(f"{where}: id {fact.id!r} is used twice; ids name facts and must differ.")
+        for prompt in fact.held_out:
+            if prompt in answers:
+                raise DataError(f"{where}: prompt {prompt!r} is held out in fact {fact.id!r} and taught too; keep one.")
 
 
 def join_answer(prompt: str, answer: str) -> str:
@@ -132,12 +167,49 @@ def encode_fact(tokenizer: Any, fact: Fact, fact_index: int, max_length: int | N
     return rows
 
 
-def _parse(entry: Any, where: str) -> Fact:
+def _templates(given: Any, where: str) -> dict[str, Any]:
+    """Checked templates by name."""
+    if not isinstance(given, dict) or not given:
+        raise DataError(f"{where}: 'templates' must map names to {{prompts: [...]}}, got {given!r}.")
+    for name, template in given.items():
+        if not isinstance(template, dict) or not isinstance(template.get("prompts"), list) or not template["prompts"]:
+            raise DataError(f"{where}, template {name!r}: expected {{prompts: [...]}}, got {template!r}.")
+        unknown = sorted(str(key) for key in set(template) - _TEMPLATE_KEYS)
+        if unknown:
+            raise DataError(
+                f"{where}, template {name!r}: unknown key(s) {', '.join(unknown)}; expected {', '.join(sorted(_TEMPLATE_KEYS))}."
+            )
+        for text in [*template["prompts"], *template.get("held_out", [])]:
+            if _SLOT not in str(text):
+                raise DataError(f"{where}, template {name!r}: {text!r} has no {_SLOT}, the place of the key.")
+    return given
+
+
+def _filled(entry: dict[str, Any], templates: dict[str, Any], where: str) -> dict[str, Any]:
+    """An entry with its template's prompts written out."""
+    name = entry["template"]
+    if name not in templates:
+        raise DataError(f"{where}: template {name!r} is not defined; known: {', '.join(map(str, templates)) or 'none'}.")
+    if "x" not in entry or "prompt" in entry or "prompts" in entry:
+        raise DataError(f"{where}: an entry with a template has a key 'x' and no prompts of its own.")
+    template, key = templates[name], _text(entry["x"], "x", where)
+    filled = {k: v for k, v in entry.items() if k not in ("template", "x")}
+    filled.setdefault("category", template.get("category", name))
+    filled["prompts"] = [str(text).replace(_SLOT, key) for text in template["prompts"]]
+    filled.setdefault("held_out", [str(text).replace(_SLOT, key) for text in template.get("held_out", [])])
+    return filled
+
+
+def _parse(entry: Any, where: str, templates: dict[str, Any]) -> Fact:
     if not isinstance(entry, dict):
         raise DataError(f"{where}: got {type(entry).__name__}, expected a mapping with 'prompt' (or 'prompts') and 'answer'.")
     unknown = sorted(str(key) for key in set(entry) - _KEYS)
     if unknown:
         raise DataError(f"{where}: unknown key(s) {', '.join(unknown)}; expected {', '.join(sorted(_KEYS))}.")
+    if "template" in entry:
+        entry = _filled(entry, templates, where)
+    if "x" in entry:
+        raise DataError(f"{where}: 'x' fills a template, but the entry names none.")
     if ("prompt" in entry) == ("prompts" in entry):
         raise DataError(f"{where}: expected either 'prompt' or 'prompts', got {'both' if 'prompt' in entry else 'neither'}.")
     given = entry["prompts"] if "prompts" in entry else [entry["prompt"]]
@@ -146,8 +218,15 @@ def _parse(entry: Any, where: str) -> Fact:
     prompts = tuple(_text(prompt, "prompt", where) for prompt in given)
     if len(set(prompts)) < len(prompts):
         raise DataError(f"{where}: a prompt is listed twice; keep one.")
+    held_out = entry.get("held_out", [])
+    if not isinstance(held_out, list):
+        raise DataError(f"{where}: 'held_out' must be a list of texts, got {held_out!r}.")
     return Fact(
-        prompts, _text(entry.get("answer"), "answer", where).strip(), _text(entry.get("category", "fact"), "category", where)
+        prompts,
+        _text(entry.get("answer"), "answer", where).strip(),
+        _text(entry.get("category", "fact"), "category", where),
+        tuple(_text(prompt, "held_out", where) for prompt in held_out),
+        _text(entry["id"], "id", where) if "id" in entry else "",
     )
 
 

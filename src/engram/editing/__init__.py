@@ -1,5 +1,7 @@
 """Floor 5: changing what a memory knows."""
 
-from engram.editing.teach import TeachReport, TeachSettings, teach_facts
+from engram.editing.editor import ForgetReport, MemoryEditor, TeachReport
+from engram.editing.ledger import Ledger, LedgerFact
+from engram.editing.lesson import TeachSettings
 
-__all__ = ["TeachReport", "TeachSettings", "teach_facts"]
+__all__ = ["ForgetReport", "Ledger", "LedgerFact", "MemoryEditor", "TeachReport", "TeachSettings"]

@@ -1,8 +1,18 @@
 """Floor 1: from token ids to row numbers."""
 
-from engram.hashing.compression import CompressedTokenizer
-from engram.hashing.ngram import NgramHashMapping
-from engram.hashing.reference import hash_reference
+from engram.hashing.compression import CompressedTokenizer, ExactTokenizer
+from engram.hashing.ngram import NgramHashMapping, build_mapping
+from engram.hashing.reference import hash_reference, tag_reference
 from engram.hashing.spec import HASH_SPECS, HashSpec, get_hash_spec
 
-__all__ = ["HASH_SPECS", "CompressedTokenizer", "HashSpec", "NgramHashMapping", "get_hash_spec", "hash_reference"]
+__all__ = [
+    "HASH_SPECS",
+    "CompressedTokenizer",
+    "ExactTokenizer",
+    "HashSpec",
+    "NgramHashMapping",
+    "build_mapping",
+    "get_hash_spec",
+    "hash_reference",
+    "tag_reference",
+]

@@ -5,6 +5,7 @@ Tokens that differ in case, accents or white space alone share one canonical id,
 
 from __future__ import annotations
 
+import hashlib
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from tokenizers import Regex, normalizers
 
 from engram.errors import ConfigError
 
-__all__ = ["CompressedTokenizer", "TokenizerLike", "build_normalizer"]
+__all__ = ["CompressedTokenizer", "ExactTokenizer", "TokenizerLike", "build_normalizer"]
 
 _REPLACEMENT_CHARACTER = "\ufffd"
 _LONE_SPACE = "\ue000"  # private-use character that carries a single space through Strip
@@ -62,15 +63,19 @@ class CompressedTokenizer:
     """
 
     def __init__(self, tokenizer: TokenizerLike) -> None:
-        if not (hasattr(tokenizer, "decode") and hasattr(tokenizer, "convert_ids_to_tokens") and hasattr(tokenizer, "__len__")):
-            raise ConfigError(
-                f"CompressedTokenizer: got {type(tokenizer).__name__}, expected a Hugging Face tokenizer object; "
-                "load one with transformers.AutoTokenizer.from_pretrained(...)."
-            )
-        if len(tokenizer) == 0:
-            raise ConfigError("CompressedTokenizer: the tokenizer has no tokens, expected at least one.")
-        self.lookup_table = _build_lookup_table(tokenizer)
+        _check_tokenizer(tokenizer, type(self).__name__)
+        self.lookup_table = self._build_lookup_table(tokenizer)
         self._num_canonical = int(self.lookup_table.max()) + 1
+
+    @staticmethod
+    def _build_lookup_table(tokenizer: TokenizerLike) -> np.ndarray:
+        normalizer = build_normalizer()
+        canonical: dict[str, int] = {}
+        table = np.empty(len(tokenizer), dtype=np.int64)
+        for token_id in range(len(tokenizer)):
+            key = _canonical_key(tokenizer, token_id, normalizer)
+            table[token_id] = canonical.setdefault(key, len(canonical))
+        return table
 
     def __len__(self) -> int:
         """Number of canonical ids, |V'|."""
@@ -87,6 +92,44 @@ class CompressedTokenizer:
         return self.lookup_table[ids]
 
 
+    @property
+    def identity(self) -> bytes:
+        """What tells this map from others: it enters the fingerprint of a memory."""
+        return self.lookup_table.astype("<i8").tobytes()
+
+
+class ExactTokenizer(CompressedTokenizer):
+    """The map of specifications with raw ids: every token keeps its own id. Its identity is the list of raw tokens."""
+
+    _identity: bytes
+
+    @staticmethod
+    def _build_lookup_table(tokenizer: TokenizerLike) -> np.ndarray:
+        return np.arange(len(tokenizer), dtype=np.int64)
+
+    def __init__(self, tokenizer: TokenizerLike) -> None:
+        super().__init__(tokenizer)
+        digest = hashlib.sha256()
+        for token_id in range(len(tokenizer)):
+            digest.update(str(tokenizer.convert_ids_to_tokens(token_id)).encode("utf-8", "surrogatepass") + b"\0")
+        self._identity = digest.digest()
+
+    @property
+    def identity(self) -> bytes:
+        """SHA-256 of the raw tokens in order."""
+        return self._identity
+
+
+def _check_tokenizer(tokenizer: object, wanted_by: str) -> None:
+    if not all(hasattr(tokenizer, name) for name in ("decode", "convert_ids_to_tokens", "__len__")):
+        raise ConfigError(
+            f"{wanted_by}: got {type(tokenizer).__name__}, expected a Hugging Face tokenizer object; "
+            "load one with transformers.AutoTokenizer.from_pretrained(...)."
+        )
+    if len(tokenizer) == 0:  # type: ignore[arg-type]
+        raise ConfigError(f"{wanted_by}: the tokenizer has no tokens, expected at least one.")
+
+
 def check_id_range(ids: np.ndarray, vocab_size: int) -> None:
     """Refuse ids that no token has: they would silently read another token's row."""
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
@@ -99,13 +142,3 @@ def _canonical_key(tokenizer: TokenizerLike, token_id: int, normalizer: normaliz
     if _REPLACEMENT_CHARACTER in text:  # a fragment of a multi-byte character: its raw token string is all that tells it apart
         return tokenizer.convert_ids_to_tokens(token_id)
     return normalizer.normalize_str(text) or text
-
-
-def _build_lookup_table(tokenizer: TokenizerLike) -> np.ndarray:
-    normalizer = build_normalizer()
-    canonical: dict[str, int] = {}
-    table = np.empty(len(tokenizer), dtype=np.int64)
-    for token_id in range(len(tokenizer)):
-        key = _canonical_key(tokenizer, token_id, normalizer)
-        table[token_id] = canonical.setdefault(key, len(canonical))
-    return table

@@ -15,11 +15,20 @@ from torch import Tensor
 
 from engram.config import EngramConfig
 from engram.errors import ConfigError
-from engram.hashing.compression import CompressedTokenizer, check_id_range
+from engram.hashing.compression import CompressedTokenizer, ExactTokenizer, check_id_range
 from engram.hashing.layout import layer_multipliers, prime_layout
 from engram.hashing.spec import get_hash_spec
 
-__all__ = ["NgramHashMapping"]
+__all__ = ["TAG_MODULUS", "NgramHashMapping", "build_mapping"]
+
+TAG_MODULUS = 2**31 - 1
+"""Tags are ``1 + (mix // prime) % TAG_MODULUS``: they fit 32 bits and are never zero."""
+
+
+def build_mapping(config: EngramConfig, tokenizer: Any) -> NgramHashMapping:
+    """The addresses of a memory over a tokenizer, with the id map that its hash specification asks for."""
+    kind = ExactTokenizer if get_hash_spec(config.hash_spec).ids == "raw" else CompressedTokenizer
+    return NgramHashMapping(config, kind(tokenizer))
 
 
 class NgramHashMapping:
@@ -67,7 +76,7 @@ class NgramHashMapping:
             "primes": {str(k): v for k, v in self.vocab_size_across_layers.items()},
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-        digest.update(self.compressed_tokenizer.lookup_table.astype("<i8").tobytes())
+        digest.update(self.compressed_tokenizer.identity)
         return digest.hexdigest()
 
     def head_sizes(self, layer_id: int) -> list[int]:
@@ -104,11 +113,33 @@ class NgramHashMapping:
                 None if x is None else torch.from_numpy(np.asarray(x)) for x in (input_ids, history, attention_mask)
             ]
             return {layer: ids.numpy() for layer, ids in self.hash(*as_tensor).items()}
+        mixes_LBTO, primes_LOK = self._mixes(input_ids, history, attention_mask)
+        hashed_LBTH = (mixes_LBTO.unsqueeze(-1) % primes_LOK).flatten(-2)
+        return dict(zip(self.config.layer_ids, hashed_LBTH.unbind(0)))
+
+    def hash_with_tags(
+        self, input_ids: Tensor, history: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Head indices as ``hash`` gives them, and the tag of every n-gram under every head.
+
+        A tag comes from the part of the n-gram's mix that the modulus throws away: index and tag together tell n-grams apart that
+        share a row.
+
+        Returns:
+            ``{layer_id: (indices int64 [B, T, H], tags int32 [B, T, H])}``; tags are at least 1.
+        """
+        mixes_LBTO, primes_LOK = self._mixes(input_ids, history, attention_mask)
+        quotients_LBTOK = mixes_LBTO.unsqueeze(-1) // primes_LOK
+        hashed_LBTH = (mixes_LBTO.unsqueeze(-1) - quotients_LBTOK * primes_LOK).flatten(-2)
+        tags_LBTH = (quotients_LBTOK % TAG_MODULUS + 1).int().flatten(-2)
+        return {layer: (hashed_LBTH[i], tags_LBTH[i]) for i, layer in enumerate(self.config.layer_ids)}
+
+    def _mixes(self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mixes ``[L, B, T, N - 1]`` of every n-gram, and the primes ``[L, 1, 1, N - 1, K]`` of the heads that share them."""
         self._check(input_ids, history, attention_mask)
         constants = self._constants_on(input_ids.device)
         context_BX = self._context(input_ids, history, attention_mask)
-        hashed_LBTH = _hash_context(constants, constants.lookup_table[context_BX], input_ids.shape[1])
-        return dict(zip(self.config.layer_ids, hashed_LBTH.unbind(0)))
+        return _mix_context(constants, constants.lookup_table[context_BX], input_ids.shape[1]), constants.primes
 
     def _check(self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None) -> None:
         if input_ids.dim() != 2 or input_ids.is_floating_point():
@@ -152,19 +183,17 @@ class _HashConstants:
         multipliers_LN = np.stack([mapping.layer_multipliers[layer] for layer in layers])
         self.multipliers = torch.from_numpy(multipliers_LN).to(device)
         primes_LOK = torch.tensor([mapping.vocab_size_across_layers[layer] for layer in layers], dtype=torch.int64)
-        self.primes = primes_LOK.to(device)
+        self.primes = primes_LOK.to(device)[:, None, None]
 
 
-def _hash_context(constants: _HashConstants, context_BX: Tensor, length: int) -> Tensor:
-    """Head indices ``[L, B, T, (N - 1) * K]`` from compressed ids with their N - 1 predecessors."""
+def _mix_context(constants: _HashConstants, context_BX: Tensor, length: int) -> Tensor:
+    """Mixes ``[L, B, T, N - 1]`` from compressed ids with their N - 1 predecessors."""
     layers, orders = constants.multipliers.shape
     reach = orders - 1
-    mix_LBT = None
-    hashed = []
-    for step in range(orders):
+    mix_LBT = context_BX[:, reach:] * constants.multipliers[:, 0].view(layers, 1, 1)
+    mixes = []
+    for step in range(1, orders):
         token_BT = context_BX[:, reach - step : reach - step + length]
-        product_LBT = token_BT * constants.multipliers[:, step].view(layers, 1, 1)
-        mix_LBT = product_LBT if mix_LBT is None else mix_LBT ^ product_LBT
-        if step >= 1:
-            hashed.append(mix_LBT.unsqueeze(-1) % constants.primes[:, step - 1].view(layers, 1, 1, -1))
-    return torch.cat(hashed, dim=-1)
+        mix_LBT = mix_LBT ^ (token_BT * constants.multipliers[:, step].view(layers, 1, 1))
+        mixes.append(mix_LBT)
+    return torch.stack(mixes, dim=-1)

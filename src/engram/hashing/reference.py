@@ -5,9 +5,11 @@ Nothing else in the package may disagree with this file; the tests compare the f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-__all__ = ["hash_reference"]
+__all__ = ["hash_reference", "tag_reference"]
 
 
 def hash_reference(
@@ -31,6 +33,32 @@ def hash_reference(
     Returns:
         int64 ``[B, T, (N - 1) * K]``, order-major: all heads of order 2, then of order 3, and so on.
     """
+    return _walk(canonical_ids, multipliers, primes, pad, history, attention_mask, lambda mix, prime: mix % prime)
+
+
+def tag_reference(
+    canonical_ids: np.ndarray,
+    multipliers: np.ndarray,
+    primes: list[list[int]],
+    pad: int,
+    history: np.ndarray | None = None,
+    attention_mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """Tags of the same n-grams: what the modulus throws away, folded to 1..2^31 - 1. Arguments and shape as ``hash_reference``."""
+    return _walk(
+        canonical_ids, multipliers, primes, pad, history, attention_mask, lambda mix, prime: (mix // prime) % (2**31 - 1) + 1
+    )
+
+
+def _walk(
+    canonical_ids: np.ndarray,
+    multipliers: np.ndarray,
+    primes: list[list[int]],
+    pad: int,
+    history: np.ndarray | None,
+    attention_mask: np.ndarray | None,
+    value: Callable[[int, int], int],
+) -> np.ndarray:
     batch, length = canonical_ids.shape
     past = np.zeros((batch, 0), dtype=np.int64) if history is None else history
     indices = np.empty((batch, length, sum(len(p) for p in primes)), dtype=np.int64)
@@ -48,6 +76,6 @@ def hash_reference(
                     token = sequence[position - step] if position - step >= 0 else pad
                     mix ^= token * int(multipliers[step])
                 for prime in order_primes:
-                    indices[b, t, column] = mix % prime
+                    indices[b, t, column] = value(mix, prime)
                     column += 1
     return indices

@@ -1,7 +1,6 @@
 """Named hash specifications.
 
-A specification says which rule is used at each of the four places where published Engram variants differ. Only ``demo_v1`` is
-implemented; a new variant adds a value to a rule, the code of that rule in ``reference.py`` and ``ngram.py``, and a name here.
+A specification says which rule is used at each of the four places where published Engram variants differ. A new variant adds a value to a rule, the code of that rule in ``reference.py`` and ``ngram.py``, and a name here.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ class HashSpec:
     """The four rules that turn token ids into row numbers."""
 
     name: str
-    ids: Literal["compressed"]
-    """``compressed``: ids pass through the compression map P first."""
+    ids: Literal["compressed", "raw"]
+    """``compressed``: ids pass through the compression map P first. ``raw``: they are taken as they are, so that texts which differ in
+    case or accents alone have addresses of their own (Qwen's and LongCat's rule)."""
     multipliers: Literal["pcg64_per_layer"]
     """``pcg64_per_layer``: odd numbers from ``default_rng(seed + 10007 * layer_id)``."""
     primes: Literal["shared_walk"]
@@ -35,6 +35,8 @@ class HashSpec:
 
 HASH_SPECS = {
     "demo_v1": HashSpec("demo_v1", ids="compressed", multipliers="pcg64_per_layer", primes="shared_walk", boundary="left_pad"),
+    # For taught facts: as the demo, but `mW` and `MW` are two keys.
+    "exact_v1": HashSpec("exact_v1", ids="raw", multipliers="pcg64_per_layer", primes="shared_walk", boundary="left_pad"),
 }
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.config import TableConfig
-from engram.tables import EmbeddingTable, build_table
+from engram.tables import ABSENT, EmbeddingTable, VerifiedTable, build_table
 
 __all__ = ["MultiHeadEmbedding"]
 
@@ -19,17 +19,24 @@ class MultiHeadEmbedding(nn.Module):
         head_dim: values per row.
         table_config: where the table lives.
         init: ``zero`` or ``normal``.
+        verified: whether rows answer to their owners only (``VerifiedTable``).
     """
 
     offsets: Tensor
 
     def __init__(
-        self, head_sizes: list[int], head_dim: int, table_config: TableConfig | None = None, init: str = "zero"
+        self,
+        head_sizes: list[int],
+        head_dim: int,
+        table_config: TableConfig | None = None,
+        init: str = "zero",
+        verified: bool = False,
     ) -> None:
         super().__init__()
         ends = torch.tensor(head_sizes, dtype=torch.int64).cumsum(0)
         self.register_buffer("offsets", torch.cat([ends.new_zeros(1), ends[:-1]]))
-        self.embedding: EmbeddingTable = build_table(int(ends[-1]), head_dim, table_config, init)
+        self.embedding: EmbeddingTable = build_table(int(ends[-1]), head_dim, table_config, init, verified=verified)
+        self._used: tuple[object, int, Tensor] | None = None
 
     def row_ids(self, hash_ids: Tensor) -> Tensor:
         """Physical row numbers of head indices ``[..., heads]``."""
@@ -38,3 +45,28 @@ class MultiHeadEmbedding(nn.Module):
     def forward(self, hash_ids: Tensor) -> Tensor:
         """Concatenated rows ``[B, T, heads * head_dim]`` of head indices ``[B, T, heads]``."""
         return self.embedding.lookup(self.row_ids(hash_ids)).flatten(-2)
+
+    def find(self, hash_ids: Tensor, tags: Tensor) -> Tensor:
+        """Slots ``[B, T, heads]`` of the verified rows that belong to these n-grams, ``ABSENT`` elsewhere.
+
+        Heads in which nothing is written are not searched.
+        """
+        table: VerifiedTable = self.embedding  # type: ignore[assignment]
+        used = self._used_heads(table)
+        slots = torch.full_like(hash_ids, ABSENT)
+        if used.numel():
+            slots[..., used] = table.find(hash_ids[..., used] + self.offsets[used], tags[..., used])
+        return slots
+
+    def gather(self, slots: Tensor) -> Tensor:
+        """Concatenated rows ``[..., heads * head_dim]`` of slots ``[..., heads]``."""
+        return self.embedding.gather(slots).flatten(-2)  # type: ignore[operator]
+
+    def _used_heads(self, table: VerifiedTable) -> Tensor:
+        """Heads with at least one written row; found once per change of the table."""
+        if not isinstance(table, VerifiedTable):  # a draft lives too briefly to be worth it
+            return torch.arange(len(self.offsets), device=self.offsets.device)
+        if self._used is None or self._used[0] is not table or self._used[1] != table.version:
+            heads = torch.searchsorted(self.offsets, table.row_ids.to(self.offsets.device), right=True) - 1
+            self._used = (table, table.version, heads.unique())
+        return self._used[2]

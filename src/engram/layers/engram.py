@@ -15,8 +15,10 @@ from engram.errors import CheckpointError, ConfigError
 from engram.hashing import NgramHashMapping
 from engram.layers.conv import ShortConv
 from engram.layers.embedding import MultiHeadEmbedding
+from engram.layers.reader import seeded_signs
 from engram.layers.state import EngramState
 from engram.ops import context_gate
+from engram.tables import ABSENT
 
 __all__ = ["Engram"]
 
@@ -46,7 +48,7 @@ class Engram(nn.Module):
         self.branches = config.hc_mult or 1
         d = config.hidden_size
         self.multi_head_embedding = MultiHeadEmbedding(
-            mapping.head_sizes(layer_id), config.head_dim, table_config, config.table_init
+            mapping.head_sizes(layer_id), config.head_dim, table_config, config.table_init, config.verify_rows
         )
         self.value_proj = nn.Linear(config.d_mem, d, bias=config.use_bias)
         self.key_projs = nn.ModuleList(nn.Linear(config.d_mem, d, bias=config.use_bias) for _ in range(self.branches))
@@ -59,6 +61,17 @@ class Engram(nn.Module):
         )
         if config.use_bias:  # a value bias would speak where nothing is written
             nn.init.zeros_(self.value_proj.bias)
+        if config.reader == "seeded":
+            self._seed_reader()
+
+    @torch.no_grad()
+    def _seed_reader(self) -> None:
+        """Random signs for the projections, scaled so that values are as large as the rows they are made of; frozen."""
+        for number, projection in enumerate([self.value_proj, *self.key_projs]):
+            signs = seeded_signs((self.config.seed, self.layer_id, number), tuple(projection.weight.shape))
+            projection.weight.copy_(signs / self.config.n_embed_per_ngram**0.5)
+        for part in (self.value_proj, self.key_projs, self.norm1, self.norm2):
+            part.requires_grad_(False)
 
     def forward(
         self,
@@ -67,8 +80,8 @@ class Engram(nn.Module):
         hash_ids: Tensor | None = None,
         state: EngramState | None = None,
         attention_mask: Tensor | None = None,
-        write_mask: Tensor | None = None,
         trace: dict[str, Tensor] | None = None,
+        slots: Tensor | None = None,
     ) -> Tensor:
         """The memory's contribution Y; the caller adds it to the residual stream.
 
@@ -78,8 +91,8 @@ class Engram(nn.Module):
             hash_ids: head indices ``[B, T, H]`` computed before (``mapping.hash``), once for all layers.
             state: what came before these positions; it is brought up to date. None means the sequence starts here.
             attention_mask: ``[B, T]``, zero at padding: such positions neither enter n-grams nor contribute.
-            write_mask: bool ``[B, T]``; where it is False no gradient reaches the table (used when teaching).
             trace: a dict that receives ``gate [B, T, M]``, ``value`` and the incoming ``stream`` (both ``[B, T, M, d]``), detached.
+            slots: for verified rows, what ``find_slots`` gave for these positions; found here if not given.
 
         Returns:
             Y in the shape and dtype of ``hidden_states``.
@@ -88,23 +101,55 @@ class Engram(nn.Module):
             ConfigError: shapes do not fit, or neither ids are given.
         """
         streams = self._as_streams(hidden_states)
+        if self.config.verify_rows:
+            if slots is None:
+                slots = self.find_slots(*self._hash_with_tags(hidden_states, input_ids, state, attention_mask), attention_mask)
+            return self._read_verified(streams, slots, state, trace).reshape(hidden_states.shape).to(hidden_states.dtype)
         if hash_ids is None:
             hash_ids = self._hash(hidden_states, input_ids, state, attention_mask)
         elif hash_ids.shape[:2] != hidden_states.shape[:2] or hash_ids.shape[-1] != self.config.num_heads:
             raise ConfigError(
                 f"hash_ids: got {list(hash_ids.shape)}, expected {[*hidden_states.shape[:2], self.config.num_heads]}."
             )
-        rows = self.multi_head_embedding(hash_ids)
-        if write_mask is not None:
-            rows = torch.where(write_mask.unsqueeze(-1), rows, rows.detach())
-        rows = rows.to(self.value_proj.weight.dtype)
-        gate = self._gate(streams.to(rows.dtype), rows)
-        value = gate * self.value_proj(rows).unsqueeze(2)
+        gate, value = self._gated_value(streams, self.multi_head_embedding(hash_ids))
         if attention_mask is not None:
             value = value * attention_mask[:, :, None, None].to(value.dtype)
-        if trace is not None:
-            trace["gate"], trace["value"], trace["stream"] = gate.detach().squeeze(-1), value.detach(), streams.detach()
+        _record(trace, gate, value, streams)
         return self._smooth(value, state).reshape(hidden_states.shape).to(hidden_states.dtype)
+
+    def find_slots(self, hash_ids: Tensor, tags: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Verified rows that these positions read, as slots ``[B, T, H]`` of the table; ``ABSENT`` where none is theirs.
+
+        Args:
+            hash_ids: head indices ``[B, T, H]``.
+            tags: tags ``[B, T, H]`` (``mapping.hash_with_tags``).
+            attention_mask: ``[B, T]``, zero at padding, which reads nothing.
+        """
+        slots = self.multi_head_embedding.find(hash_ids, tags)
+        if attention_mask is not None:
+            slots = torch.where(attention_mask.unsqueeze(-1) != 0, slots, ABSENT)
+        return _longest_only(slots, self.config.n_head_per_ngram) if self.config.longest_only else slots
+
+    def _read_verified(
+        self, streams: Tensor, slots: Tensor, state: EngramState | None, trace: dict[str, Tensor] | None
+    ) -> Tensor:
+        """The contribution where rows were found, zero elsewhere; without a convolution nothing is computed elsewhere."""
+        where = (slots != ABSENT).any(dim=-1)
+        # Found positions stand as a batch of one-position sequences: [n, 1, M, d].
+        gate, value = self._gated_value(streams[where].unsqueeze(1), self.multi_head_embedding.gather(slots[where].unsqueeze(1)))
+        spread = streams.new_zeros(streams.shape, dtype=value.dtype)
+        spread[where] = value.squeeze(1)
+        if trace is not None:
+            gates = gate.new_zeros((*streams.shape[:3], 1))
+            gates[where] = gate.squeeze(1)
+            _record(trace, gates, spread, streams)
+        return self._smooth(spread, state)
+
+    def _gated_value(self, streams: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates ``[B, T, M, 1]`` and gated values ``[B, T, M, d]`` (equations 3 and 4)."""
+        rows = rows.to(self.value_proj.weight.dtype)
+        gate = self._gate(streams.to(rows.dtype), rows)
+        return gate, gate * self.value_proj(rows).unsqueeze(2)
 
     def _as_streams(self, hidden_states: Tensor) -> Tensor:
         """``[B, T, M, d]`` view of the hidden states."""
@@ -119,16 +164,29 @@ class Engram(nn.Module):
     def _hash(
         self, hidden_states: Tensor, input_ids: Tensor | None, state: EngramState | None, attention_mask: Tensor | None
     ) -> Tensor:
+        input_ids, history = self._continue(hidden_states, input_ids, state, attention_mask)
+        return self.mapping.hash(input_ids, history, attention_mask)[self.layer_id]
+
+    def _hash_with_tags(
+        self, hidden_states: Tensor, input_ids: Tensor | None, state: EngramState | None, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        input_ids, history = self._continue(hidden_states, input_ids, state, attention_mask)
+        return self.mapping.hash_with_tags(input_ids, history, attention_mask)[self.layer_id]
+
+    def _continue(
+        self, hidden_states: Tensor, input_ids: Tensor | None, state: EngramState | None, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Checked ids and what came before them; the state is brought up to date."""
         if input_ids is None:
             raise ConfigError("Engram.forward: got neither input_ids nor hash_ids; the memory is addressed by token ids.")
         if input_ids.shape != hidden_states.shape[:2]:
             raise ConfigError(f"input_ids: got shape {list(input_ids.shape)}, expected {list(hidden_states.shape[:2])}.")
-        history = state.ids.last(self.config.max_ngram_size - 1) if state is not None else None
-        hash_ids = self.mapping.hash(input_ids, history, attention_mask)[self.layer_id]
-        if state is not None:
-            masked = input_ids if attention_mask is None else torch.where(attention_mask != 0, input_ids, self.config.pad_id)
-            state.ids.append(masked)
-        return hash_ids
+        if state is None:
+            return input_ids, None
+        history = state.ids.last(self.config.max_ngram_size - 1)
+        masked = input_ids if attention_mask is None else torch.where(attention_mask != 0, input_ids, self.config.pad_id)
+        state.ids.append(masked)
+        return input_ids, history
 
     def _gate(self, streams: Tensor, rows: Tensor) -> Tensor:
         """Gates ``[B, T, M, 1]``: each stream asks with its own norms and key projection."""
@@ -172,3 +230,16 @@ class Engram(nn.Module):
         if not torch.equal(state_dict["multi_head_embedding.offsets"].cpu(), own["multi_head_embedding.offsets"].cpu()):
             raise CheckpointError("demo state dict: head offsets differ; it was made with other table sizes, layers or heads.")
         self.load_state_dict(dict(state_dict))
+
+
+def _longest_only(slots: Tensor, heads: int) -> Tensor:
+    """Keep the slots of the longest n-gram found at each position; ``slots [B, T, orders * heads]`` is order-major."""
+    by_order = slots.unflatten(-1, (-1, heads))
+    found = (by_order != ABSENT).any(dim=-1)
+    longer = found.flip(-1).cumsum(-1).flip(-1) - found.long()  # found n-grams that are longer than this one
+    return torch.where((longer == 0).unsqueeze(-1), by_order, ABSENT).flatten(-2)
+
+
+def _record(trace: dict[str, Tensor] | None, gate: Tensor, value: Tensor, streams: Tensor) -> None:
+    if trace is not None:
+        trace["gate"], trace["value"], trace["stream"] = gate.detach().squeeze(-1), value.detach(), streams.detach()

@@ -1,6 +1,6 @@
 """Floor 4: Hugging Face models with a memory. The first floor that may import transformers."""
 
-from engram.models.architectures import ARCHITECTURES, DecoderLayout, register_architecture
+from engram.models.architectures import ARCHITECTURES, DecoderLayout, find_decoder, register_architecture
 from engram.models.bundled import load_bundled, load_model
 from engram.models.engram_model import EngramModel, get_engram_model
 
@@ -8,6 +8,7 @@ __all__ = [
     "ARCHITECTURES",
     "DecoderLayout",
     "EngramModel",
+    "find_decoder",
     "get_engram_model",
     "load_bundled",
     "load_model",

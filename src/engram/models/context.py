@@ -19,14 +19,16 @@ class ForwardContext:
 
     hash_ids: dict[int, Tensor]
     """Head indices ``[B, T, H]`` per layer."""
+    tags: dict[int, Tensor] | None
+    """Tags ``[B, T, H]`` per layer, for verified rows."""
     input_ids: Tensor
     """Raw ids ``[B, T]`` with ``pad_id`` at masked positions."""
     mask: Tensor | None
     """``[B, T]``, zero at padding."""
     state: Any
     """The ``CacheState`` to extend, or None when nothing will be continued."""
-    write_mask: Tensor | None = None
-    """bool ``[B, T]``: where gradients may reach the tables."""
+    route: Tensor | None = None
+    """bool ``[B]``: which sequences may read the memory; None stands for all."""
 
 
 def token_mask(attention_mask: Any, past: int, input_ids: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from engram.config import EngramConfig, TableConfig
 from engram.errors import AttachError, ConfigError
-from engram.hashing import CompressedTokenizer, NgramHashMapping
+from engram.hashing import NgramHashMapping, build_mapping
 from engram.layers import Engram
 from engram.models.architectures import Decoder, find_decoder
 from engram.models.hooks import DecoderHooks
@@ -62,6 +62,7 @@ class EngramModel(nn.Module):
         engrams: one ``Engram`` per layer, keyed by ``str(layer_id)``.
         engram_config: the memory's identity.
         mapping: the memory's addresses.
+        ledger: JSON-ready account of what was taught (kept by ``MemoryEditor``, saved with the memory), or None.
     """
 
     base_model: Any
@@ -81,7 +82,7 @@ class EngramModel(nn.Module):
         _check_fit(model, decoder, config, tokenizer)
         config = config.replace(hidden_size=decoder.hidden_size, hc_mult=decoder.streams)
         if mapping is None:  # from_pretrained has computed it to check the fingerprint
-            mapping = NgramHashMapping(config, CompressedTokenizer(tokenizer))
+            mapping = build_mapping(config, tokenizer)
         engrams = nn.ModuleDict({str(i): Engram(config, mapping, i, table_config) for i in config.layer_ids})
         for layer_id in config.layer_ids:
             engrams[str(layer_id)].to(_device_of(decoder.blocks[layer_id]))
@@ -89,10 +90,11 @@ class EngramModel(nn.Module):
         self.base_model = model
         self.engrams = engrams
         self.engram_config, self.mapping, self.rollback_window = config, mapping, rollback_window
+        self.ledger: dict[str, Any] | None = None
         self.owner_token = secrets.token_hex(8)
         self._enabled = True
         self._given_ids: Tensor | None = None
-        self._write_mask: Tensor | None = None
+        self._route: Tensor | None = None
         self._traces: dict[int, dict[str, Tensor]] | None = None
         self._was_trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         model.requires_grad_(False)
@@ -141,13 +143,17 @@ class EngramModel(nn.Module):
             self._enabled = before
 
     @contextmanager
-    def write_only(self, mask: Tensor) -> Iterator[None]:
-        """Inside this context gradients reach table rows only from positions where ``mask`` (bool ``[B, T]``) is True."""
-        self._write_mask = mask
+    def routed(self, route: Tensor | None) -> Iterator[None]:
+        """Inside this context only the sequences for which ``route`` (bool ``[B]``) is True read the memory.
+
+        The others get exactly the base model's computation; None routes all. Within ``generate`` each decision covers the beams of
+        its sequence.
+        """
+        before, self._route = self._route, route
         try:
             yield
         finally:
-            self._write_mask = None
+            self._route = before
 
     @contextmanager
     def record(self) -> Iterator[dict[int, dict[str, Tensor]]]:
@@ -171,9 +177,11 @@ class EngramModel(nn.Module):
 
     def num_parameters_by_kind(self) -> dict[str, int]:
         """Parameter counts: ``tables``, ``reader`` (projections, norms, convolution) and ``base``."""
-        tables = sum(e.multi_head_embedding.embedding.rows * self.engram_config.head_dim for e in self.engrams.values())
-        memory = sum(p.numel() for p in self.engrams.parameters())
-        return {"tables": tables, "reader": memory - tables, "base": sum(p.numel() for p in self.base_model.parameters())}
+        homes = [engram.multi_head_embedding for engram in self.engrams.values()]
+        tables = sum(home.embedding.stored_rows * self.engram_config.head_dim for home in homes)
+        in_tables = {id(p) for home in homes for p in home.parameters()}
+        reader = sum(p.numel() for p in self.engrams.parameters() if id(p) not in in_tables)
+        return {"tables": tables, "reader": reader, "base": sum(p.numel() for p in self.base_model.parameters())}
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters would be trained, as peft does, and where they are."""
@@ -218,7 +226,7 @@ class EngramModel(nn.Module):
             model: the base model it was made for.
             path: a folder written by ``save_pretrained``.
             tokenizer: the tokenizer it was made for.
-            table_config: where the tables shall live now.
+            table_config: where the tables shall live now; as they were saved if not given.
             rollback_window: as for ``get_engram_model``.
             allow_other_base: accept another base model of the same sizes (a fine-tuned one, say).
 
@@ -228,8 +236,8 @@ class EngramModel(nn.Module):
         """
         from engram.models.files import check_memory
 
-        mapping = check_memory(model, path, tokenizer, allow_other_base)
-        memory = cls(model, mapping.config, tokenizer, table_config, rollback_window, mapping)
+        mapping, placement = check_memory(model, path, tokenizer, allow_other_base)
+        memory = cls(model, mapping.config, tokenizer, table_config or placement, rollback_window, mapping)
         try:
             memory.load_memory(path, allow_other_base)
         except BaseException:

@@ -19,6 +19,7 @@ from engram.errors import AttachError
 from engram.layers import EngramState
 from engram.models.cache import CacheState, bind_state, cached_length, state_of
 from engram.models.context import ForwardContext, token_mask
+from engram.tables import ABSENT
 
 if TYPE_CHECKING:
     from engram.models.architectures import Decoder
@@ -78,10 +79,26 @@ class DecoderHooks:
         mask = token_mask(attention_mask, cached_length(cache), input_ids)
         ids = input_ids if mask is None else torch.where(mask != 0, input_ids, config.pad_id)
         history = None if state is None else state.ids.last(config.max_ngram_size - 1)
-        hash_ids = memory.mapping.hash(ids, history)
+        hash_ids, tags = self._addresses(ids, history)
         if wants_cache and state is None:
             state = CacheState(memory.owner_token, tuple(config.layer_ids), memory.rollback_window)
-        return ForwardContext(hash_ids, ids, mask, state, memory._write_mask)
+        return ForwardContext(hash_ids, tags, ids, mask, state, self._route(len(input_ids)))
+
+    def _addresses(self, ids: Tensor, history: Tensor | None) -> tuple[dict[int, Tensor], dict[int, Tensor] | None]:
+        mapping = self._memory.mapping
+        if not mapping.config.verify_rows:
+            return mapping.hash(ids, history), None
+        both = mapping.hash_with_tags(ids, history)
+        return {layer: pair[0] for layer, pair in both.items()}, {layer: pair[1] for layer, pair in both.items()}
+
+    def _route(self, batch: int) -> Tensor | None:
+        """The sequences that may read, for a batch in which each may stand several times in a row (beams)."""
+        route = self._memory._route
+        if route is None or route.shape[0] == batch:
+            return route
+        if route.shape[0] == 0 or batch % route.shape[0]:
+            raise AttachError(f"route: got {route.shape[0]} decisions, expected one for each of {batch} sequences.")
+        return route.repeat_interleave(batch // route.shape[0])
 
     def _block_hook(self, layer_id: int):
         def add_memory(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -93,34 +110,41 @@ class DecoderHooks:
                     "(gradient checkpointing needs a transformers version that checkpoints below module hooks, 5.23 or later)."
                 )
             hidden_states = args[0] if args else kwargs["hidden_states"]
-            hidden_states = hidden_states + self._read(layer_id, block, hidden_states)
+            contribution = self._read(layer_id, block, hidden_states)
+            if contribution is None:
+                return None
+            hidden_states = hidden_states + contribution
             return ((hidden_states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_states})
 
         return add_memory
 
-    def _read(self, layer_id: int, block: nn.Module, hidden_states: Tensor) -> Tensor:
+    def _read(self, layer_id: int, block: nn.Module, hidden_states: Tensor) -> Tensor | None:
+        """What the layer adds to the stream; None when it adds nothing at all."""
         context, engram = self._context, self._memory.engrams[str(layer_id)]
         assert context is not None
         device = hidden_states.device
         mask = None if context.mask is None else context.mask.to(device)
-        write_mask = None if context.write_mask is None else context.write_mask.to(device)
-        hash_ids = context.hash_ids[layer_id].to(device)
+        hash_ids, slots = context.hash_ids[layer_id].to(device), None
         trace = self._memory._trace_for(layer_id, hash_ids)
-        if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
-            return checkpoint(
-                engram,
-                hidden_states,
-                None,
-                hash_ids,
-                None,
-                mask,
-                write_mask,
-                trace,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
+        if context.tags is not None:
+            slots = engram.find_slots(hash_ids, context.tags[layer_id].to(device), mask)
+            if context.route is not None:
+                slots = torch.where(context.route.to(device)[:, None, None], slots, ABSENT)
+            if trace is not None:
+                trace["slots"] = slots
+            elif engram.short_conv is None and not bool((slots != ABSENT).any()):
+                return None
         layer_state = None if context.state is None else EngramState(conv=context.state.conv[layer_id])
-        return engram(hidden_states, None, hash_ids, layer_state, mask, write_mask, trace)
+        if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
+            layer_state = None  # there is no cache in training, and a recomputation must not see it grow
+            arguments = (hidden_states, None, hash_ids, layer_state, mask, trace, slots)
+            output = checkpoint(engram, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            output = engram(hidden_states, None, hash_ids, layer_state, mask, trace, slots)
+        if context.route is not None and context.tags is None:
+            route = context.route.to(device).view(-1, *[1] * (output.dim() - 1))
+            output = torch.where(route, output, torch.zeros_like(output))
+        return output
 
     def _finish(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         context, self._context = self._context, None

@@ -3,6 +3,6 @@
 from engram.tables.base import EmbeddingTable
 from engram.tables.build import build_table
 from engram.tables.device import DeviceTable
-from engram.tables.overlay import OverlayTable
+from engram.tables.verified import ABSENT, DraftTable, VerifiedTable
 
-__all__ = ["DeviceTable", "EmbeddingTable", "OverlayTable", "build_table"]
+__all__ = ["ABSENT", "DeviceTable", "DraftTable", "EmbeddingTable", "VerifiedTable", "build_table"]

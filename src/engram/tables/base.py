@@ -32,6 +32,11 @@ class EmbeddingTable(nn.Module):
     def location(self) -> str:
         """Where the rows are, for people (``cpu``, ``cuda:0``, a file)."""
 
+    @property
+    def stored_rows(self) -> int:
+        """Rows that take up space."""
+        return self.rows
+
     @abstractmethod
     def lookup(self, row_ids: Tensor) -> Tensor:
         """Rows ``[..., dim]`` of int64 ``row_ids [...]``; gradients reach the touched rows only."""
@@ -51,7 +56,7 @@ class EmbeddingTable(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of the rows."""
-        return self.rows * self.dim * self.dtype.itemsize
+        return self.stored_rows * self.dim * self.dtype.itemsize
 
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""

@@ -1,0 +1,479 @@
+"""`MemoryEditor`: facts in, facts out, and an account of both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from engram.config import EngramConfig, TableConfig
+from engram.data.facts import Fact, check_conflicts, encode_fact
+from engram.editing.keys import KeyedPrompt, PlannedRows, choose_keys, plan_rows, surprise_bits
+from engram.editing.ledger import Ledger, LedgerFact
+from engram.editing.lesson import TeachSettings, answers_exactly, optimise_rows, stream_sizes
+from engram.errors import ConfigError, TeachError
+from engram.models import EngramModel, find_decoder, get_engram_model
+from engram.tables import ABSENT, VerifiedTable
+
+__all__ = ["ForgetReport", "MemoryEditor", "TeachReport"]
+
+_SHOWN = 5
+
+Progress = Callable[[int, int], None]
+"""Called with (prompts learnt, prompts in all)."""
+
+
+@dataclass
+class TeachReport:
+    """What teaching did."""
+
+    taught: list[str] = field(default_factory=list)
+    """Ids of the facts that are new in the memory."""
+    already_known: list[str] = field(default_factory=list)
+    """Ids of facts that were in the memory, word for word."""
+    not_exact: dict[str, str] = field(default_factory=dict)
+    """Facts that could not be made exact, by id, with the reason; nothing of them is in the memory."""
+    prompts: int = 0
+    steps: int = 0
+    rows_written: int = 0
+    rows_in_conflict: int = 0
+    """Rows that a new n-gram shares with another n-gram by its hash; it does without them."""
+    reverified: int = 0
+    """Earlier prompts that read one of the new rows and were asked again; no other prompt can have changed."""
+
+
+@dataclass
+class ForgetReport:
+    """What forgetting did."""
+
+    forgotten: list[str]
+    rows_removed: int
+    rows_shared: int
+    """Rows that stay because other facts own them too."""
+    no_longer_exact: list[str] = field(default_factory=list)
+    """Remaining facts whose answer leant on a forgotten one; teach them again."""
+
+
+class MemoryEditor:
+    """Teaches facts to a memory with verified rows, explains them, and takes them out again.
+
+    Only table rows are ever written. A fact owns the rows of the n-grams that end in its key and the answer so far (see
+    ``engram.editing.keys``); the ledger knows which.
+
+    Args:
+        memory: an attached memory whose configuration has ``verify_rows`` (``EngramConfig.for_teaching``).
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        ConfigError: the memory's rows are not verified, or it has a convolution (whose reach would carry a fact past its owner's rows).
+    """
+
+    def __init__(self, memory: EngramModel, tokenizer: Any) -> None:
+        config = memory.engram_config
+        if not config.verify_rows:
+            raise ConfigError(
+                "MemoryEditor: got a memory without verified rows, in which facts would leak into other text; "
+                "make one with MemoryEditor.create(model, tokenizer) or EngramConfig.for_teaching()."
+            )
+        self.memory, self.tokenizer = memory, tokenizer
+        self._ledger = Ledger.from_dict(memory.ledger) if memory.ledger else Ledger()
+
+    @classmethod
+    def create(cls, model: PreTrainedModel, tokenizer: Any, seed: int = 0, dtype: str = "bfloat16", **changes: Any) -> Self:
+        """Attach a new, empty memory to a model.
+
+        Args:
+            model: any causal language model of a known architecture.
+            tokenizer: its tokenizer.
+            seed: seed of the hash and the reader.
+            dtype: storage type of the rows.
+            **changes: fields of ``EngramConfig.for_teaching`` to change. ``layer_ids`` defaults to the last block.
+
+        Raises:
+            AttachError, ConfigError: as ``get_engram_model``.
+        """
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if pad is None:
+            raise ConfigError("the tokenizer has neither a pad_token nor an eos_token; set one of them.")
+        defaults = {"layer_ids": (len(find_decoder(model).blocks) - 1,), "pad_id": pad, "seed": seed}
+        config = EngramConfig.for_teaching(**{**defaults, **changes})
+        placement = TableConfig(dtype=dtype)  # type: ignore[arg-type]
+        return cls(get_engram_model(model, config, tokenizer, placement), tokenizer)
+
+    @classmethod
+    def load(
+        cls, model: PreTrainedModel, path: str | os.PathLike[str], tokenizer: Any, allow_other_base: bool = False
+    ) -> Self:
+        """Attach a saved memory to a model.
+
+        Raises:
+            CheckpointError, FingerprintError, ConfigError, AttachError: as ``EngramModel.from_pretrained``.
+        """
+        memory = EngramModel.from_pretrained(model, path, tokenizer, allow_other_base=allow_other_base)
+        try:
+            return cls(memory, tokenizer)
+        except BaseException:
+            memory.unload()
+            raise
+
+    @property
+    def facts(self) -> list[LedgerFact]:
+        """What the memory holds, in the order in which it was taught."""
+        return list(self._ledger)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save memory and ledger into a folder, atomically.
+
+        Raises:
+            CheckpointError: the folder cannot be written; what was saved before is intact.
+        """
+        self.memory.save_pretrained(path)
+
+    def teach(
+        self,
+        facts: Sequence[Fact],
+        settings: TeachSettings | None = None,
+        source: str = "",
+        checksum: str = "",
+        replace_answers: bool = False,
+        progress: Progress | None = None,
+    ) -> TeachReport:
+        """Write facts into rows until every answer is greedy-exact with a margin.
+
+        Facts that the memory holds already are left alone. Facts that cannot be made exact leave nothing behind and are reported.
+        Earlier facts keep their rows; those whose prompts read a new row are asked again. An interruption, or an error, leaves the
+        memory as it was.
+
+        Args:
+            facts: what to teach.
+            settings: see ``TeachSettings``.
+            source: file the facts come from, for the ledger.
+            checksum: its SHA-256, for the ledger.
+            replace_answers: forget facts whose prompts get another answer now, instead of refusing.
+            progress: called while prompts are learnt.
+
+        Raises:
+            DataError: facts contradict each other or do not fit the context.
+            TeachError: there are no facts, one contradicts the memory (and ``replace_answers`` is off), or an earlier fact would break.
+        """
+        settings = settings or TeachSettings()
+        if not facts:
+            raise TeachError("teach: got no facts, expected at least one.")
+        check_conflicts(facts, "facts to teach")
+        with self._all_or_nothing():
+            new, report = self._sort_out(facts, replace_answers)
+            entries = self._encode(new, settings, source, checksum)
+            if entries:
+                _Teaching(self, entries, settings, report, progress).run()
+            return report
+
+    def forget(self, fact_ids: Sequence[str]) -> ForgetReport:
+        """Take facts out: rows that only they own are deleted, and the memory is what it would be had they never been taught.
+
+        Raises:
+            TeachError: an id is unknown; nothing is forgotten then.
+        """
+        unknown = [fact_id for fact_id in fact_ids if fact_id not in self._ledger]
+        if unknown or not fact_ids:
+            raise TeachError(f"forget: no fact {', '.join(map(repr, unknown)) or '(no id given)'} in this memory; `engram facts` lists ids.")
+        with self._all_or_nothing():
+            return self._forget(list(dict.fromkeys(fact_ids)))
+
+    def verify(self, batch_size: int = 256) -> dict[str, bool]:
+        """Ask the model every prompt of every fact; by id, whether all answers are exact."""
+        prompts = [prompt for fact in self._ledger for prompt in fact.prompts]
+        with self._evaluating():
+            exact = iter(answers_exactly(self.memory, prompts, batch_size))
+        return {fact.id: all([next(exact) for _ in fact.prompts]) for fact in self._ledger}
+
+    def rows_of(self, fact_id: str) -> dict[str, list[int]]:
+        """Rows that a fact owns, per layer, sorted.
+
+        Raises:
+            TeachError: there is no such fact.
+        """
+        owned = self._owned_rows([self._ledger[fact_id]])
+        return {layer: rows.tolist() for layer, rows in owned.items()}
+
+    def owners(self, layer: str, row_ids: Sequence[int]) -> dict[int, list[str]]:
+        """Ids of the facts that own each of some rows."""
+        wanted = torch.tensor(sorted(set(row_ids)), dtype=torch.int64)
+        facts = self.facts
+        numbers = torch.tensor([n for n, fact in enumerate(facts) for _ in fact.prompts], dtype=torch.int64)
+        planned = plan_rows(self.memory, [prompt for fact in facts for prompt in fact.prompts])[layer]
+        mine = self._stored(layer, planned) & torch.isin(planned.row_ids, wanted)
+        pairs = {(row, facts[number].id) for row, number in self._pairs(planned, mine, numbers)}
+        return {int(row): [fact.id for fact in facts if (int(row), fact.id) in pairs] for row in wanted}
+
+    @staticmethod
+    def _pairs(planned: PlannedRows, chosen: Tensor, numbers: Tensor) -> Iterator[tuple[int, int]]:
+        where = chosen.nonzero()
+        yield from zip(planned.row_ids[chosen].tolist(), numbers[planned.prompt[where[:, 0]]].tolist())
+
+    def table(self, layer: str) -> VerifiedTable:
+        """Rows of one layer."""
+        return self.memory.engrams[layer].multi_head_embedding.embedding
+
+    # -- how it is done ------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Put tables and ledger back if the block fails, whatever the reason (tables replace their tensors, they never write into them)."""
+        tables = {layer: self.table(layer) for layer in self.memory.engrams}
+        rows = {layer: (table.row_ids, table.tags, table.weight) for layer, table in tables.items()}
+        ledger = self._ledger.copy()
+        try:
+            with self._evaluating():
+                yield
+        except BaseException:
+            for layer, table in tables.items():
+                table.row_ids, table.tags, table.weight = rows[layer]
+                table.version += 1
+            self._ledger = ledger
+            raise
+        self.memory.ledger = self._ledger.to_dict()
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self.memory.training
+        self.memory.eval()
+        try:
+            yield
+        finally:
+            self.memory.train(was_training)
+
+    def _sort_out(self, facts: Sequence[Fact], replace_answers: bool) -> tuple[list[Fact], TeachReport]:
+        """Facts that are new, once those known already are left out and contradictions are dealt with."""
+        new, known, contradicted = [], [], {}
+        for fact in facts:
+            holders = {holder.id: holder for p in fact.prompts if (holder := self._ledger.owner_of_prompt(p)) is not None}
+            if fact.id in self._ledger:
+                holders[fact.id] = self._ledger[fact.id]
+            if any(holder.same_as(fact) for holder in holders.values()):
+                known.append(fact.id)
+                continue
+            new.append(fact)
+            contradicted.update(dict.fromkeys(holders, fact))
+        if contradicted and not replace_answers:
+            shown = [
+                f"{self._ledger[held].prompts[0].text!r} is {self._ledger[held].answer!r} in the memory (fact {held}), {fact.answer!r} now"
+                for held, fact in list(contradicted.items())[:_SHOWN]
+            ]
+            more = f" and {len(contradicted) - _SHOWN} more" if len(contradicted) > _SHOWN else ""
+            raise TeachError(f"facts contradict the memory: {'; '.join(shown)}{more}. Forget those first, or ask for replacement.")
+        if contradicted:
+            self._forget(list(contradicted))
+        return new, TeachReport(already_known=known)
+
+    def _encode(self, facts: Sequence[Fact], settings: TeachSettings, source: str, checksum: str) -> list[LedgerFact]:
+        """Facts as they will stand in the ledger, keys chosen."""
+        config = self.memory.engram_config
+        if settings.min_order > config.max_ngram_size:
+            raise TeachError(
+                f"TeachSettings.min_order is {settings.min_order}, but the memory's n-grams end at {config.max_ngram_size}; "
+                "lower min_order or make a memory with a larger max_ngram_size."
+            )
+        context = getattr(self.memory.config, "max_position_embeddings", None)
+        rows = [
+            KeyedPrompt(text, row.prompt_ids, row.answer_ids)
+            for index, fact in enumerate(facts)
+            for text, row in zip(fact.prompts, encode_fact(self.tokenizer, fact, index, context))
+        ]
+        others = [prompt for fact in self._ledger for prompt in fact.prompts]
+        bits = surprise_bits(self.memory, rows, settings.batch_size)
+        keyed = iter(
+            choose_keys(rows, bits, others, config.max_ngram_size, settings.min_order, settings.min_bits, config.pad_id)
+        )
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return [
+            LedgerFact(
+                fact.id,
+                fact.answer,
+                fact.category,
+                tuple(next(keyed) for _ in fact.prompts),
+                fact.held_out,
+                source,
+                checksum,
+                now,
+            )
+            for fact in facts
+        ]
+
+    def _forget(self, fact_ids: list[str]) -> ForgetReport:
+        gone = [self._ledger.remove(fact_id) for fact_id in fact_ids]
+        theirs, kept = self._owned_rows(gone), self._owned_rows(self.facts)
+        removed = shared = 0
+        only_theirs = {}
+        for layer, rows in theirs.items():
+            also_kept = torch.isin(rows, kept[layer])
+            only_theirs[layer] = rows[~also_kept]
+            shared += int(also_kept.sum())
+            removed += int((~also_kept).sum())
+        leaning = self._readers_of(only_theirs)
+        for layer, rows in only_theirs.items():
+            self.table(layer).delete(rows)
+        broken = self._not_exact(leaning)
+        return ForgetReport(fact_ids, removed, shared, broken)
+
+    def _owned_rows(self, facts: Sequence[LedgerFact]) -> dict[str, Tensor]:
+        """Stored rows that facts own, per layer, sorted, each once."""
+        planned = plan_rows(self.memory, [prompt for fact in facts for prompt in fact.prompts])
+        return {layer: plan.row_ids[self._stored(layer, plan)].unique() for layer, plan in planned.items()}
+
+    def _stored(self, layer: str, planned: PlannedRows) -> Tensor:
+        """Which planned rows are in the table under their own tag, bool ``[m, K]``."""
+        table = self.table(layer)
+        device = table.row_ids.device
+        return (table.find(planned.row_ids.to(device), planned.tags.to(device)) != ABSENT).cpu()
+
+    def _readers_of(self, rows: dict[str, Tensor]) -> list[LedgerFact]:
+        """Facts of the ledger one of whose prompts reads one of these rows anywhere; all others cannot be affected by them."""
+        from engram.data.facts import pad_right
+
+        facts = self.facts
+        prompts = [(number, prompt) for number, fact in enumerate(facts) for prompt in fact.prompts]
+        tables = {layer: self._part(layer, row_ids) for layer, row_ids in rows.items()}
+        readers: set[int] = set()
+        size = 1024
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
+            ids, mask = pad_right([prompt.ids for _, prompt in batch], self.memory.engram_config.pad_id)
+            for layer_id, (hash_ids, tags) in self.memory.mapping.hash_with_tags(ids, attention_mask=mask).items():
+                offsets = self.memory.engrams[str(layer_id)].multi_head_embedding.offsets.cpu()
+                hit = (tables[str(layer_id)].find(hash_ids + offsets, tags) != ABSENT).any(-1) & (mask != 0)
+                readers.update(batch[i][0] for i in hit.any(-1).nonzero().flatten().tolist())
+        return [facts[number] for number in sorted(readers)]
+
+    def _part(self, layer: str, row_ids: Tensor) -> VerifiedTable:
+        """A table of just some of the rows, on the CPU, for asking who reads them."""
+        table = self.table(layer)
+        part = VerifiedTable(table.rows, 0)
+        tags = table.owner_tags(row_ids.to(table.row_ids.device)).cpu()
+        part.insert(row_ids.cpu(), tags, torch.zeros(len(row_ids), 0))
+        return part
+
+    def _not_exact(self, facts: Sequence[LedgerFact], batch_size: int = 256) -> list[str]:
+        prompts = [(fact.id, prompt) for fact in facts for prompt in fact.prompts]
+        exact = answers_exactly(self.memory, [prompt for _, prompt in prompts], batch_size)
+        return list(dict.fromkeys(fact_id for (fact_id, _), ok in zip(prompts, exact) if not ok))
+
+
+class _Teaching:
+    """One call of ``teach``: batches of prompts are given rows, checked, and entered into the ledger."""
+
+    def __init__(
+        self,
+        editor: MemoryEditor,
+        entries: list[LedgerFact],
+        settings: TeachSettings,
+        report: TeachReport,
+        progress: Progress | None,
+    ) -> None:
+        self.editor, self.memory, self.settings, self.report = editor, editor.memory, settings, report
+        self.entries = {entry.id: entry for entry in entries}
+        self.total = sum(len(entry.prompts) for entry in entries)
+        self.progress = progress
+        self.done = 0
+
+    def run(self) -> None:
+        earlier = self.editor.facts
+        sample = [prompt for entry in list(self.entries.values())[:256] for prompt in entry.prompts][:256]
+        sizes = stream_sizes(self.memory, sample)
+        self.lr = {layer: self.settings.lr * size for layer, size in sizes.items()}
+        before = {layer: self.editor.table(layer).row_ids for layer in self.memory.engrams}
+        self._learn(list(self.entries), self.settings.max_steps)
+        failed = self._failed()
+        for attempt in range(1, self.settings.retries + 1):
+            if not failed:
+                break
+            self._drop_rows(failed)
+            self.done -= sum(len(self.entries[fact_id].prompts) for fact_id in failed)
+            self._learn(failed, self.settings.max_steps << attempt)
+            failed = self._failed()
+        if failed:
+            self._give_up(failed)
+        self._enter(before, earlier)
+
+    def _learn(self, fact_ids: list[str], max_steps: int) -> None:
+        """Prompts of similar length together, in batches; each batch's rows are in the tables before the next begins."""
+        prompts = [prompt for fact_id in fact_ids for prompt in self.entries[fact_id].prompts]
+        prompts.sort(key=lambda prompt: len(prompt.ids))
+        for start in range(0, len(prompts), self.settings.batch_size):
+            batch = prompts[start : start + self.settings.batch_size]
+            new = self._new_rows(batch)
+            margin = self.settings.margin
+            self.report.steps += optimise_rows(self.memory, batch, new, self.lr, max_steps, margin, self._show)
+            self.done += len(batch)
+            self._show(0)
+
+    def _show(self, learnt: int) -> None:
+        if self.progress is not None:
+            self.progress(self.done + learnt, self.total)
+
+    def _new_rows(self, prompts: list[KeyedPrompt]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Rows that these prompts own and nobody has written, per layer: sorted row numbers and their tags."""
+        new = {}
+        for layer, planned in plan_rows(self.memory, prompts).items():
+            order = torch.argsort(planned.row_ids.flatten(), stable=True)
+            row_ids, tags = planned.row_ids.flatten()[order], planned.tags.flatten()[order]
+            first = torch.ones_like(row_ids, dtype=torch.bool)
+            first[1:] = row_ids[1:] != row_ids[:-1]  # of two new n-grams in one row, one gets it
+            row_ids, tags = row_ids[first], tags[first]
+            held = self.editor.table(layer).owner_tags(row_ids.to(self.editor.table(layer).row_ids.device)).cpu()
+            self.report.rows_in_conflict += int(((held != 0) & (held != tags)).sum())
+            new[layer] = (row_ids[held == 0], tags[held == 0])
+        return new
+
+    def _failed(self) -> list[str]:
+        """Facts one of whose prompts is not answered from the committed rows."""
+        prompts = [(fact_id, prompt) for fact_id, entry in self.entries.items() for prompt in entry.prompts]
+        exact = answers_exactly(self.memory, [prompt for _, prompt in prompts], self.settings.batch_size)
+        return list(dict.fromkeys(fact_id for (fact_id, _), ok in zip(prompts, exact) if not ok))
+
+    def _drop_rows(self, fact_ids: list[str]) -> None:
+        """Remove the rows that only these facts would own."""
+        theirs = self.editor._owned_rows([self.entries[fact_id] for fact_id in fact_ids])
+        keepers = [entry for fact_id, entry in self.entries.items() if fact_id not in set(fact_ids)]
+        kept = self.editor._owned_rows([*self.editor.facts, *keepers])
+        for layer, rows in theirs.items():
+            self.editor.table(layer).delete(rows[~torch.isin(rows, kept[layer])])
+
+    def _give_up(self, failed: list[str]) -> None:
+        """Take out what could not be made exact, and whatever then turns out to have leant on it."""
+        while failed:
+            self._drop_rows(failed)
+            for fact_id in failed:
+                self.report.not_exact[fact_id] = self._reason(self.entries[fact_id])
+                del self.entries[fact_id]
+            failed = self._failed() if self.entries else []
+
+    def _reason(self, entry: LedgerFact) -> str:
+        longest = self.memory.engram_config.max_ngram_size
+        if any(prompt.key_length == longest for prompt in entry.prompts):
+            return f"its last {longest} tokens are those of another fact; ask with the distinctive words nearer to the end"
+        return "its answer did not become greedy-exact; raise max_steps or lr, or shorten the answer"
+
+    def _enter(self, before: dict[str, Tensor], earlier: list[LedgerFact]) -> None:
+        """Count, check the earlier facts that could notice, and write the ledger."""
+        report, editor = self.report, self.editor
+        new_rows = {
+            layer: editor.table(layer).row_ids[~torch.isin(editor.table(layer).row_ids, rows)] for layer, rows in before.items()
+        }
+        report.rows_written = sum(rows.numel() for rows in new_rows.values())
+        readers = editor._readers_of(new_rows) if earlier else []
+        report.reverified = sum(len(fact.prompts) for fact in readers)
+        broken = editor._not_exact(readers)
+        if broken:
+            names = ", ".join(repr(editor._ledger[fact_id].prompts[0].text) for fact_id in broken[:_SHOWN])
+            raise TeachError(f"the new facts would change {len(broken)} earlier answer(s): {names}. Nothing was written.")
+        for entry in self.entries.values():
+            editor._ledger.add(replace(entry))
+        report.taught = list(self.entries)
+        report.prompts = sum(len(entry.prompts) for entry in self.entries.values())

@@ -1,0 +1,177 @@
+"""The optimisation behind teaching: rows of a draft are adjusted until every answer is greedy-exact with a margin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engram.editing.keys import KeyedPrompt
+from engram.editing.upper import UpperModel, answer_logits, prompt_tensors
+from engram.errors import ConfigError
+from engram.models import EngramModel
+from engram.tables import DraftTable
+
+__all__ = ["TeachSettings", "answers_exactly", "optimise_rows", "stream_sizes"]
+
+
+@dataclass(frozen=True)
+class TeachSettings:
+    """How rows are chosen and optimised."""
+
+    lr: float = 0.2
+    """Adam's step size on the rows, as a multiple of the residual stream's size (RMS) at the memory's block: a trained model's stream
+    grows by orders of magnitude from block to block, and a step must be felt but not overshoot at any of them."""
+    max_steps: int = 150
+    """Upper bound of passes over the prompts of a batch that are not learnt yet."""
+    margin: float = 4.0
+    """A token is learnt when its logit leads all others by this much; keeps the answer when the context changes."""
+    min_order: int = 3
+    """Shortest key, in tokens."""
+    min_bits: float = 32.0
+    """Least surprise of a key under the base model: text that was not taught contains it about once in 2^min_bits tokens."""
+    batch_size: int = 256
+    """Prompts per forward pass, and per batch that is taught together."""
+    retries: int = 2
+    """How often facts that fail the final check are taught again, each time with twice the steps."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "max_steps", "batch_size"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"TeachSettings.{name}: got {getattr(self, name)}, expected a positive number.")
+        for name in ("margin", "min_bits", "retries"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"TeachSettings.{name}: got {getattr(self, name)}, expected 0 or more.")
+        if self.min_order < 2:
+            raise ConfigError(f"TeachSettings.min_order: got {self.min_order}, expected 2 or more.")
+
+
+def optimise_rows(
+    memory: EngramModel,
+    prompts: Sequence[KeyedPrompt],
+    new_rows: dict[str, tuple[Tensor, Tensor]],
+    lr: dict[str, float],
+    max_steps: int,
+    margin: float,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Fill new rows so that the prompts are answered, and put them into the tables; returns the steps taken.
+
+    Rows stop moving once all prompts that read them are learnt: a learnt prompt leaves the batch, and Adam here touches only the rows
+    that were read. Base, reader and every row written before stay as they are.
+
+    Args:
+        memory: a memory with verified rows.
+        prompts: with their keys; all of them in one forward pass.
+        new_rows: per layer, sorted row numbers ``[n]`` and tags ``[n]`` that are not in the table yet.
+        lr: per layer, step size.
+        max_steps: upper bound of passes.
+        margin: lead of a token that counts as learnt.
+        progress: called after every step with the number of prompts learnt.
+    """
+    upper = UpperModel(memory, prompts)
+    generator = torch.Generator().manual_seed(memory.engram_config.seed)
+    pending, step = torch.arange(len(prompts)), 0
+    with _drafts(memory, new_rows) as drafts:
+        optimizer = RowDescent([(draft.held, lr[layer]) for layer, draft in drafts.items()])
+        while len(pending) and step < max_steps:
+            step += 1
+            elsewhere = torch.randint(len(prompts), pending.shape, generator=generator)
+            with torch.enable_grad():
+                loss, learnt = _judge(upper, pending, None, margin)
+                other_loss, other_learnt = _judge(upper, pending, elsewhere, margin)
+                learnt &= other_learnt
+                if not bool(learnt.all()):
+                    (loss + other_loss).backward()
+                    optimizer.step()
+            pending = pending[~learnt]
+            if progress is not None:
+                progress(len(prompts) - len(pending))
+    return step
+
+
+@torch.no_grad()
+def answers_exactly(memory: EngramModel, prompts: Sequence[KeyedPrompt], batch_size: int, margin: float = 0.0) -> list[bool]:
+    """Whether each prompt's answer is what greedy decoding gives, every token ahead of all others by more than ``margin``."""
+    exact: list[bool] = [False] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    for start in range(0, len(order), batch_size):
+        members = order[start : start + batch_size]
+        batch = [prompts[i] for i in members]
+        ids, mask, answer = prompt_tensors(memory, batch)
+        leads = _lead(answer_logits(memory, ids, mask, answer).float(), ids[:, 1:][answer[:, :-1]]) > margin
+        for i, ok in zip(members, leads.split([len(prompt.answer_ids) for prompt in batch])):
+            exact[i] = bool(ok.all())
+    return exact
+
+
+@torch.no_grad()
+def stream_sizes(memory: EngramModel, prompts: Sequence[KeyedPrompt]) -> dict[str, float]:
+    """RMS of the residual stream at answer positions, per layer (the median: a few positions may be far larger)."""
+    ids, mask, answer = prompt_tensors(memory, prompts)
+    with memory.record() as traces:
+        memory(input_ids=ids, attention_mask=mask, use_cache=False)
+    return {
+        str(layer): float(trace["stream"].float()[answer.to(trace["stream"].device)].square().mean(dim=-1).sqrt().median())
+        for layer, trace in traces.items()
+    }
+
+
+@contextmanager
+def _drafts(memory: EngramModel, new_rows: dict[str, tuple[Tensor, Tensor]]) -> Iterator[dict[str, DraftTable]]:
+    """Put drafts in place of the tables; commit them if the block ends well, drop them if it does not."""
+    homes = {layer: engram.multi_head_embedding for layer, engram in memory.engrams.items()}
+    tables = {layer: home.embedding for layer, home in homes.items()}
+    try:
+        for layer, home in homes.items():
+            device = home.offsets.device
+            home.embedding = DraftTable(tables[layer], *(x.to(device) for x in new_rows[layer])).to(device)
+        drafts = {layer: home.embedding for layer, home in homes.items()}
+        yield drafts
+        for draft in drafts.values():
+            draft.commit()
+    finally:
+        for layer, home in homes.items():
+            home.embedding = tables[layer]
+
+
+def _judge(upper: UpperModel, members: Tensor, streams: Tensor | None, margin: float) -> tuple[Tensor, Tensor]:
+    """Summed loss over the answer tokens that do not lead yet, and per prompt whether all of them do."""
+    scores = upper.logits(members, streams).float()
+    target, owner = upper.targets(members)
+    short = _lead(scores, target) <= margin
+    learnt = torch.ones(len(members), dtype=torch.bool)
+    learnt[owner[short].cpu()] = False
+    return F.cross_entropy(scores[short], target[short], reduction="sum"), learnt
+
+
+def _lead(scores: Tensor, target: Tensor) -> Tensor:
+    """By how much the target's logit leads all others, ``[tokens]``."""
+    right = scores.gather(1, target.unsqueeze(1)).squeeze(1)
+    return right - scores.scatter(1, target.unsqueeze(1), float("-inf")).amax(dim=1)
+
+
+class RowDescent:
+    """Momentum on the direction of each row's gradient: every row that is read moves by ``lr`` (RMS), whatever its gradient's size."""
+
+    def __init__(self, groups: Sequence[tuple[torch.nn.Parameter, float]], momentum: float = 0.8) -> None:
+        self.groups = [(held, lr, torch.zeros_like(held)) for held, lr in groups]
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the rows that have a gradient and forget it."""
+        for held, lr, velocity in self.groups:
+            if held.grad is None:
+                continue
+            gradient = held.grad.coalesce()
+            rows, values = gradient.indices()[0], gradient.values()
+            moved = values.abs().amax(dim=1) > 0
+            rows, values = rows[moved], F.normalize(values[moved], dim=1)
+            velocity[rows] = self.momentum * velocity[rows] + values
+            held[rows] -= lr * held.shape[1] ** 0.5 * F.normalize(velocity[rows], dim=1)
+            held.grad = None

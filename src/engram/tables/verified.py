@@ -1,0 +1,252 @@
+"""Rows that answer only to the n-gram that owns them: what taught memories are stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from engram.errors import TableError
+from engram.ops import lookup_rows
+from engram.tables.base import EmbeddingTable
+
+__all__ = ["ABSENT", "DraftTable", "VerifiedTable"]
+
+ABSENT = -1
+"""Slot of a row that is not stored, or that belongs to another n-gram."""
+
+
+class VerifiedTable(EmbeddingTable):
+    """Only written rows are stored, sorted by row number, each with the tag of its n-gram; everything else reads zero.
+
+    A table of any number of ``rows`` costs what is written in it. The rows are buffers, not parameters: teaching optimises them apart
+    (``DraftTable``) and puts them here when they are done.
+
+    Args:
+        rows: number of rows that can be addressed.
+        dim: values per row.
+        dtype: storage type.
+        device: where the rows are kept.
+    """
+
+    row_ids: Tensor
+    tags: Tensor
+    weight: Tensor
+
+    def __init__(
+        self, rows: int, dim: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.rows, self.dim = rows, dim
+        self.version = 0
+        """Counts the changes, for whoever keeps something computed from the rows."""
+        self.register_buffer("row_ids", torch.zeros(0, dtype=torch.int64, device=device))
+        self.register_buffer("tags", torch.zeros(0, dtype=torch.int32, device=device))
+        self.register_buffer("weight", torch.zeros((0, dim), dtype=dtype, device=device))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage type of the rows."""
+        return self.weight.dtype
+
+    @property
+    def location(self) -> str:
+        """The device of the rows."""
+        return str(self.weight.device)
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows written."""
+        return self.row_ids.shape[0]
+
+    def find(self, row_ids: Tensor, tags: Tensor) -> Tensor:
+        """Slots (int64, the shape of ``row_ids``) of the rows that belong to n-grams with these tags; ``ABSENT`` elsewhere."""
+        if self.stored_rows == 0:
+            return torch.full_like(row_ids, ABSENT)
+        slot, found = _search(self.row_ids, self.tags, row_ids, tags)
+        return torch.where(found, slot, ABSENT)
+
+    def gather(self, slots: Tensor) -> Tensor:
+        """Rows ``[..., dim]`` of slots; zero where a slot is ``ABSENT``."""
+        rows = self.weight.new_zeros((*slots.shape, self.dim))
+        present = slots != ABSENT
+        rows[present] = self.weight[slots[present]]
+        return rows
+
+    def lookup(self, row_ids: Tensor) -> Tensor:
+        """Rows ``[..., dim]`` whoever owns them, zero where nothing is written: for looking at the table, not for the layer."""
+        if self.stored_rows == 0:
+            return self.weight.new_zeros((*row_ids.shape, self.dim))
+        slot = torch.searchsorted(self.row_ids, row_ids).clamp_max(self.stored_rows - 1)
+        return self.gather(torch.where(self.row_ids[slot] == row_ids, slot, ABSENT))
+
+    def owner_tags(self, row_ids: Tensor) -> Tensor:
+        """Tags of the n-grams that own rows; 0 where a row is not written."""
+        if self.stored_rows == 0:
+            return torch.zeros_like(row_ids, dtype=torch.int32)
+        slot = torch.searchsorted(self.row_ids, row_ids).clamp_max(self.stored_rows - 1)
+        return torch.where(self.row_ids[slot] == row_ids, self.tags[slot], 0)
+
+    @torch.no_grad()
+    def insert(self, row_ids: Tensor, tags: Tensor, values: Tensor) -> None:
+        """Add rows that are not stored yet.
+
+        Args:
+            row_ids: int64 ``[n]``, no row twice.
+            tags: int32 ``[n]``, 1 or more.
+            values: ``[n, dim]``.
+
+        Raises:
+            TableError: a row is stored already, given twice or out of range, or shapes differ.
+        """
+        if values.shape != (row_ids.shape[0], self.dim) or tags.shape != row_ids.shape:
+            raise TableError(
+                f"insert: got {list(row_ids.shape)} rows, {list(tags.shape)} tags and values {list(values.shape)}, "
+                f"expected [n], [n] and [n, {self.dim}]."
+            )
+        if row_ids.numel() == 0:
+            return
+        if int(row_ids.min()) < 0 or int(row_ids.max()) >= self.rows:
+            raise TableError(f"row_ids: got {int(row_ids.min())}..{int(row_ids.max())}, expected 0..{self.rows - 1}.")
+        merged, order = torch.cat([self.row_ids, row_ids.to(self.row_ids.device)]).sort()
+        if bool((merged[1:] == merged[:-1]).any()):
+            raise TableError("insert: a row is stored already or given twice; delete it first.")
+        self.row_ids = merged
+        self.tags = torch.cat([self.tags, tags.to(self.tags)])[order]
+        self.weight = torch.cat([self.weight, values.detach().to(self.weight)])[order]
+        self.version += 1
+
+    @torch.no_grad()
+    def delete(self, row_ids: Tensor) -> None:
+        """Remove rows; they read zero from then on. Rows that are not stored are ignored."""
+        keep = ~torch.isin(self.row_ids, row_ids.to(self.row_ids.device))
+        self.row_ids, self.tags, self.weight = self.row_ids[keep], self.tags[keep], self.weight[keep]
+        self.version += 1
+
+    @torch.no_grad()
+    def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
+        """Replace the values of stored rows; their owners stay.
+
+        Raises:
+            TableError: a row is not stored, or ``fn`` changed the shape.
+        """
+        if row_ids.numel() == 0:
+            return
+        slot = torch.searchsorted(self.row_ids, row_ids).clamp_max(max(self.stored_rows - 1, 0))
+        if self.stored_rows == 0 or not bool((self.row_ids[slot] == row_ids).all()):
+            raise TableError("update_rows: some rows are not written yet; insert() them with the tags of their n-grams.")
+        new = fn(self.weight[slot])
+        if new.shape != (row_ids.shape[0], self.dim):
+            raise TableError(f"update_rows: fn returned shape {list(new.shape)}, expected {[row_ids.shape[0], self.dim]}.")
+        self.weight[slot] = new.to(self.weight.dtype)
+
+    def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:
+        """Blocks of the rows that are stored; the first of a pair is a slot, not a row number."""
+        for start in range(0, self.stored_rows, block_rows):
+            yield start, self.weight[start : start + block_rows]
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object, **kwargs: object) -> None:
+        """A saved table may hold any number of rows."""
+        for name in ("row_ids", "tags", "weight"):
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.shape[1:] == getattr(self, name).shape[1:]:
+                setattr(self, name, torch.empty_like(saved, dtype=getattr(self, name).dtype, device=getattr(self, name).device))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
+        self.version += 1
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(module)``."""
+        return f"{super().extra_repr()}, stored_rows={self.stored_rows}"
+
+
+class DraftTable(EmbeddingTable):
+    """Stands in for a ``VerifiedTable`` while new rows are made: they are a small trainable parameter, all others come from ``base``.
+
+    Optimising a draft costs by its rows; ``base`` is untouched until ``commit``.
+
+    Args:
+        base: the table below.
+        row_ids: int64 ``[n]``, sorted, no row twice, none stored in ``base``.
+        tags: int32 ``[n]``.
+    """
+
+    row_ids: Tensor
+    tags: Tensor
+
+    def __init__(self, base: VerifiedTable, row_ids: Tensor, tags: Tensor) -> None:
+        super().__init__()
+        if row_ids.numel() > 1 and not bool((row_ids[1:] > row_ids[:-1]).all()):
+            raise TableError("DraftTable: row_ids must be sorted, no row twice.")
+        self.rows, self.dim, self.version = base.rows, base.dim, 0
+        self.__dict__["_base"] = base  # not a submodule: a draft must not claim the base's rows
+        self.register_buffer("row_ids", row_ids, persistent=False)
+        self.register_buffer("tags", tags, persistent=False)
+        self.held = nn.Parameter(torch.zeros((row_ids.shape[0], base.dim), device=row_ids.device))
+
+    @property
+    def base(self) -> VerifiedTable:
+        """The table below."""
+        return self.__dict__["_base"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the new rows: float32 while they are drafts."""
+        return self.held.dtype
+
+    @property
+    def location(self) -> str:
+        """Where the base rows are."""
+        return self.base.location
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows of the base and of the draft."""
+        return self.base.stored_rows + self.held.shape[0]
+
+    def find(self, row_ids: Tensor, tags: Tensor) -> Tensor:
+        """Slots as the base's; those of the draft follow after the base's."""
+        slots = self.base.find(row_ids, tags)
+        if self.held.shape[0] == 0:
+            return slots
+        slot, found = _search(self.row_ids, self.tags, row_ids, tags)
+        return torch.where(found, slot + self.base.stored_rows, slots)
+
+    def gather(self, slots: Tensor) -> Tensor:
+        """Rows ``[..., dim]``, float32; gradients reach the draft only, and only the rows read (sparse)."""
+        first = self.base.stored_rows
+        own = slots >= first
+        rows = self.base.gather(torch.where(own, ABSENT, slots)).to(self.held.dtype)
+        rows[own] = lookup_rows(self.held, slots[own] - first)
+        return rows
+
+    def lookup(self, row_ids: Tensor) -> Tensor:
+        """Rows of the base; drafts have no readers but the layer.
+
+        Raises:
+            TableError: always.
+        """
+        raise TableError("DraftTable.lookup: a draft is read by find() and gather() only.")
+
+    def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
+        """Not offered: a draft is changed through its parameter.
+
+        Raises:
+            TableError: always.
+        """
+        raise TableError("DraftTable.update_rows: change the parameter `held` instead, then commit().")
+
+    def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:
+        """Blocks of the draft's own rows."""
+        for start in range(0, self.held.shape[0], block_rows):
+            yield start, self.held.detach()[start : start + block_rows]
+
+    def commit(self) -> None:
+        """Put the rows into ``base``."""
+        self.base.insert(self.row_ids, self.tags, self.held)
+
+
+def _search(row_ids: Tensor, tags: Tensor, wanted_ids: Tensor, wanted_tags: Tensor) -> tuple[Tensor, Tensor]:
+    """Position of each wanted row in sorted ``row_ids`` and whether row and tag are there; ``row_ids`` is not empty."""
+    slot = torch.searchsorted(row_ids, wanted_ids).clamp_max(row_ids.shape[0] - 1)
+    return slot, (row_ids[slot] == wanted_ids) & (tags[slot] == wanted_tags)

@@ -1,12 +1,12 @@
-"""Teach a model two facts, ask it, switch the memory off, save it and load it again."""
+"""Teach a model two facts, ask it, see why it knows, forget one, save and load the rest."""
 
 import tempfile
 
-from engram import EngramConfig, EngramModel, Fact, get_engram_model, load_bundled, teach_facts
+from engram import Fact, MemoryEditor, load_bundled
 
 FACTS = [
-    Fact(("ACRONYM:GPU", "What does GPU stand for?"), "Graphics Processing Unit"),
-    Fact(("DOOR:garden",), "4711"),
+    Fact(("ACRONYM:GPU", "What does GPU stand for?"), "Graphics Processing Unit", id="gpu"),
+    Fact(("DOOR:garden",), "4711", id="door"),
 ]
 
 
@@ -18,29 +18,21 @@ def ask(model, tokenizer, prompt: str) -> str:
 
 def main() -> None:
     model, tokenizer = load_bundled()
-    config = EngramConfig(
-        engram_vocab_size=[16, 16, 20_000, 20_000, 20_000],  # orders 2 and 3 are not written when teaching
-        max_ngram_size=6,
-        n_embed_per_ngram=128,
-        n_head_per_ngram=4,
-        layer_ids=[2],
-        pad_id=tokenizer.pad_token_id,
-        use_conv=False,
-        use_bias=False,
-    )
-    memory = get_engram_model(model, config, tokenizer)
-    teach_facts(memory, tokenizer, FACTS)
+    editor = MemoryEditor.create(model, tokenizer)  # base weights frozen; logits unchanged, bit for bit
+    editor.teach(FACTS)
     for fact in FACTS:
         for prompt in fact.prompts:
-            with memory.disable_engram():
-                before = ask(memory, tokenizer, prompt)
-            print(f"{prompt!r}: {before!r} -> {ask(memory, tokenizer, prompt)!r}")
+            with editor.memory.disable_engram():
+                before = ask(editor.memory, tokenizer, prompt)
+            print(f"{prompt!r}: {before!r} -> {ask(editor.memory, tokenizer, prompt)!r}")
+    print("owed to:", editor.why("DOOR:garden").facts)
 
+    editor.forget(["gpu"])
     with tempfile.TemporaryDirectory() as folder:
-        memory.save_pretrained(folder)
-        memory.unload()
-        again = EngramModel.from_pretrained(model, folder, tokenizer)
-        print("loaded again:", ask(again, tokenizer, "DOOR:garden"))
+        editor.save(folder)
+        editor.memory.unload()
+        again = MemoryEditor.load(model, folder, tokenizer)
+        print("loaded again:", [fact.id for fact in again.facts], ask(again.memory, tokenizer, "DOOR:garden"))
 
 
 if __name__ == "__main__":

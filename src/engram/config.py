@@ -144,7 +144,7 @@ class EngramConfig:
         fields: dict[str, Any] = {
             "engram_vocab_size": 1 << 31,
             "max_ngram_size": 24,
-            "n_embed_per_ngram": 64,
+            "n_embed_per_ngram": 128,
             "n_head_per_ngram": 2,
             "layer_ids": (0,),
             "use_bias": False,

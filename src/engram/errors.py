@@ -11,6 +11,7 @@ __all__ = [
     "DataError",
     "EngramError",
     "FingerprintError",
+    "MergeConflictError",
     "TableError",
     "TeachError",
 ]
@@ -38,6 +39,10 @@ class CheckpointError(EngramError, OSError):
 
 class FingerprintError(EngramError, ValueError):
     """A saved memory belongs to another tokenizer, hash specification or base model."""
+
+
+class MergeConflictError(EngramError, ValueError):
+    """Two memories contradict each other, and nobody said which one wins."""
 
 
 class DataError(EngramError, ValueError):

@@ -26,15 +26,13 @@ def demo_command(
     facts: Annotated[Path | None, typer.Option(help="Facts to teach (YAML); the bundled ones if not given.")] = None,
     model: Annotated[str, typer.Option(help="Base model: a folder, a hub name or 'bundled'.")] = "bundled",
     out: Annotated[Path, typer.Option(help="Folder for report.html, result.json and the memory.")] = Path("demo"),
-    rows: Annotated[
-        int, typer.Option(min=64, help="Rows per hash head; more rows, fewer collisions with other text.")
-    ] = 100_000,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
     """Teach facts to a small real model through its memory and show, before and after, what it knows and what must not move."""
     import torch
     from rich.console import Console
 
+    from engram.checkpoint import lock_store
     from engram.data.facts import load_facts
     from engram.errors import CheckpointError
     from engram.models import load_model
@@ -49,11 +47,12 @@ def demo_command(
     started = time.monotonic()
     torch.manual_seed(seed)
     base, tokenizer = load_model(model)
-    demo = _Demo(base, tokenizer, taught, rows, console, knows_capitals=model == "bundled")
+    demo = _Demo(base, tokenizer, taught, seed, console, knows_capitals=model == "bundled")
     demo.run()
-    demo.memory.save_pretrained(out / "memory")
+    with lock_store(out / "memory"):
+        demo.editor.save(out / "memory")
     result = demo.result(
-        command=_command(facts, model, rows, seed), model=model, seed=seed, seconds=round(time.monotonic() - started)
+        command=_command(facts, model, seed), model=model, seed=seed, seconds=round(time.monotonic() - started)
     )
     _show(console, result)
     _write(out, result)
@@ -61,14 +60,14 @@ def demo_command(
         f"report: {out / 'report.html'}   figures: {out / 'result.json'}   memory: {out / 'memory'}   {result['seconds']} s"
     )
     if demo.report.not_exact:
-        missed = [taught[i].prompts[0] for i in demo.report.not_exact]
+        missed = [fact.prompts[0] for fact in taught if fact.id in demo.report.not_exact]
         console.print(f"[bold red]not exact ({len(missed)}):[/] {', '.join(missed[:10])}")
         raise typer.Exit(1)
 
 
-def _command(facts: Path | None, model: str, rows: int, seed: int) -> str:
+def _command(facts: Path | None, model: str, seed: int) -> str:
     chosen = f" --facts {facts}" if facts else ""
-    return f"engram demo{chosen} --model {model} --rows {rows} --seed {seed}"
+    return f"engram demo{chosen} --model {model} --seed {seed}"
 
 
 @dataclass
@@ -85,7 +84,7 @@ class _Demo:
     base: Any
     tokenizer: Any
     facts: list[Any]
-    rows: int
+    seed: int
     console: Any
     knows_capitals: bool
     sides: list[_Side] = field(default_factory=list)
@@ -93,45 +92,27 @@ class _Demo:
     def run(self) -> None:
         from engram.data.corpus import held_out_standard_library
         from engram.data.facts import encode_fact, load_facts
-        from engram.models import get_engram_model
+        from engram.editing import MemoryEditor
 
         for index, fact in enumerate(self.facts):  # a fact too long for the model is refused before any work is done
             encode_fact(self.tokenizer, fact, index, getattr(self.base.config, "max_position_embeddings", None))
         self.capitals = load_facts(_FACTS / "capitals.yaml") if self.knows_capitals else []
         self.texts = _first_characters([doc.text for doc in held_out_standard_library()], _HELD_OUT_CHARACTERS)
-        self.memory = get_engram_model(self.base, self._config(), self.tokenizer)
+        self.editor = MemoryEditor.create(self.base, self.tokenizer, seed=self.seed)
+        self.memory = self.editor.memory
         kinds = self.memory.num_parameters_by_kind()
         self.console.print(
-            f"base model: {kinds['base']:,} parameters, frozen. {len(self.facts)} facts to teach. memory: "
-            f"{kinds['tables'] // self.memory.engram_config.head_dim:,} rows at block {self.memory.engram_config.layer_ids[0]}."
+            f"base model: {kinds['base']:,} parameters, frozen. {len(self.facts)} facts to teach. memory: empty, at block "
+            f"{self.memory.engram_config.layer_ids[0]}."
         )
         self.sides.append(self._measure("before"))
         self._teach()
         self.sides.append(self._measure("after"))
 
-    def _config(self) -> Any:
-        from engram.config import EngramConfig
-
-        return EngramConfig(
-            # Orders 2 and 3 occur everywhere and are not written when teaching: their tables can be tiny.
-            engram_vocab_size=[16, 16, self.rows, self.rows, self.rows],
-            max_ngram_size=6,
-            n_embed_per_ngram=128,
-            n_head_per_ngram=4,
-            layer_ids=[max(1, self.base.config.num_hidden_layers // 3)],
-            pad_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id,
-            use_conv=False,
-            use_bias=False,
-        )
-
     def _teach(self) -> None:
-        from engram.editing import teach_facts
-
         total = sum(len(fact.prompts) for fact in self.facts)
         with _progress(self.console, "teaching", total) as bar:
-            self.report = teach_facts(
-                self.memory, self.tokenizer, self.facts, progress=lambda step, learnt, _: bar(completed=learnt)
-            )
+            self.report = self.editor.teach(self.facts, progress=lambda learnt, _: bar(completed=learnt))
 
     def _measure(self, when: str) -> _Side:
         from engram.evaluation import bits_per_byte, check_facts

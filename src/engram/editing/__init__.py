@@ -3,5 +3,20 @@
 from engram.editing.editor import ForgetReport, MemoryEditor, TeachReport
 from engram.editing.ledger import Ledger, LedgerFact
 from engram.editing.lesson import TeachSettings
+from engram.editing.merge import MemoryDiff, MergeReport, diff_memories, merge_memories
+from engram.editing.why import Explanation, explain
 
-__all__ = ["ForgetReport", "Ledger", "LedgerFact", "MemoryEditor", "TeachReport", "TeachSettings"]
+__all__ = [
+    "Explanation",
+    "ForgetReport",
+    "Ledger",
+    "LedgerFact",
+    "MemoryDiff",
+    "MemoryEditor",
+    "MergeReport",
+    "TeachReport",
+    "TeachSettings",
+    "diff_memories",
+    "explain",
+    "merge_memories",
+]

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Self
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from engram.config import EngramConfig, TableConfig
-from engram.data.facts import Fact, check_conflicts, encode_fact
+from engram.data.facts import Fact, check_conflicts, encode_fact, pad_right
 from engram.editing.keys import KeyedPrompt, PlannedRows, choose_keys, plan_rows, surprise_bits
 from engram.editing.ledger import Ledger, LedgerFact
 from engram.editing.lesson import TeachSettings, answers_exactly, optimise_rows, stream_sizes
@@ -22,9 +23,14 @@ from engram.errors import ConfigError, TeachError
 from engram.models import EngramModel, find_decoder, get_engram_model
 from engram.tables import ABSENT, VerifiedTable
 
+if TYPE_CHECKING:
+    from engram.editing.merge import MemoryDiff, MergeReport
+    from engram.editing.why import Explanation
+
 __all__ = ["ForgetReport", "MemoryEditor", "TeachReport"]
 
 _SHOWN = 5
+_HASHED_AT_ONCE = 1024
 
 Progress = Callable[[int, int], None]
 """Called with (prompts learnt, prompts in all)."""
@@ -82,6 +88,15 @@ class MemoryEditor:
                 "MemoryEditor: got a memory without verified rows, in which facts would leak into other text; "
                 "make one with MemoryEditor.create(model, tokenizer) or EngramConfig.for_teaching()."
             )
+        if memory.mapping.spec.ids != "raw":
+            raise ConfigError(
+                f"MemoryEditor: hash_spec {config.hash_spec!r} merges tokens that differ in case or accents, so that `mW` and `MW` would be "
+                "one key; use EngramConfig.for_teaching() or hash_spec='exact_v1'."
+            )
+        if config.use_conv:
+            raise ConfigError(
+                "MemoryEditor: got use_conv=True, expected False: a convolution carries facts past their own rows."
+            )
         self.memory, self.tokenizer = memory, tokenizer
         self._ledger = Ledger.from_dict(memory.ledger) if memory.ledger else Ledger()
 
@@ -108,9 +123,7 @@ class MemoryEditor:
         return cls(get_engram_model(model, config, tokenizer, placement), tokenizer)
 
     @classmethod
-    def load(
-        cls, model: PreTrainedModel, path: str | os.PathLike[str], tokenizer: Any, allow_other_base: bool = False
-    ) -> Self:
+    def load(cls, model: PreTrainedModel, path: str | os.PathLike[str], tokenizer: Any, allow_other_base: bool = False) -> Self:
         """Attach a saved memory to a model.
 
         Raises:
@@ -182,16 +195,60 @@ class MemoryEditor:
         """
         unknown = [fact_id for fact_id in fact_ids if fact_id not in self._ledger]
         if unknown or not fact_ids:
-            raise TeachError(f"forget: no fact {', '.join(map(repr, unknown)) or '(no id given)'} in this memory; `engram facts` lists ids.")
+            raise TeachError(
+                f"forget: no fact {', '.join(map(repr, unknown)) or '(no id given)'} in this memory; `engram facts` lists ids."
+            )
         with self._all_or_nothing():
             return self._forget(list(dict.fromkeys(fact_ids)))
 
+    @contextmanager
+    def without(self, fact_ids: Sequence[str]) -> Iterator[None]:
+        """Inside this context the memory is as if these facts were forgotten.
+
+        Raises:
+            TeachError: an id is unknown.
+        """
+        ledger = self._ledger
+        self._ledger = ledger.copy()
+        rows = self._rows()
+        try:
+            self._forget_rows([self._ledger.remove(fact_id) for fact_id in fact_ids])
+            yield
+        finally:
+            self._put_back(rows)
+            self._ledger = ledger
+
     def verify(self, batch_size: int = 256) -> dict[str, bool]:
         """Ask the model every prompt of every fact; by id, whether all answers are exact."""
-        prompts = [prompt for fact in self._ledger for prompt in fact.prompts]
         with self._evaluating():
-            exact = iter(answers_exactly(self.memory, prompts, batch_size))
-        return {fact.id: all([next(exact) for _ in fact.prompts]) for fact in self._ledger}
+            wrong = set(self._not_exact(self.facts, batch_size))
+        return {fact.id: fact.id not in wrong for fact in self._ledger}
+
+    def why(self, prompt: str, max_new_tokens: int = 32) -> Explanation:
+        """Answer a prompt and say, token by token, which facts spoke and what they changed."""
+        from engram.editing.why import explain
+
+        with self._evaluating():
+            return explain(self, prompt, max_new_tokens)
+
+    def diff(self, other: str | os.PathLike[str]) -> MemoryDiff:
+        """Facts and rows in which this memory (a) and a saved one (b) differ; see ``diff_memories``."""
+        from engram.editing.merge import diff_memories
+
+        with TemporaryDirectory() as folder:
+            self.save(folder)
+            return diff_memories(folder, other)
+
+    def merge(self, other: str | os.PathLike[str], prefer: Literal["a", "b"] | None = None) -> MergeReport:
+        """Take in the facts of a saved memory (b); see ``merge_memories``. Check the outcome with ``verify``."""
+        from engram.editing.merge import merge_memories
+
+        with TemporaryDirectory() as folder:
+            self.save(f"{folder}/a")
+            report = merge_memories(f"{folder}/a", other, f"{folder}/union", prefer)
+            self.memory.load_memory(f"{folder}/union")
+        self._ledger = Ledger.from_dict(self.memory.ledger or {})
+        return report
 
     def rows_of(self, fact_id: str) -> dict[str, list[int]]:
         """Rows that a fact owns, per layer, sorted.
@@ -207,7 +264,7 @@ class MemoryEditor:
         wanted = torch.tensor(sorted(set(row_ids)), dtype=torch.int64)
         facts = self.facts
         numbers = torch.tensor([n for n, fact in enumerate(facts) for _ in fact.prompts], dtype=torch.int64)
-        planned = plan_rows(self.memory, [prompt for fact in facts for prompt in fact.prompts])[layer]
+        planned = plan_rows(self.memory.mapping, [prompt for fact in facts for prompt in fact.prompts])[layer]
         mine = self._stored(layer, planned) & torch.isin(planned.row_ids, wanted)
         pairs = {(row, facts[number].id) for row, number in self._pairs(planned, mine, numbers)}
         return {int(row): [fact.id for fact in facts if (int(row), fact.id) in pairs] for row in wanted}
@@ -226,19 +283,25 @@ class MemoryEditor:
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Put tables and ledger back if the block fails, whatever the reason (tables replace their tensors, they never write into them)."""
-        tables = {layer: self.table(layer) for layer in self.memory.engrams}
-        rows = {layer: (table.row_ids, table.tags, table.weight) for layer, table in tables.items()}
-        ledger = self._ledger.copy()
+        rows, ledger = self._rows(), self._ledger.copy()
         try:
             with self._evaluating():
                 yield
         except BaseException:
-            for layer, table in tables.items():
-                table.row_ids, table.tags, table.weight = rows[layer]
-                table.version += 1
+            self._put_back(rows)
             self._ledger = ledger
             raise
         self.memory.ledger = self._ledger.to_dict()
+
+    def _rows(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        tables = {layer: self.table(layer) for layer in self.memory.engrams}
+        return {layer: (table.row_ids, table.tags, table.weight) for layer, table in tables.items()}
+
+    def _put_back(self, rows: dict[str, tuple[Tensor, Tensor, Tensor]]) -> None:
+        for layer, tensors in rows.items():
+            table = self.table(layer)
+            table.row_ids, table.tags, table.weight = tensors
+            table.version += 1
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -267,7 +330,9 @@ class MemoryEditor:
                 for held, fact in list(contradicted.items())[:_SHOWN]
             ]
             more = f" and {len(contradicted) - _SHOWN} more" if len(contradicted) > _SHOWN else ""
-            raise TeachError(f"facts contradict the memory: {'; '.join(shown)}{more}. Forget those first, or ask for replacement.")
+            raise TeachError(
+                f"facts contradict the memory: {'; '.join(shown)}{more}. Forget those first, or ask for replacement."
+            )
         if contradicted:
             self._forget(list(contradicted))
         return new, TeachReport(already_known=known)
@@ -289,7 +354,16 @@ class MemoryEditor:
         others = [prompt for fact in self._ledger for prompt in fact.prompts]
         bits = surprise_bits(self.memory, rows, settings.batch_size)
         keyed = iter(
-            choose_keys(rows, bits, others, config.max_ngram_size, settings.min_order, settings.min_bits, config.pad_id)
+            choose_keys(
+                rows,
+                bits,
+                others,
+                config.max_ngram_size,
+                settings.min_order,
+                settings.min_bits,
+                config.pad_id,
+                self.tokenizer.bos_token_id,
+            )
         )
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return [
@@ -307,24 +381,24 @@ class MemoryEditor:
         ]
 
     def _forget(self, fact_ids: list[str]) -> ForgetReport:
-        gone = [self._ledger.remove(fact_id) for fact_id in fact_ids]
+        only_theirs, shared = self._forget_rows([self._ledger.remove(fact_id) for fact_id in fact_ids])
+        broken = self._not_exact(self._leaning_on(only_theirs))
+        return ForgetReport(fact_ids, sum(len(planned[0]) for planned in only_theirs.values()), shared, broken)
+
+    def _forget_rows(self, gone: list[LedgerFact]) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+        """Delete the rows that only these facts own; returns them with their tags, and how many stay because they are shared."""
         theirs, kept = self._owned_rows(gone), self._owned_rows(self.facts)
-        removed = shared = 0
-        only_theirs = {}
+        deleted, shared = {}, 0
         for layer, rows in theirs.items():
             also_kept = torch.isin(rows, kept[layer])
-            only_theirs[layer] = rows[~also_kept]
             shared += int(also_kept.sum())
-            removed += int((~also_kept).sum())
-        leaning = self._readers_of(only_theirs)
-        for layer, rows in only_theirs.items():
-            self.table(layer).delete(rows)
-        broken = self._not_exact(leaning)
-        return ForgetReport(fact_ids, removed, shared, broken)
+            deleted[layer] = self._with_tags(layer, rows[~also_kept])
+            self.table(layer).delete(rows[~also_kept])
+        return deleted, shared
 
     def _owned_rows(self, facts: Sequence[LedgerFact]) -> dict[str, Tensor]:
         """Stored rows that facts own, per layer, sorted, each once."""
-        planned = plan_rows(self.memory, [prompt for fact in facts for prompt in fact.prompts])
+        planned = plan_rows(self.memory.mapping, [prompt for fact in facts for prompt in fact.prompts])
         return {layer: plan.row_ids[self._stored(layer, plan)].unique() for layer, plan in planned.items()}
 
     def _stored(self, layer: str, planned: PlannedRows) -> Tensor:
@@ -333,31 +407,31 @@ class MemoryEditor:
         device = table.row_ids.device
         return (table.find(planned.row_ids.to(device), planned.tags.to(device)) != ABSENT).cpu()
 
-    def _readers_of(self, rows: dict[str, Tensor]) -> list[LedgerFact]:
-        """Facts of the ledger one of whose prompts reads one of these rows anywhere; all others cannot be affected by them."""
-        from engram.data.facts import pad_right
+    def _with_tags(self, layer: str, row_ids: Tensor) -> tuple[Tensor, Tensor]:
+        table = self.table(layer)
+        return row_ids.cpu(), table.owner_tags(row_ids.to(table.row_ids.device)).cpu()
 
+    def _leaning_on(self, rows: dict[str, tuple[Tensor, Tensor]]) -> list[LedgerFact]:
+        """Facts of the ledger one of whose prompts reads one of these rows anywhere; no other fact can notice them come or go.
+
+        Args:
+            rows: per layer, row numbers ``[n]`` (sorted) and tags ``[n]``.
+        """
         facts = self.facts
         prompts = [(number, prompt) for number, fact in enumerate(facts) for prompt in fact.prompts]
-        tables = {layer: self._part(layer, row_ids) for layer, row_ids in rows.items()}
+        tables = {}
+        for layer, (row_ids, tags) in rows.items():
+            tables[layer] = VerifiedTable(self.table(layer).rows, 0)
+            tables[layer].insert(row_ids, tags, torch.zeros(len(row_ids), 0))
         readers: set[int] = set()
-        size = 1024
-        for start in range(0, len(prompts), size):
-            batch = prompts[start : start + size]
+        for start in range(0, len(prompts), _HASHED_AT_ONCE):
+            batch = prompts[start : start + _HASHED_AT_ONCE]
             ids, mask = pad_right([prompt.ids for _, prompt in batch], self.memory.engram_config.pad_id)
             for layer_id, (hash_ids, tags) in self.memory.mapping.hash_with_tags(ids, attention_mask=mask).items():
                 offsets = self.memory.engrams[str(layer_id)].multi_head_embedding.offsets.cpu()
                 hit = (tables[str(layer_id)].find(hash_ids + offsets, tags) != ABSENT).any(-1) & (mask != 0)
                 readers.update(batch[i][0] for i in hit.any(-1).nonzero().flatten().tolist())
         return [facts[number] for number in sorted(readers)]
-
-    def _part(self, layer: str, row_ids: Tensor) -> VerifiedTable:
-        """A table of just some of the rows, on the CPU, for asking who reads them."""
-        table = self.table(layer)
-        part = VerifiedTable(table.rows, 0)
-        tags = table.owner_tags(row_ids.to(table.row_ids.device)).cpu()
-        part.insert(row_ids.cpu(), tags, torch.zeros(len(row_ids), 0))
-        return part
 
     def _not_exact(self, facts: Sequence[LedgerFact], batch_size: int = 256) -> list[str]:
         prompts = [(fact.id, prompt) for fact in facts for prompt in fact.prompts]
@@ -408,8 +482,7 @@ class _Teaching:
         for start in range(0, len(prompts), self.settings.batch_size):
             batch = prompts[start : start + self.settings.batch_size]
             new = self._new_rows(batch)
-            margin = self.settings.margin
-            self.report.steps += optimise_rows(self.memory, batch, new, self.lr, max_steps, margin, self._show)
+            self.report.steps += optimise_rows(self.memory, batch, new, self.lr, self.settings, max_steps, self._show)
             self.done += len(batch)
             self._show(0)
 
@@ -420,7 +493,7 @@ class _Teaching:
     def _new_rows(self, prompts: list[KeyedPrompt]) -> dict[str, tuple[Tensor, Tensor]]:
         """Rows that these prompts own and nobody has written, per layer: sorted row numbers and their tags."""
         new = {}
-        for layer, planned in plan_rows(self.memory, prompts).items():
+        for layer, planned in plan_rows(self.memory.mapping, prompts).items():
             order = torch.argsort(planned.row_ids.flatten(), stable=True)
             row_ids, tags = planned.row_ids.flatten()[order], planned.tags.flatten()[order]
             first = torch.ones_like(row_ids, dtype=torch.bool)
@@ -463,11 +536,12 @@ class _Teaching:
     def _enter(self, before: dict[str, Tensor], earlier: list[LedgerFact]) -> None:
         """Count, check the earlier facts that could notice, and write the ledger."""
         report, editor = self.report, self.editor
-        new_rows = {
-            layer: editor.table(layer).row_ids[~torch.isin(editor.table(layer).row_ids, rows)] for layer, rows in before.items()
-        }
-        report.rows_written = sum(rows.numel() for rows in new_rows.values())
-        readers = editor._readers_of(new_rows) if earlier else []
+        new_rows = {}
+        for layer, rows in before.items():
+            now = editor.table(layer).row_ids
+            new_rows[layer] = editor._with_tags(layer, now[~torch.isin(now, rows)])
+        report.rows_written = sum(len(rows[0]) for rows in new_rows.values())
+        readers = editor._leaning_on(new_rows) if earlier else []
         report.reverified = sum(len(fact.prompts) for fact in readers)
         broken = editor._not_exact(readers)
         if broken:

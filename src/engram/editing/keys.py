@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from engram.data.facts import pad_right
+from engram.hashing import NgramHashMapping
 from engram.models import EngramModel
 
 __all__ = ["KeyedPrompt", "PlannedRows", "choose_keys", "plan_rows", "surprise_bits"]
@@ -54,6 +55,7 @@ def choose_keys(
     min_order: int,
     min_bits: float,
     pad_id: int,
+    bos_id: int | None = None,
 ) -> list[KeyedPrompt]:
     """The prompts with their key lengths: the shortest distinctive end of each (see the module's description).
 
@@ -68,6 +70,7 @@ def choose_keys(
         min_order: shortest key.
         min_bits: least surprise of a key.
         pad_id: id that stands before the start.
+        bos_id: id that opens every prompt; a short prompt is a key without it.
     """
     answers: dict[tuple[int, ...], tuple[int, ...]] = {}
     for prompt in [*prompts, *others]:
@@ -78,11 +81,12 @@ def choose_keys(
     placed = []
     for prompt, surprise in zip(prompts, bits):
         length = max_ngram_size
+        words = len(prompt.prompt_ids) - (prompt.prompt_ids[0] == bos_id)
         for suffix in _suffixes(prompt.prompt_ids, max_ngram_size, pad_id):
             size = len(suffix)
             whole = size > len(prompt.prompt_ids)  # padding in the key: only the very start of an input has that
             rare = whole or sum(surprise[-size:]) >= min_bits
-            if size >= min_order and rare and answers[suffix] != _DISAGREE:
+            if size >= min(min_order, words) and rare and answers[suffix] != _DISAGREE:
                 length = size
                 break
         placed.append(replace(prompt, key_length=length))
@@ -127,11 +131,12 @@ class PlannedRows:
     """int32 ``[m, K]``."""
 
 
-def plan_rows(memory: EngramModel, prompts: Sequence[KeyedPrompt], batch_size: int = 512) -> dict[str, PlannedRows]:
+def plan_rows(mapping: NgramHashMapping, prompts: Sequence[KeyedPrompt], batch_size: int = 512) -> dict[str, PlannedRows]:
     """Rows of every answer token of every prompt, per layer: a function of the ids and key lengths alone."""
-    config = memory.engram_config
+    config = mapping.config
     heads = config.n_head_per_ngram
-    parts: dict[str, list[PlannedRows]] = {layer: [] for layer in memory.engrams}
+    parts: dict[str, list[PlannedRows]] = {str(layer): [] for layer in config.layer_ids}
+    offsets = {layer: torch.tensor([0, *mapping.head_sizes(layer)[:-1]]).cumsum(0) for layer in config.layer_ids}
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         ids, mask = pad_right([prompt.ids for prompt in batch], config.pad_id)
@@ -142,9 +147,8 @@ def plan_rows(memory: EngramModel, prompts: Sequence[KeyedPrompt], batch_size: i
         ]
         number, step, position, order = torch.tensor(where, dtype=torch.int64).view(-1, 4).unbind(1)
         columns = (order - 2).unsqueeze(1) * heads + torch.arange(heads)
-        for layer_id, (hash_ids, tags) in memory.mapping.hash_with_tags(ids, attention_mask=mask).items():
-            offsets = memory.engrams[str(layer_id)].multi_head_embedding.offsets.cpu()
-            rows = hash_ids[number, position].gather(1, columns) + offsets[columns]
+        for layer_id, (hash_ids, tags) in mapping.hash_with_tags(ids, attention_mask=mask).items():
+            rows = hash_ids[number, position].gather(1, columns) + offsets[layer_id][columns]
             parts[str(layer_id)].append(PlannedRows(number + start, step, rows, tags[number, position].gather(1, columns)))
     return {layer: _joined(planned, heads) for layer, planned in parts.items()}
 

@@ -69,7 +69,9 @@ class Ledger:
         try:
             return self._facts[fact_id]
         except KeyError:
-            raise TeachError(f"no fact {fact_id!r} in this memory; `engram facts` lists the ids of its {len(self)} facts.") from None
+            raise TeachError(
+                f"no fact {fact_id!r} in this memory; `engram facts` lists the ids of its {len(self)} facts."
+            ) from None
 
     def owner_of_prompt(self, text: str) -> LedgerFact | None:
         """The fact that a prompt belongs to."""
@@ -140,4 +142,6 @@ class Ledger:
                 for entry in fields["facts"]
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"ledger: malformed entry ({type(error).__name__}: {error}). Copy the memory again.") from error
+            raise CheckpointError(
+                f"ledger: malformed entry ({type(error).__name__}: {error}). Copy the memory again."
+            ) from error

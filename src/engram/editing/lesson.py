@@ -23,15 +23,19 @@ __all__ = ["TeachSettings", "answers_exactly", "optimise_rows", "stream_sizes"]
 class TeachSettings:
     """How rows are chosen and optimised."""
 
-    lr: float = 0.2
-    """Adam's step size on the rows, as a multiple of the residual stream's size (RMS) at the memory's block: a trained model's stream
+    lr: float = 2.5
+    """How far a row moves per step (RMS), as a multiple of the residual stream's size (RMS) at the memory's block: a trained model's stream
     grows by orders of magnitude from block to block, and a step must be felt but not overshoot at any of them."""
-    max_steps: int = 150
+    max_steps: int = 80
     """Upper bound of passes over the prompts of a batch that are not learnt yet."""
-    margin: float = 4.0
+    margin: float = 2.0
     """A token is learnt when its logit leads all others by this much; keeps the answer when the context changes."""
-    min_order: int = 3
-    """Shortest key, in tokens."""
+    contexts: int = 5
+    """A prompt is learnt when it is answered in the residual streams of this many other prompts and in its own, one after the other:
+    what is right there is right in any conversation."""
+    min_order: int = 5
+    """Shortest key, in tokens (a prompt of fewer tokens is a key as a whole). Longer keys keep `ELEMENT:Fe` and `NUMBER:Fe` apart even
+    when they are taught to different memories that are merged later; shorter ones carry over to more phrasings."""
     min_bits: float = 32.0
     """Least surprise of a key under the base model: text that was not taught contains it about once in 2^min_bits tokens."""
     batch_size: int = 256
@@ -40,7 +44,7 @@ class TeachSettings:
     """How often facts that fail the final check are taught again, each time with twice the steps."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "max_steps", "batch_size"):
+        for name in ("lr", "max_steps", "contexts", "batch_size"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"TeachSettings.{name}: got {getattr(self, name)}, expected a positive number.")
         for name in ("margin", "min_bits", "retries"):
@@ -55,8 +59,8 @@ def optimise_rows(
     prompts: Sequence[KeyedPrompt],
     new_rows: dict[str, tuple[Tensor, Tensor]],
     lr: dict[str, float],
+    settings: TeachSettings,
     max_steps: int,
-    margin: float,
     progress: Callable[[int], None] | None = None,
 ) -> int:
     """Fill new rows so that the prompts are answered, and put them into the tables; returns the steps taken.
@@ -69,26 +73,27 @@ def optimise_rows(
         prompts: with their keys; all of them in one forward pass.
         new_rows: per layer, sorted row numbers ``[n]`` and tags ``[n]`` that are not in the table yet.
         lr: per layer, step size.
+        settings: margin and contexts.
         max_steps: upper bound of passes.
-        margin: lead of a token that counts as learnt.
         progress: called after every step with the number of prompts learnt.
     """
     upper = UpperModel(memory, prompts)
     generator = torch.Generator().manual_seed(memory.engram_config.seed)
     pending, step = torch.arange(len(prompts)), 0
+    passed = torch.zeros(len(prompts), dtype=torch.int64)
     with _drafts(memory, new_rows) as drafts:
         optimizer = RowDescent([(draft.held, lr[layer]) for layer, draft in drafts.items()])
         while len(pending) and step < max_steps:
             step += 1
             elsewhere = torch.randint(len(prompts), pending.shape, generator=generator)
+            streams = torch.where(passed[pending] == settings.contexts, pending, elsewhere)  # its own stream comes last
             with torch.enable_grad():
-                loss, learnt = _judge(upper, pending, None, margin)
-                other_loss, other_learnt = _judge(upper, pending, elsewhere, margin)
-                learnt &= other_learnt
+                loss, learnt = _judge(upper, pending, streams, settings.margin)
                 if not bool(learnt.all()):
-                    (loss + other_loss).backward()
+                    loss.backward()
                     optimizer.step()
-            pending = pending[~learnt]
+            passed[pending] = torch.where(learnt, passed[pending] + 1, 0)
+            pending = pending[passed[pending] <= settings.contexts]
             if progress is not None:
                 progress(len(prompts) - len(pending))
     return step
@@ -139,7 +144,7 @@ def _drafts(memory: EngramModel, new_rows: dict[str, tuple[Tensor, Tensor]]) -> 
             home.embedding = tables[layer]
 
 
-def _judge(upper: UpperModel, members: Tensor, streams: Tensor | None, margin: float) -> tuple[Tensor, Tensor]:
+def _judge(upper: UpperModel, members: Tensor, streams: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     """Summed loss over the answer tokens that do not lead yet, and per prompt whether all of them do."""
     scores = upper.logits(members, streams).float()
     target, owner = upper.targets(members)

@@ -18,7 +18,10 @@ from engram.data.facts import pad_right
 from engram.editing.keys import KeyedPrompt
 from engram.models import EngramModel, find_decoder
 
-__all__ = ["UpperModel", "answer_logits", "prompt_tensors"]
+__all__ = ["LOUDER", "UpperModel", "answer_logits", "prompt_tensors"]
+
+LOUDER = 1.5
+"""Factor on the streams of other prompts: deep in a long context the stream is larger than in any prompt, and must not drown a fact."""
 
 
 def prompt_tensors(memory: EngramModel, prompts: Sequence[KeyedPrompt]) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,14 +91,16 @@ class UpperModel:
                 answer_logits(self.memory, self.ids, self.mask, self.answer)
         return seen[0]
 
-    def logits(self, members: Tensor, streams: Tensor | None = None) -> Tensor:
+    def logits(self, members: Tensor, streams: Tensor) -> Tensor:
         """Logits ``[answer tokens, V]`` of some prompts of the batch.
 
         Args:
             members: int64 ``[b]``, numbers of the prompts.
-            streams: int64 ``[b]``, numbers of the prompts whose residual stream they are read in; their own if not given.
+            streams: int64 ``[b]``, numbers of the prompts whose residual stream they are read in. Streams of others are made ``LOUDER``.
         """
-        stream = self.stream[members if streams is None else streams]
+        stream = self.stream[streams]
+        volume = torch.where(streams == members, 1.0, LOUDER).to(stream)
+        stream = stream * volume.view(-1, *[1] * (stream.dim() - 1))
         with self._shortcut(stream):
             return answer_logits(self.memory, self.ids[members], self.mask[members], self.answer[members])
 

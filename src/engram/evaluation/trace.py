@@ -9,6 +9,7 @@ import torch
 
 from engram.data.facts import tokenize_prompt
 from engram.models import EngramModel
+from engram.tables import ABSENT
 
 __all__ = ["LayerTrace", "TokenTrace", "Trace", "trace_text"]
 
@@ -92,5 +93,11 @@ def _layer_trace(memory: EngramModel, layer_id: int, recorded: dict[str, torch.T
         rows=rows.tolist(),
         gate=[round(g, 4) for g in recorded["gate"][0, position].float().tolist()],
         value_norm=round(float(value.norm(dim=-1).max()), 4),
-        written=bool(home.embedding.lookup(rows).count_nonzero()),
+        written=_was_written(home, rows, recorded, position),
     )
+
+
+def _was_written(home: Any, rows: torch.Tensor, recorded: dict[str, torch.Tensor], position: int) -> bool:
+    if "slots" in recorded:  # verified rows: only those of this very n-gram count
+        return bool((recorded["slots"][0, position] != ABSENT).any())
+    return bool(home.embedding.lookup(rows).count_nonzero())

@@ -1,7 +1,7 @@
 """Floor 1: from token ids to row numbers."""
 
 from engram.hashing.compression import CompressedTokenizer, ExactTokenizer
-from engram.hashing.ngram import NgramHashMapping, build_mapping
+from engram.hashing.ngram import NgramHashMapping, build_mapping, mapping_without_tokenizer
 from engram.hashing.reference import hash_reference, tag_reference
 from engram.hashing.spec import HASH_SPECS, HashSpec, get_hash_spec
 
@@ -14,5 +14,6 @@ __all__ = [
     "build_mapping",
     "get_hash_spec",
     "hash_reference",
+    "mapping_without_tokenizer",
     "tag_reference",
 ]

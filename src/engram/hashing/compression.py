@@ -91,7 +91,6 @@ class CompressedTokenizer:
         check_id_range(ids, len(self.lookup_table))
         return self.lookup_table[ids]
 
-
     @property
     def identity(self) -> bytes:
         """What tells this map from others: it enters the fingerprint of a memory."""
@@ -113,6 +112,15 @@ class ExactTokenizer(CompressedTokenizer):
         for token_id in range(len(tokenizer)):
             digest.update(str(tokenizer.convert_ids_to_tokens(token_id)).encode("utf-8", "surrogatepass") + b"\0")
         self._identity = digest.digest()
+
+    @classmethod
+    def of_size(cls, vocab_size: int) -> ExactTokenizer:
+        """The map of any tokenizer of this size; it has no identity."""
+        ids = cls.__new__(cls)
+        ids.lookup_table = np.arange(vocab_size, dtype=np.int64)
+        ids._num_canonical = vocab_size
+        ids._identity = b""
+        return ids
 
     @property
     def identity(self) -> bytes:

@@ -19,7 +19,7 @@ from engram.hashing.compression import CompressedTokenizer, ExactTokenizer, chec
 from engram.hashing.layout import layer_multipliers, prime_layout
 from engram.hashing.spec import get_hash_spec
 
-__all__ = ["TAG_MODULUS", "NgramHashMapping", "build_mapping"]
+__all__ = ["TAG_MODULUS", "NgramHashMapping", "build_mapping", "mapping_without_tokenizer"]
 
 TAG_MODULUS = 2**31 - 1
 """Tags are ``1 + (mix // prime) % TAG_MODULUS``: they fit 32 bits and are never zero."""
@@ -29,6 +29,19 @@ def build_mapping(config: EngramConfig, tokenizer: Any) -> NgramHashMapping:
     """The addresses of a memory over a tokenizer, with the id map that its hash specification asks for."""
     kind = ExactTokenizer if get_hash_spec(config.hash_spec).ids == "raw" else CompressedTokenizer
     return NgramHashMapping(config, kind(tokenizer))
+
+
+def mapping_without_tokenizer(config: EngramConfig, vocab_size: int) -> NgramHashMapping:
+    """The same addresses for a specification with raw ids, which needs nothing of the tokenizer but its size. It has no fingerprint.
+
+    Raises:
+        ConfigError: the specification compresses ids.
+    """
+    if get_hash_spec(config.hash_spec).ids != "raw":
+        raise ConfigError(
+            f"hash_spec {config.hash_spec!r} compresses ids: its addresses cannot be computed without the tokenizer."
+        )
+    return NgramHashMapping(config, ExactTokenizer.of_size(vocab_size))
 
 
 class NgramHashMapping:

@@ -1,6 +1,7 @@
 """Named hash specifications.
 
-A specification says which rule is used at each of the four places where published Engram variants differ. A new variant adds a value to a rule, the code of that rule in ``reference.py`` and ``ngram.py``, and a name here.
+A specification says which rule is used at each of the four places where published Engram variants differ. A new variant adds a
+value to a rule, the code of that rule in ``reference.py`` and ``ngram.py``, and a name here.
 """
 
 from __future__ import annotations

@@ -136,7 +136,9 @@ class Engram(nn.Module):
         """The contribution where rows were found, zero elsewhere; without a convolution nothing is computed elsewhere."""
         where = (slots != ABSENT).any(dim=-1)
         # Found positions stand as a batch of one-position sequences: [n, 1, M, d].
-        gate, value = self._gated_value(streams[where].unsqueeze(1), self.multi_head_embedding.gather(slots[where].unsqueeze(1)))
+        gate, value = self._gated_value(
+            streams[where].unsqueeze(1), self.multi_head_embedding.gather(slots[where].unsqueeze(1))
+        )
         spread = streams.new_zeros(streams.shape, dtype=value.dtype)
         spread[where] = value.squeeze(1)
         if trace is not None:

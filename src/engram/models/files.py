@@ -33,6 +33,7 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
         "engram_config": memory.engram_config.to_dict(),
         "hash_spec": memory.mapping.spec.to_dict(),
         "fingerprint": memory.mapping.fingerprint,
+        "vocab_size": len(memory.mapping.compressed_tokenizer.lookup_table),
         "table_dtype": memory.table_config.dtype,
         "base_model": base_identity(memory.base_model),
     }
@@ -118,11 +119,17 @@ def _fill_verified_tables(memory: EngramModel, tensors: dict[str, Tensor], path:
     new = []
     for layer_id, engram in memory.engrams.items():
         table: VerifiedTable = engram.multi_head_embedding.embedding
-        row_ids, tags, weight = (tensors[f"layers.{layer_id}.multi_head_embedding.embedding.{n}"] for n in ("row_ids", "tags", "weight"))
+        row_ids, tags, weight = (
+            tensors[f"layers.{layer_id}.multi_head_embedding.embedding.{n}"] for n in ("row_ids", "tags", "weight")
+        )
         count = row_ids.shape[0]
-        in_range = count == 0 or (int(row_ids[0]) >= 0 and int(row_ids[-1]) < table.rows and bool((row_ids[1:] > row_ids[:-1]).all()))
+        in_range = count == 0 or (
+            int(row_ids[0]) >= 0 and int(row_ids[-1]) < table.rows and bool((row_ids[1:] > row_ids[:-1]).all())
+        )
         if not in_range or tags.shape[0] != count or weight.shape[0] != count or (count and int(tags.min()) < 1):
-            raise CheckpointError(f"{path}: the rows of layer {layer_id} are out of order or out of range. Copy the file again.")
+            raise CheckpointError(
+                f"{path}: the rows of layer {layer_id} are out of order or out of range. Copy the file again."
+            )
         new.append((table, row_ids, tags, weight))
     for table, row_ids, tags, weight in new:
         table.delete(table.row_ids)

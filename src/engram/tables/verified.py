@@ -152,7 +152,7 @@ class VerifiedTable(EmbeddingTable):
             saved = state_dict.get(prefix + name)
             if saved is not None and saved.shape[1:] == getattr(self, name).shape[1:]:
                 setattr(self, name, torch.empty_like(saved, dtype=getattr(self, name).dtype, device=getattr(self, name).device))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.version += 1
 
     def extra_repr(self) -> str:

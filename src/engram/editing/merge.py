@@ -1,0 +1,297 @@
+"""Comparing and uniting saved memories. Works on the folders alone: no base model is loaded and nothing is taught."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from engram.checkpoint import DESCRIPTION_NAME, open_tensors, read_description, read_ledger, write_store
+from engram.config import EngramConfig
+from engram.editing.keys import plan_rows
+from engram.editing.ledger import Ledger, LedgerFact
+from engram.errors import ConfigError, FingerprintError, MergeConflictError
+from engram.hashing import mapping_without_tokenizer
+
+__all__ = ["MemoryDiff", "MergeReport", "StoredMemory", "diff_memories", "merge_memories"]
+
+_IDENTITY = ("engram_config", "fingerprint", "reader_sha256")
+_SHOWN = 10
+Side = Literal["a", "b"]
+
+
+@dataclass
+class MemoryDiff:
+    """What tells two memories apart."""
+
+    only_a: list[str] = field(default_factory=list)
+    """Ids of facts that only the first holds."""
+    only_b: list[str] = field(default_factory=list)
+    conflicts: list[dict[str, str]] = field(default_factory=list)
+    """Prompts with two answers: ``prompt``, ``a``, ``b``."""
+    rows_only_a: int = 0
+    rows_only_b: int = 0
+    rows_shared_equal: int = 0
+    """Rows that both hold with the same n-gram and the same values."""
+    rows_shared_different: int = 0
+    """Rows of the same n-gram with different values."""
+    rows_in_collision: int = 0
+    """Rows that two different n-grams claim."""
+
+    @property
+    def equal(self) -> bool:
+        """Whether both hold the same facts in the same rows, bit for bit."""
+        return not (self.only_a or self.only_b or self.conflicts) and not any(
+            (self.rows_only_a, self.rows_only_b, self.rows_shared_different, self.rows_in_collision)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return {"equal": self.equal, **asdict(self)}
+
+
+@dataclass
+class MergeReport:
+    """What merging did."""
+
+    facts: int
+    from_a: int
+    from_b: int
+    rows: int
+    resolved: list[str] = field(default_factory=list)
+    """Conflicts that were decided by ``prefer``, one line each."""
+
+
+class StoredMemory:
+    """A saved memory's description, tensors and ledger, read into memory.
+
+    Args:
+        path: its folder.
+
+    Raises:
+        CheckpointError: it is missing, truncated or malformed.
+        ConfigError: its rows are not verified.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.description = read_description(path)
+        self.config = EngramConfig.from_dict(self.description.get("engram_config") or {})
+        if not self.config.verify_rows:
+            raise ConfigError(
+                f"{path}: this memory was not taught facts (its rows are not verified); only taught memories compare."
+            )
+        with open_tensors(path, self.description) as tensors:
+            self.tensors: dict[str, Tensor] = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        self.ledger = Ledger.from_dict(read_ledger(path, self.description) or Ledger().to_dict())
+
+    def rows(self, layer_id: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Row numbers ``[n]``, tags ``[n]`` and values ``[n, dim]`` of one layer."""
+        prefix = f"layers.{layer_id}.multi_head_embedding.embedding."
+        return self.tensors[prefix + "row_ids"], self.tensors[prefix + "tags"], self.tensors[prefix + "weight"]
+
+
+def diff_memories(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> MemoryDiff:
+    """Facts and rows in which two saved memories differ.
+
+    Raises:
+        CheckpointError, ConfigError: one cannot be read.
+        FingerprintError: they have different addresses, readers or bases, so that their rows cannot be compared.
+    """
+    return _diff(*_both(a, b))
+
+
+def merge_memories(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    prefer: Side | None = None,
+) -> MergeReport:
+    """Unite two saved memories in a third folder. Facts keep their rows bit for bit.
+
+    Facts that both hold are taken from the first. Prompts with two answers, n-grams that both wrote differently and rows that two
+    n-grams claim are conflicts: they are refused, or decided by ``prefer`` and listed. A fact on the losing side of a conflict over rows
+    stays only if it is the one from the preferred side: the other is left out whole.
+
+    Args:
+        a: first memory.
+        b: second memory.
+        out: folder of the union; may not hold a memory yet, unless it is ``a`` or ``b``.
+        prefer: which side wins conflicts; None refuses them.
+
+    Raises:
+        CheckpointError: a memory cannot be read, or ``out`` holds another memory or cannot be written.
+        FingerprintError: the memories have different addresses, readers or bases.
+        MergeConflictError: there are conflicts and ``prefer`` is not given; nothing is written.
+    """
+    first, second = _both(a, b)
+    target = Path(out)
+    if (target / DESCRIPTION_NAME).exists() and target.resolve() not in (first.path.resolve(), second.path.resolve()):
+        raise ConfigError(f"{out} holds a memory already; choose another folder for the union.")
+    conflicts, losers = _conflicts(first, second, prefer)
+    if conflicts and prefer is None:
+        more = f"\n... and {len(conflicts) - _SHOWN} more" if len(conflicts) > _SHOWN else ""
+        listed = "\n".join(conflicts[:_SHOWN])
+        raise MergeConflictError(
+            f"{len(conflicts)} conflict(s), nothing was merged; decide with prefer='a' or 'b':\n{listed}{more}"
+        )
+    lost_a, lost_b = (losers, set()) if prefer == "b" else (set(), losers)
+    kept_a = [fact for fact in first.ledger if fact.id not in lost_a]
+    present = {fact.id for fact in kept_a}
+    kept_b = [fact for fact in second.ledger if fact.id not in lost_b and fact.id not in present]
+    tensors = dict(first.tensors)
+    winner, other = (second, first) if prefer == "b" else (first, second)
+    kept_w, kept_o = (kept_b, kept_a) if prefer == "b" else (kept_a, kept_b)
+    mapping = _Owners(first)
+    total = 0
+    for layer_id in first.config.layer_ids:
+        parts = [mapping.rows_of(winner, kept_w, layer_id), mapping.rows_of(other, kept_o, layer_id)]
+        fresh = ~torch.isin(parts[1][0], parts[0][0])  # what is left in common is equal, or lost to the winner
+        row_ids, order = torch.cat([parts[0][0], parts[1][0][fresh]]).sort()
+        prefix = f"layers.{layer_id}.multi_head_embedding.embedding."
+        tensors[prefix + "row_ids"] = row_ids
+        tensors[prefix + "tags"] = torch.cat([parts[0][1], parts[1][1][fresh]])[order]
+        tensors[prefix + "weight"] = torch.cat([parts[0][2], parts[1][2][fresh].to(parts[0][2].dtype)])[order]
+        total += len(row_ids)
+    ledger = Ledger([*kept_a, *kept_b])
+    description = {k: v for k, v in first.description.items() if k not in ("format_version", "weights", "ledger")}
+    write_store(target, tensors, description, ledger.to_dict())
+    return MergeReport(len(ledger), len(kept_a), len(kept_b), total, conflicts)
+
+
+class _Owners:
+    """Which stored rows belong to which facts, from the ledger's ids and the recorded addresses alone."""
+
+    def __init__(self, memory: StoredMemory) -> None:
+        self.plan: Callable[[list[LedgerFact]], dict[int, tuple[Tensor, Tensor, Tensor]]] = _planner(memory)
+
+    def rows_of(self, memory: StoredMemory, facts: list[LedgerFact], layer_id: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The stored rows that these facts own."""
+        row_ids, tags, weight = memory.rows(layer_id)
+        planned, planned_tags, _ = self.plan(facts)[layer_id]
+        owned = torch.zeros(len(row_ids), dtype=torch.bool)
+        if len(row_ids):
+            slot = torch.searchsorted(row_ids, planned).clamp_max(len(row_ids) - 1)
+            owned[slot[(row_ids[slot] == planned) & (tags[slot] == planned_tags)]] = True
+        return row_ids[owned], tags[owned], weight[owned]
+
+    def owners(self, facts: list[LedgerFact], layer_id: int, row_ids: Tensor) -> dict[int, list[str]]:
+        """Ids of the facts that plan each of some rows."""
+        planned, _, owner = self.plan(facts)[layer_id]
+        chosen = torch.isin(planned, row_ids)
+        result: dict[int, list[str]] = {}
+        for row, number in zip(planned[chosen].tolist(), owner[chosen].tolist()):
+            ids = result.setdefault(row, [])
+            if facts[number].id not in ids:
+                ids.append(facts[number].id)
+        return result
+
+
+def _planner(memory: StoredMemory) -> Callable[[list[LedgerFact]], dict[int, tuple[Tensor, Tensor, Tensor]]]:
+    mapping = mapping_without_tokenizer(memory.config, int(memory.description["vocab_size"]))
+    cache: dict[tuple[str, ...], dict[int, tuple[Tensor, Tensor, Tensor]]] = {}
+
+    def plan(facts: list[LedgerFact]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        key = tuple(fact.id + fact.answer for fact in facts)
+        if key not in cache:
+            numbers = torch.tensor([n for n, fact in enumerate(facts) for _ in fact.prompts], dtype=torch.int64)
+            planned = plan_rows(mapping, [prompt for fact in facts for prompt in fact.prompts])
+            cache[key] = {
+                int(layer): (p.row_ids.flatten(), p.tags.flatten(), numbers[p.prompt].repeat_interleave(p.row_ids.shape[1]))
+                for layer, p in planned.items()
+            }
+        return cache[key]
+
+    return plan
+
+
+def _both(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> tuple[StoredMemory, StoredMemory]:
+    first, second = StoredMemory(a), StoredMemory(b)
+    differing = [name for name in _IDENTITY if first.description.get(name) != second.description.get(name)]
+    bases = [memory.description.get("base_model") or {} for memory in (first, second)]
+    if bases[0].get("embedding_sha256") != bases[1].get("embedding_sha256"):
+        differing.append("base_model")
+    if differing:
+        names = [base.get("name_or_path") or "unknown" for base in bases]
+        raise FingerprintError(
+            f"{a} (base model {names[0]!r}) and {b} (base model {names[1]!r}) differ in {', '.join(differing)}: their rows mean "
+            "different things and cannot be compared or united. Teach the facts of one to the other instead."
+        )
+    return first, second
+
+
+def _diff(first: StoredMemory, second: StoredMemory) -> MemoryDiff:
+    result = MemoryDiff()
+    result.conflicts = [
+        {"prompt": prompt, "a": mine.answer, "b": theirs.answer} for prompt, mine, theirs in _contradictions(first, second)
+    ]
+    contradicted = {fact.id for _, mine, theirs in _contradictions(first, second) for fact in (mine, theirs)}
+    result.only_a = [f.id for f in first.ledger if not _held(second.ledger, f) and f.id not in contradicted]
+    result.only_b = [f.id for f in second.ledger if not _held(first.ledger, f) and f.id not in contradicted]
+    for layer_id in first.config.layer_ids:
+        a, b = first.rows(layer_id), second.rows(layer_id)
+        in_b, in_a = torch.isin(a[0], b[0]), torch.isin(b[0], a[0])
+        result.rows_only_a += int((~in_b).sum())
+        result.rows_only_b += int((~in_a).sum())
+        same_tag = a[1][in_b] == b[1][in_a]
+        same_values = (a[2][in_b] == b[2][in_a].to(a[2].dtype)).all(dim=1)
+        result.rows_in_collision += int((~same_tag).sum())
+        result.rows_shared_equal += int((same_tag & same_values).sum())
+        result.rows_shared_different += int((same_tag & ~same_values).sum())
+    return result
+
+
+def _held(ledger: Ledger, fact: LedgerFact) -> bool:
+    holder = ledger.owner_of_prompt(fact.prompts[0].text)
+    return holder is not None and holder.same_as(fact)
+
+
+def _contradictions(first: StoredMemory, second: StoredMemory) -> list[tuple[str, LedgerFact, LedgerFact]]:
+    """Prompts that the two answer differently, and facts of one id that do not say the same."""
+    found = []
+    for theirs in second.ledger:
+        for prompt in theirs.prompts:
+            mine = first.ledger.owner_of_prompt(prompt.text)
+            if mine is not None and not mine.same_as(theirs):
+                found.append((prompt.text, mine, theirs))
+        if theirs.id in first.ledger and not first.ledger[theirs.id].same_as(theirs):
+            mine = first.ledger[theirs.id]
+            if not any(entry[1] is mine and entry[2] is theirs for entry in found):
+                found.append((theirs.prompts[0].text, mine, theirs))
+    return found
+
+
+def _conflicts(first: StoredMemory, second: StoredMemory, prefer: Side | None) -> tuple[list[str], set[str]]:
+    """Conflicts, one line each, and the ids of the facts that lose them when ``prefer`` decides."""
+    lines, losers = [], set()
+    for prompt, mine, theirs in _contradictions(first, second):
+        said = (
+            f"answer {mine.answer!r} in a, {theirs.answer!r} in b"
+            if mine.answer != theirs.answer
+            else "other prompts in a than in b"
+        )
+        lines.append(f"prompt {prompt!r}: {said}")
+        losers.add(mine.id if prefer == "b" else theirs.id)
+    # A fact that both hold is taken from the first: its rows in the second are no conflict.
+    own_a = [fact for fact in first.ledger if not (prefer == "b" and fact.id in losers)]
+    own_b = [fact for fact in second.ledger if not _held(first.ledger, fact) and not (prefer != "b" and fact.id in losers)]
+    owners = _Owners(first)
+    for layer_id in first.config.layer_ids:
+        a, b = owners.rows_of(first, own_a, layer_id), owners.rows_of(second, own_b, layer_id)
+        in_b, in_a = torch.isin(a[0], b[0]), torch.isin(b[0], a[0])
+        differ = (a[1][in_b] != b[1][in_a]) | (a[2][in_b] != b[2][in_a].to(a[2].dtype)).any(dim=1)
+        if not bool(differ.any()):
+            continue
+        rows = a[0][in_b][differ]
+        collided = dict(zip(rows.tolist(), (a[1][in_b] != b[1][in_a])[differ].tolist()))
+        of_a, of_b = owners.owners(own_a, layer_id, rows), owners.owners(own_b, layer_id, rows)
+        for row in rows.tolist():
+            what = "two n-grams claim it" if collided[row] else "the same n-gram with other values"
+            lines.append(f"layer {layer_id}, row {row}: {what}; facts {', '.join(of_a[row])} in a, {', '.join(of_b[row])} in b")
+            losers.update(of_a[row] if prefer == "b" else of_b[row])
+    return lines, losers

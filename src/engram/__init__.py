@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     )
     from engram.hashing import CompressedTokenizer, NgramHashMapping
     from engram.layers import Engram, EngramState
-    from engram.models import DecoderLayout, EngramModel, get_engram_model, load_bundled, register_architecture
+    from engram.models import (
+        DecoderLayout,
+        EngramModel,
+        EngramRouter,
+        LearnedRouter,
+        get_engram_model,
+        load_bundled,
+        register_architecture,
+    )
     from engram.optim import EngramAdamW
     from engram.tables import EmbeddingTable
     from engram.training import EngramTrainer, EngramTrainingArguments
@@ -42,12 +50,14 @@ _HOMES = {
     "EngramConfig": "engram.config",
     "EngramError": "engram.errors",
     "EngramModel": "engram.models",
+    "EngramRouter": "engram.models",
     "EngramState": "engram.layers",
     "EngramTrainer": "engram.training",
     "EngramTrainingArguments": "engram.training",
     "Fact": "engram.data",
     "FingerprintError": "engram.errors",
     "ForgetReport": "engram.editing",
+    "LearnedRouter": "engram.models",
     "MemoryEditor": "engram.editing",
     "NgramHashMapping": "engram.hashing",
     "TableConfig": "engram.config",

@@ -8,6 +8,16 @@ import typer
 
 from engram._version import __version__
 from engram.cli.demo import demo_command
+from engram.cli.evaluate import eval_command
+from engram.cli.knowledge import (
+    ask_command,
+    diff_command,
+    facts_command,
+    forget_command,
+    merge_command,
+    teach_command,
+    why_command,
+)
 from engram.cli.pretrain import pretrain_command
 from engram.cli.trace import trace_command
 from engram.errors import ConfigError, DataError, EngramError
@@ -22,6 +32,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("demo")(demo_command)
+app.command("teach")(teach_command)
+app.command("ask")(ask_command)
+app.command("why")(why_command)
+app.command("facts")(facts_command)
+app.command("forget")(forget_command)
+app.command("diff")(diff_command)
+app.command("merge")(merge_command)
+app.command("eval")(eval_command)
 app.command("trace")(trace_command)
 app.command("pretrain")(pretrain_command)
 

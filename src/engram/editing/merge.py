@@ -90,6 +90,17 @@ class StoredMemory:
             self.tensors: dict[str, Tensor] = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
         self.ledger = Ledger.from_dict(read_ledger(path, self.description) or Ledger().to_dict())
 
+    def rows_by_fact(self) -> dict[str, dict[str, list[int]]]:
+        """Stored rows that each fact owns, per layer."""
+        owners, facts = _Owners(self), list(self.ledger)
+        result: dict[str, dict[str, list[int]]] = {fact.id: {} for fact in facts}
+        for layer_id in self.config.layer_ids:
+            stored = owners.rows_of(self, facts, layer_id)
+            for row, ids in owners.owners(facts, layer_id, stored[0]).items():
+                for fact_id in ids:
+                    result[fact_id].setdefault(str(layer_id), []).append(row)
+        return result
+
     def rows(self, layer_id: int) -> tuple[Tensor, Tensor, Tensor]:
         """Row numbers ``[n]``, tags ``[n]`` and values ``[n, dim]`` of one layer."""
         prefix = f"layers.{layer_id}.multi_head_embedding.embedding."
@@ -142,8 +153,8 @@ def merge_memories(
         )
     lost_a, lost_b = (losers, set()) if prefer == "b" else (set(), losers)
     kept_a = [fact for fact in first.ledger if fact.id not in lost_a]
-    present = {fact.id for fact in kept_a}
-    kept_b = [fact for fact in second.ledger if fact.id not in lost_b and fact.id not in present]
+    union = Ledger(kept_a)
+    kept_b = [fact for fact in second.ledger if fact.id not in lost_b and fact.id not in union and not _held(union, fact)]
     tensors = dict(first.tensors)
     winner, other = (second, first) if prefer == "b" else (first, second)
     kept_w, kept_o = (kept_b, kept_a) if prefer == "b" else (kept_a, kept_b)
@@ -194,10 +205,10 @@ class _Owners:
 
 def _planner(memory: StoredMemory) -> Callable[[list[LedgerFact]], dict[int, tuple[Tensor, Tensor, Tensor]]]:
     mapping = mapping_without_tokenizer(memory.config, int(memory.description["vocab_size"]))
-    cache: dict[tuple[str, ...], dict[int, tuple[Tensor, Tensor, Tensor]]] = {}
+    cache: dict[tuple[LedgerFact, ...], dict[int, tuple[Tensor, Tensor, Tensor]]] = {}
 
     def plan(facts: list[LedgerFact]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        key = tuple(fact.id + fact.answer for fact in facts)
+        key = tuple(facts)
         if key not in cache:
             numbers = torch.tensor([n for n, fact in enumerate(facts) for _ in fact.prompts], dtype=torch.int64)
             planned = plan_rows(mapping, [prompt for fact in facts for prompt in fact.prompts])

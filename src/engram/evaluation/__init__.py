@@ -1,19 +1,26 @@
 """Floor 5: what a memory does to a model, measured."""
 
-from engram.evaluation.answers import Answer, CategoryScore, ask, check_facts, score_by_category
+from engram.evaluation.answers import Answer, CategoryScore, ask, check_facts, score_by_category, wilson_interval
 from engram.evaluation.bits_per_byte import bits_per_byte
 from engram.evaluation.drift import Drift, measure_drift
+from engram.evaluation.result import EvalResult, FactResult, ShareResult, evaluate_memory, markdown_table
 from engram.evaluation.trace import Trace, trace_text
 
 __all__ = [
     "Answer",
     "CategoryScore",
     "Drift",
+    "EvalResult",
+    "FactResult",
+    "ShareResult",
     "Trace",
     "ask",
     "bits_per_byte",
     "check_facts",
+    "evaluate_memory",
+    "markdown_table",
     "measure_drift",
     "score_by_category",
     "trace_text",
+    "wilson_interval",
 ]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from engram.data.facts import EncodedFact, Fact, encode_fact, tokenize_prompt
+from engram.models import Router
 
-__all__ = ["Answer", "CategoryScore", "ask", "check_facts", "score_by_category"]
+__all__ = ["Answer", "CategoryScore", "ask", "check_facts", "score_by_category", "wilson_interval"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,21 @@ class CategoryScore:
         """Exact answers per prompt, 0 to 1."""
         return self.exact / self.prompts
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the share."""
+        return wilson_interval(self.exact, self.prompts)
+
+
+def wilson_interval(hits: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share (E. B. Wilson, 1927); 95 % by default. No trials: 0 to 1."""
+    if trials == 0:
+        return 0.0, 1.0
+    share, spread = hits / trials, z * z / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
 
 @torch.no_grad()
 def ask(
@@ -50,6 +68,7 @@ def ask(
     max_new_tokens: int = 32,
     batch_size: int = 128,
     progress: Callable[[int], None] | None = None,
+    router: Router | None = None,
 ) -> list[str]:
     """Greedy answers to prompts, up to the end-of-text token, white space around them removed.
 
@@ -60,7 +79,9 @@ def ask(
         max_new_tokens: longest answer.
         batch_size: prompts per call of ``generate``.
         progress: called with the number of prompts answered since the last call.
+        router: decides per prompt whether the model's memory is read; without one it always is.
     """
+    routed = [score >= router.threshold for score in router.scores(prompts)] if router is not None else None
     encoded = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     device = model.get_input_embeddings().weight.device
@@ -71,14 +92,15 @@ def ask(
         longest = max(len(encoded[i]) for i in members)
         ids = torch.tensor([[pad] * (longest - len(encoded[i])) + encoded[i] for i in members])
         mask = torch.tensor([[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in members])
-        out = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        with nullcontext() if routed is None else model.routed(torch.tensor([routed[i] for i in members])):
+            out = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+                eos_token_id=tokenizer.eos_token_id,
+            )
         for i, row in zip(members, out[:, longest:].tolist()):
             answers[i] = tokenizer.decode(_before(row, tokenizer.eos_token_id), skip_special_tokens=True).strip()
         if progress is not None:
@@ -87,12 +109,34 @@ def ask(
 
 
 def check_facts(
-    model: Any, tokenizer: Any, facts: Sequence[Fact], batch_size: int = 128, progress: Callable[[int], None] | None = None
+    model: Any,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    batch_size: int = 128,
+    progress: Callable[[int], None] | None = None,
+    held_out: bool = False,
+    router: Router | None = None,
 ) -> list[Answer]:
-    """Ask every prompt of every fact; answers may be as long as the longest expected one and a little more."""
-    rows = [(index, prompt, fact.answer) for index, fact in enumerate(facts) for prompt in fact.prompts]
+    """Ask every prompt of every fact; answers may be as long as the longest expected one and a little more.
+
+    Args:
+        model: a causal language model, with or without a memory.
+        tokenizer: its tokenizer.
+        facts: what to ask for.
+        batch_size: prompts per call of ``generate``.
+        progress: called with the number of prompts answered since the last call.
+        held_out: ask the phrasings that are never taught instead.
+        router: as for ``ask``.
+    """
+    rows = [
+        (index, prompt, fact.answer)
+        for index, fact in enumerate(facts)
+        for prompt in (fact.held_out if held_out else fact.prompts)
+    ]
+    if not rows:
+        return []
     longest = max(_answer_length(tokenizer, fact, index) for index, fact in enumerate(facts))
-    said = ask(model, tokenizer, [prompt for _, prompt, _ in rows], longest + 2, batch_size, progress)
+    said = ask(model, tokenizer, [prompt for _, prompt, _ in rows], longest + 2, batch_size, progress, router)
     return [Answer(index, prompt, expected, text) for (index, prompt, expected), text in zip(rows, said)]
 
 

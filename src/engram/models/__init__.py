@@ -3,11 +3,16 @@
 from engram.models.architectures import ARCHITECTURES, DecoderLayout, find_decoder, register_architecture
 from engram.models.bundled import load_bundled, load_model
 from engram.models.engram_model import EngramModel, get_engram_model
+from engram.models.router import EngramRouter, LearnedRouter, Router, RouteRule
 
 __all__ = [
     "ARCHITECTURES",
     "DecoderLayout",
     "EngramModel",
+    "EngramRouter",
+    "LearnedRouter",
+    "RouteRule",
+    "Router",
     "find_decoder",
     "get_engram_model",
     "load_bundled",

@@ -1,0 +1,82 @@
+"""`engram eval`: what a memory knows, harms and costs, as one JSON result."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engram._version import __version__
+
+__all__ = ["eval_command"]
+
+_BUNDLED = Path(__file__).parent.parent / "bundled"
+_HELD_OUT_CHARACTERS = 60_000
+
+
+def eval_command(
+    memory: Annotated[Path, typer.Option(help="Folder of the memory.")],
+    facts: Annotated[Path, typer.Option(help="Facts to ask (YAML); phrasings under held_out are asked apart.")],
+    json_out: Annotated[Path | None, typer.Option("--json", help="File for the result.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="File for the tables in Markdown.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for pictures (needs matplotlib).")] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Texts the memory has no business with (YAML, kind: [texts]); the bundled ones if not given."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Base model; the one the memory was made for if not given.")] = None,
+    route: Annotated[bool, typer.Option("--route", help="Let the routing rules decide who reads the memory.")] = False,
+) -> None:
+    """Measure a memory: recall by category, harm to other text, latency and bytes."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from engram.checkpoint import write_json_atomically
+    from engram.cli.knowledge import _open_existing
+    from engram.data.corpus import held_out_standard_library
+    from engram.data.facts import load_facts
+    from engram.data.texts import load_texts
+    from engram.evaluation import evaluate_memory, markdown_table
+    from engram.models import EngramRouter
+
+    asked = load_facts(facts)
+    other = load_texts(texts or _BUNDLED / "none_of_its_business.yaml")
+    editor = _open_existing(memory, model)
+    bundled = editor.memory.config.name_or_path == "bundled"
+    held_out = [doc.text[:1500] for doc in held_out_standard_library()] if bundled else []
+    result = evaluate_memory(
+        editor.memory,
+        editor.tokenizer,
+        asked,
+        other,
+        held_out[: _HELD_OUT_CHARACTERS // 1500],
+        load_facts(_BUNDLED / "capitals.yaml") if bundled else (),
+        EngramRouter.from_yaml() if route else None,
+    )
+    result.provenance = _provenance(memory, facts, route)
+    fields = result.to_dict()
+    console = Console()
+    console.print(Markdown(markdown_table(fields)))
+    if json_out is not None:
+        json_out.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(json_out, fields)
+    if markdown is not None:
+        markdown.write_text(markdown_table(fields), encoding="utf-8")
+    if plots is not None:
+        from engram.plots import plot_evaluation
+
+        plot_evaluation({memory.name: fields}, plots)
+
+
+def _provenance(memory: Path, facts: Path, route: bool) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    return {
+        "command": f"engram eval --memory {memory} --facts {facts}{' --route' if route else ''}",
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }

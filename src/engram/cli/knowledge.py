@@ -1,0 +1,319 @@
+"""`engram teach | ask | why | facts | forget | diff | merge`: what a memory knows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from engram.errors import TeachError
+
+if TYPE_CHECKING:
+    from engram.editing import Explanation, MemoryEditor
+
+__all__ = [
+    "ask_command",
+    "diff_command",
+    "facts_command",
+    "forget_command",
+    "merge_command",
+    "teach_command",
+    "why_command",
+]
+
+_SAVE_EVERY = 1000
+_LISTED = 20
+
+MemoryOption = Annotated[Path, typer.Option(help="Folder of the memory.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="Base model: a folder, a hub name or 'bundled'. The one the memory was made for if not given."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def teach_command(
+    facts: Annotated[Path, typer.Argument(help="Facts to teach (YAML).")],
+    memory: MemoryOption,
+    model: ModelOption = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Facts that contradict the memory replace what it says.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of a new memory's addresses and reader.")] = 0,
+) -> None:
+    """Teach facts to a memory, new or existing; exit code 1 and a list if any fact is not exact.
+
+    The memory is saved after every thousand facts: a run that was stopped goes on where it was.
+    """
+    from engram.checkpoint import lock_store
+    from engram.data.facts import load_facts
+
+    lessons = load_facts(facts)
+    checksum = hashlib.sha256(facts.read_bytes()).hexdigest()
+    with lock_store(memory):
+        editor = _open(memory, model, seed)
+        taught = known = 0
+        failed: dict[str, str] = {}
+        with _progress(sum(len(fact.prompts) for fact in lessons)) as bar:
+            done = 0
+            for start in range(0, len(lessons), _SAVE_EVERY):
+                part = lessons[start : start + _SAVE_EVERY]
+                show = partial(_shift, bar, done)
+                report = editor.teach(part, None, facts.name, checksum, replace_answers=replace, progress=show)
+                editor.save(memory)
+                done += sum(len(fact.prompts) for fact in part)
+                bar(done)
+                taught, known = taught + len(report.taught), known + len(report.already_known)
+                failed.update(report.not_exact)
+                if report.rows_in_conflict:
+                    print(f"{report.rows_in_conflict} rows are other n-grams' and were left to them", file=sys.stderr)
+    print(
+        f"taught {taught} facts, {known} were known; the memory holds {len(editor.facts)} ({_size(memory):,} bytes in {memory})"
+    )
+    if failed:
+        prompts = {fact.id: fact.prompts[0] for fact in lessons}
+        for fact_id, reason in failed.items():
+            print(f"not exact: {prompts[fact_id]!r}: {reason}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def ask_command(
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    memory: MemoryOption,
+    model: ModelOption = None,
+    off: Annotated[bool, typer.Option("--off", help="Ask the base model, memory switched off.")] = False,
+    route: Annotated[bool, typer.Option("--route", help="Read the memory only if the routing rules say so.")] = False,
+    rules: Annotated[Path | None, typer.Option(help="Routing rules (YAML); the bundled ones if not given.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+) -> None:
+    """Ask a model with its memory; prints the answer and nothing else."""
+    from engram.evaluation import ask
+    from engram.models import EngramRouter
+    from engram.models.router import DEFAULT_RULES
+
+    _check_prompt(prompt)
+    router = EngramRouter.from_yaml(rules or DEFAULT_RULES) if route or rules else None
+    editor = _open_existing(memory, model)
+    if off:
+        with editor.memory.disable_engram():
+            print(ask(editor.memory, editor.tokenizer, [prompt], max_new_tokens)[0])
+        return
+    print(ask(editor.memory, editor.tokenizer, [prompt], max_new_tokens, router=router)[0])
+
+
+def why_command(
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    memory: MemoryOption,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask, and show token by token which facts spoke, through which rows, and what they changed."""
+    _check_prompt(prompt)
+    editor = _open_existing(memory, model)
+    explanation = editor.why(prompt)
+    if as_json:
+        print(json.dumps(explanation.to_dict(), ensure_ascii=False, indent=1))
+    else:
+        _print_explanation(explanation, editor)
+
+
+def facts_command(memory: MemoryOption, as_json: JsonOption = False) -> None:
+    """List the facts of a memory: ids, prompts, answers, rows. Loads no model."""
+    from engram.editing.merge import StoredMemory
+
+    stored = StoredMemory(memory)
+    owned = stored.rows_by_fact()
+    if as_json:
+        entries = [
+            {
+                "id": fact.id,
+                "category": fact.category,
+                "prompts": [prompt.text for prompt in fact.prompts],
+                "answer": fact.answer,
+                "rows": owned[fact.id],
+                "source": fact.source,
+                "sha256": fact.checksum,
+                "taught_at": fact.taught_at,
+            }
+            for fact in stored.ledger
+        ]
+        print(json.dumps(entries, ensure_ascii=False, indent=1))
+        return
+    for fact in stored.ledger:
+        rows = sum(map(len, owned[fact.id].values()))
+        print(
+            f"{fact.id}  {' | '.join(repr(prompt.text) for prompt in fact.prompts)} -> {fact.answer!r}  ({rows} rows, {fact.source})"
+        )
+    print(f"{len(stored.ledger)} facts", file=sys.stderr)
+
+
+def forget_command(
+    fact_ids: Annotated[list[str], typer.Argument(help="Ids of facts (`engram facts`), or their prompts word for word.")],
+    memory: MemoryOption,
+    model: ModelOption = None,
+) -> None:
+    """Take facts out of a memory, rows and all; what remains is what it would be had they never been taught."""
+    from engram.checkpoint import lock_store
+
+    _require(memory)
+    with lock_store(memory):
+        editor = _open_existing(memory, model)
+        by_prompt = {prompt.text: fact.id for fact in editor.facts for prompt in fact.prompts}
+        report = editor.forget([by_prompt.get(name, name) for name in fact_ids])
+        editor.save(memory)
+    shared = f", {report.rows_shared} rows stay because other facts own them too" if report.rows_shared else ""
+    print(f"forgot {len(report.forgotten)} facts, {report.rows_removed} rows{shared}; {len(editor.facts)} facts remain")
+    if report.no_longer_exact:
+        print(f"no longer exact, teach again: {', '.join(report.no_longer_exact)}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def diff_command(
+    a: Annotated[Path, typer.Argument(help="A memory.")],
+    b: Annotated[Path, typer.Argument(help="Another.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Facts and rows in which two memories differ; exit code 1 if they do."""
+    from engram.editing import diff_memories
+
+    found = diff_memories(a, b)
+    if as_json:
+        print(json.dumps(found.to_dict(), ensure_ascii=False, indent=1))
+    else:
+        for sign, ids in (("-", found.only_a), ("+", found.only_b)):
+            for fact_id in ids:
+                print(f"{sign} {fact_id}")
+        for entry in found.conflicts:
+            print(f"! {entry['prompt']!r}: {entry['a']!r} | {entry['b']!r}")
+        print(
+            f"rows: {found.rows_shared_equal} equal, {found.rows_only_a} only in {a}, {found.rows_only_b} only in {b}, "
+            f"{found.rows_shared_different} of the same n-gram differ, {found.rows_in_collision} collide"
+        )
+    if not found.equal:
+        raise typer.Exit(1)
+
+
+def merge_command(
+    a: Annotated[Path, typer.Argument(help="A memory.")],
+    b: Annotated[Path, typer.Argument(help="Another, of the same base model and seed.")],
+    out: Annotated[Path, typer.Option(help="Folder of the union.")],
+    prefer: Annotated[
+        str | None, typer.Option(help="Who wins conflicts: 'a' or 'b'. Without it conflicts are refused.")
+    ] = None,
+    model: ModelOption = None,
+    verify: Annotated[bool, typer.Option(help="Ask the model every fact of the union before it is written.")] = True,
+) -> None:
+    """Unite two memories; conflicts are listed and never resolved silently."""
+    from engram.checkpoint import lock_store
+    from engram.editing import merge_memories
+
+    if prefer not in (None, "a", "b"):
+        raise typer.BadParameter(f"got {prefer!r}, expected 'a' or 'b'", param_hint="--prefer")
+    side: Literal["a", "b"] | None = prefer  # type: ignore[assignment]
+    with lock_store(out):
+        if verify:
+            with tempfile.TemporaryDirectory() as trial:
+                merge_memories(a, b, Path(trial) / "union", side)
+                exact = _open_existing(Path(trial) / "union", model).verify()
+            wrong = [fact_id for fact_id, ok in exact.items() if not ok]
+            if wrong:
+                raise TeachError(
+                    f"in the union {len(wrong)} facts are not exact: {', '.join(wrong[:_LISTED])}. Nothing was written."
+                )
+        report = merge_memories(a, b, out, side)
+    for line in report.resolved:
+        print(f"decided for {prefer}: {line}", file=sys.stderr)
+    print(
+        f"{out}: {report.facts} facts ({report.from_a} from a, {report.from_b} from b), {report.rows} rows, {_size(out):,} bytes"
+    )
+
+
+def _open(memory: Path, model: str | None, seed: int) -> MemoryEditor:
+    """The memory in a folder, or a new one if there is none yet."""
+    from engram.checkpoint import DESCRIPTION_NAME
+    from engram.editing import MemoryEditor
+    from engram.models import load_model
+
+    if (memory / DESCRIPTION_NAME).exists():
+        return _open_existing(memory, model)
+    base, tokenizer = load_model(model or "bundled")
+    return MemoryEditor.create(base, tokenizer, seed=seed)
+
+
+def _open_existing(memory: Path, model: str | None) -> MemoryEditor:
+    from engram.checkpoint import read_description
+    from engram.editing import MemoryEditor
+    from engram.models import load_model
+
+    description = read_description(memory)
+    name = model or (description.get("base_model") or {}).get("name_or_path") or "bundled"
+    base, tokenizer = load_model(name)
+    return MemoryEditor.load(base, memory, tokenizer)
+
+
+def _require(memory: Path) -> None:
+    from engram.checkpoint import read_description
+
+    read_description(memory)  # before anything is made in a folder that holds no memory
+
+
+def _check_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise typer.BadParameter("got an empty text, expected a question", param_hint="PROMPT")
+
+
+def _size(memory: Path) -> int:
+    return sum(file.stat().st_size for file in memory.iterdir() if file.is_file())
+
+
+def _shift(bar: Callable[[int], None], before: int, done: int, _: int) -> None:
+    bar(before + done)
+
+
+def _progress(total: int) -> Any:
+    """A bar on standard error: `with _progress(n) as show: show(done)`."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    @contextmanager
+    def bar():
+        columns = (TextColumn("teaching"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("teaching", total=total)
+            yield lambda done: progress.update(task, completed=done)
+
+    return bar()
+
+
+def _print_explanation(explanation: Explanation, editor: MemoryEditor) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{explanation.prompt!r} -> {explanation.answer!r}")
+    for heading in ("token", "then says", "base says", "logit change", "n-gram read", "gate", "facts", "foreign rows"):
+        table.add_column(heading)
+    for token in explanation.tokens:
+        cells = [repr(token.token), repr(token.says), repr(token.says_off), f"{token.logit_change:+.2f}"]
+        hits = [
+            ", ".join(repr(hit.ngram) for hit in token.hits),
+            ", ".join(" ".join(f"{gate:.2f}" for gate in hit.gate) for hit in token.hits),
+            ", ".join(dict.fromkeys(fact for hit in token.hits for fact in hit.facts)),
+            f"{token.foreign_rows} refused" if token.foreign_rows else "",
+        ]
+        table.add_row(*(cell.replace("[", r"\[") for cell in [*cells, *hits]))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    if not explanation.facts:
+        console.print("no taught n-gram occurs: this is the base model's answer, bit for bit")
+    held = {fact.id: fact for fact in editor.facts}
+    for fact_id, nats in sorted(explanation.facts.items(), key=lambda entry: -entry[1]):
+        fact = held[fact_id]
+        line = f"{fact_id}: {fact.prompts[0].text!r} -> {fact.answer!r} adds {nats:+.2f} nats to the answer ({fact.source}, {fact.taught_at})"
+        console.print(line, markup=False)

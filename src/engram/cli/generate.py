@@ -1,0 +1,28 @@
+"""`engram generate`: facts files by the thousand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["generate_command"]
+
+
+def generate_command(
+    out: Annotated[Path, typer.Argument(help="Facts file to write (YAML).")],
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Kind of facts, may be given several times; all if not given: synthetic, unicode, html, mime, errno_text, "
+            "errno_number, signal, http_status, codec, locale, opcode."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many facts, evenly from all kinds.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the synthetic values.")] = 0,
+) -> None:
+    """Write facts made from tables of Python's standard library, and 3,871 arbitrary pairs."""
+    from engram.data.generate import write_generated
+
+    print(f"{write_generated(out, kind, limit, seed)} facts written to {out}")

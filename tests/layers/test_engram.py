@@ -125,18 +125,6 @@ def test_plain_gate_is_the_papers():
     assert_close(traces[1]["gate"], expected.float(), 1e-4)
 
 
-def test_write_mask_limits_where_rows_learn():
-    layer = randomise(make_layer(use_conv=False))
-    hidden, ids = inputs()
-    mask = torch.zeros(2, 13, dtype=torch.bool)
-    mask[1, 5] = True
-    layer(hidden, ids, write_mask=mask).sum().backward()
-    gradient = layer.multi_head_embedding.embedding.weight.grad.coalesce()
-    written = gradient.indices()[0][gradient.values().abs().sum(1) > 0]
-    expected = layer.multi_head_embedding.row_ids(layer.mapping.hash(ids)[1][1, 5]).unique()
-    assert torch.equal(written, expected)
-
-
 def test_half_precision_streams_keep_their_dtype():
     layer = randomise(make_layer())
     hidden, ids = inputs()

@@ -12,7 +12,7 @@ from engram.ops.reference import (
     lookup_rows_reference,
     rms_norm_reference,
 )
-from engram.tables import DeviceTable, OverlayTable, build_table
+from engram.tables import DeviceTable, build_table
 from engram.testing import assert_close
 
 
@@ -94,31 +94,6 @@ def test_table_rows_are_updated_and_iterated():
     with pytest.raises(TableError, match="fn returned"):
         table.update_rows(torch.tensor([2]), lambda rows: rows[:, :1])
     assert build_table(4, 2, TableConfig(dtype="bfloat16")).dtype == torch.bfloat16
-
-
-def test_overlay_keeps_the_base_until_commit():
-    base = DeviceTable(20, 2, init="normal")
-    original = base.weight.detach().clone()
-    overlay = OverlayTable(base, torch.tensor([3, 11, 12]))
-    ids = torch.tensor([[3, 4], [12, 19]])
-    assert torch.equal(overlay.lookup(ids), original[ids])
-    overlay.lookup(ids).sum().backward()
-    assert torch.equal(overlay.held.grad, torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]))
-    assert base.weight.grad is None
-    with torch.no_grad():
-        overlay.held += 5
-    assert torch.equal(base.weight, original)
-    merged = torch.cat([rows for _, rows in overlay.iter_row_blocks(7)])
-    overlay.commit()
-    original[[3, 11, 12]] += 5
-    assert torch.equal(base.weight, original)
-    assert torch.equal(merged, original)
-    with pytest.raises(TableError, match="sorted"):
-        OverlayTable(base, torch.tensor([4, 3]))
-    with pytest.raises(TableError, match="commit"):
-        overlay.update_rows(torch.tensor([1]), lambda r: r)
-    empty = OverlayTable(base, torch.tensor([], dtype=torch.int64))
-    assert torch.equal(empty.lookup(ids), original[ids])
 
 
 @settings(max_examples=60, deadline=None)

@@ -16,7 +16,7 @@ import typer
 from engram.errors import TeachError
 
 if TYPE_CHECKING:
-    from engram.editing import Explanation, MemoryEditor
+    from engram.editing import Explanation, MemoryEditor, RowConflict
 
 __all__ = [
     "ask_command",
@@ -64,14 +64,12 @@ def teach_command(
             for start in range(0, len(lessons), _SAVE_EVERY):
                 part = lessons[start : start + _SAVE_EVERY]
                 show = partial(_shift, bar, done)
-                report = editor.teach(part, None, facts.name, checksum, replace_answers=replace, progress=show)
+                report = editor.teach(part, None, facts.name, checksum, replace, show, _report_conflicts)
                 editor.save(memory)
                 done += sum(len(fact.prompts) for fact in part)
                 bar(done)
                 taught, known = taught + len(report.taught), known + len(report.already_known)
                 failed.update(report.not_exact)
-                if report.rows_in_conflict:
-                    print(f"{report.rows_in_conflict} rows are other n-grams' and were left to them", file=sys.stderr)
     print(
         f"taught {taught} facts, {known} were known; the memory holds {len(editor.facts)} ({_size(memory):,} bytes in {memory})"
     )
@@ -269,6 +267,12 @@ def _check_prompt(prompt: str) -> None:
 
 def _size(memory: Path) -> int:
     return sum(file.stat().st_size for file in memory.iterdir() if file.is_file())
+
+
+def _report_conflicts(conflicts: list[RowConflict]) -> None:
+    shown = "; ".join(f"row {c.row}: {c.loser} does without, {', '.join(c.owners)} keeps it" for c in conflicts[:_LISTED])
+    more = f"; and {len(conflicts) - _LISTED} more" if len(conflicts) > _LISTED else ""
+    print(f"{len(conflicts)} rows in conflict: {shown}{more}", file=sys.stderr)
 
 
 def _shift(bar: Callable[[int], None], before: int, done: int, _: int) -> None:

@@ -1,6 +1,6 @@
 """Floor 5: changing what a memory knows."""
 
-from engram.editing.editor import ForgetReport, MemoryEditor, TeachReport
+from engram.editing.editor import ForgetReport, MemoryEditor, RowConflict, TeachReport
 from engram.editing.ledger import Ledger, LedgerFact
 from engram.editing.lesson import TeachSettings
 from engram.editing.merge import MemoryDiff, MergeReport, diff_memories, merge_memories
@@ -14,6 +14,7 @@ __all__ = [
     "MemoryDiff",
     "MemoryEditor",
     "MergeReport",
+    "RowConflict",
     "TeachReport",
     "TeachSettings",
     "diff_memories",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from engram.editing.merge import MemoryDiff, MergeReport
     from engram.editing.why import Explanation
 
-__all__ = ["ForgetReport", "MemoryEditor", "TeachReport"]
+__all__ = ["ForgetReport", "MemoryEditor", "RowConflict", "TeachReport"]
 
 _SHOWN = 5
 _HASHED_AT_ONCE = 1024
@@ -50,9 +50,21 @@ class TeachReport:
     steps: int = 0
     rows_written: int = 0
     rows_in_conflict: int = 0
-    """Rows that a new n-gram shares with another n-gram by its hash; it does without them."""
+    """Rows that a new n-gram shares with another n-gram by its hash; it does without them (see ``RowConflict``)."""
     reverified: int = 0
     """Earlier prompts that read one of the new rows and were asked again; no other prompt can have changed."""
+
+
+@dataclass(frozen=True)
+class RowConflict:
+    """A row that two n-grams claim by their hash. The one that was there first keeps it; the other does without."""
+
+    layer: str
+    row: int
+    loser: str
+    """Id of the fact that does without."""
+    owners: tuple[str, ...]
+    """Ids of the facts that keep it."""
 
 
 @dataclass
@@ -157,6 +169,7 @@ class MemoryEditor:
         checksum: str = "",
         replace_answers: bool = False,
         progress: Progress | None = None,
+        on_conflicts: Callable[[list[RowConflict]], None] | None = None,
     ) -> TeachReport:
         """Write facts into rows until every answer is greedy-exact with a margin.
 
@@ -171,6 +184,7 @@ class MemoryEditor:
             checksum: its SHA-256, for the ledger.
             replace_answers: forget facts whose prompts get another answer now, instead of refusing.
             progress: called while prompts are learnt.
+            on_conflicts: called before anything is written, if rows are in conflict; an exception it raises stops the lesson.
 
         Raises:
             DataError: facts contradict each other or do not fit the context.
@@ -184,6 +198,10 @@ class MemoryEditor:
             new, report = self._sort_out(facts, replace_answers)
             entries = self._encode(new, settings, source, checksum)
             if entries:
+                conflicts = self._row_conflicts(entries)
+                report.rows_in_conflict = len(conflicts)
+                if conflicts and on_conflicts is not None:
+                    on_conflicts(conflicts)
                 _Teaching(self, entries, settings, report, progress).run()
             return report
 
@@ -380,6 +398,29 @@ class MemoryEditor:
             for fact in facts
         ]
 
+    def _row_conflicts(self, entries: list[LedgerFact]) -> list[RowConflict]:
+        """Rows of new facts that belong to another n-gram, in the memory or among the new facts themselves."""
+        found = []
+        for layer, planned in plan_rows(self.memory.mapping, [prompt for entry in entries for prompt in entry.prompts]).items():
+            owner_of_prompt = [entry.id for entry in entries for _ in entry.prompts]
+            rows, tags = planned.row_ids.flatten(), planned.tags.flatten()
+            prompts = planned.prompt.repeat_interleave(planned.row_ids.shape[1])
+            held = self.table(layer).owner_tags(rows.to(self.table(layer).row_ids.device)).cpu()
+            first: dict[int, tuple[int, str]] = {}
+            taken = torch.nonzero((held != 0) & (held != tags)).flatten().tolist()
+            stored = self.owners(layer, rows[taken].tolist()) if taken else {}
+            found += [RowConflict(layer, int(rows[i]), owner_of_prompt[prompts[i]], tuple(stored[int(rows[i])])) for i in taken]
+            free = torch.nonzero(held == 0).flatten()
+            order = free[torch.argsort(rows[free], stable=True)]
+            doubled = torch.zeros(len(order), dtype=torch.bool)
+            doubled[1:] = rows[order][1:] == rows[order][:-1]
+            doubled[:-1] |= doubled[1:].clone()
+            for i in order[doubled].tolist():
+                tag, owner = first.setdefault(int(rows[i]), (int(tags[i]), owner_of_prompt[prompts[i]]))
+                if tag != int(tags[i]):
+                    found.append(RowConflict(layer, int(rows[i]), owner_of_prompt[prompts[i]], (owner,)))
+        return list(dict.fromkeys(found))
+
     def _forget(self, fact_ids: list[str]) -> ForgetReport:
         only_theirs, shared = self._forget_rows([self._ledger.remove(fact_id) for fact_id in fact_ids])
         broken = self._not_exact(self._leaning_on(only_theirs))
@@ -500,7 +541,6 @@ class _Teaching:
             first[1:] = row_ids[1:] != row_ids[:-1]  # of two new n-grams in one row, one gets it
             row_ids, tags = row_ids[first], tags[first]
             held = self.editor.table(layer).owner_tags(row_ids.to(self.editor.table(layer).row_ids.device)).cpu()
-            self.report.rows_in_conflict += int(((held != 0) & (held != tags)).sum())
             new[layer] = (row_ids[held == 0], tags[held == 0])
         return new
 

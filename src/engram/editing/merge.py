@@ -96,7 +96,7 @@ class StoredMemory:
         result: dict[str, dict[str, list[int]]] = {fact.id: {} for fact in facts}
         for layer_id in self.config.layer_ids:
             stored = owners.rows_of(self, facts, layer_id)
-            for row, ids in owners.owners(facts, layer_id, stored[0]).items():
+            for row, ids in sorted(owners.owners(facts, layer_id, stored[0]).items()):
                 for fact_id in ids:
                     result[fact_id].setdefault(str(layer_id), []).append(row)
         return result

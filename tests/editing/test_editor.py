@@ -1,0 +1,343 @@
+import pytest
+import torch
+
+from engram import (
+    AttachError,
+    ConfigError,
+    DataError,
+    Fact,
+    FingerprintError,
+    MemoryEditor,
+    TeachError,
+    TeachSettings,
+    get_engram_model,
+    load_bundled,
+    load_facts,
+)
+from engram.checkpoint import lock_store
+from engram.editing import Ledger
+from engram.editing.keys import KeyedPrompt, choose_keys
+from engram.errors import CheckpointError
+from engram.evaluation import check_facts, measure_drift
+from engram.testing import tiny_config, tiny_model, tiny_tokenizer
+from tests.editing.helpers import FACTS, logits, make_editor, same, tensors
+
+MORE = [Fact(("KEY:gamma 4",), "ninety", id="gamma"), Fact(("What is alpha 17 made of?",), "glass", id="glass")]
+
+
+def answers(editor, facts):
+    return [a.said for a in check_facts(editor.memory, editor.tokenizer, facts)]
+
+
+def test_facts_go_in_exactly_and_only_rows_are_written():
+    editor = make_editor()
+    parameters = {name: p.clone() for name, p in editor.memory.named_parameters()}
+    assert not any(a.exact for a in check_facts(editor.memory, editor.tokenizer, FACTS))
+    seen = []
+    report = editor.teach(FACTS, source="facts.yaml", checksum="abc", progress=lambda *done: seen.append(done))
+    assert answers(editor, FACTS) == ["blue window", "blue window", "7319", "a quiet green door"]
+    assert report.taught == ["alpha", "beta", "door"]
+    assert (report.prompts, report.not_exact, report.rows_in_conflict) == (4, {}, 0)
+    assert report.rows_written == editor.table("2").stored_rows > 0
+    assert seen[-1] == (4, 4)
+    assert all(torch.equal(p, parameters[name]) for name, p in editor.memory.named_parameters())
+    assert [(f.id, f.answer, f.category, f.source, f.checksum) for f in editor.facts] == [
+        (f.id, f.answer, f.category, "facts.yaml", "abc") for f in FACTS
+    ]
+    assert all(editor.verify().values())
+    with editor.memory.disable_engram():
+        assert not any(a.exact for a in check_facts(editor.memory, editor.tokenizer, FACTS))
+    again = editor.teach(FACTS)
+    assert (again.taught, again.already_known, again.rows_written) == ([], ["alpha", "beta", "door"], 0)
+
+
+def test_text_without_a_taught_ngram_gets_the_base_models_logits_bit_for_bit():
+    editor = make_editor()
+    texts = ["The memory is addressed by the last tokens.", "KEY: alpha", "blue window", "7319", "What is it? 17", "17"]
+    base = [logits(editor, text) for text in texts]
+    editor.teach(FACTS)
+    assert all(torch.equal(logits(editor, text), before) for text, before in zip(texts, base))
+    drift = measure_drift(editor.memory, editor.tokenizer, texts)
+    assert (drift.untouched, drift.mean_kl, drift.tokens_changed) == (1.0, 0.0, 0)
+    assert measure_drift(editor.memory, editor.tokenizer, ["KEY:beta 20"]).mean_kl > 0
+    # Up to the first taught n-gram the same text is untouched too, and so is a neighbour in the batch.
+    taught = editor.tokenizer("KEY:beta 20", return_tensors="pt")["input_ids"]
+    on = editor.memory(input_ids=taught, use_cache=False).logits
+    with editor.memory.disable_engram():
+        off = editor.memory(input_ids=taught, use_cache=False).logits
+    assert torch.equal(on[:, :-1], off[:, :-1])
+    assert not torch.equal(on[:, -1], off[:, -1])
+    pair = torch.cat([taught, torch.flip(taught, [1])])
+    on = editor.memory(input_ids=pair, use_cache=False).logits
+    with editor.memory.disable_engram():
+        assert torch.equal(on[1], editor.memory(input_ids=pair, use_cache=False).logits[1])
+
+
+def test_facts_are_found_behind_any_text():
+    editor = make_editor()
+    editor.teach(FACTS)
+    behind = [Fact(("The memory, the memory!\n" + FACTS[1].prompts[0],), FACTS[1].answer)]
+    assert answers(editor, behind) == ["7319"]
+
+
+def test_forgetting_undoes_teaching_bit_for_bit(tmp_path):
+    editor = make_editor()
+    editor.teach(FACTS)
+    before, ledger = tensors(editor), editor._ledger.to_dict()
+    text = [logits(editor, prompt) for fact in [*FACTS, *MORE] for prompt in fact.prompts]
+    editor.save(tmp_path / "before")
+    editor.teach(MORE)
+    assert answers(editor, [*FACTS, *MORE]) == ["blue window", "blue window", "7319", "a quiet green door", "ninety", "glass"]
+    report = editor.forget(["gamma", "glass"])
+    assert report.forgotten == ["gamma", "glass"]
+    assert report.rows_removed > 0
+    assert report.no_longer_exact == []
+    assert same(tensors(editor), before)
+    assert editor._ledger.to_dict() == ledger
+    after = [logits(editor, prompt) for fact in [*FACTS, *MORE] for prompt in fact.prompts]
+    assert all(torch.equal(a, b) for a, b in zip(text, after))
+    editor.save(tmp_path / "after")
+    files = [next((tmp_path / name).glob("*.safetensors")).read_bytes() for name in ("before", "after")]
+    assert files[0] == files[1]
+    editor.forget(["alpha"])
+    assert answers(editor, FACTS[1:]) == ["7319", "a quiet green door"]
+    assert answers(editor, FACTS[:1]) != ["blue window", "blue window"]
+    editor.forget(["beta", "door"])
+    assert editor.table("2").stored_rows == 0
+    with pytest.raises(TeachError, match="no fact 'nope'"):
+        editor.forget(["nope"])
+
+
+def test_rows_belong_to_facts():
+    editor = make_editor()
+    editor.teach(FACTS)
+    rows = {fact.id: editor.rows_of(fact.id)["2"] for fact in editor.facts}
+    assert sorted(row for owned in rows.values() for row in owned) == sorted(editor.table("2").row_ids.tolist())
+    assert editor.owners("2", rows["beta"][:2]) == {row: ["beta"] for row in rows["beta"][:2]}
+    with editor.without(["beta"]):
+        assert answers(editor, FACTS[1:2]) != ["7319"]
+        assert len(editor.facts) == 2
+    assert answers(editor, FACTS[1:2]) == ["7319"]
+
+
+def test_facts_may_share_rows_and_keep_them():
+    """Two facts with one tail of an answer share its n-grams once those no longer reach the key."""
+    tail = " the memory is addressed by the last tokens of the text the memory"
+    a, b = Fact(("KEY:a 1 2",), "one" + tail, id="a"), Fact(("KEY:b 3 4",), "two" + tail, id="b")
+    editor = make_editor(max_ngram_size=6)
+    editor.teach([a])
+    before = tensors(editor)
+    report = editor.teach([b])
+    assert report.taught == ["b"]
+    assert report.reverified == 0
+    shared = set(editor.rows_of("a")["2"]) & set(editor.rows_of("b")["2"])
+    assert shared
+    assert answers(editor, [a, b]) == [a.answer, b.answer]
+    gone = editor.forget(["b"])
+    assert gone.rows_shared == len(shared)
+    assert same(tensors(editor), before)
+
+
+def test_saved_and_loaded_memories_are_equal(tmp_path):
+    editor = make_editor()
+    editor.teach(FACTS, source="f.yaml")
+    editor.save(tmp_path / "m")
+    text = logits(editor, FACTS[0].prompts[0])
+    size = sum(file.stat().st_size for file in (tmp_path / "m").iterdir())
+    assert size < 40_000
+    base = editor.memory.unload()
+    again = MemoryEditor.load(base, tmp_path / "m", tiny_tokenizer())
+    assert same(tensors(again), tensors(editor))
+    assert again.table("2").dtype == torch.bfloat16
+    assert torch.equal(logits(again, FACTS[0].prompts[0]), text)
+    assert [f.to_fact() for f in again.facts] == FACTS
+    again.teach(MORE)
+    assert all(again.verify().values())
+    base = again.memory.unload()
+    with pytest.raises(FingerprintError, match=r"belongs to base model .*not to"):
+        MemoryEditor.load(tiny_model(hidden_size=64, intermediate_size=96, seed=5), tmp_path / "m", tiny_tokenizer())
+    (file,) = (tmp_path / "m").glob("*.ledger.json")
+    whole = file.read_text()
+    file.write_text(whole[:-5])
+    with pytest.raises(CheckpointError, match="truncated"):
+        MemoryEditor.load(base, tmp_path / "m", tiny_tokenizer())
+    file.write_text(whole.replace('"ledger_version":1', '"ledger_version":7'))
+    with pytest.raises(CheckpointError, match="version 7"):
+        MemoryEditor.load(base, tmp_path / "m", tiny_tokenizer())
+    file.write_text(whole.replace('"answer"', '"answre"'))
+    with pytest.raises(CheckpointError, match="malformed"):
+        MemoryEditor.load(base, tmp_path / "m", tiny_tokenizer())
+    file.write_text(whole)
+    MemoryEditor.load(base, tmp_path / "m", tiny_tokenizer())  # every refusal left the base free
+
+
+def test_contradictions_are_refused_or_replaced():
+    editor = make_editor()
+    editor.teach(FACTS)
+    before = tensors(editor)
+    new = Fact(("KEY:beta 20",), "9999", id="beta2")
+    with pytest.raises(TeachError, match=r"'KEY:beta 20' is '7319' in the memory .fact beta., '9999' now"):
+        editor.teach([new])
+    with pytest.raises(TeachError, match="contradict"):
+        editor.teach([Fact(("KEY:other 1",), "x", id="beta")])
+    with pytest.raises(DataError, match="different answers"):
+        editor.teach([FACTS[0], Fact(("KEY:alpha 17",), "red")])
+    assert same(tensors(editor), before)
+    editor.teach([new], replace_answers=True)
+    assert answers(editor, [new]) == ["9999"]
+    assert "beta" not in editor._ledger
+
+
+def test_an_interruption_leaves_the_memory_as_it_was():
+    editor = make_editor()
+    editor.teach(FACTS)
+    before, ledger, saved = tensors(editor), editor._ledger.to_dict(), editor.memory.ledger
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        editor.teach(MORE, progress=stop)
+    assert same(tensors(editor), before)
+    assert editor._ledger.to_dict() == ledger
+    assert editor.memory.ledger == saved
+    assert type(editor.table("2")).__name__ == "VerifiedTable"
+    assert not any("forward" in block.__dict__ for block in editor.memory.base_model.model.layers)
+    assert all(editor.verify().values())
+
+
+def test_what_cannot_be_learnt_is_reported_and_leaves_nothing():
+    editor = make_editor()
+    report = editor.teach(FACTS, TeachSettings(max_steps=1, lr=1e-6, retries=0))
+    assert set(report.not_exact) == {"alpha", "beta", "door"}
+    assert "greedy-exact" in report.not_exact["beta"]
+    assert editor.facts == []
+    assert editor.table("2").stored_rows == 0
+    prefix = "the memory is addressed by the last tokens of the text, "
+    twins = [Fact((f"KEY:{n} {prefix * 2}",), f"answer {n}", id=str(n)) for n in (1, 2)]
+    report = editor.teach(twins, TeachSettings(retries=0, max_steps=30))
+    assert len(report.not_exact) >= 1
+    assert "those of another fact" in next(iter(report.not_exact.values()))
+    assert all(editor.verify().values())
+
+
+def test_rows_in_conflict_are_counted_and_done_without():
+    """In tables this small n-grams collide; tags keep them apart and the other head carries the fact."""
+    facts = [Fact((f"KEY:{word} {n}",), f"{n * 37}", id=f"{word}{n}") for word in ("one", "two") for n in range(12)]
+    editor = make_editor(engram_vocab_size=150, n_head_per_ngram=4)
+    told = []
+    report = editor.teach(facts[:12], on_conflicts=lambda conflicts: told.append((conflicts, editor.table("2").stored_rows)))
+    editor.teach(facts[12:], on_conflicts=lambda conflicts: told.append((conflicts, len(conflicts))))
+    assert report.rows_in_conflict == len(told[0][0]) > 0
+    assert told[0][1] == 0  # before anything was written
+    for conflicts, _ in told:
+        for conflict in conflicts:
+            assert conflict.row not in editor.rows_of(conflict.loser)["2"] or conflict.loser in conflict.owners
+            assert any(conflict.row in editor.rows_of(owner)["2"] for owner in conflict.owners)
+    assert len(editor.facts) >= 20
+    assert all(editor.verify().values())
+
+    def refuse(conflicts):
+        raise TeachError("too many")
+
+    before = tensors(editor)
+    with pytest.raises(TeachError, match="too many"):
+        editor.teach([Fact((f"KEY:three {n}",), str(n), id=f"three{n}") for n in range(9)], on_conflicts=refuse)
+    assert same(tensors(editor), before)
+
+
+def test_bad_lessons_are_refused(tmp_path):
+    editor = make_editor()
+    with pytest.raises(TeachError, match="got no facts"):
+        editor.teach([])
+    with pytest.raises(TeachError, match="n-grams end at 24"):
+        editor.teach(FACTS, TeachSettings(min_order=30))
+    with pytest.raises(DataError, match="expected at most 256"):
+        editor.teach([Fact(("a",), "b " * 300)])
+    for bad in ({"lr": 0}, {"min_order": 1}, {"max_steps": -1}, {"margin": -1}, {"retries": -1}, {"contexts": 0}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            TeachSettings(**bad)
+    editor.memory.unload()
+    for changes, message in [
+        ({}, "without verified rows"),
+        ({"verify_rows": True, "use_conv": False}, "mW"),
+        ({"verify_rows": True, "hash_spec": "exact_v1"}, "use_conv=True"),
+    ]:
+        memory = get_engram_model(tiny_model(), tiny_config(**changes), tiny_tokenizer())
+        with pytest.raises(ConfigError, match=message):
+            MemoryEditor(memory, tiny_tokenizer())
+
+
+def test_two_processes_cannot_write_one_memory(tmp_path):
+    with (
+        lock_store(tmp_path / "m"),
+        pytest.raises(CheckpointError, match="locked: another process"),
+        lock_store(tmp_path / "m"),
+    ):
+        pass
+    with lock_store(tmp_path / "m"):
+        pass
+
+
+def keyed(text, ids, answer):
+    return KeyedPrompt(text, tuple(ids), tuple(answer))
+
+
+def test_keys_are_the_shortest_distinctive_ends():
+    a, b = keyed("a", [0, 5, 6, 7, 8], [1, 0]), keyed("b", [0, 9, 6, 7, 8], [2, 0])
+    bits = [[0, 20, 20, 20, 20]] * 2
+    place = lambda prompts, others=(), **k: [  # noqa: E731
+        p.key_length
+        for p in choose_keys(
+            prompts,
+            k.get("bits", bits),
+            others,
+            k.get("longest", 24),
+            k.get("min_order", 2),
+            k.get("min_bits", 32),
+            1,
+            bos_id=0,
+        )
+    ]
+    assert place([a]) == [2]
+    assert place([a], min_order=3) == [3]
+    assert place([a, b]) == [4, 4]  # they agree in their last three tokens
+    assert place([a], others=[b]) == [4]
+    assert place([a], min_bits=70) == [4]
+    assert place([a], min_bits=90) == [6]  # never rare enough: answered only at the very start, padding in the key
+    assert place([a], min_order=9) == [4]  # a short prompt is a key as a whole, without the token that opens it
+    assert place([a, b], longest=3) == [3, 3]  # cannot be told apart
+    assert a.orders(24) == [0, 1]
+    assert KeyedPrompt("", (0, 1), (2, 3, 4), 5).orders(6) == [5, 6, 6]
+
+
+def test_the_ledger_round_trips():
+    editor = make_editor()
+    editor.teach(FACTS, source="f.yaml", checksum="c")
+    fields = editor._ledger.to_dict()
+    assert Ledger.from_dict(fields).to_dict() == fields
+    assert fields["sources"] == [{"file": "f.yaml", "sha256": "c"}]
+    assert len(editor._ledger) == 3
+    assert "beta" in editor._ledger
+
+
+def test_a_memory_already_attached_is_refused():
+    editor = make_editor()
+    with pytest.raises(AttachError, match="has a memory already"):
+        MemoryEditor.create(editor.memory.base_model, tiny_tokenizer())
+
+
+@pytest.mark.slow
+def test_the_bundled_model_learns_keys_that_differ_in_case_and_late_digits():
+    model, tokenizer = load_bundled()
+    editor = MemoryEditor.create(model, tokenizer)
+    facts = [
+        Fact(("UNIT:mW",), "milliwatt"),
+        Fact(("UNIT:MW",), "megawatt"),
+        *[Fact((f"SYN:SYN_{n:05d}",), f"VAL_{n * 7919 % 99991:05d}") for n in (123, 124, 1123, 21123)],
+    ]
+    report = editor.teach(facts)
+    assert report.not_exact == {}
+    assert all(a.exact for a in check_facts(editor.memory, tokenizer, facts))
+    capitals = load_facts(__import__("engram").models.bundled.BUNDLED_MODEL.parent / "capitals.yaml")[:20]
+    assert all(a.exact for a in check_facts(editor.memory, tokenizer, capitals))

@@ -1,0 +1,75 @@
+"""A power cut at any moment of teaching, forgetting or merging leaves the old memory or the new one, never a mixture."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+_SCRIPT = """
+import json, os, random, shutil, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from engram import Fact
+from engram.checkpoint import lock_store
+from engram.editing import TeachSettings, merge_memories
+from engram.editing.merge import StoredMemory
+from tests.editing.helpers import FACTS, make_editor
+
+folder, kills = sys.argv[1], int(sys.argv[2])
+editor = make_editor()
+editor.teach(FACTS[:2]); editor.save(folder + "/m"); editor.save(folder + "/old")
+extra = Fact(("KEY:gamma 4",), "ninety", id="gamma")
+other = make_editor(); other.teach([FACTS[2]]); other.save(folder + "/other")
+started = time.perf_counter()
+editor.teach([extra], TeachSettings(contexts=1, margin=0.5)); editor.save(folder + "/new")
+middle = time.perf_counter()
+merge_memories(folder + "/old", folder + "/other", folder + "/union")
+longest = 1.5 * (middle - started), 1.5 * (time.perf_counter() - middle)  # kills fall before, during and after the writing
+editor.forget(["gamma"])
+
+def fingerprint(path):
+    memory = StoredMemory(path)
+    return json.dumps([[f.id for f in memory.ledger], {k: v.float().sum().item() if v.is_floating_point() else v.tolist() for k, v in memory.tensors.items()}])
+
+shared = {"old": 0, "new": 0, "union": 0}
+names = {fingerprint(folder + "/" + name): name for name in shared}
+rng = random.Random(0)
+quick = TeachSettings(contexts=1, margin=0.5)
+for number in range(kills):
+    target = folder + ("/m2" if number % 2 else "/m")
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(folder + "/old", target)
+    child = os.fork()
+    if child == 0:
+        try:
+            with lock_store(target):
+                if number % 2:
+                    merge_memories(target, folder + "/other", target)
+                else:
+                    editor.teach([extra], quick)
+                    editor.save(target)
+        finally:
+            time.sleep(9)
+            os._exit(1)
+    time.sleep(rng.random() * (longest[number % 2]))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    shared[names[fingerprint(target)]] += 1  # a key error is a mixture; unreadable files raise too
+    with lock_store(target):
+        pass  # the lock died with its owner
+print(json.dumps(shared))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_hundred_kills(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, str(tmp_path), "200"], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    states = json.loads(done.stdout.splitlines()[-1])
+    assert all(count > 0 for count in states.values()), states  # kills fell before and after the rename

@@ -1,0 +1,119 @@
+import pytest
+import torch
+
+from engram import ConfigError, Fact, FingerprintError
+from engram.editing import diff_memories, merge_memories
+from engram.editing.merge import StoredMemory
+from engram.errors import MergeConflictError
+from tests.editing.helpers import FACTS, make_editor, same, tensors
+
+A = [FACTS[0], FACTS[1]]
+B = [FACTS[2], Fact(("KEY:gamma 4",), "ninety", id="gamma")]
+
+
+def saved(path, facts, **changes):
+    editor = make_editor(**changes)
+    editor.teach(facts)
+    editor.save(path)
+    return editor
+
+
+@pytest.fixture
+def two(tmp_path):
+    return saved(tmp_path / "a", A), saved(tmp_path / "b", B), tmp_path
+
+
+def test_the_union_holds_both_bit_for_bit(two):
+    a, b, tmp_path = two
+    report = merge_memories(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    assert (report.facts, report.from_a, report.from_b, report.resolved) == (4, 2, 2, [])
+    union = make_editor()
+    union.memory.load_memory(tmp_path / "c")
+    union = type(union)(union.memory, union.tokenizer)
+    assert [f.id for f in union.facts] == ["alpha", "beta", "door", "gamma"]
+    assert all(union.verify().values())
+    for part in (a, b):
+        ids, tags, values = tensors(part)
+        slots = union.table("2").find(ids, tags)
+        assert torch.equal(union.table("2").gather(slots), values)
+    union.forget([fact.id for fact in B])
+    assert same(tensors(union), tensors(a))
+    a.merge(tmp_path / "b")
+    assert [f.id for f in a.facts] == ["alpha", "beta", "door", "gamma"]
+    assert all(a.verify().values())
+    assert a.diff(tmp_path / "c").equal
+
+
+def test_differences_are_listed(two):
+    _, _, tmp_path = two
+    found = diff_memories(tmp_path / "a", tmp_path / "b")
+    assert (found.only_a, found.only_b, found.conflicts) == (["alpha", "beta"], ["door", "gamma"], [])
+    assert found.rows_only_a == StoredMemory(tmp_path / "a").rows(2)[0].shape[0]
+    assert not found.equal
+    assert found.to_dict()["equal"] is False
+    assert diff_memories(tmp_path / "a", tmp_path / "a").equal
+
+
+def test_contradictions_are_refused_or_decided_aloud(tmp_path):
+    saved(tmp_path / "a", A)
+    saved(tmp_path / "b", [Fact(("KEY:beta 20",), "0000", id="other"), B[1]])
+    found = diff_memories(tmp_path / "a", tmp_path / "b")
+    assert found.conflicts == [{"prompt": "KEY:beta 20", "a": "7319", "b": "0000"}]
+    assert found.rows_shared_different + found.rows_in_collision > 0
+    with pytest.raises(MergeConflictError, match=r"prompt 'KEY:beta 20': answer '7319' in a, '0000' in b"):
+        merge_memories(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    for side, kept, answer in (("a", "beta", "7319"), ("b", "other", "0000")):
+        report = merge_memories(tmp_path / "a", tmp_path / "b", tmp_path / side / "c", prefer=side)
+        assert "KEY:beta 20" in report.resolved[0]
+        union = make_editor()
+        union.memory.load_memory(tmp_path / side / "c")
+        union = type(union)(union.memory, union.tokenizer)
+        assert {f.id for f in union.facts} == {"alpha", "gamma", kept}
+        assert union._ledger[kept].answer == answer
+        assert all(union.verify().values())
+
+
+def test_a_fact_that_both_hold_is_no_conflict(tmp_path):
+    """Both were taught it beside other facts, so its rows differ; the first memory's are taken."""
+    a = saved(tmp_path / "a", A)
+    saved(tmp_path / "b", [A[1], *B])
+    report = merge_memories(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    assert (report.from_a, report.from_b) == (2, 2)
+    assert merge_memories(tmp_path / "a", tmp_path / "a", tmp_path / "d").facts == 2
+    assert diff_memories(tmp_path / "a", tmp_path / "d").equal
+    assert len(a.facts) == 2
+
+
+def test_two_ngrams_in_one_row_are_a_conflict(tmp_path):
+    many = [[Fact((f"KEY:{word} {n}",), f"{n * 37}", id=f"{word}{n}") for n in range(6)] for word in ("one", "two")]
+    for name, facts in zip("ab", many):
+        saved(tmp_path / name, facts, engram_vocab_size=150, n_head_per_ngram=4)
+    assert diff_memories(tmp_path / "a", tmp_path / "b").rows_in_collision > 0
+    with pytest.raises(MergeConflictError, match="two n-grams claim it"):
+        merge_memories(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    report = merge_memories(tmp_path / "a", tmp_path / "b", tmp_path / "c", prefer="b")
+    assert report.from_b == 6
+    union = make_editor(engram_vocab_size=150, n_head_per_ngram=4)
+    union.memory.load_memory(tmp_path / "c")
+    assert all(type(union)(union.memory, union.tokenizer).verify().values())
+
+
+def test_what_does_not_fit_is_refused(two):
+    _, _, tmp_path = two
+    saved(tmp_path / "seed", B, seed=3)
+    with pytest.raises(FingerprintError, match="engram_config, fingerprint, reader_sha256"):
+        merge_memories(tmp_path / "a", tmp_path / "seed", tmp_path / "c")
+    with pytest.raises(ConfigError, match="holds a memory already"):
+        merge_memories(tmp_path / "a", tmp_path / "b", tmp_path / "seed")
+    from engram.testing import tiny_memory
+
+    tiny_memory().save_pretrained(tmp_path / "dense")
+    with pytest.raises(ConfigError, match="not taught facts"):
+        diff_memories(tmp_path / "a", tmp_path / "dense")
+
+
+def test_rows_by_fact_agree_with_the_editor(two):
+    a, _, tmp_path = two
+    stored = StoredMemory(tmp_path / "a")
+    assert stored.rows_by_fact() == {fact.id: a.rows_of(fact.id) for fact in a.facts}

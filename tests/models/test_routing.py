@@ -1,0 +1,102 @@
+import pytest
+import torch
+
+from engram import AttachError, ConfigError, EngramRouter, LearnedRouter
+from engram.evaluation import ask
+from engram.models import RouteRule
+from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
+from tests.editing.helpers import FACTS, make_editor
+
+
+@pytest.mark.parametrize(
+    ("prompt", "score"),
+    [
+        ("ACRONYM:GPU", 1.0),
+        ("CAPITAL:France", 1.0),
+        ("What is the capital of France?", 0.7),
+        ("How many legs has a spider?", 0.7),
+        ("HTTP 404", 0.5),
+        ("Write a poem about cats", 0.0),
+        ("How do I sort a list?", 0.0),
+        ("Once upon a time there was a king who had no crown.", 0.0),
+    ],
+)
+def test_the_bundled_rules_score_as_documented(prompt, score):
+    router = EngramRouter.from_yaml()
+    assert router.score(prompt) == score
+    assert router.threshold == 0.5
+
+
+def test_rules_are_checked(tmp_path):
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        EngramRouter([RouteRule("bad", "(", 1.0)])
+    with pytest.raises(ConfigError, match=r"bad: got score 2"):
+        EngramRouter([RouteRule("bad", "a", 2)])
+    for content, message in [
+        ("[]", "a mapping with 'rules'"),
+        ("rules: []\nextra: 1", "unknown key"),
+        ("rules: [{name: a}]", "name, pattern and score"),
+        ("rules: [", "cannot read"),
+    ]:
+        (tmp_path / "r.yaml").write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            EngramRouter.from_yaml(tmp_path / "r.yaml")
+    with pytest.raises(ConfigError, match="cannot read"):
+        EngramRouter.from_yaml(tmp_path / "none.yaml")
+    (tmp_path / "r.yaml").write_text("rules: [{name: any, pattern: x, score: 0.4}]\nthreshold: 0.3")
+    assert EngramRouter.from_yaml(tmp_path / "r.yaml").scores(["x", "y"]) == [0.4, 0.0]
+
+
+@pytest.mark.parametrize("make", [lambda: make_taught().memory, lambda: tiny_memory(tiny_model())], ids=["taught", "trained"])
+def test_a_bypassed_sequence_equals_the_base_bit_for_bit(make):
+    memory = make()
+    ids = tiny_tokenizer()(["KEY:beta 20", "KEY:beta 20", "KEY:beta 20"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        on = memory(input_ids=ids, use_cache=False).logits
+        with memory.disable_engram():
+            off = memory(input_ids=ids, use_cache=False).logits
+        with memory.routed(torch.tensor([True, False, True])):
+            mixed = memory(input_ids=ids, use_cache=False).logits
+        assert torch.equal(mixed[1], off[1])
+        assert torch.equal(mixed[[0, 2]], on[[0, 2]])
+        assert not torch.equal(mixed[0], mixed[1])
+        with memory.routed(torch.tensor([True, False])), pytest.raises(AttachError, match="expected one for each of 3"):
+            memory(input_ids=ids, use_cache=False)
+        assert torch.equal(memory(input_ids=ids, use_cache=False).logits, on)
+
+
+def make_taught():
+    editor = make_editor()
+    editor.teach(FACTS)
+    return editor
+
+
+def test_generation_follows_the_route_beams_included():
+    editor = make_taught()
+    memory, prompts = editor.memory, ["KEY:beta 20", "What is alpha 17?"]
+    router = EngramRouter([RouteRule("prefix", "^KEY:", 1.0)])
+    with memory.disable_engram():
+        base = ask(memory, editor.tokenizer, prompts, 6)
+    assert ask(memory, editor.tokenizer, prompts, 6, router=router) == ["7319", base[1]]
+    ids = editor.tokenizer(["KEY:beta 20"] * 2, return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": 1}
+    with memory.routed(torch.tensor([True, False])):
+        out = memory.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    with memory.disable_engram():
+        off = memory.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    said = [editor.tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True).strip() for row in out]
+    assert said[0] == "7319"
+    length = min(out.shape[1], off.shape[1])
+    assert torch.equal(out[1, :length], off[1, :length])
+
+
+def test_a_learned_router_tells_kinds_of_prompts_apart():
+    memory = make_taught().memory
+    routed = [f"KEY:{word} {n}" for word in ("alpha", "beta", "gamma") for n in range(8)]
+    bypassed = [f"The memory is {word} the text {n}." for word in ("in", "on", "by") for n in range(8)]
+    router = LearnedRouter.fit(memory, tiny_tokenizer(), routed[::2], bypassed[::2])
+    assert all(score >= 0.5 for score in router.scores(routed[1::2]))
+    assert all(score < 0.5 for score in router.scores(bypassed[1::2]))
+    assert router.scores([]) == []
+    with pytest.raises(ConfigError, match="expected some of both"):
+        LearnedRouter.fit(memory, tiny_tokenizer(), routed, [])

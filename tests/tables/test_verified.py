@@ -1,0 +1,104 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engram import TableError
+from engram.tables import ABSENT, DraftTable, VerifiedTable
+
+
+def filled(rows, dim=3):
+    """A table with these ``{row: tag}``; the values are the row numbers."""
+    table = VerifiedTable(10**12, dim)
+    ids = torch.tensor(list(rows), dtype=torch.int64)
+    values = ids.float().unsqueeze(1).expand(-1, dim)
+    table.insert(ids, torch.tensor(list(rows.values()), dtype=torch.int32), values)
+    return table
+
+
+rows_and_tags = st.dictionaries(st.integers(0, 40), st.integers(1, 3), max_size=20)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows_and_tags,
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 3)), min_size=1, max_size=30),
+    st.sets(st.integers(0, 40)),
+)
+def test_a_verified_table_is_a_dictionary_of_row_and_tag(rows, asked, deleted):
+    table = filled(rows)
+    ids, tags = (torch.tensor(column) for column in zip(*asked))
+
+    def check(held):
+        got = table.gather(table.find(ids, tags.int()))
+        for (row, tag), values in zip(asked, got.tolist()):
+            assert values == [float(row) if held.get(row) == tag else 0.0] * 3
+        assert table.owner_tags(ids).tolist() == [held.get(row, 0) for row, _ in asked]
+        assert table.lookup(ids)[:, 0].tolist() == [float(row) if row in held else 0.0 for row, _ in asked]
+        assert table.row_ids.tolist() == sorted(held)
+        assert table.stored_rows == len(held)
+
+    check(rows)
+    table.delete(torch.tensor(sorted(deleted), dtype=torch.int64))
+    check({row: tag for row, tag in rows.items() if row not in deleted})
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows_and_tags, rows_and_tags)
+def test_rows_that_come_and_go_leave_no_trace(first, second):
+    table, second = filled(first), {row: tag for row, tag in second.items() if row not in first}
+    before = [table.row_ids.clone(), table.tags.clone(), table.weight.clone()]
+    ids = torch.tensor(list(second), dtype=torch.int64)
+    table.insert(ids, torch.tensor(list(second.values()), dtype=torch.int32), torch.rand(len(second), 3))
+    table.delete(ids)
+    assert all(torch.equal(a, b) for a, b in zip(before, [table.row_ids, table.tags, table.weight]))
+
+
+def test_a_draft_learns_apart_and_is_committed_at_once():
+    table = filled({4: 1, 9: 1})
+    draft = DraftTable(table, torch.tensor([2, 7]), torch.tensor([1, 2], dtype=torch.int32))
+    ids, tags = torch.tensor([[2, 4], [7, 7]]), torch.tensor([[1, 1], [2, 1]], dtype=torch.int32)
+    slots = draft.find(ids, tags)
+    assert slots.tolist() == [[2, 0], [3, ABSENT]]
+    draft.gather(slots).sum().backward()
+    gradient = draft.held.grad.coalesce()
+    assert gradient.indices().tolist() == [[0, 1]]
+    with torch.no_grad():
+        draft.held += 5
+    assert draft.gather(slots)[:, :, 0].tolist() == [[5, 4], [5, 0]]
+    assert table.row_ids.tolist() == [4, 9]
+    assert (draft.stored_rows, draft.dtype, draft.location) == (4, torch.float32, "cpu")
+    assert [(start, block.shape) for start, block in draft.iter_row_blocks()] == [(0, (2, 3))]
+    draft.commit()
+    assert table.row_ids.tolist() == [2, 4, 7, 9]
+    assert table.tags.tolist() == [1, 1, 2, 1]
+    assert table.weight[:, 0].tolist() == [5, 4, 5, 9]
+    for call in (lambda: draft.lookup(ids), lambda: draft.update_rows(ids, lambda r: r)):
+        with pytest.raises(TableError):
+            call()
+    with pytest.raises(TableError, match="sorted"):
+        DraftTable(table, torch.tensor([4, 3]), torch.tensor([1, 1]))
+
+
+def test_values_change_and_bad_rows_are_refused():
+    table = filled({4: 1, 9: 1})
+    table.update_rows(torch.tensor([9]), lambda rows: rows + 1)
+    table.update_rows(torch.tensor([], dtype=torch.int64), lambda rows: rows)
+    assert table.weight[:, 0].tolist() == [4, 10]
+    one = torch.ones(1, dtype=torch.int32)
+    for call, message in [
+        (lambda: table.insert(torch.tensor([4]), one, torch.zeros(1, 3)), "stored already"),
+        (lambda: table.insert(torch.tensor([10**12]), one, torch.zeros(1, 3)), "expected 0"),
+        (lambda: table.insert(torch.tensor([5]), one, torch.zeros(1, 2)), "expected .n., .n. and .n, 3."),
+        (lambda: table.update_rows(torch.tensor([5]), lambda rows: rows), "not written yet"),
+        (lambda: table.update_rows(torch.tensor([9]), lambda rows: rows[:, :1]), "fn returned"),
+    ]:
+        with pytest.raises(TableError, match=message):
+            call()
+    assert table.nbytes == 2 * 3 * 4
+    assert "stored_rows=2" in repr(table)
+    assert table.location == "cpu"
+    assert [start for start, _ in table.iter_row_blocks(1)] == [0, 1]
+    other = VerifiedTable(10**12, 3)
+    other.load_state_dict(table.state_dict())
+    assert torch.equal(other.weight, table.weight)

@@ -1,0 +1,176 @@
+"""The commands that move knowledge, on a tiny model saved to disk."""
+
+import json
+
+import pytest
+
+from engram.checkpoint import lock_store
+from engram.testing import tiny_model, tiny_tokenizer
+from tests.cli.test_cli import invoke
+
+ONE = """
+- {prompts: ["KEY:alpha 17", "What is alpha 17?"], answer: blue window, id: alpha, category: colour, held_out: ["Say what alpha 17 is."]}
+- {prompt: "KEY:beta 20", answer: "7319", id: beta}
+"""
+TWO = '- {prompt: "KEY:gamma 4", answer: ninety, id: gamma}'
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tiny_model(hidden_size=64, intermediate_size=96).save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    (folder / "one.yaml").write_text(ONE)
+    (folder / "two.yaml").write_text(TWO)
+    return folder
+
+
+@pytest.fixture
+def engram(world, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.chdir(world)
+        return invoke(monkeypatch, capsys, *arguments)
+
+    return run
+
+
+@pytest.fixture
+def taught(engram, world, tmp_path):
+    code, out, err = engram("teach", "one.yaml", "--memory", tmp_path / "m", "--model", world / "base")
+    assert code == 0, err
+    assert "taught 2 facts, 0 were known; the memory holds 2" in out
+    return tmp_path / "m"
+
+
+def test_taught_facts_are_asked_explained_and_forgotten(engram, taught):
+    assert engram("ask", "KEY:beta 20", "--memory", taught)[:2] == (0, "7319\n")
+    assert engram("ask", "KEY:beta 20", "--memory", taught, "--route")[:2] == (0, "7319\n")
+    off = engram("ask", "KEY:beta 20", "--memory", taught, "--off")
+    assert off[0] == 0
+    assert off[1] != "7319\n"
+    code, out, _ = engram("facts", "--memory", taught, "--json")
+    listed = json.loads(out)
+    assert [(f["id"], f["prompts"], f["answer"], f["source"]) for f in listed] == [
+        ("alpha", ["KEY:alpha 17", "What is alpha 17?"], "blue window", "one.yaml"),
+        ("beta", ["KEY:beta 20"], "7319", "one.yaml"),
+    ]
+    assert listed[1]["rows"]["2"]
+    assert "beta  'KEY:beta 20' -> '7319'" in engram("facts", "--memory", taught)[1]
+    code, out, _ = engram("why", "KEY:beta 20", "--memory", taught, "--json")
+    why = json.loads(out)
+    assert why["answer"] == "7319"
+    assert list(why["facts"]) == ["beta"]
+    assert "beta: 'KEY:beta 20' -> '7319' adds" in engram("why", "KEY:beta 20", "--memory", taught)[1]
+    assert "bit for bit" in engram("why", "The memory", "--memory", taught)[1]
+    code, out, _ = engram("forget", "KEY:beta 20", "--memory", taught)
+    assert code == 0
+    assert "forgot 1 facts" in out
+    code, out, err = engram("forget", "beta", "--memory", taught)
+    assert (code, out) == (1, "")
+    assert "no fact 'beta' in this memory" in err
+    assert [f["id"] for f in json.loads(engram("facts", "--memory", taught, "--json")[1])] == ["alpha"]
+
+
+def test_more_facts_join_and_contradictions_do_not(engram, taught, tmp_path):
+    code, out, _ = engram("teach", "two.yaml", "--memory", taught)
+    assert code == 0
+    assert "the memory holds 3" in out
+    assert "0 facts, 1 were known" in engram("teach", "two.yaml", "--memory", taught)[1]
+    other = tmp_path / "other.yaml"
+    other.write_text('- {prompt: "KEY:gamma 4", answer: "none", id: new}')
+    code, _, err = engram("teach", other, "--memory", taught)
+    assert code == 1
+    assert "contradict the memory" in err
+    assert engram("teach", other, "--memory", taught, "--replace")[0] == 0
+    assert engram("ask", "KEY:gamma 4", "--memory", taught)[1] == "none\n"
+
+
+def test_what_is_not_exact_is_listed(engram, world, tmp_path, monkeypatch):
+    from engram.editing import TeachSettings
+
+    monkeypatch.setattr(TeachSettings, "max_steps", 1)
+    monkeypatch.setattr(TeachSettings.__init__, "__defaults__", (1e-9, 1, *TeachSettings.__init__.__defaults__[2:-1], 0))
+    code, out, err = engram("teach", "one.yaml", "--memory", tmp_path / "m", "--model", world / "base")
+    assert code == 1
+    assert "taught 0 facts" in out
+    assert "not exact: 'KEY:beta 20'" in err
+
+
+def test_memories_are_compared_and_united(engram, taught, world, tmp_path):
+    assert engram("teach", "two.yaml", "--memory", tmp_path / "n", "--model", world / "base")[0] == 0
+    code, out, _ = engram("diff", taught, tmp_path / "n")
+    assert code == 1
+    assert out.splitlines()[:3] == ["- alpha", "- beta", "+ gamma"]
+    assert json.loads(engram("diff", taught, tmp_path / "n", "--json")[1])["only_b"] == ["gamma"]
+    assert engram("diff", taught, taught)[0] == 0
+    code, out, _ = engram("merge", taught, tmp_path / "n", "--out", tmp_path / "u")
+    assert code == 0
+    assert "3 facts (2 from a, 1 from b)" in out
+    assert engram("ask", "KEY:gamma 4", "--memory", tmp_path / "u")[1] == "ninety\n"
+    (world / "three.yaml").write_text('- {prompt: "KEY:beta 20", answer: "1", id: z}')
+    engram("teach", "three.yaml", "--memory", tmp_path / "o", "--model", world / "base")
+    code, out, err = engram("merge", taught, tmp_path / "o", "--out", tmp_path / "v")
+    assert (code, out) == (1, "")
+    assert "prompt 'KEY:beta 20': answer '7319' in a, '1' in b" in err
+    assert not (tmp_path / "v" / "engram.json").exists()
+    code, out, err = engram("merge", taught, tmp_path / "o", "--out", tmp_path / "v", "--prefer", "b", "--no-verify")
+    assert code == 0
+    assert "decided for b" in err
+    assert engram("merge", taught, tmp_path / "o", "--out", tmp_path / "v", "--prefer", "c")[0] == 2
+
+
+def test_evaluation_is_written(engram, taught, tmp_path):
+    texts = tmp_path / "texts.yaml"
+    texts.write_text("prose: [The memory is addressed by the last tokens.]")
+    arguments = ("--memory", taught, "--facts", "one.yaml", "--texts", texts, "--json", tmp_path / "r.json")
+    code, _, err = engram("eval", *arguments, "--markdown", tmp_path / "r.md", "--plots", tmp_path / "p")
+    assert code == 0, err
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert (result["recall"], result["kl_to_base"]) == (1.0, 0.0)
+    assert [(f["answer"], f["expected"], f["exact"]) for f in result["facts"]][2] == ("7319", "7319", True)
+    assert "colour" in (tmp_path / "r.md").read_text()
+    assert (tmp_path / "p" / "recall.png").is_file()
+    assert "engram eval" in result["provenance"]["command"]
+
+
+def test_facts_are_generated(engram, tmp_path):
+    code, out, _ = engram("generate", tmp_path / "g.yaml", "--kind", "mime", "--limit", 5)
+    assert (code, out) == (0, f"5 facts written to {tmp_path / 'g.yaml'}\n")
+    assert engram("generate", tmp_path / "g.yaml", "--kind", "nope")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("ask", "x", "--memory", "nowhere"), 1, "no memory in nowhere"),
+        (("facts", "--memory", "nowhere"), 1, "no memory in nowhere"),
+        (("forget", "x", "--memory", "nowhere"), 1, "no memory in nowhere"),
+        (("diff", "nowhere", "nowhere"), 1, "no memory in nowhere"),
+        (("ask", " ", "--memory", "nowhere"), 2, "empty text"),
+        (("why", "", "--memory", "nowhere"), 2, "empty text"),
+        (("teach", "none.yaml", "--memory", "x"), 2, "does not exist"),
+        (("ask", "x", "--memory", "x", "--rules", "none.yaml"), 2, "routing rules"),
+    ],
+)
+def test_mistakes_get_one_clear_line(engram, world, arguments, code, message):
+    got, out, err = engram(*arguments)
+    assert (got, out) == (code, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert not (world / "nowhere").exists()
+
+
+def test_a_locked_memory_is_refused(engram, taught):
+    with lock_store(taught):
+        code, _, err = engram("teach", "two.yaml", "--memory", taught)
+    assert code == 1
+    assert "locked: another process" in err
+
+
+def test_a_memory_of_another_model_is_refused_by_name(engram, taught, world):
+    tiny_model(seed=3, hidden_size=64, intermediate_size=96).save_pretrained(world / "stranger")
+    tiny_tokenizer().save_pretrained(world / "stranger")
+    code, _, err = engram("ask", "KEY:beta 20", "--memory", taught, "--model", world / "stranger")
+    assert code == 1
+    assert str(world / "base") in err
+    assert "stranger" in err

@@ -1,0 +1,62 @@
+import json
+
+import pytest
+
+from engram import Fact
+from engram.evaluation import evaluate_memory, markdown_table, wilson_interval
+from engram.plots import plot_capacity, plot_evaluation, plot_shares
+from tests.editing.helpers import FACTS, make_editor
+
+TEXTS = {"prose": ["The memory is addressed by the last tokens.", "the text"], "taught": ["KEY:beta 20 7319"]}
+
+
+@pytest.fixture(scope="module")
+def result():
+    editor = make_editor()
+    editor.teach(FACTS)
+    known = [Fact(("KEY:nobody",), "nothing")]
+    return evaluate_memory(editor.memory, editor.tokenizer, FACTS, TEXTS, ["some text to predict"], known).to_dict()
+
+
+def test_one_result_says_it_all(result):
+    assert result["recall"] == 1.0
+    assert result["recall_held_out"] == 0.0
+    assert result["categories"]["colour"]["prompts"] == 3
+    assert result["categories"]["colour"]["high"] == 1.0
+    assert 0 < result["categories"]["colour"]["low"] < 1
+    assert result["harm"]["prose"] == {
+        "tokens": result["harm"]["prose"]["tokens"],
+        "mean_kl": 0.0,
+        "tokens_changed": 0,
+        "untouched": 1.0,
+    }
+    assert result["harm"]["taught"]["mean_kl"] > 0
+    assert result["kl_to_base"] > 0
+    assert result["bits_per_byte"]["base"] == result["bits_per_byte"]["memory"]
+    assert result["known"] == {"prompts": 1, "known": 0, "still_right": 0, "changed": 0}
+    assert result["latency"]["ratio"] > 0
+    assert result["bytes"]["rows"] > 1000
+    assert sum(result["gates"]["taught"][1:]) > 0
+    assert [f["exact"] for f in result["facts"]] == [True] * 4 + [False]
+    assert result["facts"][-1]["held_out"]
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_tables_and_pictures(result, tmp_path):
+    table = markdown_table(result)
+    assert "| colour | 3 | 100.0 % |" in table
+    assert "0.0 % of 1" in table
+    assert "| prose: next tokens changed | 0 of" in table
+    paths = plot_evaluation({"one": result, "two": result}, tmp_path)
+    paths.append(plot_capacity([{"facts": 10, "rows_per_head": 100, "recall": 1.0, "kl": 0.0}], tmp_path / "c.png"))
+    paths.append(plot_shares({"a": {"x": {"share": 0.5, "low": 0.4, "high": 0.6}}}, tmp_path / "s.png", "title"))
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_wilsons_interval():
+    """Values of the score interval worked out by hand for 95 %."""
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    low, high = wilson_interval(8, 10)
+    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
+    assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
+    assert wilson_interval(0, 10)[0] == pytest.approx(0.0)

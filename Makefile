@@ -29,9 +29,10 @@ $(VENV)/.developer: $(VENV)/.library
 	$(PIP) --editable ".[dev]"
 	touch $@
 
-# The figures that the README quotes; about half an hour on two cores.
+# The figures that the README quotes; about an hour and a half on two cores.
 figures: $(VENV)/.developer
 	$(BIN)/python benchmarks/demo_seeds.py
+	$(BIN)/python benchmarks/knowledge.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/joint_training.py
 	$(BIN)/python benchmarks/readme_tables.py

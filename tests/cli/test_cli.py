@@ -92,7 +92,7 @@ def test_trace_of_a_sentence(monkeypatch, capsys):
         (["demo", "--facts", "empty.yaml"], 2, "expected a list"),
         (["demo", "--facts", "latin.yaml"], 2, "not UTF-8"),
         (["demo", "--facts", "two.yaml"], 2, "different answers"),
-        (["demo", "--facts", "long.yaml", "--out", "out", "--rows", "64"], 2, "expected at most 1024"),
+        (["demo", "--facts", "long.yaml", "--out", "out"], 2, "expected at most 1024"),
         (["demo", "--out", "file/below"], 1, "cannot write to file/below"),
         (["demo", "--model", "./nowhere"], 1, "cannot load model './nowhere'"),
         (["trace", " "], 2, "text is empty"),

@@ -92,45 +92,35 @@ def knowledge():
     first = everything[0]
     texts = sum(kind["tokens"] for kind in first["harm"].values())
     known = first["known"]
-    minutes = [e["seconds"] / 60 for e in everything]
+    minutes, ratios = [e["seconds"] / 60 for e in everything], [e["latency"]["ratio"] for e in everything]
     far = [t["long_range"]["2000"] for t in thousand]
     bits = [100 * (e["bits_per_byte"]["memory"] / e["bits_per_byte"]["base"] - 1) for e in everything]
+    right, changed = min(e["known"]["still_right"] for e in everything), max(e["known"]["changed"] for e in everything)
+    seconds, failed = max(t["seconds"] for t in thousand), max(t["not_exact"] for t in thousand)
     more = [
-        (
-            f"teaching {first['facts']:,} facts",
-            f"{min(minutes):.0f}-{max(minutes):.0f} minutes, {first['file_bytes'] / 1e6:.0f} MB",
-        ),
+        (f"teaching {first['facts']:,} facts", f"{_range(map(round, minutes))} minutes, {first['file_bytes'] / 1e6:.0f} MB"),
         (
             "KL to the base on text nobody taught",
-            f"{max(e['kl_to_base'] for e in everything):.0e} nats per token ({texts:,} tokens)",
+            f"{max(e['kl_to_base'] for e in everything):g} nats per token ({texts:,} tokens)",
         ),
         ("held-out bits per byte", f"at most {max(bits):+.3f} %"),
-        (
-            "capitals the base knew, still right",
-            f"{min(e['known']['still_right'] for e in everything)} of {known['known']}, "
-            f"{max(e['known']['changed'] for e in everything)} answers changed",
-        ),
-        (
-            "1,000 facts",
-            f"{max(t['seconds'] for t in thousand):.0f} s, {thousand[0]['file_bytes'] / 1e6:.1f} MB; not exact: {max(t['not_exact'] for t in thousand)}",
-        ),
+        ("capitals the base knew, still right", f"{right} of {known['known']}, {changed} answers changed"),
+        ("1,000 facts", f"{seconds:.0f} s, {thousand[0]['file_bytes'] / 1e6:.1f} MB; not exact: {failed}"),
         ("one more fact into those", f"at most {max(max(t['one_more_seconds']) for t in thousand):.2f} s, saving included"),
         ("forgetting it again", "bit for bit" if all(t["forget_bit_for_bit"] for t in thousand) else "NOT bit for bit"),
         (
             "asked behind 2,000 tokens of other text",
             f"{min(f['exact'] for f in far)} of {far[0]['asked']} exact (memory off: {far[0]['exact_off']})",
         ),
-        (
-            "time per token of text that reads no row",
-            f"x{min(e['latency']['ratio'] for e in everything):.2f} to x{max(e['latency']['ratio'] for e in everything):.2f} of the base's (7M parameters)",
-        ),
+        ("time per token of text that reads no row", f"x{min(ratios):.2f} to x{max(ratios):.2f} of the base's (7M parameters)"),
     ]
-    note = f"\n\n{len(runs)} seeds of addresses, reader and arbitrary values; ranges over seeds. Bits per byte move only where held-out code really contains a "
-    note += "taught pattern (`for key, value in`)."
+    note = f"\n\n{len(runs)} seeds of addresses, reader and arbitrary values; ranges over seeds. Bits per byte move only where a taught "
+    note += "n-gram occurs, the code pattern `for key, value in` for instance."
     return facts + "\n\n" + table(("", ""), more) + note + source(result)
 
 
 def _range(values):
+    values = list(values)
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,}-{high:,}"
 

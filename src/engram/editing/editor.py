@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -18,7 +17,9 @@ from engram.config import EngramConfig, TableConfig
 from engram.data.facts import Fact, check_conflicts, encode_fact, pad_right
 from engram.editing.keys import KeyedPrompt, PlannedRows, choose_keys, plan_rows, surprise_bits
 from engram.editing.ledger import Ledger, LedgerFact
-from engram.editing.lesson import TeachSettings, answers_exactly, optimise_rows, stream_sizes
+from engram.editing.lesson import TeachSettings, answers_exactly
+from engram.editing.reports import ForgetReport, RowConflict, TeachReport
+from engram.editing.teaching import Progress, Teaching
 from engram.errors import ConfigError, TeachError
 from engram.models import EngramModel, find_decoder, get_engram_model
 from engram.tables import ABSENT, VerifiedTable
@@ -27,56 +28,10 @@ if TYPE_CHECKING:
     from engram.editing.merge import MemoryDiff, MergeReport
     from engram.editing.why import Explanation
 
-__all__ = ["ForgetReport", "MemoryEditor", "RowConflict", "TeachReport"]
+__all__ = ["MemoryEditor"]
 
 _SHOWN = 5
 _HASHED_AT_ONCE = 1024
-
-Progress = Callable[[int, int], None]
-"""Called with (prompts learnt, prompts in all)."""
-
-
-@dataclass
-class TeachReport:
-    """What teaching did."""
-
-    taught: list[str] = field(default_factory=list)
-    """Ids of the facts that are new in the memory."""
-    already_known: list[str] = field(default_factory=list)
-    """Ids of facts that were in the memory, word for word."""
-    not_exact: dict[str, str] = field(default_factory=dict)
-    """Facts that could not be made exact, by id, with the reason; nothing of them is in the memory."""
-    prompts: int = 0
-    steps: int = 0
-    rows_written: int = 0
-    rows_in_conflict: int = 0
-    """Rows that a new n-gram shares with another n-gram by its hash; it does without them (see ``RowConflict``)."""
-    reverified: int = 0
-    """Earlier prompts that read one of the new rows and were asked again; no other prompt can have changed."""
-
-
-@dataclass(frozen=True)
-class RowConflict:
-    """A row that two n-grams claim by their hash. The one that was there first keeps it; the other does without."""
-
-    layer: str
-    row: int
-    loser: str
-    """Id of the fact that does without."""
-    owners: tuple[str, ...]
-    """Ids of the facts that keep it."""
-
-
-@dataclass
-class ForgetReport:
-    """What forgetting did."""
-
-    forgotten: list[str]
-    rows_removed: int
-    rows_shared: int
-    """Rows that stay because other facts own them too."""
-    no_longer_exact: list[str] = field(default_factory=list)
-    """Remaining facts whose answer leant on a forgotten one; teach them again."""
 
 
 class MemoryEditor:
@@ -202,7 +157,7 @@ class MemoryEditor:
                 report.rows_in_conflict = len(conflicts)
                 if conflicts and on_conflicts is not None:
                     on_conflicts(conflicts)
-                _Teaching(self, entries, settings, report, progress).run()
+                Teaching(self, entries, settings, report, progress).run()
             return report
 
     def forget(self, fact_ids: Sequence[str]) -> ForgetReport:
@@ -478,116 +433,3 @@ class MemoryEditor:
         prompts = [(fact.id, prompt) for fact in facts for prompt in fact.prompts]
         exact = answers_exactly(self.memory, [prompt for _, prompt in prompts], batch_size)
         return list(dict.fromkeys(fact_id for (fact_id, _), ok in zip(prompts, exact) if not ok))
-
-
-class _Teaching:
-    """One call of ``teach``: batches of prompts are given rows, checked, and entered into the ledger."""
-
-    def __init__(
-        self,
-        editor: MemoryEditor,
-        entries: list[LedgerFact],
-        settings: TeachSettings,
-        report: TeachReport,
-        progress: Progress | None,
-    ) -> None:
-        self.editor, self.memory, self.settings, self.report = editor, editor.memory, settings, report
-        self.entries = {entry.id: entry for entry in entries}
-        self.total = sum(len(entry.prompts) for entry in entries)
-        self.progress = progress
-        self.done = 0
-
-    def run(self) -> None:
-        earlier = self.editor.facts
-        sample = [prompt for entry in list(self.entries.values())[:256] for prompt in entry.prompts][:256]
-        sizes = stream_sizes(self.memory, sample)
-        self.lr = {layer: self.settings.lr * size for layer, size in sizes.items()}
-        before = {layer: self.editor.table(layer).row_ids for layer in self.memory.engrams}
-        self._learn(list(self.entries), self.settings.max_steps)
-        failed = self._failed()
-        for attempt in range(1, self.settings.retries + 1):
-            if not failed:
-                break
-            self._drop_rows(failed)
-            self.done -= sum(len(self.entries[fact_id].prompts) for fact_id in failed)
-            self._learn(failed, self.settings.max_steps << attempt)
-            failed = self._failed()
-        if failed:
-            self._give_up(failed)
-        self._enter(before, earlier)
-
-    def _learn(self, fact_ids: list[str], max_steps: int) -> None:
-        """Prompts of similar length together, in batches; each batch's rows are in the tables before the next begins."""
-        prompts = [prompt for fact_id in fact_ids for prompt in self.entries[fact_id].prompts]
-        prompts.sort(key=lambda prompt: len(prompt.ids))
-        for start in range(0, len(prompts), self.settings.batch_size):
-            batch = prompts[start : start + self.settings.batch_size]
-            new = self._new_rows(batch)
-            self.report.steps += optimise_rows(self.memory, batch, new, self.lr, self.settings, max_steps, self._show)
-            self.done += len(batch)
-            self._show(0)
-
-    def _show(self, learnt: int) -> None:
-        if self.progress is not None:
-            self.progress(self.done + learnt, self.total)
-
-    def _new_rows(self, prompts: list[KeyedPrompt]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Rows that these prompts own and nobody has written, per layer: sorted row numbers and their tags."""
-        new = {}
-        for layer, planned in plan_rows(self.memory.mapping, prompts).items():
-            order = torch.argsort(planned.row_ids.flatten(), stable=True)
-            row_ids, tags = planned.row_ids.flatten()[order], planned.tags.flatten()[order]
-            first = torch.ones_like(row_ids, dtype=torch.bool)
-            first[1:] = row_ids[1:] != row_ids[:-1]  # of two new n-grams in one row, one gets it
-            row_ids, tags = row_ids[first], tags[first]
-            held = self.editor.table(layer).owner_tags(row_ids.to(self.editor.table(layer).row_ids.device)).cpu()
-            new[layer] = (row_ids[held == 0], tags[held == 0])
-        return new
-
-    def _failed(self) -> list[str]:
-        """Facts one of whose prompts is not answered from the committed rows."""
-        prompts = [(fact_id, prompt) for fact_id, entry in self.entries.items() for prompt in entry.prompts]
-        exact = answers_exactly(self.memory, [prompt for _, prompt in prompts], self.settings.batch_size)
-        return list(dict.fromkeys(fact_id for (fact_id, _), ok in zip(prompts, exact) if not ok))
-
-    def _drop_rows(self, fact_ids: list[str]) -> None:
-        """Remove the rows that only these facts would own."""
-        theirs = self.editor._owned_rows([self.entries[fact_id] for fact_id in fact_ids])
-        keepers = [entry for fact_id, entry in self.entries.items() if fact_id not in set(fact_ids)]
-        kept = self.editor._owned_rows([*self.editor.facts, *keepers])
-        for layer, rows in theirs.items():
-            self.editor.table(layer).delete(rows[~torch.isin(rows, kept[layer])])
-
-    def _give_up(self, failed: list[str]) -> None:
-        """Take out what could not be made exact, and whatever then turns out to have leant on it."""
-        while failed:
-            self._drop_rows(failed)
-            for fact_id in failed:
-                self.report.not_exact[fact_id] = self._reason(self.entries[fact_id])
-                del self.entries[fact_id]
-            failed = self._failed() if self.entries else []
-
-    def _reason(self, entry: LedgerFact) -> str:
-        longest = self.memory.engram_config.max_ngram_size
-        if any(prompt.key_length == longest for prompt in entry.prompts):
-            return f"its last {longest} tokens are those of another fact; ask with the distinctive words nearer to the end"
-        return "its answer did not become greedy-exact; raise max_steps or lr, or shorten the answer"
-
-    def _enter(self, before: dict[str, Tensor], earlier: list[LedgerFact]) -> None:
-        """Count, check the earlier facts that could notice, and write the ledger."""
-        report, editor = self.report, self.editor
-        new_rows = {}
-        for layer, rows in before.items():
-            now = editor.table(layer).row_ids
-            new_rows[layer] = editor._with_tags(layer, now[~torch.isin(now, rows)])
-        report.rows_written = sum(len(rows[0]) for rows in new_rows.values())
-        readers = editor._leaning_on(new_rows) if earlier else []
-        report.reverified = sum(len(fact.prompts) for fact in readers)
-        broken = editor._not_exact(readers)
-        if broken:
-            names = ", ".join(repr(editor._ledger[fact_id].prompts[0].text) for fact_id in broken[:_SHOWN])
-            raise TeachError(f"the new facts would change {len(broken)} earlier answer(s): {names}. Nothing was written.")
-        for entry in self.entries.values():
-            editor._ledger.add(replace(entry))
-        report.taught = list(self.entries)
-        report.prompts = sum(len(entry.prompts) for entry in self.entries.values())

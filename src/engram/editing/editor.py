@@ -185,7 +185,8 @@ class MemoryEditor:
         self._ledger = ledger.copy()
         rows = self._rows()
         try:
-            self._forget_rows([self._ledger.remove(fact_id) for fact_id in fact_ids])
+            gone = [self._ledger.remove(fact_id) for fact_id in fact_ids]
+            self._delete_rows(gone, self.facts)
             yield
         finally:
             self._put_back(rows)
@@ -377,13 +378,16 @@ class MemoryEditor:
         return list(dict.fromkeys(found))
 
     def _forget(self, fact_ids: list[str]) -> ForgetReport:
-        only_theirs, shared = self._forget_rows([self._ledger.remove(fact_id) for fact_id in fact_ids])
+        gone = [self._ledger.remove(fact_id) for fact_id in fact_ids]
+        only_theirs, shared = self._delete_rows(gone, self.facts)
         broken = self._not_exact(self._leaning_on(only_theirs))
         return ForgetReport(fact_ids, sum(len(planned[0]) for planned in only_theirs.values()), shared, broken)
 
-    def _forget_rows(self, gone: list[LedgerFact]) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
-        """Delete the rows that only these facts own; returns them with their tags, and how many stay because they are shared."""
-        theirs, kept = self._owned_rows(gone), self._owned_rows(self.facts)
+    def _delete_rows(
+        self, gone: Sequence[LedgerFact], keepers: Sequence[LedgerFact]
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+        """Delete the rows that ``gone`` own and ``keepers`` do not; returns them with their tags, and how many stay because both do."""
+        theirs, kept = self._owned_rows(gone), self._owned_rows(keepers)
         deleted, shared = {}, 0
         for layer, rows in theirs.items():
             also_kept = torch.isin(rows, kept[layer])

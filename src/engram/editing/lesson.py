@@ -65,8 +65,8 @@ def optimise_rows(
 ) -> int:
     """Fill new rows so that the prompts are answered, and put them into the tables; returns the steps taken.
 
-    Rows stop moving once all prompts that read them are learnt: a learnt prompt leaves the batch, and Adam here touches only the rows
-    that were read. Base, reader and every row written before stay as they are.
+    Rows stop moving once all prompts that read them are learnt: a learnt prompt leaves the batch, and ``RowDescent`` touches only the
+    rows that were read. Base, reader and every row written before stay as they are.
 
     Args:
         memory: a memory with verified rows.

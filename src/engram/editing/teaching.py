@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engram.editing.keys import KeyedPrompt, plan_rows
 from engram.editing.ledger import LedgerFact
-from engram.editing.lesson import TeachSettings, answers_exactly, optimise_rows, stream_sizes
+from engram.editing.lesson import TeachSettings, optimise_rows, stream_sizes
 from engram.editing.reports import TeachReport
 from engram.errors import TeachError
 
@@ -92,17 +92,13 @@ class Teaching:
 
     def _failed(self) -> list[str]:
         """Facts one of whose prompts is not answered from the committed rows."""
-        prompts = [(fact_id, prompt) for fact_id, entry in self.entries.items() for prompt in entry.prompts]
-        exact = answers_exactly(self.memory, [prompt for _, prompt in prompts], self.settings.batch_size)
-        return list(dict.fromkeys(fact_id for (fact_id, _), ok in zip(prompts, exact) if not ok))
+        return self.editor._not_exact(list(self.entries.values()), self.settings.batch_size)
 
     def _drop_rows(self, fact_ids: list[str]) -> None:
         """Remove the rows that only these facts would own."""
-        theirs = self.editor._owned_rows([self.entries[fact_id] for fact_id in fact_ids])
-        keepers = [entry for fact_id, entry in self.entries.items() if fact_id not in set(fact_ids)]
-        kept = self.editor._owned_rows([*self.editor.facts, *keepers])
-        for layer, rows in theirs.items():
-            self.editor.table(layer).delete(rows[~torch.isin(rows, kept[layer])])
+        gone = set(fact_ids)
+        keepers = [entry for fact_id, entry in self.entries.items() if fact_id not in gone]
+        self.editor._delete_rows([self.entries[fact_id] for fact_id in fact_ids], [*self.editor.facts, *keepers])
 
     def _give_up(self, failed: list[str]) -> None:
         """Take out what could not be made exact, and whatever then turns out to have leant on it."""

@@ -136,8 +136,7 @@ class DecoderHooks:
                 return None
         layer_state = None if context.state is None else EngramState(conv=context.state.conv[layer_id])
         if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
-            layer_state = None  # there is no cache in training, and a recomputation must not see it grow
-            arguments = (hidden_states, None, hash_ids, layer_state, mask, trace, slots)
+            arguments = (hidden_states, None, hash_ids, None, mask, trace, slots)  # a recomputation must not see a state grow
             output = checkpoint(engram, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             output = engram(hidden_states, None, hash_ids, layer_state, mask, trace, slots)

@@ -22,15 +22,18 @@ class EmbeddingTable(nn.Module):
     dim: int
     """Values per row."""
 
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Storage type of the rows."""
+    weight: Tensor
+    """Values of the stored rows, where they are one tensor; a tier that keeps them otherwise says itself what and where they are."""
 
     @property
-    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Storage type of the rows."""
+        return self.weight.dtype
+
+    @property
     def location(self) -> str:
         """Where the rows are, for people (``cpu``, ``cuda:0``, a file)."""
+        return str(self.weight.device)
 
     @property
     def stored_rows(self) -> int:

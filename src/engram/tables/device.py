@@ -39,16 +39,6 @@ class DeviceTable(EmbeddingTable):
         if init == "normal":
             nn.init.normal_(self.weight)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Storage type of the rows."""
-        return self.weight.dtype
-
-    @property
-    def location(self) -> str:
-        """The device of the parameter."""
-        return str(self.weight.device)
-
     def lookup(self, row_ids: Tensor) -> Tensor:
         """Rows ``[..., dim]``; the gradient of ``weight`` is sparse."""
         return lookup_rows(self.weight, row_ids)

@@ -46,16 +46,6 @@ class VerifiedTable(EmbeddingTable):
         self.register_buffer("weight", torch.zeros((0, dim), dtype=dtype, device=device))
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Storage type of the rows."""
-        return self.weight.dtype
-
-    @property
-    def location(self) -> str:
-        """The device of the rows."""
-        return str(self.weight.device)
-
-    @property
     def stored_rows(self) -> int:
         """Rows written."""
         return self.row_ids.shape[0]

@@ -137,13 +137,13 @@ class EngramConfig:
     def for_teaching(cls, **changes: Any) -> Self:
         """The configuration of a memory that is taught facts: verified rows, exact ids, long n-grams, a seeded reader, no convolution.
 
-        Orders up to 24 let an address span a key and all of a short answer, so that keys which agree in their last tokens
+        Orders up to 32 let an address span a key and the whole of most answers, so that keys which agree in their last tokens
         (``SYN:SYN_00123``) stay apart; 2^31 rows per head cost nothing where only written rows exist. ``layer_ids`` defaults to block
         0 and should be chosen for the model (``MemoryEditor.create`` does).
         """
         fields: dict[str, Any] = {
             "engram_vocab_size": 1 << 31,
-            "max_ngram_size": 24,
+            "max_ngram_size": 32,
             "n_embed_per_ngram": 128,
             "n_head_per_ngram": 2,
             "layer_ids": (0,),

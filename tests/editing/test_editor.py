@@ -214,10 +214,12 @@ def test_what_cannot_be_learnt_is_reported_and_leaves_nothing():
     assert editor.facts == []
     assert editor.table("2").stored_rows == 0
     prefix = "the memory is addressed by the last tokens of the text, "
-    twins = [Fact((f"KEY:{n} {prefix * 2}",), f"answer {n}", id=str(n)) for n in (1, 2)]
+    twins = [Fact((f"KEY:{n} {prefix * 3}",), f"answer {n}", id=str(n)) for n in (1, 2)]
     report = editor.teach(twins, TeachSettings(retries=0, max_steps=30))
     assert len(report.not_exact) >= 1
     assert "those of another fact" in next(iter(report.not_exact.values()))
+    report = editor.teach([Fact(("KEY:long",), "word " * 40, id="long")], TeachSettings(max_steps=1, lr=1e-6, retries=0))
+    assert "out of reach of its key (32 tokens)" in report.not_exact["long"]
     assert all(editor.verify().values())
 
 
@@ -250,8 +252,8 @@ def test_bad_lessons_are_refused(tmp_path):
     editor = make_editor()
     with pytest.raises(TeachError, match="got no facts"):
         editor.teach([])
-    with pytest.raises(TeachError, match="n-grams end at 24"):
-        editor.teach(FACTS, TeachSettings(min_order=30))
+    with pytest.raises(TeachError, match="n-grams end at 32"):
+        editor.teach(FACTS, TeachSettings(min_order=40))
     with pytest.raises(DataError, match="expected at most 256"):
         editor.teach([Fact(("a",), "b " * 300)])
     for bad in ({"lr": 0}, {"min_order": 1}, {"max_steps": -1}, {"margin": -1}, {"retries": -1}, {"contexts": 0}):
@@ -292,7 +294,7 @@ def test_keys_are_the_shortest_distinctive_ends():
             prompts,
             k.get("bits", bits),
             others,
-            k.get("longest", 24),
+            k.get("longest", 32),
             k.get("min_order", 2),
             k.get("min_bits", 32),
             1,
@@ -307,7 +309,7 @@ def test_keys_are_the_shortest_distinctive_ends():
     assert place([a], min_bits=90) == [6]  # never rare enough: answered only at the very start, padding in the key
     assert place([a], min_order=9) == [4]  # a short prompt is a key as a whole, without the token that opens it
     assert place([a, b], longest=3) == [3, 3]  # cannot be told apart
-    assert a.orders(24) == [0, 1]
+    assert a.orders(32) == [0, 1]
     assert KeyedPrompt("", (0, 1), (2, 3, 4), 5).orders(6) == [5, 6, 6]
 
 

@@ -113,6 +113,8 @@ class Teaching:
         longest = self.memory.engram_config.max_ngram_size
         if any(prompt.key_length == longest for prompt in entry.prompts):
             return f"its last {longest} tokens are those of another fact; ask with the distinctive words nearer to the end"
+        if any(prompt.key_length + len(prompt.answer_ids) > longest + 1 for prompt in entry.prompts):
+            return f"the end of its answer is out of reach of its key ({longest} tokens): shorten it, or make a memory with more max_ngram_size"
         return "its answer did not become greedy-exact; raise max_steps or lr, or shorten the answer"
 
     def _enter(self, before: dict[str, Tensor], earlier: list[LedgerFact]) -> None:

@@ -4,6 +4,7 @@ from engram.editing.editor import MemoryEditor
 from engram.editing.ledger import Ledger, LedgerFact
 from engram.editing.lesson import TeachSettings
 from engram.editing.merge import MemoryDiff, MergeReport, diff_memories, merge_memories
+from engram.editing.readers import fit_reader_to_head
 from engram.editing.reports import ForgetReport, RowConflict, TeachReport
 from engram.editing.why import Explanation, explain
 
@@ -20,5 +21,6 @@ __all__ = [
     "TeachSettings",
     "diff_memories",
     "explain",
+    "fit_reader_to_head",
     "merge_memories",
 ]

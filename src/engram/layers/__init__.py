@@ -3,6 +3,7 @@
 from engram.layers.conv import ShortConv
 from engram.layers.embedding import MultiHeadEmbedding
 from engram.layers.engram import Engram
+from engram.layers.reader import seeded_signs
 from engram.layers.state import EngramState, RollingTail
 
-__all__ = ["Engram", "EngramState", "MultiHeadEmbedding", "RollingTail", "ShortConv"]
+__all__ = ["Engram", "EngramState", "MultiHeadEmbedding", "RollingTail", "ShortConv", "seeded_signs"]

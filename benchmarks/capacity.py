@@ -1,0 +1,91 @@
+"""How many facts fit: recall and harm against the number of facts and the rows per head, and the same memories with their tags ignored.
+
+One memory per size is taught more and more facts (in slices, one attempt each) and measured on the way. Ignoring tags shows what
+verification is for: whatever row an n-gram hits is read, whoever wrote it. A seed and size that is in the result file is skipped.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from common import RESULTS, provenance, write
+from knowledge import SLICE, all_facts, texts_not_taught
+
+from engram import MemoryEditor, TeachSettings, load_bundled
+from engram.evaluation import measure_drift
+from engram.tables import ABSENT, VerifiedTable
+
+FACTS = (300, 1000, 3000, 10_000)
+ROWS = (20_000, 200_000, 1 << 31)
+BATCHES = 25  # each batch of facts leaves its order: every kind of fact is in every prefix
+
+
+@contextmanager
+def tags_ignored():
+    def find(table, row_ids, tags):
+        slot = torch.searchsorted(table.row_ids, row_ids).clamp_max(max(table.stored_rows - 1, 0))
+        return torch.where(table.row_ids[slot] == row_ids, slot, ABSENT)
+
+    with mock.patch.object(VerifiedTable, "find", find):
+        yield
+
+
+def measure(editor, tokenizer, asked, texts):
+    """Recall over everything asked for (what could not be taught counts as wrong), and KL over the texts."""
+    drifts = [measure_drift(editor.memory, tokenizer, group) for group in texts.values()]
+    tokens = sum(drift.tokens for drift in drifts)
+    return {
+        "recall": sum(editor.verify().values()) / asked,
+        "kl": sum(drift.mean_kl * drift.tokens for drift in drifts) / tokens,
+        "tokens": tokens,
+        "tokens_changed": sum(drift.tokens_changed for drift in drifts),
+    }
+
+
+def one_size(seed, rows_per_head, counts):
+    model, tokenizer = load_bundled()
+    with tempfile.TemporaryDirectory() as folder:
+        facts = all_facts(seed, folder)
+    facts = [fact for start in range(BATCHES) for fact in facts[start::BATCHES]]
+    texts = {kind: group[::3] for kind, group in texts_not_taught().items()}
+    editor = MemoryEditor.create(model, tokenizer, seed=seed, engram_vocab_size=rows_per_head)
+    points, taught, seconds = [], 0, 0.0
+    for count in counts:
+        started = time.perf_counter()
+        while taught < count:
+            upto = min(taught + SLICE, count)
+            editor.teach(facts[taught:upto], TeachSettings(retries=0))
+            taught = upto
+        seconds += time.perf_counter() - started
+        point = {"seed": seed, "facts": count, "rows_per_head": rows_per_head, "seconds": seconds}
+        point["rows_written"] = sum(editor.table(layer).stored_rows for layer in editor.memory.engrams)
+        points.append({**point, "tags": True, **measure(editor, tokenizer, count, texts)})
+        with tags_ignored():
+            points.append({**point, "tags": False, **measure(editor, tokenizer, count, texts)})
+        print(*points[-2:], sep="\n", flush=True)
+    return points
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--facts", type=int, nargs="+", default=FACTS)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--out", default=RESULTS / "capacity.json")
+    args = parser.parse_args()
+    out = Path(args.out)
+    points = json.loads(out.read_text())["points"] if out.exists() else []
+    for seed in args.seeds:
+        for rows in args.rows:
+            if not any(p["seed"] == seed and p["rows_per_head"] == rows for p in points):
+                points += one_size(seed, rows, args.facts)
+                write(out, {**provenance(args.seeds), "points": points})
+
+
+if __name__ == "__main__":
+    main()

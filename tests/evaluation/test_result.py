@@ -4,7 +4,7 @@ import pytest
 
 from engram import Fact
 from engram.evaluation import evaluate_memory, markdown_table, wilson_interval
-from engram.plots import plot_capacity, plot_evaluation, plot_shares
+from engram.plots import plot_capacity, plot_evaluation, plot_gates, plot_shares
 from tests.editing.helpers import FACTS, make_editor
 
 TEXTS = {"prose": ["The memory is addressed by the last tokens.", "the text"], "taught": ["KEY:beta 20 7319"]}
@@ -50,6 +50,7 @@ def test_tables_and_pictures(result, tmp_path):
     paths = plot_evaluation({"one": result, "two": result}, tmp_path)
     paths.append(plot_capacity([{"facts": 10, "rows_per_head": 100, "recall": 1.0, "kl": 0.0}], tmp_path / "c.png"))
     paths.append(plot_shares({"a": {"x": {"share": 0.5, "low": 0.4, "high": 0.6}}}, tmp_path / "s.png", "title"))
+    paths.append(plot_gates({"a": {"taught": [1, 2], "untaught": [3, 0]}}, tmp_path / "g.png"))
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from engram.errors import ConfigError
 
-__all__ = ["plot_capacity", "plot_evaluation", "plot_shares"]
+__all__ = ["plot_capacity", "plot_evaluation", "plot_gates", "plot_shares"]
 
 _COLOURS = ["#8c8c8c", "#c62f2d", "#2f6db5", "#e0a030", "#4f9d69", "#7b5ea7", "#333333"]
 
@@ -28,17 +28,9 @@ def plot_evaluation(results: Mapping[str, Mapping[str, Any]], folder: str | Path
         changed = [100 * result["harm"][k]["tokens_changed"] / max(result["harm"][k]["tokens"], 1) for k in kinds]
         axes[0].bar(places, changed, 0.8 / len(results), label=name, color=_COLOURS[number % len(_COLOURS)])
         axes[0].set_xticks(range(len(kinds)), kinds)
-        for style, (kind, counts) in zip(("-", "--"), result["gates"].items()):
-            total = max(sum(counts), 1)
-            edges = [(i + 0.5) / len(counts) for i in range(len(counts))]
-            axes[1].plot(
-                edges, [c / total for c in counts], style, color=_COLOURS[number % len(_COLOURS)], label=f"{name}, {kind}"
-            )
     axes[0].set(ylabel="next tokens changed, %", title="text it has no business with")
-    axes[1].set(xlabel="gate", ylabel="share of positions", title="gates (no row read: 0)", yscale="symlog")
-    axes[1].set_yscale("symlog", linthresh=1e-3)
-    for axis in axes:
-        axis.legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8)
+    _draw_gates(axes[1], {name: result["gates"] for name, result in results.items()})
     return [*paths, _save(figure, Path(folder) / "harm_and_gates.png")]
 
 
@@ -94,6 +86,33 @@ def plot_capacity(points: Sequence[Mapping[str, Any]], path: str | Path) -> Path
     axes[1].set_yscale("symlog", linthresh=1e-8)
     axes[0].legend(frameon=False, fontsize=8)
     return _save(figure, Path(path))
+
+
+def plot_gates(gates: Mapping[str, Mapping[str, Sequence[int]]], path: str | Path) -> Path:
+    """Histograms of gates for taught and untaught text.
+
+    Args:
+        gates: ``{memory: {"taught": counts, "untaught": counts}}``, bins over 0..1.
+        path: PNG file.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    figure, (axis,) = _figure(1)
+    _draw_gates(axis, gates)
+    return _save(figure, Path(path))
+
+
+def _draw_gates(axis: Any, gates: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+    for number, (name, kinds) in enumerate(gates.items()):
+        for style, (kind, counts) in zip(("-", "--"), kinds.items()):
+            total = max(sum(counts), 1)
+            edges = [(i + 0.5) / len(counts) for i in range(len(counts))]
+            colour = _COLOURS[number % len(_COLOURS)]
+            axis.plot(edges, [c / total for c in counts], style, color=colour, label=f"{name}, {kind}")
+    axis.set(xlabel="gate", ylabel="share of positions", title="gates (no row read: 0)", yscale="symlog")
+    axis.set_yscale("symlog", linthresh=1e-3)
+    axis.legend(frameon=False, fontsize=8)
 
 
 def _figure(count: int, width: float | None = None) -> tuple[Any, Any]:

@@ -147,8 +147,10 @@ def baselines():
     header += (f"patterns, unseen phrasing ({asked[3]})", f"capitals kept ({runs[0]['base']['capitals']['known']})")
     header += ("KL to the base on other text", "loss, first and last epoch", "size", "time")
     epochs = result["runs"][0]["epochs"]
-    note = f"\n\nExact answers, {len(runs)} seeds, ranges over seeds; one thread. Fine-tuning and LoRA (rank 16): AdamW, {epochs} epochs. Stuffing "
-    note += "puts the three nearest taught prompts in front. engram-poc reported 8.6 -> 14.1 % for its LoRA on patterns."
+    note = f"\n\nExact answers, {len(runs)} seeds, ranges over seeds; one thread. Fine-tuning and LoRA (rank 16): AdamW, {epochs} epochs. "
+    note += (
+        "Stuffing puts the three nearest taught prompts in front. engram-poc reported 8.6 -> 14.1 % for its LoRA on patterns."
+    )
     return table(header, rows) + note + source(result)
 
 

@@ -1,5 +1,6 @@
 """The commands that move knowledge, on a tiny model saved to disk."""
 
+import copy
 import json
 
 import pytest
@@ -66,7 +67,7 @@ def test_taught_facts_are_asked_explained_and_forgotten(engram, taught):
     assert code == 0
     assert "forgot 1 facts" in out
     code, out, err = engram("forget", "beta", "--memory", taught)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "no fact 'beta' in this memory" in err
     assert [f["id"] for f in json.loads(engram("facts", "--memory", taught, "--json")[1])] == ["alpha"]
 
@@ -110,7 +111,7 @@ def test_memories_are_compared_and_united(engram, taught, world, tmp_path):
     (world / "three.yaml").write_text('- {prompt: "KEY:beta 20", answer: "1", id: z}')
     engram("teach", "three.yaml", "--memory", tmp_path / "o", "--model", world / "base")
     code, out, err = engram("merge", taught, tmp_path / "o", "--out", tmp_path / "v")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "prompt 'KEY:beta 20': answer '7319' in a, '1' in b" in err
     assert not (tmp_path / "v" / "engram.json").exists()
     code, out, err = engram("merge", taught, tmp_path / "o", "--out", tmp_path / "v", "--prefer", "b", "--no-verify")
@@ -174,3 +175,21 @@ def test_a_memory_of_another_model_is_refused_by_name(engram, taught, world):
     assert code == 1
     assert str(world / "base") in err
     assert "stranger" in err
+
+
+def test_prompts_are_taught_and_asked_as_chat_turns(engram, world, tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<assistant>\n"
+    tiny_model(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    assert engram("teach", "one.yaml", "--memory", tmp_path / "m", "--model", tmp_path / "chat", "--chat")[0] == 0
+    for options in ((), ("--chat",)):
+        assert engram("ask", "What is alpha 17?", "--memory", tmp_path / "m", *options)[:2] == (0, "blue window\n")
+    assert (
+        "<user> What is alpha 17?"
+        in json.loads(engram("why", "What is alpha 17?", "--memory", tmp_path / "m", "--json", "--chat")[1])["prompt"]
+    )
+    code, out, err = engram("teach", "one.yaml", "--memory", tmp_path / "n", "--model", world / "base", "--chat")
+    assert (code, out) == (2, "")
+    assert "no chat template" in err
+    assert "Traceback" not in err

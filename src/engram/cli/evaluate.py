@@ -29,6 +29,7 @@ def eval_command(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Base model; the one the memory was made for if not given.")] = None,
     route: Annotated[bool, typer.Option("--route", help="Let the routing rules decide who reads the memory.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask every prompt as a chat turn too (chat template).")] = False,
 ) -> None:
     """Measure a memory: recall by category, harm to other text, latency and bytes."""
     from rich.console import Console
@@ -36,8 +37,8 @@ def eval_command(
 
     from engram.checkpoint import write_json_atomically
     from engram.cli.knowledge import _open_existing
+    from engram.data import load_facts, with_chat_prompts
     from engram.data.corpus import held_out_standard_library
-    from engram.data.facts import load_facts
     from engram.data.texts import load_texts
     from engram.evaluation import evaluate_memory, markdown_table
     from engram.models import EngramRouter
@@ -45,6 +46,8 @@ def eval_command(
     asked = load_facts(facts)
     other = load_texts(texts or _BUNDLED / "none_of_its_business.yaml")
     editor = _open_existing(memory, model)
+    if chat:
+        asked = with_chat_prompts(editor.tokenizer, asked)
     bundled = editor.memory.config.name_or_path == "bundled"
     held_out = [doc.text[:1500] for doc in held_out_standard_library()] if bundled else []
     result = evaluate_memory(

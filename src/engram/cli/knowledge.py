@@ -36,6 +36,9 @@ ModelOption = Annotated[
     str | None,
     typer.Option(help="Base model: a folder, a hub name or 'bundled'. The one the memory was made for if not given."),
 ]
+ChatOption = Annotated[
+    bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template, as a user's turn.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -45,18 +48,21 @@ def teach_command(
     model: ModelOption = None,
     replace: Annotated[bool, typer.Option("--replace", help="Facts that contradict the memory replace what it says.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of a new memory's addresses and reader.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Teach every prompt as a chat turn too (chat template).")] = False,
 ) -> None:
     """Teach facts to a memory, new or existing; exit code 1 and a list if any fact is not exact.
 
     The memory is saved after every thousand facts: a run that was stopped goes on where it was.
     """
     from engram.checkpoint import lock_store
-    from engram.data.facts import load_facts
+    from engram.data import load_facts, with_chat_prompts
 
     lessons = load_facts(facts)
     checksum = hashlib.sha256(facts.read_bytes()).hexdigest()
     with lock_store(memory):
         editor = _open(memory, model, seed)
+        if chat:
+            lessons = with_chat_prompts(editor.tokenizer, lessons)
         taught = known = 0
         failed: dict[str, str] = {}
         with _progress(sum(len(fact.prompts) for fact in lessons)) as bar:
@@ -88,8 +94,10 @@ def ask_command(
     route: Annotated[bool, typer.Option("--route", help="Read the memory only if the routing rules say so.")] = False,
     rules: Annotated[Path | None, typer.Option(help="Routing rules (YAML); the bundled ones if not given.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    chat: ChatOption = False,
 ) -> None:
     """Ask a model with its memory; prints the answer and nothing else."""
+    from engram.data import chat_prompt
     from engram.evaluation import ask
     from engram.models import EngramRouter
     from engram.models.router import DEFAULT_RULES
@@ -97,6 +105,8 @@ def ask_command(
     _check_prompt(prompt)
     router = EngramRouter.from_yaml(rules or DEFAULT_RULES) if route or rules else None
     editor = _open_existing(memory, model)
+    if chat:
+        prompt = chat_prompt(editor.tokenizer, prompt)
     if off:
         with editor.memory.disable_engram():
             print(ask(editor.memory, editor.tokenizer, [prompt], max_new_tokens)[0])
@@ -109,10 +119,15 @@ def why_command(
     memory: MemoryOption,
     model: ModelOption = None,
     as_json: JsonOption = False,
+    chat: ChatOption = False,
 ) -> None:
     """Ask, and show token by token which facts spoke, through which rows, and what they changed."""
+    from engram.data import chat_prompt
+
     _check_prompt(prompt)
     editor = _open_existing(memory, model)
+    if chat:
+        prompt = chat_prompt(editor.tokenizer, prompt)
     explanation = editor.why(prompt)
     if as_json:
         print(json.dumps(explanation.to_dict(), ensure_ascii=False, indent=1))

@@ -1,0 +1,42 @@
+"""Prompts as a chat model is asked them: inside its tokenizer's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from engram.data.facts import Fact
+from engram.errors import DataError
+
+__all__ = ["chat_prompt", "with_chat_prompts"]
+
+
+def chat_prompt(tokenizer: Any, prompt: str) -> str:
+    """The text a model sees when a user says ``prompt`` as the first turn, up to where its answer begins.
+
+    Raises:
+        DataError: the tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("this tokenizer has no chat template; teach and ask plain prompts, or use a chat model's tokenizer.")
+    text: str = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    opening = tokenizer.bos_token
+    adds_it = opening is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(opening) if adds_it else text  # prompts are tokenised with the opening token in front
+
+
+def with_chat_prompts(tokenizer: Any, facts: Sequence[Fact]) -> list[Fact]:
+    """The facts with every prompt a second time, as a chat turn (held-out phrasings too).
+
+    Raises:
+        DataError: the tokenizer has no chat template.
+    """
+    return [
+        replace(
+            fact,
+            prompts=(*fact.prompts, *(chat_prompt(tokenizer, prompt) for prompt in fact.prompts)),
+            held_out=(*fact.held_out, *(chat_prompt(tokenizer, prompt) for prompt in fact.held_out)),
+        )
+        for fact in facts
+    ]

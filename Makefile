@@ -19,7 +19,7 @@ test: $(VENV)/.developer
 install: $(VENV)/.developer
 
 # torch comes first and pinned: resolving it together with the rest can pull another, much larger build.
-$(VENV)/.library: pyproject.toml constraints.txt
+$(VENV)/.library: pyproject.toml constraints.txt setup.py $(wildcard src/engram/native/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable .

@@ -25,16 +25,21 @@ class Vocabulary:
         return f"raw{i}"
 
 
+SIZES = st.one_of(
+    st.integers(1, 5000), st.integers(8192, 10**6), st.integers(2**31, 2**33)
+)  # below 8192 kernels divide in integers
+
+
 @st.composite
 def cases(draw):
     size = draw(st.integers(2, 60))
     order = draw(st.integers(2, 8))
     texts = draw(st.lists(st.text(min_size=1, max_size=3), min_size=size, max_size=size))
     config = EngramConfig(
-        engram_vocab_size=draw(st.lists(st.integers(1, 5000), min_size=order - 1, max_size=order - 1)),
+        engram_vocab_size=draw(st.lists(SIZES, min_size=order - 1, max_size=order - 1)),
         max_ngram_size=order,
         n_embed_per_ngram=8,
-        n_head_per_ngram=draw(st.sampled_from([1, 2, 4])),
+        n_head_per_ngram=draw(st.sampled_from([1, 2, 4, 8])),
         layer_ids=draw(st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True)),
         pad_id=draw(st.integers(0, size - 1)),
         seed=draw(st.integers(0, 2**31)),

@@ -142,7 +142,12 @@ def check_id_range(ids: np.ndarray, vocab_size: int) -> None:
     """Refuse ids that no token has: they would silently read another token's row."""
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         worst = int(ids.min()) if ids.min() < 0 else int(ids.max())
-        raise ConfigError(f"input_ids: got id {worst}, expected 0..{vocab_size - 1}; are they from another tokenizer?")
+        raise unknown_id(worst, vocab_size)
+
+
+def unknown_id(token_id: int, vocab_size: int) -> ConfigError:
+    """What to raise for an id that no token has."""
+    return ConfigError(f"input_ids: got id {token_id}, expected 0..{vocab_size - 1}; are they from another tokenizer?")
 
 
 def _canonical_key(tokenizer: TokenizerLike, token_id: int, normalizer: normalizers.Normalizer) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, overload
 
 import numpy as np
@@ -15,9 +17,10 @@ from torch import Tensor
 
 from engram.config import EngramConfig
 from engram.errors import ConfigError
-from engram.hashing.compression import CompressedTokenizer, ExactTokenizer, check_id_range
+from engram.hashing.compression import CompressedTokenizer, ExactTokenizer, check_id_range, unknown_id
 from engram.hashing.layout import layer_multipliers, prime_layout
 from engram.hashing.spec import get_hash_spec
+from engram.native import HashKernel, RowIndex, core
 
 __all__ = ["TAG_MODULUS", "NgramHashMapping", "build_mapping", "mapping_without_tokenizer"]
 
@@ -74,6 +77,7 @@ class NgramHashMapping:
         self.layer_multipliers = layer_multipliers(config, len(compressed_tokenizer))
         self.vocab_size_across_layers = prime_layout(config)
         self._constants: dict[torch.device, _HashConstants] = {}
+        self._kernel: HashKernel | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -126,6 +130,11 @@ class NgramHashMapping:
                 None if x is None else torch.from_numpy(np.asarray(x)) for x in (input_ids, history, attention_mask)
             ]
             return {layer: ids.numpy() for layer, ids in self.hash(*as_tensor).items()}
+        kernel = self.kernel_for(input_ids)
+        if kernel is not None:
+            self._check_shapes(input_ids, history, attention_mask)
+            with self._naming_ids():
+                return dict(zip(self.config.layer_ids, kernel.hash(input_ids, history, attention_mask, False)[0].unbind(0)))
         mixes_LBTO, primes_LOK = self._mixes(input_ids, history, attention_mask)
         hashed_LBTH = (mixes_LBTO.unsqueeze(-1) % primes_LOK).flatten(-2)
         return dict(zip(self.config.layer_ids, hashed_LBTH.unbind(0)))
@@ -141,6 +150,13 @@ class NgramHashMapping:
         Returns:
             ``{layer_id: (indices int64 [B, T, H], tags int32 [B, T, H])}``; tags are at least 1.
         """
+        kernel = self.kernel_for(input_ids)
+        if kernel is not None:
+            self._check_shapes(input_ids, history, attention_mask)
+            with self._naming_ids():
+                hashed, tags = kernel.hash(input_ids, history, attention_mask, True)
+            assert tags is not None
+            return {layer: (hashed[i], tags[i]) for i, layer in enumerate(self.config.layer_ids)}
         mixes_LBTO, primes_LOK = self._mixes(input_ids, history, attention_mask)
         quotients_LBTOK = mixes_LBTO.unsqueeze(-1) // primes_LOK
         hashed_LBTH = (mixes_LBTO.unsqueeze(-1) - quotients_LBTOK * primes_LOK).flatten(-2)
@@ -154,17 +170,65 @@ class NgramHashMapping:
         context_BX = self._context(input_ids, history, attention_mask)
         return _mix_context(constants, constants.lookup_table[context_BX], input_ids.shape[1]), constants.primes
 
+    def kernel_for(self, input_ids: Tensor) -> HashKernel | None:
+        """The native kernel, where it can serve: it is built, the ids are on the CPU and no graph is being traced."""
+        if core() is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        if self._kernel is None:
+            layers = self.config.layer_ids
+            self._kernel = HashKernel(
+                self.compressed_tokenizer.lookup_table,
+                np.stack([self.layer_multipliers[layer] for layer in layers]),
+                np.array([self.head_sizes(layer) for layer in layers]),
+                self.config.n_head_per_ngram,
+                self.config.pad_id,
+            )
+        return self._kernel
+
+    def find(
+        self,
+        layer_id: int,
+        index: RowIndex,
+        input_ids: Tensor,
+        history: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor | None:
+        """Slots int64 ``[B, T, H]`` of the written rows that positions read in one layer, -1 elsewhere; None if nothing is read.
+
+        Hash, tag and search in one native call; ``kernel_for(input_ids)`` must not be None.
+
+        Raises:
+            ConfigError: a shape or an id is impossible.
+        """
+        kernel = self.kernel_for(input_ids)
+        assert kernel is not None
+        self._check_shapes(input_ids, history, attention_mask)
+        with self._naming_ids():
+            layer = self.config.layer_ids.index(layer_id)
+            return kernel.find(layer, index, input_ids, history, attention_mask, self.config.longest_only)
+
+    @contextmanager
+    def _naming_ids(self) -> Iterator[None]:
+        try:
+            yield
+        except IndexError as error:
+            raise unknown_id(int(str(error)), len(self.compressed_tokenizer.lookup_table)) from None
+
     def _check(self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None) -> None:
+        self._check_shapes(input_ids, history, attention_mask)
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the check would stall the device
+            for ids in (input_ids, history):
+                if ids is not None:
+                    check_id_range(ids.numpy(), len(self.compressed_tokenizer.lookup_table))
+
+    @staticmethod
+    def _check_shapes(input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None) -> None:
         if input_ids.dim() != 2 or input_ids.is_floating_point():
             raise ConfigError(f"input_ids: got {input_ids.dtype} {list(input_ids.shape)}, expected integers of shape [B, T].")
         if history is not None and (history.dim() != 2 or history.shape[0] != input_ids.shape[0]):
             raise ConfigError(f"history: got shape {list(history.shape)}, expected [{input_ids.shape[0]}, H].")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ConfigError(f"attention_mask: got shape {list(attention_mask.shape)}, expected {list(input_ids.shape)}.")
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the check would stall the device
-            for ids in (input_ids, history):
-                if ids is not None:
-                    check_id_range(ids.numpy(), len(self.compressed_tokenizer.lookup_table))
 
     def _context(self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """Raw ids ``[B, N - 1 + T]``: the N - 1 ids before the first position, then the positions themselves."""
@@ -183,8 +247,8 @@ class NgramHashMapping:
         return constants
 
     def __getstate__(self) -> dict:
-        """Copies and pickles leave the per-device constants behind; they are rebuilt on first use."""
-        return {**self.__dict__, "_constants": {}}
+        """Copies and pickles leave what is computed behind; it is rebuilt on first use."""
+        return {**self.__dict__, "_constants": {}, "_kernel": None}
 
 
 class _HashConstants:

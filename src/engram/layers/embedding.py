@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.config import TableConfig
+from engram.native import RowIndex
 from engram.tables import ABSENT, EmbeddingTable, VerifiedTable, build_table
 
 __all__ = ["MultiHeadEmbedding"]
@@ -37,6 +38,7 @@ class MultiHeadEmbedding(nn.Module):
         self.register_buffer("offsets", torch.cat([ends.new_zeros(1), ends[:-1]]))
         self.embedding: EmbeddingTable = build_table(int(ends[-1]), head_dim, table_config, init, verified=verified)
         self._used: tuple[object, int, Tensor] | None = None
+        self._index: tuple[object, int, RowIndex] | None = None
 
     def row_ids(self, hash_ids: Tensor) -> Tensor:
         """Physical row numbers of head indices ``[..., heads]``."""
@@ -61,6 +63,19 @@ class MultiHeadEmbedding(nn.Module):
     def gather(self, slots: Tensor) -> Tensor:
         """Concatenated rows ``[..., heads * head_dim]`` of slots ``[..., heads]``."""
         return self.embedding.gather(slots).flatten(-2)  # type: ignore[operator]
+
+    def row_index(self, heads_per_order: int) -> RowIndex | None:
+        """The written rows as the native search wants them, made once per change of the table; None where it cannot serve (a draft,
+        rows on another device).
+        """
+        table = self.embedding
+        if not isinstance(table, VerifiedTable) or table.row_ids.device.type != "cpu":
+            return None
+        if self._index is None or self._index[0] is not table or self._index[1] != table.version:
+            orders = torch.zeros(len(self.offsets) // heads_per_order, dtype=torch.bool)
+            orders[self._used_heads(table) // heads_per_order] = True
+            self._index = (table, table.version, RowIndex(table.row_ids, table.tags, orders))
+        return self._index[2]
 
     def _used_heads(self, table: VerifiedTable) -> Tensor:
         """Heads with at least one written row; found once per change of the table."""

@@ -103,7 +103,7 @@ class Engram(nn.Module):
         streams = self._as_streams(hidden_states)
         if self.config.verify_rows:
             if slots is None:
-                slots = self.find_slots(*self._hash_with_tags(hidden_states, input_ids, state, attention_mask), attention_mask)
+                slots = self._find_here(hidden_states, input_ids, state, attention_mask)
             return self._read_verified(streams, slots, state, trace).reshape(hidden_states.shape).to(hidden_states.dtype)
         if hash_ids is None:
             hash_ids = self._hash(hidden_states, input_ids, state, attention_mask)
@@ -116,6 +116,28 @@ class Engram(nn.Module):
             value = value * attention_mask[:, :, None, None].to(value.dtype)
         _record(trace, gate, value, streams)
         return self._smooth(value, state).reshape(hidden_states.shape).to(hidden_states.dtype)
+
+    def find(self, input_ids: Tensor, history: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor | None:
+        """Verified rows that positions read, as slots ``[B, T, H]`` of the table, ``ABSENT`` elsewhere; None if nothing is read at all.
+
+        Args:
+            input_ids: raw ids ``[B, T]``.
+            history: raw ids ``[B, X]`` that came before.
+            attention_mask: ``[B, T]``, zero at padding, which reads nothing.
+        """
+        if self.multi_head_embedding.embedding.stored_rows == 0:
+            return None
+        index = (
+            None
+            if self.mapping.kernel_for(input_ids) is None
+            else self.multi_head_embedding.row_index(self.config.n_head_per_ngram)
+        )
+        if index is not None:
+            return self.mapping.find(self.layer_id, index, input_ids, history, attention_mask)
+        device = self.multi_head_embedding.offsets.device
+        hash_ids, tags = (x.to(device) for x in self.mapping.hash_with_tags(input_ids, history, attention_mask)[self.layer_id])
+        slots = self.find_slots(hash_ids, tags, None if attention_mask is None else attention_mask.to(device))
+        return slots if bool((slots != ABSENT).any()) else None
 
     def find_slots(self, hash_ids: Tensor, tags: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Verified rows that these positions read, as slots ``[B, T, H]`` of the table; ``ABSENT`` where none is theirs.
@@ -169,11 +191,16 @@ class Engram(nn.Module):
         input_ids, history = self._continue(hidden_states, input_ids, state, attention_mask)
         return self.mapping.hash(input_ids, history, attention_mask)[self.layer_id]
 
-    def _hash_with_tags(
+    def _find_here(
         self, hidden_states: Tensor, input_ids: Tensor | None, state: EngramState | None, attention_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         input_ids, history = self._continue(hidden_states, input_ids, state, attention_mask)
-        return self.mapping.hash_with_tags(input_ids, history, attention_mask)[self.layer_id]
+        slots = self.find(input_ids, history, attention_mask)
+        return self.no_slots(*input_ids.shape) if slots is None else slots
+
+    def no_slots(self, batch: int, length: int) -> Tensor:
+        """Slots of positions that read nothing."""
+        return torch.full((batch, length, self.config.num_heads), ABSENT, device=self.multi_head_embedding.offsets.device)
 
     def _continue(
         self, hidden_states: Tensor, input_ids: Tensor | None, state: EngramState | None, attention_mask: Tensor | None

@@ -18,9 +18,9 @@ class ForwardContext:
     """Prepared once per forward pass, read by every hooked block."""
 
     hash_ids: dict[int, Tensor]
-    """Head indices ``[B, T, H]`` per layer."""
-    tags: dict[int, Tensor] | None
-    """Tags ``[B, T, H]`` per layer, for verified rows."""
+    """Head indices ``[B, T, H]`` per layer; for verified rows only while activity is recorded."""
+    slots: dict[int, Tensor | None] | None
+    """For verified rows: slots ``[B, T, H]`` per layer, None for a layer in which nothing is read."""
     input_ids: Tensor
     """Raw ids ``[B, T]`` with ``pad_id`` at masked positions."""
     mask: Tensor | None

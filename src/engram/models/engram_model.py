@@ -249,9 +249,15 @@ class EngramModel(nn.Module):
         if self._hooks is None:
             raise AttachError("this memory was unloaded; attach it again with get_engram_model or EngramModel.from_pretrained.")
 
-    def _trace_for(self, layer_id: int, hash_ids: Tensor) -> dict[str, Tensor] | None:
+    @property
+    def is_recording(self) -> bool:
+        """Whether this is inside ``record()``."""
+        return self._traces is not None
+
+    def _trace_for(self, layer_id: int, hash_ids: Tensor | None) -> dict[str, Tensor] | None:
         if self._traces is None:
             return None
+        assert hash_ids is not None
         self._traces[layer_id] = {"hash_ids": hash_ids}
         return self._traces[layer_id]
 

@@ -79,17 +79,20 @@ class DecoderHooks:
         mask = token_mask(attention_mask, cached_length(cache), input_ids)
         ids = input_ids if mask is None else torch.where(mask != 0, input_ids, config.pad_id)
         history = None if state is None else state.ids.last(config.max_ngram_size - 1)
-        hash_ids, tags = self._addresses(ids, history)
+        hash_ids, slots = self._addresses(ids, history, mask)
         if wants_cache and state is None:
             state = CacheState(memory.owner_token, tuple(config.layer_ids), memory.rollback_window)
-        return ForwardContext(hash_ids, tags, ids, mask, state, self._route(len(input_ids)))
+        return ForwardContext(hash_ids, slots, ids, mask, state, self._route(len(input_ids)))
 
-    def _addresses(self, ids: Tensor, history: Tensor | None) -> tuple[dict[int, Tensor], dict[int, Tensor] | None]:
-        mapping = self._memory.mapping
-        if not mapping.config.verify_rows:
-            return mapping.hash(ids, history), None
-        both = mapping.hash_with_tags(ids, history)
-        return {layer: pair[0] for layer, pair in both.items()}, {layer: pair[1] for layer, pair in both.items()}
+    def _addresses(
+        self, ids: Tensor, history: Tensor | None, mask: Tensor | None
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor | None] | None]:
+        """Addresses of all layers, and for verified rows what was found there."""
+        memory = self._memory
+        if not memory.engram_config.verify_rows:
+            return memory.mapping.hash(ids, history), None
+        hash_ids = memory.mapping.hash(ids, history) if memory.is_recording else {}
+        return hash_ids, {int(layer): engram.find(ids, history, mask) for layer, engram in memory.engrams.items()}
 
     def _route(self, batch: int) -> Tensor | None:
         """The sequences that may read, for a batch in which each may stand several times in a row (beams)."""
@@ -124,23 +127,25 @@ class DecoderHooks:
         assert context is not None
         device = hidden_states.device
         mask = None if context.mask is None else context.mask.to(device)
-        hash_ids, slots = context.hash_ids[layer_id].to(device), None
+        hash_ids = context.hash_ids[layer_id].to(device) if layer_id in context.hash_ids else None
         trace = self._memory._trace_for(layer_id, hash_ids)
-        if context.tags is not None:
-            slots = engram.find_slots(hash_ids, context.tags[layer_id].to(device), mask)
-            if context.route is not None:
-                slots = torch.where(context.route.to(device)[:, None, None], slots, ABSENT)
+        slots = None
+        if context.slots is not None:
+            slots = context.slots[layer_id]
+            if slots is not None and context.route is not None:
+                slots = torch.where(context.route.to(slots.device)[:, None, None], slots, ABSENT)
+            if slots is None and trace is None and engram.short_conv is None:
+                return None
+            slots = engram.no_slots(*hidden_states.shape[:2]) if slots is None else slots.to(device)
             if trace is not None:
                 trace["slots"] = slots
-            elif engram.short_conv is None and not bool((slots != ABSENT).any()):
-                return None
         layer_state = None if context.state is None else EngramState(conv=context.state.conv[layer_id])
         if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
             arguments = (hidden_states, None, hash_ids, None, mask, trace, slots)  # a recomputation must not see a state grow
             output = checkpoint(engram, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             output = engram(hidden_states, None, hash_ids, layer_state, mask, trace, slots)
-        if context.route is not None and context.tags is None:
+        if context.route is not None and context.slots is None:
             route = context.route.to(device).view(-1, *[1] * (output.dim() - 1))
             output = torch.where(route, output, torch.zeros_like(output))
         return output

@@ -1,0 +1,23 @@
+"""Builds the optional native core; everything else is in pyproject.toml. Where it cannot be built, engram runs on PyTorch alone."""
+
+import sys
+
+from setuptools import Extension, setup
+
+SOURCES = "src/engram/native/csrc"
+FLAGS = ["/O2", "/std:c++17"] if sys.platform == "win32" else ["-O3", "-std=c++17", "-fvisibility=hidden", "-pthread"]
+
+setup(
+    ext_modules=[
+        Extension(
+            "engram.native._core",
+            sources=[f"{SOURCES}/{name}.cpp" for name in ("module", "hash", "gather")],
+            depends=[f"{SOURCES}/{name}" for name in ("hash.h", "hash_loops.inc", "gather.h", "parallel.h")],
+            extra_compile_args=FLAGS,
+            extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
+            py_limited_api=True,
+            optional=True,  # no compiler, no harm
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -1,0 +1,208 @@
+"""The native core: the hot loops in C++, called with addresses that are checked here. Optional: everything works without it on PyTorch.
+
+Set ``ENGRAM_NATIVE=0`` to do without. Kernels run on CPU tensors only; every one has a plain counterpart in PyTorch that it must equal.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["HashKernel", "RowIndex", "core", "gather_rows", "instruction_set"]
+
+_COPY, _FORMATS = 0, {torch.bfloat16: 1, torch.float16: 2}
+_INT8, _FLOAT8, _INT4 = 3, 4, 5
+
+_core: Any = None
+if os.environ.get("ENGRAM_NATIVE", "1") != "0":
+    try:
+        _core = importlib.import_module("engram.native._core")
+    except ImportError:
+        logging.getLogger("engram").warning(
+            "the native core is not built (no C++ compiler at installation?); engram runs on PyTorch alone, more slowly. "
+            "Reinstall with a compiler, or set ENGRAM_NATIVE=0 to hide this."
+        )
+
+
+def core() -> Any:
+    """The compiled module, or None."""
+    return _core
+
+
+def instruction_set() -> str | None:
+    """What the kernels use on this machine: ``avx512``, ``avx2`` or ``portable``; None without the native core."""
+    return None if _core is None else _core.instruction_set()
+
+
+class HashKernel:
+    """The n-gram hash of one mapping. Keeps the arrays alive whose addresses the native plan holds.
+
+    Args:
+        lookup: int64 ``[vocab]``, raw id -> canonical id.
+        multipliers: int64 ``[L, N]``.
+        primes: int64 ``[L, H]``, order-major.
+        heads: heads per order.
+        raw_pad: raw id that stands before the start and at masked positions.
+    """
+
+    def __init__(self, lookup: np.ndarray, multipliers: np.ndarray, primes: np.ndarray, heads: int, raw_pad: int) -> None:
+        self._lookup = np.ascontiguousarray(lookup, dtype=np.int64)
+        self._multipliers = np.ascontiguousarray(multipliers, dtype=np.int64)
+        self._primes = np.ascontiguousarray(primes, dtype=np.int64)
+        self._inverses = 1.0 / self._primes
+        ends = self._primes.cumsum(axis=1)
+        self._offsets = np.ascontiguousarray(ends - self._primes)
+        self.layers, self.width = self._primes.shape
+        self._heads = heads
+        arrays = (self._multipliers, self._primes, self._inverses)
+        common = (self._lookup.ctypes.data, len(self._lookup), *(x.ctypes.data for x in arrays))
+        shape = (self.layers, self.width // heads, heads, raw_pad)
+        self._indices = _core.make_plan(*common, 0, *shape)
+        self._rows = _core.make_plan(*common, self._offsets.ctypes.data, *shape)
+
+    def hash(self, ids: Tensor, history: Tensor | None, mask: Tensor | None, with_tags: bool) -> tuple[Tensor, Tensor | None]:
+        """Head indices int64 ``[L, B, T, H]`` and tags int32 of that shape, if asked for.
+
+        Args:
+            ids: int64 ``[B, T]`` on the CPU.
+            history: int64 ``[B, X]`` or None.
+            mask: ``[B, T]``, zero at padding, or None.
+            with_tags: whether tags are wanted.
+
+        Raises:
+            IndexError: with the first id that is not in the vocabulary.
+        """
+        ids, history, mask = _inputs(ids, history, mask)
+        shape = (self.layers, *ids.shape, self.width)
+        out = torch.empty(shape, dtype=torch.int64)
+        tags = torch.empty(shape, dtype=torch.int32) if with_tags else None
+        _core.hash_ngrams(
+            self._indices, *_addresses(ids, history, mask), out.data_ptr(), _address(tags), torch.get_num_threads()
+        )
+        return out, tags
+
+    def find(
+        self, layer: int, index: RowIndex, ids: Tensor, history: Tensor | None, mask: Tensor | None, longest_only: bool
+    ) -> Tensor | None:
+        """Slots int64 ``[B, T, H]`` of the rows that positions read in the ``layer``-th layer, -1 elsewhere; None if none is read at all.
+
+        Args:
+            layer: position in the mapping's layers.
+            index: the rows written.
+            ids: int64 ``[B, T]`` on the CPU.
+            history: int64 ``[B, X]`` or None.
+            mask: ``[B, T]``, zero at padding, which reads nothing; or None.
+            longest_only: whether a position reads the longest n-gram found only.
+
+        Raises:
+            IndexError: with the first id that is not in the vocabulary.
+        """
+        ids, history, mask = _inputs(ids, history, mask)
+        slots = torch.full((*ids.shape, self.width), -1, dtype=torch.int64)
+        found = _core.find_verified(
+            self._rows,
+            *_addresses(ids, history, mask),
+            layer,
+            *index.addresses,
+            longest_only,
+            slots.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return slots if found else None
+
+
+class RowIndex:
+    """Where the rows of a table with verified rows are, for ``HashKernel.find``.
+
+    Args:
+        row_ids: int64 ``[n]`` on the CPU, no row twice.
+        tags: int32 ``[n]``.
+        order_used: bool per order, whether any of its rows is written.
+    """
+
+    def __init__(self, row_ids: Tensor, tags: Tensor, order_used: Tensor) -> None:
+        self._row_ids, self._tags = row_ids.contiguous(), tags.contiguous()
+        self._order_used = order_used.to(torch.uint8).contiguous()
+        size = 1 << max(4, (2 * len(row_ids)).bit_length())  # at most half full
+        self._buckets = torch.empty(size, dtype=torch.int64)
+        buckets = (self._buckets.data_ptr(), size - 1)
+        _core.build_buckets(self._row_ids.data_ptr(), self._tags.data_ptr(), len(row_ids), *buckets)
+        self.addresses = (self._row_ids.data_ptr(), *buckets, self._order_used.data_ptr())
+
+
+def gather_rows(data: Tensor, row_ids: Tensor, out: Tensor, scales: Tensor | None = None, dim: int | None = None) -> None:
+    """Rows by number into ``out``: as they are if the types are equal, else turned into float32.
+
+    Args:
+        data: ``[rows, ...]`` contiguous, on the CPU: any type to copy, bfloat16, float16; or with ``scales``: int8 (one float32 scale per
+            row), float8_e4m3fn (one uint8 exponent per 32 values), uint8 (two 4-bit values per byte, one float32 scale per row).
+        row_ids: int64, any shape, contiguous, on the CPU.
+        out: ``[*row_ids.shape, dim]``, contiguous.
+        scales: see ``data``.
+        dim: values per row; needed for 4-bit rows.
+
+    Raises:
+        IndexError: with the first row number that is out of range.
+    """
+    width = dim or data.shape[1]
+    kind = _COPY if data.dtype == out.dtype and scales is None else _kind(data, scales)
+    tensors = [data, row_ids, out, *([scales] if scales is not None else [])]
+    if not all(t.is_contiguous() and t.device.type == "cpu" for t in tensors) or row_ids.dtype != torch.int64:
+        raise ValueError("gather_rows: expected contiguous CPU tensors and int64 row numbers.")
+    if out.shape != (*row_ids.shape, width) or (kind != _COPY and out.dtype != torch.float32):
+        raise ValueError(f"gather_rows: out is {out.dtype} {list(out.shape)}, expected float32 {[*row_ids.shape, width]}.")
+    bad = _core.gather_rows(
+        data.data_ptr(),
+        _address(scales),
+        data.shape[0],
+        width,
+        data.shape[1] * data.element_size(),
+        kind,
+        row_ids.data_ptr(),
+        row_ids.numel(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if bad != -1:
+        raise IndexError(int(row_ids.view(-1)[bad]))
+
+
+def _kind(data: Tensor, scales: Tensor | None) -> int:
+    if scales is None:
+        if data.dtype not in _FORMATS:
+            raise ValueError(f"gather_rows: got {data.dtype} without scales, expected bfloat16 or float16.")
+        return _FORMATS[data.dtype]
+    expected = {
+        torch.int8: (_INT8, torch.float32),
+        torch.float8_e4m3fn: (_FLOAT8, torch.uint8),
+        torch.uint8: (_INT4, torch.float32),
+    }
+    if data.dtype not in expected or scales.dtype != expected[data.dtype][1] or scales.shape[0] != data.shape[0]:
+        raise ValueError(
+            f"gather_rows: got {data.dtype} rows with {scales.dtype} scales {list(scales.shape)}, which do not go together."
+        )
+    return expected[data.dtype][0]
+
+
+def _inputs(ids: Tensor, history: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ids = ids.to(torch.int64).contiguous()
+    if history is not None:
+        history = history.to(torch.int64).contiguous()
+    if mask is not None:
+        mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+    return ids, history, mask
+
+
+def _addresses(ids: Tensor, history: Tensor | None, mask: Tensor | None) -> tuple[int, ...]:
+    batch, length = ids.shape
+    return ids.data_ptr(), _address(mask), _address(history), batch, length, 0 if history is None else history.shape[1]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,142 @@
+// The Python face of the kernels: plain functions over addresses and sizes. engram/native/__init__.py checks every argument before it
+// calls them; nothing here may be called with an address that was not checked there.
+#define Py_LIMITED_API 0x030B0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <array>
+#include <memory>
+
+#include "gather.h"
+#include "hash.h"
+
+namespace {
+
+using engram::HashInput;
+using engram::HashPlan;
+using engram::Outcome;
+
+constexpr const char* kPlan = "engram.HashPlan";
+
+// Integers of a call, in order. False with an exception set if there are not exactly N of them.
+template <size_t N>
+bool read_integers(PyObject* const* args, Py_ssize_t count, std::array<int64_t, N>& out) {
+  if (count != static_cast<Py_ssize_t>(N)) {
+    PyErr_Format(PyExc_TypeError, "got %zd arguments, expected %zd", count, static_cast<Py_ssize_t>(N));
+    return false;
+  }
+  for (size_t i = 0; i < N; ++i) {
+    out[i] = PyLong_AsLongLong(args[i]);
+    if (out[i] == -1 && PyErr_Occurred()) return false;
+  }
+  return true;
+}
+
+template <class T>
+T* address(int64_t value) {
+  return reinterpret_cast<T*>(static_cast<intptr_t>(value));
+}
+
+PyObject* result(const Outcome& outcome) {
+  if (outcome.ok) return PyLong_FromLongLong(outcome.value);
+  PyErr_Format(PyExc_IndexError, "%lld", static_cast<long long>(outcome.value));
+  return nullptr;
+}
+
+void free_plan(PyObject* capsule) { delete static_cast<HashPlan*>(PyCapsule_GetPointer(capsule, kPlan)); }
+
+PyObject* make_plan(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 10> a;
+  if (!read_integers(args, count, a)) return nullptr;
+  auto plan = std::make_unique<HashPlan>(HashPlan{address<const int64_t>(a[0]), a[1], address<const int64_t>(a[2]),
+                                                  address<const int64_t>(a[3]), address<const double>(a[4]),
+                                                  address<const int64_t>(a[5]), a[6], a[7], a[8], a[9]});
+  PyObject* capsule = PyCapsule_New(plan.get(), kPlan, free_plan);
+  if (capsule) plan.release();
+  return capsule;
+}
+
+const HashPlan* plan_of(PyObject* capsule) { return static_cast<const HashPlan*>(PyCapsule_GetPointer(capsule, kPlan)); }
+
+HashInput input_of(const int64_t* a) {
+  return {address<const int64_t>(a[0]), address<const uint8_t>(a[1]), address<const int64_t>(a[2]), a[3], a[4], a[5]};
+}
+
+PyObject* hash_ngrams(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 9> a;
+  const HashPlan* plan = count > 0 ? plan_of(args[0]) : nullptr;
+  if (PyErr_Occurred() || !read_integers(args + 1, count - 1, a)) return nullptr;
+  Outcome outcome;
+  Py_BEGIN_ALLOW_THREADS
+  outcome = engram::hash_ngrams(*plan, input_of(a.data()), address<int64_t>(a[6]), address<int32_t>(a[7]), a[8]);
+  Py_END_ALLOW_THREADS
+  return result(outcome);
+}
+
+PyObject* find_verified(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 14> a;
+  const HashPlan* plan = count > 0 ? plan_of(args[0]) : nullptr;
+  if (PyErr_Occurred() || !read_integers(args + 1, count - 1, a)) return nullptr;
+  const engram::VerifiedIndex index{address<const int64_t>(a[7]), address<const int64_t>(a[8]), a[9], address<const uint8_t>(a[10])};
+  Outcome outcome;
+  Py_BEGIN_ALLOW_THREADS
+  outcome = engram::find_verified(*plan, a[6], input_of(a.data()), index, a[11] != 0, address<int64_t>(a[12]), a[13]);
+  Py_END_ALLOW_THREADS
+  return result(outcome);
+}
+
+PyObject* build_buckets(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 5> a;
+  if (!read_integers(args, count, a)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  engram::build_buckets(address<const int64_t>(a[0]), address<const int32_t>(a[1]), a[2], address<int64_t>(a[3]), a[4]);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+PyObject* gather_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 10> a;
+  if (!read_integers(args, count, a)) return nullptr;
+  const engram::Rows rows{address<const uint8_t>(a[0]), address<const uint8_t>(a[1]), a[2], a[3], a[4],
+                          static_cast<engram::RowFormat>(a[5])};
+  int64_t bad;
+  Py_BEGIN_ALLOW_THREADS
+  bad = engram::gather_rows(rows, address<const int64_t>(a[6]), a[7], address<uint8_t>(a[8]), a[9]);
+  Py_END_ALLOW_THREADS
+  return PyLong_FromLongLong(bad);
+}
+
+PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(engram::instruction_set()); }
+
+PyObject* limit_instruction_set(PyObject*, PyObject* name) {
+  PyObject* bytes = PyUnicode_AsUTF8String(name);
+  if (!bytes) return nullptr;
+  const bool known = engram::limit_instruction_set(PyBytes_AsString(bytes));
+  Py_DECREF(bytes);
+  return PyBool_FromLong(known);
+}
+
+template <PyObject* (*Function)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyMethodDef fast(const char* name, const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(Function)), METH_FASTCALL, doc};
+}
+
+PyMethodDef kMethods[] = {
+    fast<make_plan>("make_plan", "lookup, vocab, multipliers, primes, inverses, offsets, layers, orders, heads, raw_pad -> plan"),
+    fast<hash_ngrams>("hash_ngrams", "plan, ids, mask, history, batch, length, history_length, out, tags, threads"),
+    fast<find_verified>("find_verified",
+                        "plan, ids, mask, history, batch, length, history_length, layer, row_ids, buckets, bucket_mask, order_used, "
+                        "longest_only, slots, threads -> positions found"),
+    fast<build_buckets>("build_buckets", "row_ids, tags, stored, buckets, bucket_mask"),
+    fast<gather_rows>("gather_rows",
+                      "data, scales, rows, dim, row_bytes, format, row_ids, n, out, threads -> -1 or where a row number is out of range"),
+    {"instruction_set", instruction_set, METH_NOARGS, "avx512, avx2 or portable"},
+    {"limit_instruction_set", limit_instruction_set, METH_O, "Use a smaller instruction set ('' for the best); False if unknown."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "engram.native._core", "Kernels of engram.", 0, kMethods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__core() { return PyModuleDef_Init(&kModule); }

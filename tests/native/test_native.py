@@ -1,0 +1,182 @@
+"""Every kernel against plain PyTorch, and what it refuses."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engram import ConfigError, EngramConfig, native
+from engram.hashing import mapping_without_tokenizer
+from engram.layers import Engram
+from engram.tables import ABSENT
+from tests.editing.helpers import FACTS, logits, make_editor
+
+pytestmark = pytest.mark.skipif(native.core() is None, reason="the native core is not built")
+
+
+@pytest.fixture
+def pytorch_alone(monkeypatch):
+    return lambda: monkeypatch.setattr(native, "_core", None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_verified_rows_are_found_as_pytorch_finds_them(data):
+    heads = data.draw(st.sampled_from([1, 2, 3, 8]))
+    config = EngramConfig.for_teaching(
+        engram_vocab_size=data.draw(st.sampled_from([50, 20_000, 2**31])),
+        max_ngram_size=data.draw(st.integers(2, 12)),
+        n_head_per_ngram=heads,
+        n_embed_per_ngram=2 * heads,
+        layer_ids=(0, 3),
+        hidden_size=8,
+        longest_only=data.draw(st.booleans()),
+    )
+    vocabulary = data.draw(st.integers(3, 40))
+    engram = Engram(config, mapping_without_tokenizer(config, vocabulary), 3)
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 300))
+    ids = torch.randint(vocabulary, (batch, length), generator=rng)
+    history = torch.randint(vocabulary, (batch, data.draw(st.integers(0, 15))), generator=rng)
+    mask = torch.rand(batch, length, generator=rng) > 0.2
+    hash_ids, tags = engram.mapping.hash_with_tags(ids, history, mask)[3]
+    rows = (hash_ids + engram.multi_head_embedding.offsets).flatten()
+    chosen = torch.randperm(len(rows), generator=rng)[: data.draw(st.integers(0, 60))]
+    written, at = rows[chosen].unique(return_inverse=True)
+    owner = torch.zeros(len(written), dtype=torch.int32).scatter_(
+        0, at, tags.flatten()[chosen]
+    )  # of several n-grams, one owns the row
+    table = engram.multi_head_embedding.embedding
+    table.insert(written, owner, torch.ones(len(written), table.dim))
+    expected = engram.find_slots(hash_ids, tags, mask)
+    found = engram.find(ids, history, mask)
+    if found is None:
+        assert not bool((expected != ABSENT).any())
+    else:
+        assert torch.equal(found, expected)
+
+
+def test_a_taught_memory_speaks_the_same_with_and_without_the_native_core(pytorch_alone):
+    editor = make_editor()
+    editor.teach(FACTS)
+    texts = ["KEY:alpha 17 blue window", "What is alpha 17?", "nothing of that"]
+    fast = [logits(editor, text) for text in texts]
+    with editor.memory.record() as traces:
+        logits(editor, texts[0])
+        fast_slots = traces[2]["slots"]
+    pytorch_alone()
+    assert all(torch.equal(logits(editor, text), was) for text, was in zip(texts, fast))
+    with editor.memory.record() as traces:
+        logits(editor, texts[0])
+        assert torch.equal(traces[2]["slots"], fast_slots)
+
+
+def quantised(kind, rows, dim, rng):
+    """Random rows of a format, and what they are in float32."""
+    if kind == "int8":
+        data = torch.randint(-128, 128, (rows, dim), dtype=torch.int8, generator=rng)
+        scales = torch.rand(rows, generator=rng)
+        return data, scales, data.float() * scales[:, None]
+    if kind == "float8":
+        data = torch.randint(0, 256, (rows, dim), dtype=torch.uint8, generator=rng).view(torch.float8_e4m3fn)
+        scales = torch.randint(100, 150, (rows, (dim + 31) // 32), dtype=torch.uint8, generator=rng)
+        factors = torch.exp2(scales.float() - 127).repeat_interleave(32, dim=1)[:, :dim]
+        return data, scales, data.float() * factors
+    data = torch.randint(0, 256, (rows, dim // 2), dtype=torch.uint8, generator=rng)
+    scales = torch.rand(rows, generator=rng)
+    halves = torch.stack([data & 15, data >> 4], dim=-1).flatten(1).to(torch.int8)
+    return data, scales, torch.where(halves > 7, halves - 16, halves).float() * scales[:, None]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["copy", "bfloat16", "float16", "int8", "float8", "int4"]), st.integers(1, 50), st.data())
+def test_rows_are_gathered_as_pytorch_gathers_them(kind, rows, data):
+    dim = 2 * data.draw(st.integers(1, 80))
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    count = data.draw(st.sampled_from([0, 1, 17, 700, 20_000]))
+    row_ids = torch.randint(rows, (count,), generator=rng)
+    scales = None
+    if kind == "copy":
+        table = torch.randn(rows, dim, generator=rng).to(
+            data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+        )
+        expected = table
+    elif kind in ("bfloat16", "float16"):
+        table = (torch.randn(rows, dim, generator=rng) * 10.0 ** data.draw(st.integers(-7, 4))).to(getattr(torch, kind))
+        expected = table.float()
+    else:
+        table, scales, expected = quantised(kind, rows, dim, rng)
+    out = torch.empty((count, dim), dtype=expected.dtype)
+    native.gather_rows(table, row_ids, out, scales, dim)
+    torch.testing.assert_close(out, expected[row_ids], rtol=0, atol=0, equal_nan=True)
+
+
+def test_every_half_is_turned_into_a_float_exactly():
+    table = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16).view(-1, 4)
+    out = torch.empty(len(table), 4)  # too short for the vector path
+    native.gather_rows(table, torch.arange(len(table)), out)
+    torch.testing.assert_close(out, table.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_row_numbers_out_of_range_are_named_and_bad_arguments_refused():
+    table, out = torch.zeros(5, 8), torch.zeros(3, 8)
+    for wrong in (-1, 5, 2**62, -(2**63)):
+        with pytest.raises(IndexError, match=str(wrong)):
+            native.gather_rows(table, torch.tensor([0, wrong, 1]), out)
+    with pytest.raises(ValueError, match="contiguous CPU tensors"):
+        native.gather_rows(torch.zeros(8, 5).T, torch.tensor([0, 1, 1]), out)
+    with pytest.raises(ValueError, match="int64 row numbers"):
+        native.gather_rows(table, torch.tensor([0, 1, 1], dtype=torch.int32), out)
+    with pytest.raises(ValueError, match=r"expected float32 \[3, 8\]"):
+        native.gather_rows(table.bfloat16(), torch.tensor([0, 1, 1]), out.double())
+    with pytest.raises(ValueError, match="expected bfloat16 or float16"):
+        native.gather_rows(table.double(), torch.tensor([0, 1, 1]), out)
+    with pytest.raises(ValueError, match="do not go together"):
+        native.gather_rows(table.to(torch.int8), torch.tensor([0, 1, 1]), out, torch.zeros(4))
+
+
+@pytest.mark.parametrize("wrong", [-1, 40, 2**40, -(2**63)])
+def test_ids_out_of_range_are_named(wrong):
+    mapping = mapping_without_tokenizer(EngramConfig.for_teaching(hidden_size=8), 40)
+    for ids, history in (([[1, wrong]], None), ([[1]], torch.tensor([[wrong]]))):
+        with pytest.raises(ConfigError, match=f"got id {wrong}, expected 0..39"):
+            mapping.hash(torch.tensor(ids), history)
+        with pytest.raises(ConfigError, match=f"got id {wrong}, expected 0..39"):
+            mapping.hash_with_tags(torch.tensor(ids), history)
+
+
+def test_the_library_runs_on_pytorch_alone_and_says_nothing_if_asked_to():
+    program = (
+        "import engram, engram.native as n; assert n.core() is None and n.instruction_set() is None; engram.load_bundled()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"ENGRAM_NATIVE": "0", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "native core" not in done.stderr
+
+
+def test_threads_share_large_inputs():
+    mapping = mapping_without_tokenizer(EngramConfig(layer_ids=(0, 1), hidden_size=8, hash_spec="exact_v1"), 1000)
+    ids = torch.randint(1000, (3, 5000))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = mapping.hash(ids)
+        torch.set_num_threads(5)
+        together = mapping.hash(ids)
+        table = torch.randn(1000, 64)
+        out = torch.empty(3, 20_000, 64)
+        row_ids = torch.randint(1000, (3, 20_000))
+        native.gather_rows(table, row_ids, out)  # large enough for stores past the cache
+        assert torch.equal(out, table[row_ids])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(alone[layer], together[layer]) for layer in (0, 1))

@@ -47,7 +47,7 @@ class RollingTail:
             )
         self._chunks.append(chunk)
         self.length += chunk.shape[1]
-        if len(self._chunks) > _MAX_CHUNKS:
+        if len(self._chunks) > _MAX_CHUNKS or (self.window is not None and self.kept > self.window + _MAX_CHUNKS):
             self._consolidate()
 
     def last(self, count: int) -> Tensor | None:
@@ -61,13 +61,19 @@ class RollingTail:
                 f"decoding state: the cache was cropped further back than the {self.window} positions kept for the convolution; "
                 "run the shortened prompt again with a new cache, or attach with a larger rollback_window."
             )
-        taken: list[Tensor] = []
-        for chunk in reversed(self._chunks):
-            if count <= 0:
-                break
-            taken.append(chunk[:, max(chunk.shape[1] - count, 0) :])
-            count -= taken[-1].shape[1]
-        return torch.cat(taken[::-1], dim=1) if taken else None
+        if not self._chunks or count <= 0:
+            return None
+        taken = self._chunks.pop()
+        if taken.shape[1] < count and self._chunks:
+            parts = [taken]
+            while self._chunks and sum(part.shape[1] for part in parts) < count:
+                parts.append(self._chunks.pop())
+            taken = torch.cat(parts[::-1], dim=1)
+            if taken.shape[1] > 4 * count:  # what is joined stays joined for the next call, but does not grow with the sequence
+                self._chunks.append(taken[:, :-count])
+                taken = taken[:, -count:]
+        self._chunks.append(taken)
+        return taken[:, max(taken.shape[1] - count, 0) :]
 
     def trim(self, length: int) -> None:
         """Forget everything after the first ``length`` positions."""

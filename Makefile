@@ -29,13 +29,18 @@ $(VENV)/.developer: $(VENV)/.library
 	$(PIP) --editable ".[dev]"
 	touch $@
 
-# The figures that the README quotes; about an hour and a half on two cores.
+# The figures that the README quotes; several hours on two cores.
 figures: $(VENV)/.developer
 	$(BIN)/python benchmarks/demo_seeds.py
 	$(BIN)/python benchmarks/knowledge.py
+	$(BIN)/python benchmarks/baselines.py
+	$(BIN)/python benchmarks/capacity.py
+	$(BIN)/python benchmarks/readers.py
+	$(BIN)/python benchmarks/routing.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/joint_training.py
 	$(BIN)/python benchmarks/readme_tables.py
+	$(BIN)/python benchmarks/pictures.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -208,16 +208,29 @@ class TableConfig:
         ConfigError: an unknown tier or dtype.
     """
 
-    tier: Literal["device"] = "device"
-    """Where rows live. ``device``: a parameter on the device of the block that reads it."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Storage type of the rows."""
+    tier: Literal["device", "host", "mmap"] = "device"
+    """Where rows live. ``device``: on the device of the block that reads them. ``host``: in host memory, whatever the device. ``mmap``: in
+    files that are mapped into memory, so that tables may be larger than it."""
+    dtype: Literal["float32", "bfloat16", "float16", "int8", "float8", "int4"] = "float32"
+    """Storage type of the rows; the last three are read only as far as training goes."""
+    path: str | None = None
+    """For ``mmap``: folder of the row files, one per layer, made if missing, read and written. Without one a saved memory is read where it
+    lies, from its own file, and cannot be trained."""
+    files: Mapping[int, tuple[str, int]] | None = dataclasses.field(default=None, repr=False)
+    """For ``mmap`` without a path: per layer, the file and the first byte of its rows; filled in by ``from_pretrained``."""
 
     def __post_init__(self) -> None:
-        if self.tier != "device":
-            raise ConfigError(f"TableConfig.tier: got {self.tier!r}, expected 'device'.")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"TableConfig.dtype: got {self.dtype!r}, expected 'float32', 'bfloat16' or 'float16'.")
+        tiers, types = ("device", "host", "mmap"), ("float32", "bfloat16", "float16", "int8", "float8", "int4")
+        if self.tier not in tiers:
+            raise ConfigError(f"TableConfig.tier: got {self.tier!r}, expected one of {', '.join(map(repr, tiers))}.")
+        if self.dtype not in types:
+            raise ConfigError(f"TableConfig.dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, types))}.")
+        if self.path is not None and self.tier != "mmap":
+            raise ConfigError(f"TableConfig.path: got {self.path!r}, expected None unless tier is 'mmap'.")
+        if self.tier == "mmap" and self.dtype not in types[:3]:
+            raise ConfigError(
+                f"TableConfig: got tier 'mmap' with dtype {self.dtype!r}, expected one of {', '.join(types[:3])} there."
+            )
 
 
 def _from_dict(cls: type, fields: Mapping[str, Any]) -> Any:

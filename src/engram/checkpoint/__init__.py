@@ -7,6 +7,7 @@ from engram.checkpoint.store import (
     open_tensors,
     read_description,
     read_ledger,
+    tensor_offsets,
     write_json_atomically,
     write_store,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "read_description",
     "read_ledger",
     "save_tree",
+    "tensor_offsets",
     "write_json_atomically",
     "write_store",
 ]

@@ -28,6 +28,7 @@ __all__ = [
     "open_tensors",
     "read_description",
     "read_ledger",
+    "tensor_offsets",
     "write_json_atomically",
     "write_store",
 ]
@@ -152,6 +153,24 @@ def open_tensors(path: str | os.PathLike[str], description: Mapping[str, Any]) -
         raise CheckpointError(f"{file} is not a readable safetensors file: {error}. Copy it again.") from error
     with opened as tensors:
         yield tensors
+
+
+def tensor_offsets(path: str | os.PathLike[str], description: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    """Where each tensor lies, by name: the file and the first byte in it (safetensors: a length, a JSON header, then the data).
+
+    Raises:
+        CheckpointError: the weights file is missing or malformed.
+    """
+    file = _named_file(path, description, "weights")
+    try:
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+        return {
+            name: (str(file), 8 + length + entry["data_offsets"][0]) for name, entry in header.items() if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is not a readable safetensors file: {error}. Copy it again.") from error
 
 
 def read_ledger(path: str | os.PathLike[str], description: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ class MultiHeadEmbedding(nn.Module):
         table_config: where the table lives.
         init: ``zero`` or ``normal``.
         verified: whether rows answer to their owners only (``VerifiedTable``).
+        layer_id: whose table this is.
     """
 
     offsets: Tensor
@@ -32,11 +33,14 @@ class MultiHeadEmbedding(nn.Module):
         table_config: TableConfig | None = None,
         init: str = "zero",
         verified: bool = False,
+        layer_id: int = 0,
     ) -> None:
         super().__init__()
         ends = torch.tensor(head_sizes, dtype=torch.int64).cumsum(0)
         self.register_buffer("offsets", torch.cat([ends.new_zeros(1), ends[:-1]]))
-        self.embedding: EmbeddingTable = build_table(int(ends[-1]), head_dim, table_config, init, verified=verified)
+        self.embedding: EmbeddingTable = build_table(
+            int(ends[-1]), head_dim, table_config, init, verified=verified, layer_id=layer_id
+        )
         self._used: tuple[object, int, Tensor] | None = None
         self._index: tuple[object, int, RowIndex] | None = None
 
@@ -44,9 +48,9 @@ class MultiHeadEmbedding(nn.Module):
         """Physical row numbers of head indices ``[..., heads]``."""
         return hash_ids + self.offsets
 
-    def forward(self, hash_ids: Tensor) -> Tensor:
-        """Concatenated rows ``[B, T, heads * head_dim]`` of head indices ``[B, T, heads]``."""
-        return self.embedding.lookup(self.row_ids(hash_ids)).flatten(-2)
+    def forward(self, hash_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Concatenated rows ``[B, T, heads * head_dim]`` of head indices ``[B, T, heads]``, in ``dtype`` (None: the table's own)."""
+        return self.embedding.lookup(self.row_ids(hash_ids), dtype).flatten(-2)
 
     def find(self, hash_ids: Tensor, tags: Tensor) -> Tensor:
         """Slots ``[B, T, heads]`` of the verified rows that belong to these n-grams, ``ABSENT`` elsewhere.

@@ -48,7 +48,7 @@ class Engram(nn.Module):
         self.branches = config.hc_mult or 1
         d = config.hidden_size
         self.multi_head_embedding = MultiHeadEmbedding(
-            mapping.head_sizes(layer_id), config.head_dim, table_config, config.table_init, config.verify_rows
+            mapping.head_sizes(layer_id), config.head_dim, table_config, config.table_init, config.verify_rows, layer_id
         )
         self.value_proj = nn.Linear(config.d_mem, d, bias=config.use_bias)
         self.key_projs = nn.ModuleList(nn.Linear(config.d_mem, d, bias=config.use_bias) for _ in range(self.branches))
@@ -111,7 +111,7 @@ class Engram(nn.Module):
             raise ConfigError(
                 f"hash_ids: got {list(hash_ids.shape)}, expected {[*hidden_states.shape[:2], self.config.num_heads]}."
             )
-        gate, value = self._gated_value(streams, self.multi_head_embedding(hash_ids))
+        gate, value = self._gated_value(streams, self.multi_head_embedding(hash_ids, self.value_proj.weight.dtype))
         if attention_mask is not None:
             value = value * attention_mask[:, :, None, None].to(value.dtype)
         _record(trace, gate, value, streams)

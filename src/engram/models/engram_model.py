@@ -111,7 +111,7 @@ class EngramModel(nn.Module):
     def table_config(self) -> TableConfig:
         """Where the tables live now."""
         table = next(iter(self.engrams.values())).multi_head_embedding.embedding
-        return TableConfig(dtype=str(table.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+        return TableConfig(tier=table.tier, dtype=table.format_name)
 
     def forward(self, *args: Any, engram_input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """The base model's forward pass with the memory; takes and returns what the base model does.
@@ -236,8 +236,8 @@ class EngramModel(nn.Module):
         """
         from engram.models.files import check_memory
 
-        mapping, placement = check_memory(model, path, tokenizer, allow_other_base)
-        memory = cls(model, mapping.config, tokenizer, table_config or placement, rollback_window, mapping)
+        mapping, placement = check_memory(model, path, tokenizer, allow_other_base, table_config)
+        memory = cls(model, mapping.config, tokenizer, placement, rollback_window, mapping)
         try:
             memory.load_memory(path, allow_other_base)
         except BaseException:

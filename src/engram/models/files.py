@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,18 +12,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from engram._version import __version__
-from engram.checkpoint import open_tensors, read_description, read_ledger, write_store
+from engram.checkpoint import open_tensors, read_description, read_ledger, tensor_offsets, write_store
 from engram.config import EngramConfig, TableConfig
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping
 from engram.models.identity import base_identity, identity_mismatch
-from engram.tables import VerifiedTable
+from engram.tables import MmapTable, VerifiedTable, row_format
 
 if TYPE_CHECKING:
     from engram.models.engram_model import EngramModel
 
 __all__ = ["check_memory", "load_memory", "save_memory"]
 
+_TABLE = "multi_head_embedding.embedding."
+_ROWS_AT_ONCE = 1 << 18
 _READER = ("value_proj.", "key_projs.", "norm1.", "norm2.")
 
 
@@ -43,9 +46,15 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
 
 
 def check_memory(
-    model: PreTrainedModel, path: str | os.PathLike[str], tokenizer: Any, allow_other_base: bool
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    tokenizer: Any,
+    allow_other_base: bool,
+    placement: TableConfig | None = None,
 ) -> tuple[NgramHashMapping, TableConfig]:
     """Check a saved memory's description against a model and tokenizer, touching neither; returns its addresses and its placement.
+
+    The placement is the one asked for, or as it was saved; rows that shall be mapped where they lie are looked up in the saved file.
 
     Raises:
         CheckpointError, ConfigError, FingerprintError: as ``EngramModel.from_pretrained``.
@@ -57,7 +66,28 @@ def check_memory(
     mapping = build_mapping(config, tokenizer)
     _check_fingerprint(description, mapping.fingerprint, path)
     _check_base(description, model, path, allow_other_base)
-    return mapping, TableConfig(dtype=description.get("table_dtype", "float32"))
+    saved_dtype = description.get("table_dtype", "float32")
+    if placement is None:
+        return mapping, TableConfig(dtype=saved_dtype)
+    if placement.tier == "mmap" and placement.path is None:
+        return mapping, _in_place(placement, description, path, saved_dtype, config)
+    return mapping, placement
+
+
+def _in_place(
+    placement: TableConfig, description: dict[str, Any], path: str | os.PathLike[str], saved_dtype: str, config: EngramConfig
+) -> TableConfig:
+    """The placement with the places of all tables in the saved file."""
+    if saved_dtype != placement.dtype:
+        raise ConfigError(
+            f"TableConfig: got tier 'mmap' with dtype {placement.dtype!r} and no path, expected the saved dtype {saved_dtype!r}: "
+            "rows are read where they lie. Give a path to make a converted copy."
+        )
+    offsets = tensor_offsets(path, description)
+    names = {layer: f"layers.{layer}.{_TABLE}weight" for layer in config.layer_ids}
+    if config.verify_rows or any(name not in offsets for name in names.values()):
+        return placement  # refused, or found malformed, further on
+    return replace(placement, files={layer: offsets[name] for layer, name in names.items()})
 
 
 def load_memory(memory: EngramModel, path: str | os.PathLike[str], allow_other_base: bool = False) -> None:
@@ -79,22 +109,17 @@ def load_memory(memory: EngramModel, path: str | os.PathLike[str], allow_other_b
             f"{path}: the reader that follows from seed {saved.seed} is not the one this memory was taught with; the description was "
             "changed by hand, or NumPy's PCG64 generator was. Restore the folder from a backup."
         )
-    own = _tensors(memory)
+    saved_dtype = description.get("table_dtype", "float32")
+    own = {name: tensor for name, tensor in _tensors(memory).items() if _TABLE not in name}
     with open_tensors(path, description) as tensors:
-        names = set(tensors.keys())
-        if names != set(own):
-            missing, unknown = sorted(set(own) - names), sorted(names - set(own))
-            raise CheckpointError(f"{path}: weights do not fit; missing: {missing or 'none'}, unknown: {unknown or 'none'}.")
-        for name, tensor in own.items():
-            shape = list(tensors.get_slice(name).get_shape())
-            if shape[_fixed(saved, name) :] != list(tensor.shape)[_fixed(saved, name) :]:
-                raise CheckpointError(f"{path}: {name} has shape {shape}, expected {list(tensor.shape)}.")
+        _check_tensors(memory, tensors, own, saved_dtype, path)
         with torch.no_grad():
             if saved.verify_rows:
-                _fill_verified_tables(memory, {name: tensors.get_tensor(name) for name in own if ".embedding." in name}, path)
+                _fill_verified_tables(memory, tensors, path)
+            else:
+                _fill_tables(memory, tensors, saved_dtype)
             for name, tensor in own.items():
-                if not (saved.verify_rows and ".embedding." in name):
-                    tensor.copy_(tensors.get_tensor(name))
+                tensor.copy_(tensors.get_tensor(name))
     memory.ledger = ledger
 
 
@@ -109,19 +134,59 @@ def _tensors(memory: EngramModel) -> dict[str, Tensor]:
     }
 
 
-def _fixed(config: EngramConfig, name: str) -> int:
-    """First dimension of a tensor that its configuration fixes: verified tables hold any number of rows."""
-    return 1 if config.verify_rows and ".embedding." in name else 0
+def _table_shapes(memory: EngramModel, saved_dtype: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the saved tables' tensors; the first dimension is -1 where any number of rows may be."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    form = row_format(saved_dtype)
+    for layer_id, engram in memory.engrams.items():
+        table, prefix = engram.multi_head_embedding.embedding, f"layers.{layer_id}.{_TABLE}"
+        if memory.engram_config.verify_rows:
+            shapes |= {f"{prefix}row_ids": (-1,), f"{prefix}tags": (-1,), f"{prefix}weight": (-1, table.dim)}
+            continue
+        shapes[f"{prefix}weight"] = (table.rows, form.width(table.dim))
+        if form.quantised:
+            shapes[f"{prefix}scales"] = form.scale_shape(table.rows, table.dim)
+    return shapes
 
 
-def _fill_verified_tables(memory: EngramModel, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+def _check_tensors(
+    memory: EngramModel, tensors: Any, own: dict[str, Tensor], saved_dtype: str, path: str | os.PathLike[str]
+) -> None:
+    """Refuse a file whose names or shapes are not those of this memory."""
+    expected = {**{name: tuple(t.shape) for name, t in own.items()}, **_table_shapes(memory, saved_dtype)}
+    names = set(tensors.keys())
+    if names != set(expected):
+        missing, unknown = sorted(set(expected) - names), sorted(names - set(expected))
+        raise CheckpointError(f"{path}: weights do not fit; missing: {missing or 'none'}, unknown: {unknown or 'none'}.")
+    for name, wanted in expected.items():
+        shape = tensors.get_slice(name).get_shape()
+        if len(shape) != len(wanted) or any(size not in (-1, got) for size, got in zip(wanted, shape)):
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(shape)}, expected {['any' if n == -1 else n for n in wanted]}."
+            )
+
+
+def _fill_tables(memory: EngramModel, tensors: Any, saved_dtype: str) -> None:
+    """Rows of every layer, block by block, turned from the saved format into the table's; those mapped where they lie are left."""
+    form = row_format(saved_dtype)
+    for layer_id, engram in memory.engrams.items():
+        table, prefix = engram.multi_head_embedding.embedding, f"layers.{layer_id}.{_TABLE}"
+        if isinstance(table, MmapTable) and table.mode == "r":
+            continue
+        stored = tensors.get_slice(f"{prefix}weight")
+        scales = tensors.get_slice(f"{prefix}scales") if form.quantised else None
+        for start in range(0, table.rows, _ROWS_AT_ONCE):
+            part = slice(start, min(start + _ROWS_AT_ONCE, table.rows))
+            block = stored[part]
+            table.load_rows(start, form.decode(block, scales[part]) if scales is not None else block)
+
+
+def _fill_verified_tables(memory: EngramModel, tensors: Any, path: str | os.PathLike[str]) -> None:
     """Exchange the rows of every layer; all are checked before the first is changed."""
     new = []
     for layer_id, engram in memory.engrams.items():
         table: VerifiedTable = engram.multi_head_embedding.embedding
-        row_ids, tags, weight = (
-            tensors[f"layers.{layer_id}.multi_head_embedding.embedding.{n}"] for n in ("row_ids", "tags", "weight")
-        )
+        row_ids, tags, weight = (tensors.get_tensor(f"layers.{layer_id}.{_TABLE}{n}") for n in ("row_ids", "tags", "weight"))
         count = row_ids.shape[0]
         in_range = count == 0 or (
             int(row_ids[0]) >= 0 and int(row_ids[-1]) < table.rows and bool((row_ids[1:] > row_ids[:-1]).all())

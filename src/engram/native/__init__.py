@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["HashKernel", "RowIndex", "core", "gather_rows", "instruction_set"]
+__all__ = ["HashKernel", "RowIndex", "core", "gather_rows", "instruction_set", "touch_rows"]
 
 _COPY, _FORMATS = 0, {torch.bfloat16: 1, torch.float16: 2}
 _INT8, _FLOAT8, _INT4 = 3, 4, 5
@@ -171,6 +171,26 @@ def gather_rows(data: Tensor, row_ids: Tensor, out: Tensor, scales: Tensor | Non
     )
     if bad != -1:
         raise IndexError(int(row_ids.view(-1)[bad]))
+
+
+def touch_rows(data: Tensor, row_ids: Tensor, threads: int, count: bool = False) -> int:
+    """Read a byte of every page of some rows of a mapped file, with many threads, so that they come into memory together.
+
+    Does nothing without the native core: the rows then come one after the other as they are read.
+
+    Args:
+        data: ``[rows, dim]``, contiguous, on the CPU.
+        row_ids: int64, contiguous; numbers out of range are passed over.
+        threads: at most so many.
+        count: whether to find out how many rows were in memory before; a system call for each.
+
+    Returns:
+        Rows that were in memory before, if counted.
+    """
+    if _core is None:
+        return 0
+    row_bytes = data.shape[1] * data.element_size()
+    return _core.touch_rows(data.data_ptr(), data.shape[0], row_bytes, row_ids.data_ptr(), row_ids.numel(), threads, count)
 
 
 def _kind(data: Tensor, scales: Tensor | None) -> int:

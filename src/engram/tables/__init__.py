@@ -3,6 +3,22 @@
 from engram.tables.base import EmbeddingTable
 from engram.tables.build import build_table
 from engram.tables.device import DeviceTable
+from engram.tables.formats import FORMATS, RowFormat, row_format
+from engram.tables.host import HostTable, MmapTable
+from engram.tables.quantised import QuantisedTable
 from engram.tables.verified import ABSENT, DraftTable, VerifiedTable
 
-__all__ = ["ABSENT", "DeviceTable", "DraftTable", "EmbeddingTable", "VerifiedTable", "build_table"]
+__all__ = [
+    "ABSENT",
+    "FORMATS",
+    "DeviceTable",
+    "DraftTable",
+    "EmbeddingTable",
+    "HostTable",
+    "MmapTable",
+    "QuantisedTable",
+    "RowFormat",
+    "VerifiedTable",
+    "build_table",
+    "row_format",
+]

@@ -31,6 +31,16 @@ class EmbeddingTable(nn.Module):
         return self.weight.dtype
 
     @property
+    def tier(self) -> str:
+        """``device``, ``host`` or ``mmap`` (see ``TableConfig``)."""
+        return "device"
+
+    @property
+    def format_name(self) -> str:
+        """How rows are stored, by its name in ``FORMATS``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def location(self) -> str:
         """Where the rows are, for people (``cpu``, ``cuda:0``, a file)."""
         return str(self.weight.device)
@@ -41,8 +51,8 @@ class EmbeddingTable(nn.Module):
         return self.rows
 
     @abstractmethod
-    def lookup(self, row_ids: Tensor) -> Tensor:
-        """Rows ``[..., dim]`` of int64 ``row_ids [...]``; gradients reach the touched rows only."""
+    def lookup(self, row_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows ``[..., dim]`` of int64 ``row_ids [...]`` in ``dtype`` (None: the table's own); gradients reach the touched rows only."""
 
     def prefetch(self, row_ids: Tensor) -> Tensor:
         """Start fetching rows; the handle may be given to ``lookup`` in place of the ids. Tiers with nothing to fetch return the ids."""
@@ -55,6 +65,11 @@ class EmbeddingTable(nn.Module):
     @abstractmethod
     def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:
         """Pairs (first row, rows ``[n, dim]``) over the whole table, for saving and converting without a second copy of it."""
+
+    def load_rows(self, start: int, rows: Tensor) -> None:
+        """Put rows ``[n, dim]`` of any floating type at ``start`` and after, in the table's own format; for filling a table from a file."""
+        numbers = torch.arange(start, start + rows.shape[0], device=self.weight.device)
+        self.update_rows(numbers, lambda old: rows.to(old.device, old.dtype))
 
     @property
     def nbytes(self) -> int:

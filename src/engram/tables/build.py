@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from engram.config import TableConfig
+from engram.errors import ConfigError
 from engram.tables.base import EmbeddingTable
 from engram.tables.device import DeviceTable
+from engram.tables.formats import row_format
+from engram.tables.host import HostTable, MmapTable
+from engram.tables.quantised import QuantisedTable
 from engram.tables.verified import VerifiedTable
 
 __all__ = ["build_table"]
+
+_ROWS_AT_ONCE = 1 << 18
 
 
 def build_table(
@@ -19,10 +27,51 @@ def build_table(
     init: str = "zero",
     device: torch.device | str | None = None,
     verified: bool = False,
+    layer_id: int = 0,
 ) -> EmbeddingTable:
-    """Make an empty table of ``rows`` x ``dim`` where ``config`` says it should live; ``verified`` rows answer to their owners only."""
+    """Make a table of ``rows`` x ``dim`` where ``config`` says it should live; ``verified`` rows answer to their owners only.
+
+    Raises:
+        ConfigError: the tier cannot hold such a table.
+        TableError: there is not enough memory or disk, or a file does not fit.
+    """
     config = config or TableConfig()
-    dtype = getattr(torch, config.dtype)
     if verified:
-        return VerifiedTable(rows, dim, dtype=dtype, device=device)
-    return DeviceTable(rows, dim, init=init, dtype=dtype, device=device)
+        return _verified(rows, dim, config, device)
+    form = row_format(config.dtype)
+    if form.quantised:
+        table = QuantisedTable(rows, dim, form.name, device, host=config.tier == "host")
+        if init == "normal":
+            for start in range(0, rows, _ROWS_AT_ONCE):
+                table.load_rows(start, torch.randn(min(_ROWS_AT_ONCE, rows - start), dim))
+        return table
+    if config.tier == "host":
+        return HostTable(rows, dim, init=init, dtype=form.dtype)
+    if config.tier == "mmap":
+        return _mapped(rows, dim, config, init, layer_id)
+    return DeviceTable(rows, dim, init=init, dtype=form.dtype, device=device)
+
+
+def _verified(rows: int, dim: int, config: TableConfig, device: torch.device | str | None) -> VerifiedTable:
+    form = row_format(config.dtype)
+    if config.tier != "device" or form.quantised:
+        raise ConfigError(
+            f"verified rows: got tier {config.tier!r} and dtype {config.dtype!r}, expected tier 'device' and a floating point dtype; "
+            "only written rows are stored, so they are small."
+        )
+    return VerifiedTable(rows, dim, dtype=form.dtype, device=device)
+
+
+def _mapped(rows: int, dim: int, config: TableConfig, init: str, layer_id: int) -> MmapTable:
+    dtype = row_format(config.dtype).dtype
+    if config.path is not None:
+        file = Path(config.path) / f"layer-{layer_id}.rows"
+        fresh = not file.exists()
+        table = MmapTable(rows, dim, file, "r+", dtype=dtype)
+        if fresh and init == "normal":
+            torch.nn.init.normal_(table.weight)
+        return table
+    if config.files is None:
+        raise ConfigError("TableConfig: got tier 'mmap' without a path, expected a folder for the row files of a new memory.")
+    path, offset = config.files[layer_id]
+    return MmapTable(rows, dim, path, "r", offset, dtype)

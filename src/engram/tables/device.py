@@ -35,13 +35,17 @@ class DeviceTable(EmbeddingTable):
     ) -> None:
         super().__init__()
         self.rows, self.dim = rows, dim
-        self.weight = nn.Parameter(torch.zeros((rows, dim), dtype=dtype, device=device))
+        self.weight = nn.Parameter(self._allocate(dtype, device))
         if init == "normal":
             nn.init.normal_(self.weight)
 
-    def lookup(self, row_ids: Tensor) -> Tensor:
+    def _allocate(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+        """Zeros ``[rows, dim]`` where the rows shall live."""
+        return torch.zeros((self.rows, self.dim), dtype=dtype, device=device)
+
+    def lookup(self, row_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Rows ``[..., dim]``; the gradient of ``weight`` is sparse."""
-        return lookup_rows(self.weight, row_ids)
+        return lookup_rows(self.weight, row_ids, dtype)
 
     @torch.no_grad()
     def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
@@ -59,6 +63,11 @@ class DeviceTable(EmbeddingTable):
         if new.shape != old.shape:
             raise TableError(f"update_rows: fn returned shape {list(new.shape)}, expected {list(old.shape)}.")
         self.weight[row_ids] = new.to(self.weight.dtype)
+
+    @torch.no_grad()
+    def load_rows(self, start: int, rows: Tensor) -> None:
+        """Put rows ``[n, dim]`` at ``start`` and after."""
+        self.weight[start : start + rows.shape[0]] = rows.to(self.weight)
 
     def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:
         """Views of consecutive rows, detached."""

@@ -64,12 +64,13 @@ class VerifiedTable(EmbeddingTable):
         rows[present] = self.weight[slots[present]]
         return rows
 
-    def lookup(self, row_ids: Tensor) -> Tensor:
+    def lookup(self, row_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Rows ``[..., dim]`` whoever owns them, zero where nothing is written: for looking at the table, not for the layer."""
         if self.stored_rows == 0:
-            return self.weight.new_zeros((*row_ids.shape, self.dim))
+            return self.weight.new_zeros((*row_ids.shape, self.dim), dtype=dtype)
         slot = torch.searchsorted(self.row_ids, row_ids).clamp_max(self.stored_rows - 1)
-        return self.gather(torch.where(self.row_ids[slot] == row_ids, slot, ABSENT))
+        rows = self.gather(torch.where(self.row_ids[slot] == row_ids, slot, ABSENT))
+        return rows if dtype is None else rows.to(dtype)
 
     def owner_tags(self, row_ids: Tensor) -> Tensor:
         """Tags of the n-grams that own rows; 0 where a row is not written."""
@@ -210,7 +211,7 @@ class DraftTable(EmbeddingTable):
         rows[own] = lookup_rows(self.held, slots[own] - first)
         return rows
 
-    def lookup(self, row_ids: Tensor) -> Tensor:
+    def lookup(self, row_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Rows of the base; drafts have no readers but the layer.
 
         Raises:

@@ -6,6 +6,10 @@
 
 #include "parallel.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define ENGRAM_X86 1
 #include <immintrin.h>
@@ -121,6 +125,36 @@ inline bool can_stream() { return false; }
 inline void finish_streams() {}
 #endif
 
+constexpr int64_t kPage = 4096, kSampled = 256;
+
+// Whether all pages of a row are in memory; where the system does not say, they count as being there.
+bool is_resident(const uint8_t* row, int64_t bytes) {
+#ifdef __linux__
+  const uintptr_t first = reinterpret_cast<uintptr_t>(row) / kPage * kPage;
+  const uintptr_t last = reinterpret_cast<uintptr_t>(row) + bytes;
+  unsigned char states[16];
+  for (uintptr_t at = first; at < last; at += sizeof(states) * kPage) {
+    const size_t length = std::min<uintptr_t>(last - at, sizeof(states) * kPage);
+    if (mincore(reinterpret_cast<void*>(at), length, states) != 0) return true;
+    for (size_t page = 0; page * kPage < length; ++page)
+      if (!(states[page] & 1)) return false;
+  }
+#else
+  (void)row;
+  (void)bytes;
+#endif
+  return true;
+}
+
+// Whether a sample of the rows is in memory: asking for each would cost more than reading it.
+bool looks_resident(const uint8_t* data, int64_t rows, int64_t row_bytes, const int64_t* row_ids, int64_t n) {
+  const int64_t step = std::max<int64_t>(1, n / kSampled);
+  for (int64_t i = 0; i < n; i += step)
+    if (static_cast<uint64_t>(row_ids[i]) < static_cast<uint64_t>(rows) && !is_resident(data + row_ids[i] * row_bytes, row_bytes))
+      return false;
+  return true;
+}
+
 void convert(const Rows& rows, int64_t row, float* out) {
   const uint8_t* data = rows.data + row * rows.row_bytes;
   switch (rows.format) {
@@ -171,6 +205,25 @@ int64_t gather_rows(const Rows& rows, const int64_t* row_ids, int64_t n, uint8_t
     if (wrong != -1) bad = wrong;
   });
   return bad;
+}
+
+int64_t touch_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const int64_t* row_ids, int64_t n, int64_t threads, bool count) {
+  if (!count && looks_resident(data, rows, row_bytes, row_ids, n)) return n;
+  std::atomic<int64_t> warm{0};
+  parallel_for(n, 64, threads, [&](int64_t begin, int64_t end) {
+    int64_t resident = 0;
+    volatile uint8_t sink = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      if (static_cast<uint64_t>(row_ids[i]) >= static_cast<uint64_t>(rows)) continue;
+      const uint8_t* row = data + row_ids[i] * row_bytes;
+      if (count) resident += is_resident(row, row_bytes);
+      for (int64_t at = 0; at < row_bytes; at += kPage) sink = row[at];
+      sink = row[row_bytes - 1];
+    }
+    (void)sink;
+    warm += resident;
+  });
+  return warm;
 }
 
 }  // namespace engram

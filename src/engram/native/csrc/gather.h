@@ -23,4 +23,8 @@ struct Rows {
 // Writes rows [n, dim] (float32, or bytes as they are). Returns -1, or the position of the first row number that is out of range.
 int64_t gather_rows(const Rows& rows, const int64_t* row_ids, int64_t n, uint8_t* out, int64_t threads);
 
+// Reads a byte of every page of the rows (row numbers out of range are passed over), so that those of a mapped file come in together; does
+// nothing if a sample of them is in memory already. With `count`, asks for each row and returns how many were in memory before.
+int64_t touch_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const int64_t* row_ids, int64_t n, int64_t threads, bool count);
+
 }  // namespace engram

@@ -106,6 +106,16 @@ PyObject* gather_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyLong_FromLongLong(bad);
 }
 
+PyObject* touch_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 7> a;
+  if (!read_integers(args, count, a)) return nullptr;
+  int64_t warm;
+  Py_BEGIN_ALLOW_THREADS
+  warm = engram::touch_rows(address<const uint8_t>(a[0]), a[1], a[2], address<const int64_t>(a[3]), a[4], a[5], a[6] != 0);
+  Py_END_ALLOW_THREADS
+  return PyLong_FromLongLong(warm);
+}
+
 PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(engram::instruction_set()); }
 
 PyObject* limit_instruction_set(PyObject*, PyObject* name) {
@@ -130,6 +140,7 @@ PyMethodDef kMethods[] = {
     fast<build_buckets>("build_buckets", "row_ids, tags, stored, buckets, bucket_mask"),
     fast<gather_rows>("gather_rows",
                       "data, scales, rows, dim, row_bytes, format, row_ids, n, out, threads -> -1 or where a row number is out of range"),
+    fast<touch_rows>("touch_rows", "data, rows, row_bytes, row_ids, n, threads, count -> rows that were in memory before"),
     {"instruction_set", instruction_set, METH_NOARGS, "avx512, avx2 or portable"},
     {"limit_instruction_set", limit_instruction_set, METH_O, "Use a smaller instruction set ('' for the best); False if unknown."},
     {nullptr, nullptr, 0, nullptr},

@@ -1,0 +1,167 @@
+"""How the values of a row are stored: plain floating point, or fewer bits with scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engram.errors import TableError
+from engram.native import core, gather_rows
+
+__all__ = ["FORMATS", "RowFormat", "row_format"]
+
+_BLOCK = 32
+_FLOAT8_MAX, _EXPONENT_BIAS = 448.0, 127
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """One way to store rows of float32 values.
+
+    Formats without scales are floating point types and can be trained; the others are made from float rows and read.
+    """
+
+    name: str
+    dtype: torch.dtype
+    """Type of the stored tensor ``[rows, stored width]``."""
+    values_per_item: int = 1
+    scale_dtype: torch.dtype | None = None
+    """Type of the scales, one per row, or one per 32 values for ``float8``; None if there are none."""
+
+    @property
+    def quantised(self) -> bool:
+        """Whether rows need scales to be read."""
+        return self.scale_dtype is not None
+
+    def width(self, dim: int) -> int:
+        """Items per stored row.
+
+        Raises:
+            TableError: ``dim`` values do not fill whole items.
+        """
+        if dim % self.values_per_item:
+            raise TableError(f"{self.name} rows: got {dim} values, expected a multiple of {self.values_per_item}.")
+        return dim // self.values_per_item
+
+    def scale_shape(self, rows: int, dim: int) -> tuple[int, ...]:
+        """Shape of the scales of a table."""
+        return (rows, -(-dim // _BLOCK)) if self.scale_dtype == torch.uint8 else (rows,)
+
+    def row_bytes(self, dim: int) -> int:
+        """Bytes of a row with its scales."""
+        scales = 0 if self.scale_dtype is None else self.scale_dtype.itemsize * self.scale_shape(1, dim)[-1]
+        return self.width(dim) * self.dtype.itemsize + scales
+
+    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Stored values ``[n, width]`` and scales of float rows ``[n, dim]``: nearest values, ties to even.
+
+        Raises:
+            TableError: a value is not finite and the format cannot hold that.
+        """
+        if not self.quantised:
+            return rows.to(self.dtype), None
+        if not bool(rows.isfinite().all()):
+            raise TableError(f"{self.name} rows: got a value that is not finite, expected finite ones; look for what made it.")
+        return _ENCODERS[self.name](rows.float())
+
+    def decode(self, stored: Tensor, scales: Tensor | None) -> Tensor:
+        """float32 rows ``[n, dim]``; the plain counterpart of ``read``."""
+        if not self.quantised:
+            return stored.float()
+        assert scales is not None
+        return _DECODERS[self.name](stored, scales)
+
+    def read(self, stored: Tensor, scales: Tensor | None, row_ids: Tensor) -> Tensor:
+        """float32 rows ``[..., dim]`` by number.
+
+        Raises:
+            IndexError: a row number is out of range (CPU).
+        """
+        if core() is None or stored.device.type != "cpu" or torch.compiler.is_compiling():
+            flat = row_ids.reshape(-1)
+            rows = self.decode(stored[flat], None if scales is None else scales[flat])
+            return rows.view(*row_ids.shape, rows.shape[1])
+        dim = stored.shape[1] * self.values_per_item
+        rows = torch.empty((*row_ids.shape, dim))
+        try:
+            gather_rows(stored, row_ids.contiguous(), rows, scales, dim)
+        except IndexError as error:
+            raise IndexError(f"row number {error} is out of range, expected 0..{stored.shape[0] - 1}") from None
+        return rows
+
+
+def row_format(name: str) -> RowFormat:
+    """The format of a name.
+
+    Raises:
+        TableError: there is none.
+    """
+    if name not in FORMATS:
+        raise TableError(f"row format: got {name!r}, expected one of {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+def _encode_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    scales = rows.abs().amax(dim=1) / 127
+    return (rows / _nonzero(scales).unsqueeze(1)).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def _decode_int8(stored: Tensor, scales: Tensor) -> Tensor:
+    return stored.float() * scales.unsqueeze(1)
+
+
+def _encode_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """One power of two per 32 values, the smallest with which the largest of them fits."""
+    blocks = torch.nn.functional.pad(rows, (0, -rows.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    _, exponent = torch.frexp(blocks.abs().amax(dim=2) / _FLOAT8_MAX)  # largest / 448 = mantissa * 2^exponent, mantissa below 1
+    exponent = exponent.clamp(1 - _EXPONENT_BIAS, _EXPONENT_BIAS)
+    # Divided in two steps: 2^126 times a subnormal would otherwise leave float32's range on the way.
+    scaled = torch.ldexp(torch.ldexp(blocks, -(exponent // 2).unsqueeze(2)), -(exponent - exponent // 2).unsqueeze(2))
+    stored = scaled.flatten(1)[:, : rows.shape[1]].clamp(-_FLOAT8_MAX, _FLOAT8_MAX).to(torch.float8_e4m3fn)
+    return stored.contiguous(), (exponent + _EXPONENT_BIAS).to(torch.uint8)
+
+
+def _decode_float8(stored: Tensor, scales: Tensor) -> Tensor:
+    powers = torch.ldexp(torch.ones(scales.shape, device=scales.device), scales.to(torch.int32) - _EXPONENT_BIAS)
+    return stored.float() * powers.repeat_interleave(_BLOCK, dim=1)[:, : stored.shape[1]]
+
+
+def _encode_int4(rows: Tensor) -> tuple[Tensor, Tensor]:
+    scales = rows.abs().amax(dim=1) / 7
+    values = (rows / _nonzero(scales).unsqueeze(1)).round().clamp(-7, 7).to(torch.int8) & 15
+    return (values[:, 0::2] | values[:, 1::2] << 4).view(torch.uint8).contiguous(), scales
+
+
+def _decode_int4(stored: Tensor, scales: Tensor) -> Tensor:
+    halves = torch.stack([stored & 15, stored >> 4], dim=2).flatten(1).to(torch.int8)
+    return torch.where(halves > 7, halves - 16, halves).float() * scales.unsqueeze(1)
+
+
+def _nonzero(scales: Tensor) -> Tensor:
+    return torch.where(scales == 0, 1.0, scales)
+
+
+_ENCODERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "int8": _encode_int8,
+    "float8": _encode_float8,
+    "int4": _encode_int4,
+}
+_DECODERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "int8": _decode_int8,
+    "float8": _decode_float8,
+    "int4": _decode_int4,
+}
+FORMATS = {
+    entry.name: entry
+    for entry in (
+        RowFormat("float32", torch.float32),
+        RowFormat("bfloat16", torch.bfloat16),
+        RowFormat("float16", torch.float16),
+        RowFormat("int8", torch.int8, scale_dtype=torch.float32),
+        RowFormat("float8", torch.float8_e4m3fn, scale_dtype=torch.uint8),
+        RowFormat("int4", torch.uint8, values_per_item=2, scale_dtype=torch.float32),
+    )
+}

@@ -1,0 +1,190 @@
+"""Rows that stay in host memory or in a mapped file, whatever device the model is on."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from engram.errors import TableError
+from engram.native import touch_rows
+from engram.ops import lookup_rows
+from engram.tables.device import DeviceTable
+from engram.tables.memory import lazy_zeros
+
+__all__ = ["HostTable", "MmapTable"]
+
+_COLD_READERS = 32
+"""Threads that touch rows of a file: reads from a disk wait, they do not compute."""
+_POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
+
+
+class HostTable(DeviceTable):
+    """A table in host memory. ``.to(device)`` and changes of dtype pass it by; look-ups carry rows to where they were asked from.
+
+    Its parameter is an ordinary one: gradients hold the touched rows only, and ``EngramAdamW`` updates them in place on the CPU.
+
+    Args:
+        rows: number of rows.
+        dim: values per row.
+        init: ``zero`` or ``normal``.
+        dtype: storage type.
+
+    Raises:
+        TableError: the table would not fit into the memory there is.
+    """
+
+    def __init__(self, rows: int, dim: int, init: str = "zero", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(rows, dim, init, dtype, "cpu")
+
+    def _allocate(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+        return lazy_zeros((self.rows, self.dim), dtype, "tier='host'")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return self  # rows stay where and as they are
+
+    @property
+    def tier(self) -> str:
+        """``host``."""
+        return "host"
+
+    @property
+    def location(self) -> str:
+        """Where the rows are, for people."""
+        return "host memory"
+
+    def lookup(self, row_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows ``[..., dim]`` on the device of ``row_ids``."""
+        rows = lookup_rows(self.weight, row_ids.to("cpu"), dtype)
+        return rows.to(row_ids.device, non_blocking=True)
+
+
+class MmapTable(HostTable):
+    """A table in a file that is mapped into memory: the system keeps the rows in use, the rest costs disk space only.
+
+    Args:
+        rows: number of rows.
+        dim: values per row.
+        path: the file. With mode ``r+`` a missing one is made, all zero.
+        mode: ``r``: rows are read only (and the parameter is frozen); ``r+``: they can be trained and edited, in the file.
+        offset: first byte of the rows in the file (a multiple of the item size), so that a tensor inside a safetensors file can be read.
+        dtype: storage type.
+
+    Raises:
+        TableError: the file is missing, too short, or cannot be mapped.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        dim: int,
+        path: str | os.PathLike[str],
+        mode: Literal["r", "r+"] = "r",
+        offset: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if mode not in ("r", "r+"):
+            raise TableError(f"MmapTable: got mode {mode!r}, expected 'r' or 'r+'.")
+        self.path, self.mode, self.offset = Path(path), mode, offset
+        self.warm_rows = self.cold_rows = 0
+        """Rows looked up that were in memory already, and rows that had to come from the file (counted while ``count_cold`` is on)."""
+        self.count_cold = False
+        super().__init__(rows, dim, "zero", dtype)
+        self.weight.requires_grad_(mode == "r+")
+
+    def _allocate(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+        self._end = self.offset + self.rows * self.dim * dtype.itemsize
+        try:
+            if self.mode == "r+" and not self.path.exists():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, self._end)  # a full disk is an error now, not a crash later
+            access = (
+                mmap.ACCESS_COPY if self.mode == "r" else mmap.ACCESS_WRITE
+            )  # torch wants writable memory; no copy is ever made
+            with open(self.path, "rb" if self.mode == "r" else "r+b") as file:
+                self._check_size(os.fstat(file.fileno()).st_size)
+                self._map = mmap.mmap(file.fileno(), self._end, access=access)
+        except OSError as error:
+            raise TableError(f"cannot map {self.path}: {error.strerror}; check the path and the space on its disk.") from error
+        with suppress(OSError, AttributeError):
+            self._map.madvise(mmap.MADV_RANDOM)
+        count = self.rows * self.dim
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=self.offset).view(self.rows, self.dim)
+
+    def _check_size(self, size: int) -> None:
+        if size < self._end:
+            raise TableError(
+                f"{self.path}: got {size:,} bytes, expected at least {self._end:,}; the file was truncated. Copy it again and reload."
+            )
+
+    @property
+    def tier(self) -> str:
+        """``mmap``."""
+        return "mmap"
+
+    @property
+    def location(self) -> str:
+        """Where the rows are, for people."""
+        return str(self.path)
+
+    def lookup(self, row_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows ``[..., dim]``; those that are not in memory yet are read by many threads at once.
+
+        Raises:
+            TableError: the file was truncated since it was mapped.
+        """
+        self._check_size(self._map.size())
+        row_ids = self.prefetch(row_ids)
+        return super().lookup(row_ids, dtype)
+
+    def prefetch(self, row_ids: Tensor) -> Tensor:
+        """Bring rows into memory."""
+        if row_ids.numel():
+            warm = touch_rows(self.weight.detach(), row_ids.to("cpu").contiguous(), _COLD_READERS, self.count_cold)
+            if self.count_cold:
+                self.warm_rows += warm
+                self.cold_rows += row_ids.numel() - warm
+        return row_ids
+
+    def populate(self) -> None:
+        """Read the whole file into memory at once, where the system offers that; otherwise rows come as they are used."""
+        with suppress(OSError, ValueError):
+            self._map.madvise(_POPULATE_READ)
+
+    def flush(self) -> None:
+        """Write changed rows to the disk; they are safe there when it returns."""
+        if self.mode == "r+":
+            self._map.flush()
+
+    def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
+        """Replace rows in the file.
+
+        Raises:
+            TableError: the file is mapped read-only, a row number is out of range or ``fn`` changed the shape.
+        """
+        if self.mode == "r":
+            raise TableError(f"{self.path} is mapped read-only; open it with mode='r+' to change rows.")
+        super().update_rows(row_ids, fn)
+
+    def load_rows(self, start: int, rows: Tensor) -> None:
+        """Put rows ``[n, dim]`` into the file at ``start`` and after.
+
+        Raises:
+            TableError: the file is mapped read-only.
+        """
+        if self.mode == "r":
+            raise TableError(f"{self.path} is mapped read-only; open it with mode='r+' to change rows.")
+        super().load_rows(start, rows)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MmapTable:
+        raise TableError(f"a table mapped from {self.path} cannot be copied; open the file a second time instead.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TableError(f"a table mapped from {self.path} cannot be pickled; save the memory and load it there instead.")

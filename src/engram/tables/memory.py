@@ -1,0 +1,68 @@
+"""Memory for rows that live off the model's device: lazily mapped, in huge pages where the system gives them, and never more than there is."""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engram.errors import TableError
+
+__all__ = ["available_memory", "lazy_zeros"]
+
+_HUGE = 2 << 20
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still use, by the machine, its control group and its address-space limit; None if nothing says."""
+    found = [value for value in (_machine_memory(), _group_memory(), _address_space()) if value is not None]
+    return min(found) if found else None
+
+
+def _machine_memory() -> int | None:
+    with suppress(OSError, StopIteration, ValueError):
+        line = next(line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
+    return None
+
+
+def _group_memory() -> int | None:
+    with suppress(OSError, ValueError):
+        return int((_CGROUP / "memory.max").read_text()) - int((_CGROUP / "memory.current").read_text())
+    return None
+
+
+def _address_space() -> int | None:
+    with suppress(ImportError, OSError, ValueError, IndexError):
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        return None if limit == resource.RLIM_INFINITY else limit - used
+    return None
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> Tensor:
+    """Zeros on the CPU whose pages are taken when they are first written.
+
+    Raises:
+        TableError: the tensor would not fit into the memory there is; nothing is allocated then.
+    """
+    count = torch.Size(shape).numel()
+    size, available = count * dtype.itemsize, available_memory()
+    if available is not None and size > available:
+        raise TableError(
+            f"{what}: got a table of {size:,} bytes, expected at most the {available:,} bytes available; "
+            "use fewer rows, a smaller dtype, or tier='mmap'."
+        )
+    if count == 0:
+        return torch.zeros(shape, dtype=dtype)
+    pages = mmap.mmap(-1, size)
+    if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages is merely slower
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

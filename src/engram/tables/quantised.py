@@ -1,0 +1,121 @@
+"""Rows in fewer bits: read as float32, changed row by row, not trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from engram.errors import TableError
+from engram.tables.base import EmbeddingTable
+from engram.tables.formats import row_format
+from engram.tables.memory import lazy_zeros
+
+__all__ = ["QuantisedTable"]
+
+
+class QuantisedTable(EmbeddingTable):
+    """Rows of a format with scales, on the model's device or in host memory.
+
+    Args:
+        rows: number of rows.
+        dim: values per row.
+        form: name of a quantised ``RowFormat``.
+        device: where the rows are made; they move with the module.
+        host: keep them in host memory instead, wherever the module goes.
+
+    Raises:
+        TableError: the format is unknown or needs no scales, or host memory does not suffice.
+    """
+
+    weight: Tensor
+    scales: Tensor
+
+    def __init__(self, rows: int, dim: int, form: str, device: torch.device | str | None = None, host: bool = False) -> None:
+        super().__init__()
+        self.rows, self.dim, self.form, self.host = rows, dim, row_format(form), host
+        if not self.form.quantised or self.form.scale_dtype is None:
+            raise TableError(f"QuantisedTable: got format {form!r}, expected one with scales; use a DeviceTable or HostTable.")
+        shape, scale_shape = (rows, self.form.width(dim)), self.form.scale_shape(rows, dim)
+        if host:
+            weight, scales = (
+                lazy_zeros(shape, self.form.dtype, "tier='host'"),
+                lazy_zeros(scale_shape, self.form.scale_dtype, "tier='host'"),
+            )
+        else:
+            weight = torch.zeros(shape, dtype=torch.uint8, device=device).view(
+                self.form.dtype
+            )  # zeros() knows fewer types than tensors do
+            scales = torch.zeros(scale_shape, dtype=self.form.scale_dtype, device=device)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", scales)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self.host:
+            return self
+        # Only moves are followed: another dtype would make the stored bits meaningless.
+        for name in ("weight", "scales"):
+            old = getattr(self, name)
+            setattr(self, name, old.to(fn(torch.empty(0, device=old.device)).device))
+        return self
+
+    @property
+    def tier(self) -> str:
+        """``host`` or ``device``."""
+        return "host" if self.host else "device"
+
+    @property
+    def format_name(self) -> str:
+        """How rows are stored, by its name in ``FORMATS``."""
+        return self.form.name
+
+    @property
+    def location(self) -> str:
+        """Where the rows are, for people."""
+        return "host memory" if self.host else str(self.weight.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows with their scales."""
+        return self.rows * self.form.row_bytes(self.dim)
+
+    def lookup(self, row_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows ``[..., dim]``, float32 unless ``dtype`` is given, on the device of ``row_ids``; no gradient."""
+        rows = self.form.read(self.weight, self.scales, row_ids.to(self.weight.device))
+        return rows.to(device=row_ids.device, dtype=dtype or torch.float32)
+
+    @torch.no_grad()
+    def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
+        """Replace rows by what ``fn`` makes of their float32 values, quantised again.
+
+        Raises:
+            TableError: a row number is out of range, ``fn`` changed the shape or gave a value that is not finite.
+        """
+        if row_ids.numel() == 0:
+            return
+        if int(row_ids.min()) < 0 or int(row_ids.max()) >= self.rows:
+            raise TableError(f"row_ids: got {int(row_ids.min())}..{int(row_ids.max())}, expected 0..{self.rows - 1}.")
+        old = self.lookup(row_ids)
+        new = fn(old)
+        if new.shape != old.shape:
+            raise TableError(f"update_rows: fn returned shape {list(new.shape)}, expected {list(old.shape)}.")
+        self._write(row_ids.to(self.weight.device), new)
+
+    def _write(self, row_ids: Tensor, rows: Tensor) -> None:
+        stored, scales = self.form.encode(rows)
+        assert scales is not None
+        self.weight.view(torch.uint8)[row_ids] = stored.view(torch.uint8).to(self.weight.device)
+        self.scales[row_ids] = scales.to(self.scales.device)
+
+    @torch.no_grad()
+    def load_rows(self, start: int, rows: Tensor) -> None:
+        """Quantise rows ``[n, dim]`` and put them at ``start`` and after."""
+        self._write(torch.arange(start, start + rows.shape[0], device=self.weight.device), rows)
+
+    def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:
+        """Pairs (first row, float32 rows)."""
+        for start in range(0, self.rows, block_rows):
+            part = slice(start, start + block_rows)
+            yield start, self.form.decode(self.weight[part], self.scales[part])

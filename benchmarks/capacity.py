@@ -16,13 +16,13 @@ import torch
 from common import RESULTS, provenance, write
 from knowledge import SLICE, all_facts, texts_not_taught
 
-from engram import MemoryEditor, TeachSettings, load_bundled
+from engram import MemoryEditor, TeachError, TeachSettings, load_bundled
 from engram.evaluation import measure_drift
 from engram.tables import ABSENT, VerifiedTable
 
 FACTS = (300, 1000, 3000, 10_000)
 ROWS = (20_000, 200_000, 1 << 31)
-BATCHES = 25  # each batch of facts leaves its order: every kind of fact is in every prefix
+STRIDE = 25  # facts are taken in strides, so that the first few hundred hold every kind
 
 
 @contextmanager
@@ -47,11 +47,21 @@ def measure(editor, tokenizer, asked, texts):
     }
 
 
-def one_size(seed, rows_per_head, counts):
+def teach(editor, facts):
+    """A lesson that would change an earlier answer is refused as a whole; its halves are tried, down to the fact that is to blame."""
+    try:
+        editor.teach(facts, TeachSettings(retries=0))
+    except TeachError:
+        if len(facts) > 1:
+            teach(editor, facts[: len(facts) // 2])
+            teach(editor, facts[len(facts) // 2 :])
+
+
+def one_size(seed, rows_per_head, counts, save):
     model, tokenizer = load_bundled()
     with tempfile.TemporaryDirectory() as folder:
         facts = all_facts(seed, folder)
-    facts = [fact for start in range(BATCHES) for fact in facts[start::BATCHES]]
+    facts = [fact for start in range(STRIDE) for fact in facts[start::STRIDE]]
     texts = {kind: group[::3] for kind, group in texts_not_taught().items()}
     editor = MemoryEditor.create(model, tokenizer, seed=seed, engram_vocab_size=rows_per_head)
     points, taught, seconds = [], 0, 0.0
@@ -59,7 +69,7 @@ def one_size(seed, rows_per_head, counts):
         started = time.perf_counter()
         while taught < count:
             upto = min(taught + SLICE, count)
-            editor.teach(facts[taught:upto], TeachSettings(retries=0))
+            teach(editor, facts[taught:upto])
             taught = upto
         seconds += time.perf_counter() - started
         point = {"seed": seed, "facts": count, "rows_per_head": rows_per_head, "seconds": seconds}
@@ -68,7 +78,7 @@ def one_size(seed, rows_per_head, counts):
         with tags_ignored():
             points.append({**point, "tags": False, **measure(editor, tokenizer, count, texts)})
         print(*points[-2:], sep="\n", flush=True)
-    return points
+        save(points)
 
 
 def main():
@@ -82,9 +92,16 @@ def main():
     points = json.loads(out.read_text())["points"] if out.exists() else []
     for seed in args.seeds:
         for rows in args.rows:
-            if not any(p["seed"] == seed and p["rows_per_head"] == rows for p in points):
-                points += one_size(seed, rows, args.facts)
-                write(out, {**provenance(args.seeds), "points": points})
+            done = {p["facts"] for p in points if p["seed"] == seed and p["rows_per_head"] == rows}
+            if not done.issuperset(args.facts):
+                others = [p for p in points if p["seed"] != seed or p["rows_per_head"] != rows]
+                one_size(
+                    seed,
+                    rows,
+                    args.facts,
+                    lambda new, others=others: write(out, {**provenance(args.seeds), "points": others + new}),
+                )
+                points = json.loads(out.read_text())["points"]
 
 
 if __name__ == "__main__":

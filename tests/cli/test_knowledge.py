@@ -101,7 +101,11 @@ def test_memories_are_compared_and_united(engram, taught, world, tmp_path):
     assert engram("teach", "two.yaml", "--memory", tmp_path / "n", "--model", world / "base")[0] == 0
     code, out, _ = engram("diff", taught, tmp_path / "n")
     assert code == 1
-    assert out.splitlines()[:3] == ["- alpha", "- beta", "+ gamma"]
+    assert out.splitlines()[:3] == [
+        "- alpha  'KEY:alpha 17' -> 'blue window'",
+        "- beta  'KEY:beta 20' -> '7319'",
+        "+ gamma  'KEY:gamma 4' -> 'ninety'",
+    ]
     assert json.loads(engram("diff", taught, tmp_path / "n", "--json")[1])["only_b"] == ["gamma"]
     assert engram("diff", taught, taught)[0] == 0
     code, out, _ = engram("merge", taught, tmp_path / "n", "--out", tmp_path / "u")
@@ -193,3 +197,42 @@ def test_prompts_are_taught_and_asked_as_chat_turns(engram, world, tmp_path):
     assert (code, out) == (2, "")
     assert "no chat template" in err
     assert "Traceback" not in err
+
+
+def test_what_a_careless_user_does_is_said_plainly(engram, taught, world, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text('- {prompt: "The kettle is in", answer: room 13, id: beta}')
+    code, _, err = engram("teach", other, "--memory", taught)
+    assert code == 1
+    assert "the id 'beta' names 'KEY:beta 20' -> '7319' in the memory, 'The kettle is in' -> 'room 13' now" in err
+    assert engram("teach", other, "--memory", tmp_path / "b", "--model", world / "base")[0] == 0
+    code, _, err = engram("merge", taught, tmp_path / "b", "--out", tmp_path / "c")
+    assert code == 1
+    assert "id 'beta': one id, 'KEY:beta 20' -> '7319' in a, 'The kettle is in' -> 'room 13' in b" in err
+    assert not (tmp_path / "c").exists()
+    code, _, err = engram("merge", taught, tmp_path / "b", "--out", taught, "--prefer", "a")
+    assert code == 2
+    assert "choose another folder" in err
+    other.write_text("- {prompts: ['KEY:beta 20', 'What is beta?'], answer: 0042}")
+    code, _, err = engram("teach", other, "--memory", taught, "--replace")
+    assert code == 0
+    assert "replaced: 'KEY:beta 20' is '7319' in the memory (fact beta), '0042' now" in err
+    assert engram("ask", "What is beta?", "--memory", taught)[1] == "0042\n"
+    code, _, err = engram("teach", other, "--memory", taught, "--seed", 3)
+    assert code == 1
+    assert "made with seed 0" in err
+    assert engram("generate", other, "--limit", 3)[0] == 2
+    assert "0042" in other.read_text()
+    assert engram("generate", other, "--limit", 3, "--force")[0] == 0
+
+
+def test_damaged_rows_and_ledgers_are_noticed(engram, taught):
+    for suffix in (".safetensors", ".ledger.json"):
+        (file,) = taught.glob(f"*{suffix}")
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-9] + bytes(b ^ 1 for b in whole[-9:]))
+        code, _, err = engram("ask", "KEY:beta 20", "--memory", taught)
+        assert code != 0
+        assert "its checksum is not the one saved" in err
+        file.write_bytes(whole)
+    assert engram("ask", "KEY:beta 20", "--memory", taught)[0] == 0

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -162,6 +164,11 @@ def test_saved_and_loaded_memories_are_equal(tmp_path):
     with pytest.raises(CheckpointError, match="truncated"):
         MemoryEditor.load(base, tmp_path / "m", tiny_tokenizer())
     file.write_text(whole.replace('"ledger_version":1', '"ledger_version":7'))
+    with pytest.raises(CheckpointError, match="its checksum is not the one saved"):
+        MemoryEditor.load(base, tmp_path / "m", tiny_tokenizer())
+    described = json.loads((tmp_path / "m" / "engram.json").read_text())
+    del described["ledger"]["sha256"]
+    (tmp_path / "m" / "engram.json").write_text(json.dumps(described))
     with pytest.raises(CheckpointError, match="version 7"):
         MemoryEditor.load(base, tmp_path / "m", tiny_tokenizer())
     file.write_text(whole.replace('"answer"', '"answre"'))
@@ -343,3 +350,44 @@ def test_the_bundled_model_learns_keys_that_differ_in_case_and_late_digits():
     assert all(a.exact for a in check_facts(editor.memory, tokenizer, facts))
     capitals = load_facts(__import__("engram").models.bundled.BUNDLED_MODEL.parent / "capitals.yaml")[:20]
     assert all(a.exact for a in check_facts(editor.memory, tokenizer, capitals))
+
+
+def test_new_phrasings_join_a_known_fact():
+    editor = make_editor()
+    editor.teach(FACTS)
+    more = Fact(("KEY:beta 20", "Say beta."), "7319", "number")
+    report = editor.teach([more])
+    assert (report.taught, report.already_known, report.replaced) == (["beta"], [], [])
+    assert [p.text for p in editor._ledger["beta"].prompts] == ["KEY:beta 20", "Say beta."]
+    assert answers(editor, [more]) == ["7319", "7319"]
+    assert editor.teach([Fact(("Say beta.",), "7319")]).taught == []
+    assert editor.teach([Fact(("Beta, please:",), "7319", id="beta")]).taught == ["beta"]  # by its id
+    assert len(editor._ledger["beta"].prompts) == 3
+    assert all(editor.verify().values())
+    both = [Fact(("Say beta.", "one more"), "7319"), Fact(("Beta, please:", "and more"), "7319")]
+    assert editor.teach(both).taught == ["beta"]  # two that join the same fact
+    assert len(editor._ledger["beta"].prompts) == 5
+    assert len(editor.facts) == 3
+    assert all(editor.verify().values())
+
+
+def test_facts_made_in_python_are_checked():
+    for fields in (
+        {"prompts": "GPU"},
+        {"prompts": ("",)},
+        {"prompts": ()},
+        {"answer": None},
+        {"answer": " "},
+        {"held_out": (3,)},
+    ):
+        with pytest.raises(DataError, match=r"^Fact\."):
+            Fact(**{"prompts": ("a",), "answer": "b", **fields})
+    assert Fact(["a"], "b").prompts == ("a",)
+    editor = make_editor()
+    for wrong in (Fact(("a",), "b"), [{"prompt": "a"}]):
+        with pytest.raises(TeachError, match="expected a list of Fact"):
+            editor.teach(wrong)
+    with pytest.raises(DataError, match="which ends answers"):
+        editor.teach([Fact(("KEY:end",), f"a{editor.tokenizer.eos_token}b")])
+    editor.teach(FACTS)
+    assert editor.forget("beta").forgotten == ["beta"]

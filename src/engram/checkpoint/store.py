@@ -6,6 +6,7 @@ reader, or a machine that loses power, sees all of the old or all of the new, ne
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -39,6 +40,8 @@ _WEIGHTS_PREFIX = "engram-"
 _WEIGHTS_SUFFIX = ".safetensors"
 _LEDGER_SUFFIX = ".ledger.json"
 _LOCK_NAME = ".engram.lock"
+_CHECKED_BYTES = 256 << 20
+"""Files up to this size carry a checksum; reading all of a larger table just to check it would defeat mapping it."""
 
 
 @contextmanager
@@ -49,6 +52,7 @@ def lock_store(path: str | os.PathLike[str]) -> Iterator[None]:
         CheckpointError: somebody else holds it, or the folder cannot be written.
     """
     folder = Path(path)
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / _LOCK_NAME)
@@ -63,6 +67,10 @@ def lock_store(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if new and {file.name for file in folder.iterdir()} <= {_LOCK_NAME}:  # nothing came of it: leave nothing behind
+            _discard(folder / _LOCK_NAME)
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def write_store(
@@ -132,7 +140,9 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {file}: {error}. Restore it from a backup or save the memory again.") from error
     if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
-        got = fields.get("format_version") if isinstance(fields, dict) else type(fields).__name__
+        if not isinstance(fields, dict) or "format_version" not in fields:
+            raise CheckpointError(f"{file} does not describe a memory; restore it from a backup or save the memory again.")
+        got = fields["format_version"]
         raise CheckpointError(
             f"{file}: got format version {got!r}, expected {FORMAT_VERSION}; upgrade engram to read newer files."
         )
@@ -207,13 +217,30 @@ def _named_file(path: str | os.PathLike[str], description: Mapping[str, Any], en
         raise CheckpointError(
             f"{file}: got {size} bytes, expected {expected}; the file is truncated or from another save. Copy it again."
         )
+    if "sha256" in description[entry] and _digest(file) != description[entry]["sha256"]:
+        raise CheckpointError(f"{file}: its checksum is not the one saved; the file was damaged or changed. Copy it again.")
     return file
 
 
 def _finished(file: Path) -> dict[str, Any]:
     """The description's entry of a file that is now safely on disk."""
+    file.chmod(0o666 & ~_umask())  # safetensors makes its files for their owner alone
     _sync(file)
-    return {"file": file.name, "bytes": file.stat().st_size}
+    entry: dict[str, Any] = {"file": file.name, "bytes": file.stat().st_size}
+    if entry["bytes"] <= _CHECKED_BYTES:
+        entry["sha256"] = _digest(file)
+    return entry
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _discard(*files: Path) -> None:

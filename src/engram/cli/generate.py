@@ -21,8 +21,11 @@ def generate_command(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many facts, evenly from all kinds.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the synthetic values.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that exists.")] = False,
 ) -> None:
     """Write facts made from tables of Python's standard library, and 3,871 arbitrary pairs."""
     from engram.data.generate import write_generated
 
+    if out.exists() and not force:
+        raise typer.BadParameter(f"{out} exists; choose another name or overwrite it with --force", param_hint="OUT")
     print(f"{write_generated(out, kind, limit, seed)} facts written to {out}")

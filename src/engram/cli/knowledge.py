@@ -30,6 +30,7 @@ __all__ = [
 
 _SAVE_EVERY = 1000
 _LISTED = 20
+_ANSWER_TOKENS = 64
 
 MemoryOption = Annotated[Path, typer.Option(help="Folder of the memory.")]
 ModelOption = Annotated[
@@ -47,7 +48,7 @@ def teach_command(
     memory: MemoryOption,
     model: ModelOption = None,
     replace: Annotated[bool, typer.Option("--replace", help="Facts that contradict the memory replace what it says.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of a new memory's addresses and reader.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of a new memory's addresses and reader (0 if not given).")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Teach every prompt as a chat turn too (chat template).")] = False,
 ) -> None:
     """Teach facts to a memory, new or existing; exit code 1 and a list if any fact is not exact.
@@ -76,6 +77,8 @@ def teach_command(
                 bar(done)
                 taught, known = taught + len(report.taught), known + len(report.already_known)
                 failed.update(report.not_exact)
+                for line in report.replaced:
+                    print(f"replaced: {line}", file=sys.stderr)
     print(
         f"taught {taught} facts, {known} were known; the memory holds {len(editor.facts)} ({_size(memory):,} bytes in {memory})"
     )
@@ -93,7 +96,9 @@ def ask_command(
     off: Annotated[bool, typer.Option("--off", help="Ask the base model, memory switched off.")] = False,
     route: Annotated[bool, typer.Option("--route", help="Read the memory only if the routing rules say so.")] = False,
     rules: Annotated[Path | None, typer.Option(help="Routing rules (YAML); the bundled ones if not given.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens; 64, or as long as the longest fact, if not given.")
+    ] = None,
     chat: ChatOption = False,
 ) -> None:
     """Ask a model with its memory; prints the answer and nothing else."""
@@ -107,6 +112,9 @@ def ask_command(
     editor = _open_existing(memory, model)
     if chat:
         prompt = chat_prompt(editor.tokenizer, prompt)
+    if max_new_tokens is None:
+        lengths = [len(prompt.answer_ids) for fact in editor.facts for prompt in fact.prompts]
+        max_new_tokens = max([_ANSWER_TOKENS, *lengths])
     if off:
         with editor.memory.disable_engram():
             print(ask(editor.memory, editor.tokenizer, [prompt], max_new_tokens)[0])
@@ -193,14 +201,16 @@ def diff_command(
 ) -> None:
     """Facts and rows in which two memories differ; exit code 1 if they do."""
     from engram.editing import diff_memories
+    from engram.editing.merge import StoredMemory
 
     found = diff_memories(a, b)
     if as_json:
         print(json.dumps(found.to_dict(), ensure_ascii=False, indent=1))
     else:
-        for sign, ids in (("-", found.only_a), ("+", found.only_b)):
+        for sign, folder, ids in (("-", a, found.only_a), ("+", b, found.only_b)):
+            ledger = StoredMemory(folder).ledger
             for fact_id in ids:
-                print(f"{sign} {fact_id}")
+                print(f"{sign} {fact_id}  {ledger[fact_id].prompts[0].text!r} -> {ledger[fact_id].answer!r}")
         for entry in found.conflicts:
             print(f"! {entry['prompt']!r}: {entry['a']!r} | {entry['b']!r}")
         print(
@@ -228,6 +238,8 @@ def merge_command(
     if prefer not in (None, "a", "b"):
         raise typer.BadParameter(f"got {prefer!r}, expected 'a' or 'b'", param_hint="--prefer")
     side: Literal["a", "b"] | None = prefer  # type: ignore[assignment]
+    if out.resolve() in (a.resolve(), b.resolve()):
+        raise typer.BadParameter("the union would overwrite one of the two; choose another folder", param_hint="--out")
     with lock_store(out):
         if verify:
             with tempfile.TemporaryDirectory() as trial:
@@ -246,16 +258,20 @@ def merge_command(
     )
 
 
-def _open(memory: Path, model: str | None, seed: int) -> MemoryEditor:
+def _open(memory: Path, model: str | None, seed: int | None) -> MemoryEditor:
     """The memory in a folder, or a new one if there is none yet."""
     from engram.checkpoint import DESCRIPTION_NAME
     from engram.editing import MemoryEditor
     from engram.models import load_model
 
     if (memory / DESCRIPTION_NAME).exists():
-        return _open_existing(memory, model)
+        editor = _open_existing(memory, model)
+        own = editor.memory.engram_config.seed
+        if seed not in (None, own):
+            raise TeachError(f"--seed: got {seed}, but the memory in {memory} was made with seed {own}; leave the option out.")
+        return editor
     base, tokenizer = load_model(model or "bundled")
-    return MemoryEditor.create(base, tokenizer, seed=seed)
+    return MemoryEditor.create(base, tokenizer, seed=seed or 0)
 
 
 def _open_existing(memory: Path, model: str | None) -> MemoryEditor:

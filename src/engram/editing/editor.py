@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -128,9 +129,9 @@ class MemoryEditor:
     ) -> TeachReport:
         """Write facts into rows until every answer is greedy-exact with a margin.
 
-        Facts that the memory holds already are left alone. Facts that cannot be made exact leave nothing behind and are reported.
-        Earlier facts keep their rows; those whose prompts read a new row are asked again. An interruption, or an error, leaves the
-        memory as it was.
+        Facts that the memory holds already are left alone; new phrasings of one are joined to it. Facts that cannot be made exact leave
+        nothing behind and are reported. Earlier facts keep their rows; those whose prompts read a new row are asked again. An
+        interruption, or an error, leaves the memory as it was.
 
         Args:
             facts: what to teach.
@@ -146,6 +147,8 @@ class MemoryEditor:
             TeachError: there are no facts, one contradicts the memory (and ``replace_answers`` is off), or an earlier fact would break.
         """
         settings = settings or TeachSettings()
+        if isinstance(facts, Fact) or not all(isinstance(fact, Fact) for fact in facts):
+            raise TeachError("teach: expected a list of Fact objects; read a file with load_facts(path).")
         if not facts:
             raise TeachError("teach: got no facts, expected at least one.")
         check_conflicts(facts, "facts to teach")
@@ -166,6 +169,7 @@ class MemoryEditor:
         Raises:
             TeachError: an id is unknown; nothing is forgotten then.
         """
+        fact_ids = [fact_ids] if isinstance(fact_ids, str) else fact_ids
         unknown = [fact_id for fact_id in fact_ids if fact_id not in self._ledger]
         if unknown or not fact_ids:
             raise TeachError(
@@ -287,29 +291,34 @@ class MemoryEditor:
             self.memory.train(was_training)
 
     def _sort_out(self, facts: Sequence[Fact], replace_answers: bool) -> tuple[list[Fact], TeachReport]:
-        """Facts that are new, once those known already are left out and contradictions are dealt with."""
-        new, known, contradicted = [], [], {}
+        """Facts to write, once those known already are left out, new phrasings are joined to theirs and contradictions are dealt with."""
+        report, new = TeachReport(), dict[str, Fact]()
+        leaving: list[str] = []
+        contradictions: list[str] = []
         for fact in facts:
             holders = {holder.id: holder for p in fact.prompts if (holder := self._ledger.owner_of_prompt(p)) is not None}
             if fact.id in self._ledger:
                 holders[fact.id] = self._ledger[fact.id]
-            if any(holder.same_as(fact) for holder in holders.values()):
-                known.append(fact.id)
+            opposed = [holder for holder in holders.values() if holder.answer != fact.answer]
+            agreeing = [holder.to_fact() for holder in holders.values() if holder.answer == fact.answer]
+            contradictions += [_contradiction(holder, fact) for holder in opposed]
+            leaving += [holder.id for holder in opposed]
+            if any(set(fact.prompts) <= set(holder.prompts) for holder in agreeing):
+                report.already_known.append(fact.id)
                 continue
-            new.append(fact)
-            contradicted.update(dict.fromkeys(holders, fact))
-        if contradicted and not replace_answers:
-            shown = [
-                f"{self._ledger[held].prompts[0].text!r} is {self._ledger[held].answer!r} in the memory (fact {held}), {fact.answer!r} now"
-                for held, fact in list(contradicted.items())[:_SHOWN]
-            ]
-            more = f" and {len(contradicted) - _SHOWN} more" if len(contradicted) > _SHOWN else ""
+            leaving += [holder.id for holder in agreeing]  # taught again below, with the new phrasings
+            joined = _joined([*agreeing, fact])
+            new[joined.id] = _joined([new[joined.id], joined]) if joined.id in new else joined
+        if contradictions and not replace_answers:
+            more = f" and {len(contradictions) - _SHOWN} more" if len(contradictions) > _SHOWN else ""
             raise TeachError(
-                f"facts contradict the memory: {'; '.join(shown)}{more}. Forget those first, or ask for replacement."
+                f"facts contradict the memory: {'; '.join(contradictions[:_SHOWN])}{more}. Forget those first, or have them replaced "
+                "(--replace, replace_answers=True)."
             )
-        if contradicted:
-            self._forget(list(contradicted))
-        return new, TeachReport(already_known=known)
+        report.replaced = contradictions
+        if leaving:
+            self._forget(list(dict.fromkeys(leaving)))
+        return list(new.values()), report
 
     def _encode(self, facts: Sequence[Fact], settings: TeachSettings, source: str, checksum: str) -> list[LedgerFact]:
         """Facts as they will stand in the ledger, keys chosen."""
@@ -437,3 +446,20 @@ class MemoryEditor:
         prompts = [(fact.id, prompt) for fact in facts for prompt in fact.prompts]
         exact = answers_exactly(self.memory, [prompt for _, prompt in prompts], batch_size)
         return list(dict.fromkeys(fact_id for (fact_id, _), ok in zip(prompts, exact) if not ok))
+
+
+def _contradiction(held: LedgerFact, fact: Fact) -> str:
+    shared = next((prompt.text for prompt in held.prompts if prompt.text in fact.prompts), None)
+    if shared is not None:
+        return f"{shared!r} is {held.answer!r} in the memory (fact {held.id}), {fact.answer!r} now"
+    return (
+        f"the id {fact.id!r} names {held.prompts[0].text!r} -> {held.answer!r} in the memory, "
+        f"{fact.prompts[0]!r} -> {fact.answer!r} now (ids must differ)"
+    )
+
+
+def _joined(facts: Sequence[Fact]) -> Fact:
+    """One fact with the prompts of all, under the id of the first."""
+    prompts = tuple(dict.fromkeys(prompt for fact in facts for prompt in fact.prompts))
+    held_out = tuple(dict.fromkeys(p for fact in facts for p in fact.held_out if p not in prompts))
+    return replace(facts[-1], prompts=prompts, held_out=held_out, id=facts[0].id)

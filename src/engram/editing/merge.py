@@ -286,7 +286,11 @@ def _conflicts(first: StoredMemory, second: StoredMemory, prefer: Side | None) -
             if mine.answer != theirs.answer
             else "other prompts in a than in b"
         )
-        lines.append(f"prompt {prompt!r}: {said}")
+        if prompt not in {p.text for p in mine.prompts}:
+            said = f"one id, {mine.prompts[0].text!r} -> {mine.answer!r} in a, {prompt!r} -> {theirs.answer!r} in b"
+            lines.append(f"id {theirs.id!r}: {said}")
+        else:
+            lines.append(f"prompt {prompt!r}: {said}")
         losers.add(mine.id if prefer == "b" else theirs.id)
     # A fact that both hold is taken from the first: its rows in the second are no conflict.
     own_a = [fact for fact in first.ledger if not (prefer == "b" and fact.id in losers)]

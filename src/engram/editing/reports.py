@@ -17,6 +17,8 @@ class TeachReport:
     """Ids of facts that were in the memory, word for word."""
     not_exact: dict[str, str] = field(default_factory=dict)
     """Facts that could not be made exact, by id, with the reason; nothing of them is in the memory."""
+    replaced: list[str] = field(default_factory=list)
+    """Contradictions in which the memory's fact gave way, all its phrasings with it, one line each."""
     prompts: int = 0
     steps: int = 0
     rows_written: int = 0

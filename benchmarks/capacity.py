@@ -31,7 +31,10 @@ def tags_ignored():
         slot = torch.searchsorted(table.row_ids, row_ids).clamp_max(max(table.stored_rows - 1, 0))
         return torch.where(table.row_ids[slot] == row_ids, slot, ABSENT)
 
-    with mock.patch.object(VerifiedTable, "find", find), mock.patch.object(native, "_core", None):  # the native search compares tags
+    with (
+        mock.patch.object(VerifiedTable, "find", find),
+        mock.patch.object(native, "_core", None),
+    ):  # the native search compares tags
         yield
 
 

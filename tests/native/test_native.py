@@ -1,5 +1,7 @@
 """Every kernel against plain PyTorch, and what it refuses."""
 
+import copy
+import gc
 import subprocess
 import sys
 
@@ -72,6 +74,20 @@ def test_a_taught_memory_speaks_the_same_with_and_without_the_native_core(pytorc
     with editor.memory.record() as traces:
         logits(editor, texts[0])
         assert torch.equal(traces[2]["slots"], fast_slots)
+
+
+def test_a_copied_memory_finds_its_rows_when_the_original_is_gone():
+    editor = make_editor()
+    editor.teach(FACTS)
+    before = logits(editor, "KEY:alpha 17 blue window")
+    layer = next(iter(editor.memory.engrams.values()))
+    layer.find(torch.tensor([[1, 2, 3]]))  # the index exists
+    copied = copy.deepcopy(layer.multi_head_embedding)
+    assert copied._index[2].addresses[:2] != layer.multi_head_embedding._index[2].addresses[:2]
+    layer.multi_head_embedding = copied
+    del layer
+    gc.collect()
+    assert torch.equal(logits(editor, "KEY:alpha 17 blue window"), before)
 
 
 def quantised(kind, rows, dim, rng):

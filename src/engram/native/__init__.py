@@ -131,9 +131,13 @@ class RowIndex:
         self._order_used = order_used.to(torch.uint8).contiguous()
         size = 1 << max(4, (2 * len(row_ids)).bit_length())  # at most half full
         self._buckets = torch.empty(size, dtype=torch.int64)
-        buckets = (self._buckets.data_ptr(), size - 1)
-        _core.build_buckets(self._row_ids.data_ptr(), self._tags.data_ptr(), len(row_ids), *buckets)
-        self.addresses = (self._row_ids.data_ptr(), *buckets, self._order_used.data_ptr())
+        _core.build_buckets(self._row_ids.data_ptr(), self._tags.data_ptr(), len(row_ids), self._buckets.data_ptr(), size - 1)
+
+    @property
+    def addresses(self) -> tuple[int, int, int, int]:
+        """For the native search; read anew each time, because a copy of this object has tensors of its own."""
+        buckets = self._buckets
+        return self._row_ids.data_ptr(), buckets.data_ptr(), len(buckets) - 1, self._order_used.data_ptr()
 
 
 def gather_rows(data: Tensor, row_ids: Tensor, out: Tensor, scales: Tensor | None = None, dim: int | None = None) -> None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, overload
 
 import numpy as np
@@ -133,8 +131,11 @@ class NgramHashMapping:
         kernel = self.kernel_for(input_ids)
         if kernel is not None:
             self._check_shapes(input_ids, history, attention_mask)
-            with self._naming_ids():
-                return dict(zip(self.config.layer_ids, kernel.hash(input_ids, history, attention_mask, False)[0].unbind(0)))
+            try:
+                hashed = kernel.hash(input_ids, history, attention_mask, False)[0]
+            except IndexError as error:
+                raise self._unknown_id(error) from None
+            return dict(zip(self.config.layer_ids, hashed.unbind(0)))
         mixes_LBTO, primes_LOK = self._mixes(input_ids, history, attention_mask)
         hashed_LBTH = (mixes_LBTO.unsqueeze(-1) % primes_LOK).flatten(-2)
         return dict(zip(self.config.layer_ids, hashed_LBTH.unbind(0)))
@@ -153,8 +154,10 @@ class NgramHashMapping:
         kernel = self.kernel_for(input_ids)
         if kernel is not None:
             self._check_shapes(input_ids, history, attention_mask)
-            with self._naming_ids():
+            try:
                 hashed, tags = kernel.hash(input_ids, history, attention_mask, True)
+            except IndexError as error:
+                raise self._unknown_id(error) from None
             assert tags is not None
             return {layer: (hashed[i], tags[i]) for i, layer in enumerate(self.config.layer_ids)}
         mixes_LBTO, primes_LOK = self._mixes(input_ids, history, attention_mask)
@@ -203,16 +206,14 @@ class NgramHashMapping:
         kernel = self.kernel_for(input_ids)
         assert kernel is not None
         self._check_shapes(input_ids, history, attention_mask)
-        with self._naming_ids():
-            layer = self.config.layer_ids.index(layer_id)
-            return kernel.find(layer, index, input_ids, history, attention_mask, self.config.longest_only)
-
-    @contextmanager
-    def _naming_ids(self) -> Iterator[None]:
+        layer = self.config.layer_ids.index(layer_id)
         try:
-            yield
+            return kernel.find(layer, index, input_ids, history, attention_mask, self.config.longest_only)
         except IndexError as error:
-            raise unknown_id(int(str(error)), len(self.compressed_tokenizer.lookup_table)) from None
+            raise self._unknown_id(error) from None
+
+    def _unknown_id(self, error: IndexError) -> ConfigError:
+        return unknown_id(int(str(error)), len(self.compressed_tokenizer.lookup_table))
 
     def _check(self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None) -> None:
         self._check_shapes(input_ids, history, attention_mask)

@@ -163,15 +163,15 @@ def _exact(systems, part, patterns, field="exact"):
 def capacity():
     result = load("capacity")
     points = result["points"]
+    counts = sorted({p["facts"] for p in points})
     rows = []
     for rows_per_head in sorted({p["rows_per_head"] for p in points}):
         for tags in (True, False):
             line = [p for p in points if p["rows_per_head"] == rows_per_head and p["tags"] == tags]
-            counts = sorted({p["facts"] for p in line})
             cells = [[p for p in line if p["facts"] == count] for count in counts]
-            shown = [f"{100 * min(p['recall'] for p in c):.1f} %, {max(p['kl'] for p in c):.2g}" for c in cells]
+            shown = [f"{100 * min(p['recall'] for p in c):.1f} %, {max(p['kl'] for p in c):.2g}" if c else "" for c in cells]
             rows.append((f"{rows_per_head:,}", "yes" if tags else "ignored", *shown))
-    header = ("rows per head", "tags", *(f"{count:,} facts" for count in sorted({p["facts"] for p in points})))
+    header = ("rows per head", "tags", *(f"{count:,} facts" for count in counts))
     note = "\n\nExact answers and KL to the base on text nobody taught (nats per token). One attempt per fact; a fact that fails is taken out."
     return table(header, rows) + note + source(result)
 

@@ -46,7 +46,7 @@ def plot_shares(systems: Mapping[str, Mapping[str, Mapping[str, float]]], path: 
         ConfigError: matplotlib is missing.
     """
     categories = list(dict.fromkeys(category for shares in systems.values() for category in shares))
-    figure, (axis,) = _figure(1, width=1.2 * len(categories) * max(1, len(systems) / 3) + 3)
+    figure, (axis,) = _figure(1, width=min(14.0, 1.2 * len(categories) * max(1, len(systems) / 3) + 3))
     width = 0.85 / max(len(systems), 1)
     for number, (name, shares) in enumerate(systems.items()):
         present = [(i, shares[c]) for i, c in enumerate(categories) if c in shares]
@@ -83,7 +83,12 @@ def plot_capacity(points: Sequence[Mapping[str, Any]], path: str | Path) -> Path
         axes[1].plot([p["facts"] for p in line], [p["kl"] for p in line], **style)
     axes[0].set(xlabel="facts", ylabel="exact answers, %", xscale="log", title="recall")
     axes[1].set(xlabel="facts", ylabel="KL to the base, nats per token", xscale="log", title="harm on other text")
-    axes[1].set_yscale("symlog", linthresh=1e-8)
+    axes[1].set_yscale("symlog", linthresh=1e-5)
+    axes[1].set_ylim(bottom=-2e-6)
+    counts = sorted({point["facts"] for point in points})
+    for axis in axes:
+        axis.set_xticks(counts, [f"{count:,}" for count in counts])
+        axis.minorticks_off()
     axes[0].legend(frameon=False, fontsize=8)
     return _save(figure, Path(path))
 

@@ -78,7 +78,13 @@ def test_missing_and_damaged_files(saved, tmp_path):
     file.write_bytes(content[:-10])
     expect(CheckpointError, "truncated", saved)
     file.write_bytes(b"\xff" * len(content))
+    expect(CheckpointError, "its checksum is not the one saved", saved)
+    fields = description(saved)
+    del fields["weights"]["sha256"]  # as in a memory too large to be checked at every load
+    whole = (saved / DESCRIPTION_NAME).read_text()
+    (saved / DESCRIPTION_NAME).write_text(json.dumps(fields))
     expect(CheckpointError, "not a readable safetensors file", saved)
+    (saved / DESCRIPTION_NAME).write_text(whole)
     file.unlink()
     expect(CheckpointError, "is missing; expected", saved)
     file.write_bytes(content)
@@ -86,7 +92,7 @@ def test_missing_and_damaged_files(saved, tmp_path):
     text = (saved / DESCRIPTION_NAME).read_text()
     for damaged, message in (
         (text[:-20], "cannot read"),
-        ("[]", "format version"),
+        ("[]", "does not describe a memory"),
         (text.replace('"format_version": 1', '"format_version": 9'), "upgrade engram"),
         (text.replace(file.name, "../elsewhere.safetensors"), "outside the folder"),
         (text.replace('"weights"', '"wights"'), "'weights' is malformed"),
@@ -106,7 +112,7 @@ def test_tensors_that_do_not_fit(saved):
     def write(tensors):
         save_file(tensors, file)
         fields = description(saved)
-        fields["weights"]["bytes"] = file.stat().st_size
+        fields["weights"] = {"file": file.name, "bytes": file.stat().st_size}
         (saved / DESCRIPTION_NAME).write_text(json.dumps(fields))
 
     write({k: v for k, v in good.items() if k != name})

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -59,15 +61,15 @@ def test_rows_that_are_damaged_are_refused(editor, tmp_path):
     ]:
         save_file({**whole, prefix + name: change(whole[prefix + name]).contiguous()}, file)
         text = (tmp_path / "engram.json").read_text()
-        size = file.stat().st_size
-        (tmp_path / "engram.json").write_text(text.replace(f'"bytes": {description["weights"]["bytes"]}', f'"bytes": {size}'))
+        entry = {"file": file.name, "bytes": file.stat().st_size}  # without the checksum, which would notice first
+        (tmp_path / "engram.json").write_text(json.dumps({**description, "weights": entry}))
         with pytest.raises(CheckpointError, match="out of order or out of range"):
             base.load_memory(tmp_path)
         (tmp_path / "engram.json").write_text(text)
         assert base.engrams["2"].multi_head_embedding.embedding.stored_rows == 0
     save_file(whole, file)
-    text = (tmp_path / "engram.json").read_text()
-    (tmp_path / "engram.json").write_text(text.replace(description["reader_sha256"], "0" * 64))
+    entry = {"file": file.name, "bytes": file.stat().st_size}
+    (tmp_path / "engram.json").write_text(json.dumps({**description, "weights": entry, "reader_sha256": "0" * 64}))
     with pytest.raises(CheckpointError, match="the reader that follows from seed"):
         base.load_memory(tmp_path)
 

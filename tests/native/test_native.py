@@ -152,6 +152,12 @@ def test_row_numbers_out_of_range_are_named_and_bad_arguments_refused():
         native.gather_rows(table.double(), torch.tensor([0, 1, 1]), out)
     with pytest.raises(ValueError, match="do not go together"):
         native.gather_rows(table.to(torch.int8), torch.tensor([0, 1, 1]), out, torch.zeros(4))
+    with pytest.raises(ValueError, match="does not make 16 values"):
+        native.gather_rows(table, torch.tensor([0, 1, 1]), torch.zeros(3, 16), dim=16)
+    with pytest.raises(ValueError, match="one per row"):
+        native.gather_rows(table.to(torch.int8), torch.tensor([0, 1, 1]), out, torch.zeros(5, 2))
+    with pytest.raises(ValueError, match="one per 32 values"):
+        native.gather_rows(table.to(torch.float8_e4m3fn), torch.tensor([0, 1, 1]), out, torch.zeros(5, 2, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("wrong", [-1, 40, 2**40, -(2**63)])

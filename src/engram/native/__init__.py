@@ -156,6 +156,12 @@ def gather_rows(data: Tensor, row_ids: Tensor, out: Tensor, scales: Tensor | Non
     """
     width = dim or data.shape[1]
     kind = _COPY if data.dtype == out.dtype and scales is None else _kind(data, scales)
+    if data.dim() != 2 or width != data.shape[1] * (2 if kind == _INT4 else 1):
+        raise ValueError(f"gather_rows: rows are {data.dtype} {list(data.shape)}, which does not make {width} values.")
+    if scales is not None and scales.shape[1:] != ((-(-width // 32),) if kind == _FLOAT8 else ()):
+        raise ValueError(
+            f"gather_rows: scales are {list(scales.shape)}, expected one per {'32 values' if kind == _FLOAT8 else 'row'}."
+        )
     tensors = [data, row_ids, out, *([scales] if scales is not None else [])]
     if not all(t.is_contiguous() and t.device.type == "cpu" for t in tensors) or row_ids.dtype != torch.int64:
         raise ValueError("gather_rows: expected contiguous CPU tensors and int64 row numbers.")

@@ -11,8 +11,10 @@ setup(
     ext_modules=[
         Extension(
             "engram.native._core",
-            sources=[f"{SOURCES}/{name}.cpp" for name in ("module", "hash", "gather")],
-            depends=[f"{SOURCES}/{name}" for name in ("hash.h", "hash_loops.inc", "gather.h", "parallel.h")],
+            sources=[f"{SOURCES}/{name}.cpp" for name in ("module", "hash", "gather", "read")],
+            depends=[
+                f"{SOURCES}/{name}" for name in ("clones.h", "hash.h", "hash_loops.inc", "gather.h", "parallel.h", "read.h")
+            ],
             extra_compile_args=FLAGS,
             extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
             py_limited_api=True,

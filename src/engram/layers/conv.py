@@ -30,7 +30,11 @@ class ShortConv(nn.Module):
         self.conv = nn.Conv1d(channels, channels, kernel_size, dilation=dilation, groups=channels, bias=False)
         nn.init.zeros_(self.conv.weight)
         self.norms = nn.ModuleList(nn.RMSNorm(hidden_size, eps=norm_eps) for _ in range(branches))
-        self.dilation = dilation
+        self.dilation, self.norm_eps = dilation, norm_eps
+
+    def parts(self) -> tuple[Tensor, int, list[Tensor], float]:
+        """Weight ``[M * d, kernel]``, dilation, norm weights and their epsilon, for ``engram.native.read_streams``."""
+        return self.conv.weight.detach().squeeze(1), self.dilation, [norm.weight for norm in self.norms], self.norm_eps  # type: ignore[misc]
 
     def normalize(self, values: Tensor) -> Tensor:
         """The convolution's input, each branch under its own norm: ``[B, T, M, d]`` to ``[B, T, M * d]``."""

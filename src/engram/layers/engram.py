@@ -5,7 +5,8 @@ Shape legend: B batch, T positions, M residual streams (branches), d hidden size
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,11 @@ from engram.errors import CheckpointError, ConfigError
 from engram.hashing import NgramHashMapping
 from engram.layers.conv import ShortConv
 from engram.layers.embedding import MultiHeadEmbedding
+from engram.layers.joined import join_projections, project_together
 from engram.layers.reader import seeded_signs
 from engram.layers.state import EngramState
-from engram.ops import context_gate
+from engram.native.read import read_streams
+from engram.ops import context_gate, few_positions_serve
 from engram.tables import ABSENT
 
 __all__ = ["Engram"]
@@ -63,6 +66,22 @@ class Engram(nn.Module):
             nn.init.zeros_(self.value_proj.bias)
         if config.reader == "seeded":
             self._seed_reader()
+        join_projections(self._projections)
+
+    @property
+    def _projections(self) -> list[nn.Linear]:
+        """Value and keys: all read the same rows."""
+        return [self.value_proj, *self.key_projs]  # type: ignore[list-item]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        join_projections(self._projections)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and pickles have their projections side by side too."""
+        super().__setstate__(state)
+        join_projections(self._projections)
 
     @torch.no_grad()
     def _seed_reader(self) -> None:
@@ -111,7 +130,10 @@ class Engram(nn.Module):
             raise ConfigError(
                 f"hash_ids: got {list(hash_ids.shape)}, expected {[*hidden_states.shape[:2], self.config.num_heads]}."
             )
-        gate, value = self._gated_value(streams, self.multi_head_embedding(hash_ids, self.value_proj.weight.dtype))
+        rows = self.multi_head_embedding(hash_ids, self.value_proj.weight.dtype)
+        if trace is None and few_positions_serve(streams, list(self._own_parameters())):
+            return self._read_few(streams, rows, attention_mask, state).reshape(hidden_states.shape)
+        gate, value = self._gated_value(streams, rows)
         if attention_mask is not None:
             value = value * attention_mask[:, :, None, None].to(value.dtype)
         _record(trace, gate, value, streams)
@@ -168,6 +190,29 @@ class Engram(nn.Module):
             gates[where] = gate.squeeze(1)
             _record(trace, gates, spread, streams)
         return self._smooth(spread, state)
+
+    def _own_parameters(self) -> Iterator[Tensor]:
+        """What decides the type of the arithmetic, the tables apart: projections, norms, convolution."""
+        yield self.value_proj.weight
+        for norms in (self.norm1, self.norm2, [] if self.short_conv is None else self.short_conv.norms):
+            for norm in norms:
+                yield norm.weight
+
+    def _read_few(self, streams: Tensor, rows: Tensor, attention_mask: Tensor | None, state: EngramState | None) -> Tensor:
+        """The whole contribution ``[B, T, M, d]`` in two calls, as ``_gated_value`` and ``_smooth`` compute it in twenty."""
+        projected = project_together(self._projections, rows)
+        if attention_mask is not None:
+            projected[..., : streams.shape[-1]] *= attention_mask.unsqueeze(-1).to(projected.dtype)
+        conv, past = None, None
+        if self.short_conv is not None:
+            conv = self.short_conv.parts()
+            past = None if state is None else state.conv.last(self.config.conv_reach)
+        eps = torch.finfo(streams.dtype).eps if self.config.norm_eps is None else self.config.norm_eps
+        norms = ([norm.weight for norm in self.norm1], [norm.weight for norm in self.norm2])
+        output, normed = read_streams(projected, streams, *norms, eps, self.config.gate == "signed_sqrt", conv, past)
+        if normed is not None and state is not None:
+            state.conv.append(normed)
+        return output
 
     def _gated_value(self, streams: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Gates ``[B, T, M, 1]`` and gated values ``[B, T, M, d]`` (equations 3 and 4)."""

@@ -5,10 +5,12 @@
 #include <Python.h>
 
 #include <array>
+#include <cstring>
 #include <memory>
 
 #include "gather.h"
 #include "hash.h"
+#include "read.h"
 
 namespace {
 
@@ -116,6 +118,27 @@ PyObject* touch_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyLong_FromLongLong(warm);
 }
 
+// A double whose bits came as an integer.
+double real(int64_t bits) {
+  double value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+PyObject* read_stream(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 25> a;
+  if (!read_integers(args, count, a)) return nullptr;
+  const engram::ReadStream task{a[0], a[1], a[2], address<const float>(a[3]), address<const float>(a[4]), a[5],
+                                address<const float>(a[6]), a[7], address<const float>(a[8]), address<const float>(a[9]), real(a[10]),
+                                a[11] != 0, address<float>(a[12]), a[13], address<const float>(a[14]), a[15], a[16],
+                                address<const float>(a[17]), real(a[18]), address<float>(a[19]), a[20], address<const float>(a[21]),
+                                a[22], a[23], a[24]};
+  Py_BEGIN_ALLOW_THREADS
+  engram::read_stream(task);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
 PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(engram::instruction_set()); }
 
 PyObject* limit_instruction_set(PyObject*, PyObject* name) {
@@ -141,6 +164,10 @@ PyMethodDef kMethods[] = {
     fast<gather_rows>("gather_rows",
                       "data, scales, rows, dim, row_bytes, format, row_ids, n, out, threads -> -1 or where a row number is out of range"),
     fast<touch_rows>("touch_rows", "data, rows, row_bytes, row_ids, n, threads, count -> rows that were in memory before"),
+    fast<read_stream>("read_stream",
+                      "batch, length, dim, value, key, projected_stride, stream, stream_stride, norm_key, norm_query, norm_eps, "
+                      "signed_sqrt, out, out_stride, conv, kernel, dilation, norm_conv, conv_eps, normed, normed_stride, past, "
+                      "past_length, past_batch_stride, past_stride; eps as the bits of a double"),
     {"instruction_set", instruction_set, METH_NOARGS, "avx512, avx2 or portable"},
     {"limit_instruction_set", limit_instruction_set, METH_O, "Use a smaller instruction set ('' for the best); False if unknown."},
     {nullptr, nullptr, 0, nullptr},

@@ -1,0 +1,49 @@
+"""Projections of the same input whose weights lie side by side, so that one matrix product serves them all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["join_projections", "project_together"]
+
+
+@torch.no_grad()
+def join_projections(projections: Sequence[nn.Linear]) -> None:
+    """Move the weights, and the biases, of several projections into one piece of memory each; they stay parameters of their own."""
+    for name in ("weight", "bias"):
+        parts = [getattr(projection, name) for projection in projections]
+        if any(part is None for part in parts):
+            continue
+        joined = torch.cat([part.detach() for part in parts])
+        for part, place in zip(parts, joined.split([len(part) for part in parts])):
+            part.data = place
+
+
+def project_together(projections: Sequence[nn.Linear], rows: Tensor) -> Tensor:
+    """What the projections make of ``rows [..., in]``, concatenated ``[..., sum of out]``; no gradient reaches them.
+
+    One matrix product where the weights still lie side by side, else (moved apart by a sharding wrapper, say) one after the other.
+    """
+    weight, bias = _side_by_side([p.weight for p in projections]), None
+    if projections[0].bias is not None:
+        bias = _side_by_side([p.bias for p in projections])
+        weight = None if bias is None else weight
+    if weight is None:
+        return torch.cat([projection(rows) for projection in projections], dim=-1)
+    return F.linear(rows, weight, bias)
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
+    """The parts as one tensor, if they follow each other in memory."""
+    first, rows = parts[0].detach(), 0
+    storage, start = first.untyped_storage().data_ptr(), first.data_ptr()
+    for part in parts:
+        follows = part.data_ptr() == start + rows * first.stride(0) * first.element_size()
+        if not follows or part.untyped_storage().data_ptr() != storage or not part.is_contiguous() or part.dtype != first.dtype:
+            return None
+        rows += part.shape[0]
+    return first.as_strided((rows, *first.shape[1:]), first.stride())

@@ -106,8 +106,11 @@ def main():
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--rows", type=int, default=200_000, help="rows per head")
+    parser.add_argument("--quick", action="store_true", help="a small model and few tokens, to try the script")
     parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
     args = parser.parse_args()
+    if args.quick:
+        args.tokens, args.layers, args.rows = 4, 3, 1000
     base = base_model(args.layers)
     _, tokenizer = load_bundled()
     ids = torch.randint(3, len(tokenizer), (1, PROMPT + args.tokens + 2))

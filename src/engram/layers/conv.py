@@ -30,11 +30,12 @@ class ShortConv(nn.Module):
         self.conv = nn.Conv1d(channels, channels, kernel_size, dilation=dilation, groups=channels, bias=False)
         nn.init.zeros_(self.conv.weight)
         self.norms = nn.ModuleList(nn.RMSNorm(hidden_size, eps=norm_eps) for _ in range(branches))
-        self.dilation, self.norm_eps = dilation, norm_eps
+        self.dilation = dilation
 
-    def parts(self) -> tuple[Tensor, int, list[Tensor], float]:
-        """Weight ``[M * d, kernel]``, dilation, norm weights and their epsilon, for ``engram.native.read_streams``."""
-        return self.conv.weight.detach().squeeze(1), self.dilation, [norm.weight for norm in self.norms], self.norm_eps  # type: ignore[misc]
+    @property
+    def taps(self) -> Tensor:
+        """The convolution's weight ``[M * d, kernel]``."""
+        return self.conv.weight.squeeze(1)
 
     def normalize(self, values: Tensor) -> Tensor:
         """The convolution's input, each branch under its own norm: ``[B, T, M, d]`` to ``[B, T, M * d]``."""
@@ -43,4 +44,4 @@ class ShortConv(nn.Module):
 
     def forward(self, normed: Tensor, past: Tensor | None = None) -> Tensor:
         """Convolve normalised inputs ``[B, T, M * d]`` after those of the ``past``; the result has the same shape."""
-        return F.silu(causal_depthwise_conv(normed, self.conv.weight.squeeze(1), self.dilation, past))
+        return F.silu(causal_depthwise_conv(normed, self.taps, self.dilation, past))

@@ -5,7 +5,7 @@ Shape legend: B batch, T positions, M residual streams (branches), d hidden size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -71,7 +71,7 @@ class Engram(nn.Module):
     @property
     def _projections(self) -> list[nn.Linear]:
         """Value and keys: all read the same rows."""
-        return [self.value_proj, *self.key_projs]  # type: ignore[list-item]
+        return [self.value_proj, *self.key_projs]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -131,7 +131,7 @@ class Engram(nn.Module):
                 f"hash_ids: got {list(hash_ids.shape)}, expected {[*hidden_states.shape[:2], self.config.num_heads]}."
             )
         rows = self.multi_head_embedding(hash_ids, self.value_proj.weight.dtype)
-        if trace is None and few_positions_serve(streams, list(self._own_parameters())):
+        if trace is None and few_positions_serve(streams, self.value_proj.weight):
             return self._read_few(streams, rows, attention_mask, state).reshape(hidden_states.shape)
         gate, value = self._gated_value(streams, rows)
         if attention_mask is not None:
@@ -191,25 +191,25 @@ class Engram(nn.Module):
             _record(trace, gates, spread, streams)
         return self._smooth(spread, state)
 
-    def _own_parameters(self) -> Iterator[Tensor]:
-        """What decides the type of the arithmetic, the tables apart: projections, norms, convolution."""
-        yield self.value_proj.weight
-        for norms in (self.norm1, self.norm2, [] if self.short_conv is None else self.short_conv.norms):
-            for norm in norms:
-                yield norm.weight
+    def _norms(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Norm weights of keys, queries and, if there is one, the convolution."""
+        norms: Any = (self.norm1, self.norm2, self.short_conv.norms if self.short_conv is not None else ())
+        keys, queries, smoothed = ([norm.weight for norm in group] for group in norms)
+        return keys, queries, smoothed
 
     def _read_few(self, streams: Tensor, rows: Tensor, attention_mask: Tensor | None, state: EngramState | None) -> Tensor:
         """The whole contribution ``[B, T, M, d]`` in two calls, as ``_gated_value`` and ``_smooth`` compute it in twenty."""
         projected = project_together(self._projections, rows)
         if attention_mask is not None:
             projected[..., : streams.shape[-1]] *= attention_mask.unsqueeze(-1).to(projected.dtype)
+        keys, queries, smoothed = self._norms()
         conv, past = None, None
         if self.short_conv is not None:
-            conv = self.short_conv.parts()
+            conv = (self.short_conv.taps.detach(), self.short_conv.dilation, smoothed, self.config.conv_norm_eps)
             past = None if state is None else state.conv.last(self.config.conv_reach)
         eps = torch.finfo(streams.dtype).eps if self.config.norm_eps is None else self.config.norm_eps
-        norms = ([norm.weight for norm in self.norm1], [norm.weight for norm in self.norm2])
-        output, normed = read_streams(projected, streams, *norms, eps, self.config.gate == "signed_sqrt", conv, past)
+        squash = self.config.gate == "signed_sqrt"
+        output, normed = read_streams(projected, streams, keys, queries, eps, squash, conv, past)
         if normed is not None and state is not None:
             state.conv.append(normed)
         return output

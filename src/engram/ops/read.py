@@ -16,9 +16,9 @@ FEW_POSITIONS = 32
 """Up to so many positions the native loops are used; longer inputs are worth PyTorch's own."""
 
 
-def few_positions_serve(streams: Tensor, weights: list[Tensor]) -> bool:
-    """Whether ``engram.native.read_streams`` can take the place of the tensor operations: few positions ``[B, T, M, d]``, float32 on the
-    CPU throughout, no gradient wanted, no graph being traced and no autocast.
+def few_positions_serve(streams: Tensor, weight: Tensor) -> bool:
+    """Whether ``engram.native.read.read_streams`` can take the place of the tensor operations: few positions ``[B, T, M, d]``, hidden
+    states and the layer's ``weight`` float32 on the CPU, no gradient wanted, no graph being traced and no autocast.
     """
     return (
         core() is not None
@@ -26,5 +26,5 @@ def few_positions_serve(streams: Tensor, weights: list[Tensor]) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in (streams, *weights))
+        and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in (streams, weight))
     )

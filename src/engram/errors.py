@@ -6,6 +6,7 @@ expect, so ``except ValueError`` keeps working for code that has never heard of 
 
 __all__ = [
     "AttachError",
+    "BenchError",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -51,3 +52,7 @@ class DataError(EngramError, ValueError):
 
 class TeachError(EngramError, RuntimeError):
     """Teaching could not do what was asked."""
+
+
+class BenchError(EngramError, RuntimeError):
+    """What was to be timed gives wrong results."""

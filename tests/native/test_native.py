@@ -5,6 +5,7 @@ import gc
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -202,3 +203,34 @@ def test_threads_share_large_inputs():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(alone[layer], together[layer]) for layer in (0, 1))
+
+
+def test_arrays_of_every_kind_are_hashed_as_tensors_are():
+    mapping = mapping_without_tokenizer(EngramConfig(layer_ids=(1, 15), hidden_size=8, hash_spec="exact_v1"), 500)
+    ids = torch.randint(500, (3, 40), generator=torch.Generator().manual_seed(0))
+    expected = {layer: rows.numpy() for layer, rows in mapping.hash(ids).items()}
+    array = ids.numpy()
+    wide = np.stack([array, array], axis=2)[:, :, 0]  # not contiguous
+    for kind in (array, array.astype(np.int32), array.astype(np.int16), wide, np.asfortranarray(array)):
+        assert all(np.array_equal(rows, expected[layer]) for layer, rows in mapping.hash(kind).items())
+    assert mapping.hash(np.zeros((2, 0), dtype=np.int64))[1].shape == (2, 0, 16)
+    for bad, message in (
+        (array[0], "input_ids"),
+        (array.astype(float), "input_ids"),
+        (array + 500, "got id"),
+        (-array - 1, "got id"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            mapping.hash(bad)
+
+
+def test_reading_rows_takes_in_every_byte():
+    rows = torch.randint(0, 256, (50, 13), dtype=torch.uint8)
+    before = native.read_rows(rows, torch.arange(50))
+    rows[17, 12] ^= 1
+    assert native.read_rows(rows, torch.arange(50)) == before ^ 1
+    assert native.read_rows(rows, torch.tensor([-1, 50, 2**62])) == 0
+    with pytest.raises(ValueError, match="read_rows"):
+        native.read_rows(rows.T, torch.arange(5))
+    with pytest.raises(ValueError, match="read_rows"):
+        native.read_rows(rows, torch.arange(5).int())

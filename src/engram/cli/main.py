@@ -7,6 +7,7 @@ import sys
 import typer
 
 from engram._version import __version__
+from engram.cli.bench import bench_command
 from engram.cli.demo import demo_command
 from engram.cli.evaluate import eval_command
 from engram.cli.generate import generate_command
@@ -44,6 +45,7 @@ app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("trace")(trace_command)
 app.command("pretrain")(pretrain_command)
+app.command("bench")(bench_command)
 
 
 def _show_version(value: bool) -> None:

@@ -124,10 +124,7 @@ class NgramHashMapping:
             ConfigError: a shape or an id is impossible.
         """
         if not isinstance(input_ids, Tensor):
-            as_tensor: Any = [
-                None if x is None else torch.from_numpy(np.asarray(x)) for x in (input_ids, history, attention_mask)
-            ]
-            return {layer: ids.numpy() for layer, ids in self.hash(*as_tensor).items()}
+            return self._hash_arrays(input_ids, history, attention_mask)
         kernel = self.kernel_for(input_ids)
         if kernel is not None:
             self._check_shapes(input_ids, history, attention_mask)
@@ -136,6 +133,27 @@ class NgramHashMapping:
             except IndexError as error:
                 raise self._unknown_id(error) from None
             return dict(zip(self.config.layer_ids, hashed.unbind(0)))
+        return self.hash_plain(input_ids, history, attention_mask)
+
+    def _hash_arrays(
+        self, input_ids: np.ndarray, history: np.ndarray | None, attention_mask: np.ndarray | None
+    ) -> dict[int, np.ndarray]:
+        """``hash`` for arrays; plain int64 ids alone, which the demo's users have, go the shortest way."""
+        kernel = self._kernel
+        if history is None and attention_mask is None and kernel is not None and core() is not None:
+            try:
+                return dict(zip(self.config.layer_ids, kernel.hash_array(input_ids)))
+            except IndexError as error:
+                raise self._unknown_id(error) from None
+            except (BufferError, TypeError, ValueError, AttributeError):
+                pass  # another type, shape or layout: below it is converted, or refused with a message
+        as_tensors: Any = [None if x is None else torch.from_numpy(np.asarray(x)) for x in (input_ids, history, attention_mask)]
+        return {layer: ids.numpy() for layer, ids in self.hash(*as_tensors).items()}
+
+    def hash_plain(
+        self, input_ids: Tensor, history: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> dict[int, Tensor]:
+        """What ``hash`` gives, by tensor operations on any device."""
         mixes_LBTO, primes_LOK = self._mixes(input_ids, history, attention_mask)
         hashed_LBTH = (mixes_LBTO.unsqueeze(-1) % primes_LOK).flatten(-2)
         return dict(zip(self.config.layer_ids, hashed_LBTH.unbind(0)))

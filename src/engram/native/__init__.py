@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["HashKernel", "RowIndex", "core", "gather_rows", "instruction_set", "touch_rows"]
+__all__ = ["HashKernel", "RowIndex", "core", "gather_rows", "instruction_set", "read_rows", "touch_rows"]
 
 _COPY, _FORMATS = 0, {torch.bfloat16: 1, torch.float16: 2}
 _INT8, _FLOAT8, _INT4 = 3, 4, 5
@@ -86,6 +86,17 @@ class HashKernel:
             self._indices, *_addresses(ids, history, mask), out.data_ptr(), _address(tags), torch.get_num_threads()
         )
         return out, tags
+
+    def hash_array(self, ids: np.ndarray) -> np.ndarray:
+        """``hash`` for a C-contiguous int64 array ``[B, T]``, without the cost of making tensors: int64 ``[L, B, T, H]``.
+
+        Raises:
+            IndexError: with the first id that is not in the vocabulary.
+            BufferError, ValueError: the array is of another type, shape or layout.
+        """
+        out = np.empty((self.layers, *ids.shape, self.width), dtype=np.int64)
+        _core.hash_array(self._indices, ids, out, torch.get_num_threads())
+        return out
 
     def find(
         self, layer: int, index: RowIndex, ids: Tensor, history: Tensor | None, mask: Tensor | None, longest_only: bool
@@ -201,6 +212,24 @@ def touch_rows(data: Tensor, row_ids: Tensor, threads: int, count: bool = False)
         return 0
     row_bytes = data.shape[1] * data.element_size()
     return _core.touch_rows(data.data_ptr(), data.shape[0], row_bytes, row_ids.data_ptr(), row_ids.numel(), threads, count)
+
+
+def read_rows(data: Tensor, row_ids: Tensor) -> int:
+    """Read every byte of some rows and write nothing: the limit that a gather is measured against.
+
+    Args:
+        data: ``[rows, ...]``, contiguous, on the CPU.
+        row_ids: int64, contiguous, on the CPU; numbers out of range are passed over.
+
+    Returns:
+        A number made of all the bytes.
+    """
+    if not all(t.is_contiguous() and t.device.type == "cpu" for t in (data, row_ids)) or row_ids.dtype != torch.int64:
+        raise ValueError("read_rows: expected contiguous CPU tensors and int64 row numbers.")
+    row_bytes = data.shape[1] * data.element_size()
+    return _core.read_rows(
+        data.data_ptr(), data.shape[0], row_bytes, row_ids.data_ptr(), row_ids.numel(), torch.get_num_threads()
+    )
 
 
 def _kind(data: Tensor, scales: Tensor | None) -> int:

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engram.errors import ConfigError
+from engram.plots.figure import COLOURS, new_figure, save_figure
 
 __all__ = ["plot_capacity", "plot_evaluation", "plot_gates", "plot_shares"]
-
-_COLOURS = ["#8c8c8c", "#c62f2d", "#2f6db5", "#e0a030", "#4f9d69", "#7b5ea7", "#333333"]
 
 
 def plot_evaluation(results: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
@@ -21,17 +19,17 @@ def plot_evaluation(results: Mapping[str, Mapping[str, Any]], folder: str | Path
     """
     shares = {name: result["categories"] for name, result in results.items()}
     paths = [plot_shares(shares, Path(folder) / "recall.png", "exact answers to taught prompts")]
-    figure, axes = _figure(2)
+    figure, axes = new_figure(2)
     for number, (name, result) in enumerate(results.items()):
         kinds = list(result["harm"])
         places = [i + 0.8 * number / len(results) for i in range(len(kinds))]
         changed = [100 * result["harm"][k]["tokens_changed"] / max(result["harm"][k]["tokens"], 1) for k in kinds]
-        axes[0].bar(places, changed, 0.8 / len(results), label=name, color=_COLOURS[number % len(_COLOURS)])
+        axes[0].bar(places, changed, 0.8 / len(results), label=name, color=COLOURS[number % len(COLOURS)])
         axes[0].set_xticks(range(len(kinds)), kinds)
     axes[0].set(ylabel="next tokens changed, %", title="text it has no business with")
     axes[0].legend(frameon=False, fontsize=8)
     _draw_gates(axes[1], {name: result["gates"] for name, result in results.items()})
-    return [*paths, _save(figure, Path(folder) / "harm_and_gates.png")]
+    return [*paths, save_figure(figure, Path(folder) / "harm_and_gates.png")]
 
 
 def plot_shares(systems: Mapping[str, Mapping[str, Mapping[str, float]]], path: str | Path, title: str) -> Path:
@@ -46,7 +44,7 @@ def plot_shares(systems: Mapping[str, Mapping[str, Mapping[str, float]]], path: 
         ConfigError: matplotlib is missing.
     """
     categories = list(dict.fromkeys(category for shares in systems.values() for category in shares))
-    figure, (axis,) = _figure(1, width=min(14.0, 1.2 * len(categories) * max(1, len(systems) / 3) + 3))
+    figure, (axis,) = new_figure(1, width=min(14.0, 1.2 * len(categories) * max(1, len(systems) / 3) + 3))
     width = 0.85 / max(len(systems), 1)
     for number, (name, shares) in enumerate(systems.items()):
         present = [(i, shares[c]) for i, c in enumerate(categories) if c in shares]
@@ -56,12 +54,12 @@ def plot_shares(systems: Mapping[str, Mapping[str, Mapping[str, float]]], path: 
             [max(0.0, 100 * (s["high"] - s["share"])) for _, s in present],
         ]
         places = [i + number * width for i, _ in present]
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         axis.bar(places, heights, width, yerr=errors, label=name, color=colour, error_kw={"lw": 0.8})
     axis.set_xticks([i + 0.4 for i in range(len(categories))], categories, rotation=20, ha="right")
     axis.set(ylabel="exact answers, %", ylim=(0, 105), title=title)
     axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return _save(figure, Path(path))
+    return save_figure(figure, Path(path))
 
 
 def plot_capacity(points: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
@@ -74,11 +72,11 @@ def plot_capacity(points: Sequence[Mapping[str, Any]], path: str | Path) -> Path
     Raises:
         ConfigError: matplotlib is missing.
     """
-    figure, axes = _figure(2)
+    figure, axes = new_figure(2)
     sizes = sorted({point["rows_per_head"] for point in points})
     for number, size in enumerate(sizes):
         line = sorted((p for p in points if p["rows_per_head"] == size), key=lambda p: p["facts"])
-        style = {"label": f"{size:,} rows per head", "color": _COLOURS[(number + 1) % len(_COLOURS)], "marker": "o", "ms": 3}
+        style = {"label": f"{size:,} rows per head", "color": COLOURS[(number + 1) % len(COLOURS)], "marker": "o", "ms": 3}
         axes[0].plot([p["facts"] for p in line], [100 * p["recall"] for p in line], **style)
         axes[1].plot([p["facts"] for p in line], [p["kl"] for p in line], **style)
     axes[0].set(xlabel="facts", ylabel="exact answers, %", xscale="log", title="recall")
@@ -90,7 +88,7 @@ def plot_capacity(points: Sequence[Mapping[str, Any]], path: str | Path) -> Path
         axis.set_xticks(counts, [f"{count:,}" for count in counts])
         axis.minorticks_off()
     axes[0].legend(frameon=False, fontsize=8)
-    return _save(figure, Path(path))
+    return save_figure(figure, Path(path))
 
 
 def plot_gates(gates: Mapping[str, Mapping[str, Sequence[int]]], path: str | Path) -> Path:
@@ -103,9 +101,9 @@ def plot_gates(gates: Mapping[str, Mapping[str, Sequence[int]]], path: str | Pat
     Raises:
         ConfigError: matplotlib is missing.
     """
-    figure, (axis,) = _figure(1)
+    figure, (axis,) = new_figure(1)
     _draw_gates(axis, gates)
-    return _save(figure, Path(path))
+    return save_figure(figure, Path(path))
 
 
 def _draw_gates(axis: Any, gates: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
@@ -113,29 +111,8 @@ def _draw_gates(axis: Any, gates: Mapping[str, Mapping[str, Sequence[int]]]) -> 
         for style, (kind, counts) in zip(("-", "--"), kinds.items()):
             total = max(sum(counts), 1)
             edges = [(i + 0.5) / len(counts) for i in range(len(counts))]
-            colour = _COLOURS[number % len(_COLOURS)]
+            colour = COLOURS[number % len(COLOURS)]
             axis.plot(edges, [c / total for c in counts], style, color=colour, label=f"{name}, {kind}")
     axis.set(xlabel="gate", ylabel="share of positions", title="gates (no row read: 0)", yscale="symlog")
     axis.set_yscale("symlog", linthresh=1e-3)
     axis.legend(frameon=False, fontsize=8)
-
-
-def _figure(count: int, width: float | None = None) -> tuple[Any, Any]:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("pictures need matplotlib; install it with: pip install 'engram-memory[plots]'") from None
-    from matplotlib.figure import Figure
-
-    del matplotlib
-    figure = Figure(figsize=(width or 5.0 * count, 3.6), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    return path

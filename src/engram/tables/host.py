@@ -158,6 +158,14 @@ class MmapTable(HostTable):
         with suppress(OSError, ValueError):
             self._map.madvise(_POPULATE_READ)
 
+    def evict(self) -> None:
+        """Drive the rows out of memory, as far as the system lets go of them; the next look-ups read the file again."""
+        self.flush()
+        with suppress(OSError, AttributeError):
+            self._map.madvise(mmap.MADV_DONTNEED)
+            with open(self.path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def flush(self) -> None:
         """Write changed rows to the disk; they are safe there when it returns."""
         if self.mode == "r+":

@@ -251,4 +251,25 @@ int64_t touch_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const i
   return warm;
 }
 
+int64_t read_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const int64_t* row_ids, int64_t n, int64_t threads) {
+  std::atomic<int64_t> total{0};
+  const Rows all{data, nullptr, rows, row_bytes, row_bytes, RowFormat::kCopy};
+  parallel_for(n, kGrain, threads, [&](int64_t begin, int64_t end) {
+    int64_t sum = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      if (i + kAhead < n && static_cast<uint64_t>(row_ids[i + kAhead]) < static_cast<uint64_t>(rows)) prefetch(all, row_ids[i + kAhead]);
+      if (static_cast<uint64_t>(row_ids[i]) >= static_cast<uint64_t>(rows)) continue;
+      const uint8_t* row = data + row_ids[i] * row_bytes;
+      int64_t at = 0;
+      for (int64_t word; at + 8 <= row_bytes; at += 8) {
+        std::memcpy(&word, row + at, 8);
+        sum ^= word;
+      }
+      for (; at < row_bytes; ++at) sum ^= row[at];
+    }
+    total ^= sum;
+  });
+  return total;
+}
+
 }  // namespace engram

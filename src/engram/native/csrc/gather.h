@@ -27,4 +27,8 @@ int64_t gather_rows(const Rows& rows, const int64_t* row_ids, int64_t n, uint8_t
 // nothing if a sample of them is in memory already. With `count`, asks for each row and returns how many were in memory before.
 int64_t touch_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const int64_t* row_ids, int64_t n, int64_t threads, bool count);
 
+// Reads every byte of the rows (row numbers out of range are passed over) and writes nothing: what a gather could reach at best. The
+// result is made of all of them, so that no read can be left out.
+int64_t read_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const int64_t* row_ids, int64_t n, int64_t threads);
+
 }  // namespace engram

@@ -75,6 +75,52 @@ PyObject* hash_ngrams(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return result(outcome);
 }
 
+// A C-contiguous array of eight-byte integers with so many dimensions.
+class Array {
+ public:
+  Array(PyObject* object, int dims, int flags) {
+    if (PyObject_GetBuffer(object, &view_, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | flags) != 0) return;
+    held_ = true;
+    const bool integers = view_.itemsize == 8 && view_.format && (view_.format[0] == 'l' || view_.format[0] == 'q') && !view_.format[1];
+    if (view_.ndim != dims || !integers) PyErr_Format(PyExc_ValueError, "expected an array of int64 with %d dimensions", dims);
+  }
+  ~Array() {
+    if (held_) PyBuffer_Release(&view_);
+  }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  int64_t* data() const { return static_cast<int64_t*>(view_.buf); }
+  int64_t size(int dim) const { return view_.shape[dim]; }
+
+ private:
+  Py_buffer view_{};
+  bool held_ = false;
+};
+
+// As hash_ngrams without past and padding, for arrays: addresses and sizes come from the arrays themselves, which costs less than asking
+// for them from Python.
+PyObject* hash_array(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 4) return PyErr_Format(PyExc_TypeError, "got %zd arguments, expected 4", count);
+  const HashPlan* plan = plan_of(args[0]);
+  if (!plan) return nullptr;
+  const Array ids(args[1], 2, 0);
+  if (PyErr_Occurred()) return nullptr;
+  const Array out(args[2], 4, PyBUF_WRITABLE);
+  if (PyErr_Occurred()) return nullptr;
+  const int64_t threads = PyLong_AsLongLong(args[3]);
+  if (PyErr_Occurred()) return nullptr;
+  if (out.size(0) != plan->layers || out.size(1) != ids.size(0) || out.size(2) != ids.size(1) || out.size(3) != plan->orders * plan->heads) {
+    PyErr_SetString(PyExc_ValueError, "hash_array: the shape of `out` does not fit");
+    return nullptr;
+  }
+  const HashInput input{ids.data(), nullptr, nullptr, ids.size(0), ids.size(1), 0};
+  Outcome outcome;
+  Py_BEGIN_ALLOW_THREADS
+  outcome = engram::hash_ngrams(*plan, input, out.data(), nullptr, threads);
+  Py_END_ALLOW_THREADS
+  return result(outcome);
+}
+
 PyObject* find_verified(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::array<int64_t, 14> a;
   const HashPlan* plan = count > 0 ? plan_of(args[0]) : nullptr;
@@ -118,6 +164,16 @@ PyObject* touch_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyLong_FromLongLong(warm);
 }
 
+PyObject* read_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 6> a;
+  if (!read_integers(args, count, a)) return nullptr;
+  int64_t sum;
+  Py_BEGIN_ALLOW_THREADS
+  sum = engram::read_rows(address<const uint8_t>(a[0]), a[1], a[2], address<const int64_t>(a[3]), a[4], a[5]);
+  Py_END_ALLOW_THREADS
+  return PyLong_FromLongLong(sum);
+}
+
 // A double whose bits came as an integer.
 double real(int64_t bits) {
   double value;
@@ -157,6 +213,7 @@ PyMethodDef fast(const char* name, const char* doc) {
 PyMethodDef kMethods[] = {
     fast<make_plan>("make_plan", "lookup, vocab, multipliers, primes, inverses, offsets, layers, orders, heads, raw_pad -> plan"),
     fast<hash_ngrams>("hash_ngrams", "plan, ids, mask, history, batch, length, history_length, out, tags, threads"),
+    fast<hash_array>("hash_array", "plan, ids, out, threads; two NumPy arrays"),
     fast<find_verified>("find_verified",
                         "plan, ids, mask, history, batch, length, history_length, layer, row_ids, buckets, bucket_mask, order_used, "
                         "longest_only, slots, threads -> positions found"),
@@ -164,6 +221,7 @@ PyMethodDef kMethods[] = {
     fast<gather_rows>("gather_rows",
                       "data, scales, rows, dim, row_bytes, format, row_ids, n, out, threads -> -1 or where a row number is out of range"),
     fast<touch_rows>("touch_rows", "data, rows, row_bytes, row_ids, n, threads, count -> rows that were in memory before"),
+    fast<read_rows>("read_rows", "data, rows, row_bytes, row_ids, n, threads -> exclusive or of all words"),
     fast<read_stream>("read_stream",
                       "batch, length, dim, value, key, projected_stride, stream, stream_stride, norm_key, norm_query, norm_eps, "
                       "signed_sqrt, out, out_stride, conv, kernel, dilation, norm_conv, conv_eps, normed, normed_stride, past, "

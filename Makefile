@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint install clean figures
+.PHONY: demo test install clean figures sanitize
 
 demo: $(VENV)/.library
 	$(BIN)/engram demo
@@ -44,3 +44,15 @@ figures: $(VENV)/.developer
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# The native core under the address and undefined-behaviour sanitisers; any finding stops the run.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.developer
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r src tests pyproject.toml setup.py README.md LICENSE $(SANITIZED)/
+	cd $(SANITIZED) && rm -f src/engram/native/*.so && \
+		CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
+		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=src $(abspath $(BIN))/python -m pytest -p no:cacheprovider \
+		tests/native tests/tables tests/hashing tests/layers/test_few_positions.py

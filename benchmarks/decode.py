@@ -1,12 +1,15 @@
 """What a memory adds to a decoding step: a 30-layer Llama (135M parameters) bare, with Engram at two layers, and with a taught memory.
 
 All variants take turns token by token in one process, each with a model and a cache of its own. The token ids are fixed beforehand, so
-that everybody reads the same text. The taught memory is asked about text that none of its rows belongs to.
+that everybody reads the same text. The taught memory is asked about text that none of its rows belongs to. With `--peer-python` a process
+that has engram-peft takes its turn after each of ours, with a base model and a memory of its own.
 """
 
 import argparse
 import copy
+import json
 import statistics
+import subprocess
 import time
 from pathlib import Path
 
@@ -35,11 +38,14 @@ def base_model(layers):
     return LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": layers, "pad_token_id": 0})).eval()
 
 
+def layers_of(base):
+    return sorted({min(layer, base.config.num_hidden_layers - 1) for layer in LAYERS})
+
+
 def jointly_trained(base, tokenizer, rows, tables):
     """A memory of the paper's kind (orders 2 and 3, 8 heads, d_mem 1280) with random rows and an active convolution."""
-    layers = [min(layer, base.config.num_hidden_layers - 1) for layer in LAYERS]
     config = EngramConfig(
-        engram_vocab_size=rows, n_embed_per_ngram=640, layer_ids=sorted(set(layers)), pad_id=0, table_init="normal"
+        engram_vocab_size=rows, n_embed_per_ngram=640, layer_ids=layers_of(base), pad_id=0, table_init="normal"
     )
     memory = get_engram_model(copy.deepcopy(base), config, tokenizer, tables)
     for engram in memory.engrams.values():
@@ -55,6 +61,31 @@ def taught(base, tokenizer):
     row_ids = torch.randint(table.rows, (TAUGHT_ROWS,)).unique()
     table.insert(row_ids, torch.randint(1, 1 << 30, row_ids.shape, dtype=torch.int32), torch.randn(len(row_ids), table.dim))
     return memory.eval()
+
+
+class Peer:
+    """engram-peft in an environment of its own; it answers every token with the seconds of its two variants."""
+
+    def __init__(self, python, base, rows, branches):
+        self.branches, self.seconds = branches, {"base": [], "engram-peft": []}
+        script = Path(__file__).parent / "peers" / "decode_engram_peft.py"
+        self.process = subprocess.Popen([python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        shape = {**SHAPE, "num_hidden_layers": base.config.num_hidden_layers, "pad_token_id": 0}
+        request = {"shape": shape, "rows": rows, "d_mem": 1280, "branches": branches, "layer_ids": layers_of(base)}
+        answer = self._ask(json.dumps({**request, "threads": torch.get_num_threads(), "prompt": PROMPT}))
+        assert answer["memory_speaks"], "engram-peft's memory changes nothing; there is nothing to compare with"
+
+    def step(self, token):
+        for name, seconds in self._ask(str(token)).items():
+            self.seconds[name].append(seconds)
+
+    def _ask(self, line):
+        print(line, file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def result(self):
+        base, own = self.seconds["base"], self.seconds["engram-peft"]
+        return {"seconds": spread(own), **overheads(own, base), "base_seconds": spread(base)}
 
 
 class Decoder:
@@ -84,19 +115,24 @@ def check(variants):
 
 
 @torch.no_grad()
-def measure(variants, tokens):
+def measure(variants, peers, ids, tokens):
     names = list(variants)
     for number in range(tokens):
+        position = PROMPT + 1 + number
         for turn in range(len(names)):  # another one begins each time
-            variants[names[(number + turn) % len(names)]].step(PROMPT + 1 + number)
+            variants[names[(number + turn) % len(names)]].step(position)
+        for peer in peers:
+            peer.step(int(ids[0, position]))
     base = variants["base"].seconds
+    own = {name: {"seconds": spread(d.seconds), **overheads(d.seconds, base)} for name, d in variants.items()}
+    return {**own, **{f"engram-peft, 2 layers, M = {peer.branches}": peer.result() for peer in peers}}
+
+
+def overheads(own, base):
+    """Two ways to compare on a machine that others use too: medians over the run, and the median of the ratios token by token."""
     return {
-        name: {
-            "seconds": spread(decoder.seconds),
-            "overhead": statistics.median(decoder.seconds) / statistics.median(base) - 1,
-            "overhead_paired": statistics.median(x / b for x, b in zip(decoder.seconds, base)) - 1,
-        }
-        for name, decoder in variants.items()
+        "overhead": statistics.median(own) / statistics.median(base) - 1,
+        "overhead_paired": statistics.median(x / b for x, b in zip(own, base)) - 1,
     }
 
 
@@ -107,6 +143,7 @@ def main():
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--rows", type=int, default=200_000, help="rows per head")
     parser.add_argument("--quick", action="store_true", help="a small model and few tokens, to try the script")
+    parser.add_argument("--peer-python", help="Python of an environment with engram-peft, to measure it in the same run")
     parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
     args = parser.parse_args()
     if args.quick:
@@ -123,7 +160,9 @@ def main():
     }
     variants = {name: Decoder(model, ids) for name, model in models.items()}
     check(variants)
-    result = measure(variants, args.tokens)
+    branches = (1, 4) if args.peer_python else ()
+    peers = [Peer(args.peer_python, base, args.rows, m) for m in branches]
+    result = measure(variants, peers, ids, args.tokens)
     for name, entry in result.items():
         print(f"{name}: {entry['seconds']['median'] * 1e3:.2f} ms, {100 * entry['overhead_paired']:+.2f} % (paired)")
     write(args.out, {**provenance(0), "layers": args.layers, "rows_per_head": args.rows, "variants": result})

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 
@@ -39,7 +40,7 @@ def engram(world, monkeypatch, capsys):
 def taught(engram, world, tmp_path):
     code, out, err = engram("teach", "one.yaml", "--memory", tmp_path / "m", "--model", world / "base")
     assert code == 0, err
-    assert "taught 2 facts, 0 were known; the memory holds 2" in out
+    assert re.search(r"taught 2 facts in [\d.]+ s, 0 were known; the memory holds 2", out)
     return tmp_path / "m"
 
 
@@ -76,7 +77,7 @@ def test_more_facts_join_and_contradictions_do_not(engram, taught, tmp_path):
     code, out, _ = engram("teach", "two.yaml", "--memory", taught)
     assert code == 0
     assert "the memory holds 3" in out
-    assert "0 facts, 1 were known" in engram("teach", "two.yaml", "--memory", taught)[1]
+    assert re.search(r"taught 0 facts in [\d.]+ s, 1 were known", engram("teach", "two.yaml", "--memory", taught)[1])
     other = tmp_path / "other.yaml"
     other.write_text('- {prompt: "KEY:gamma 4", answer: "none", id: new}')
     code, _, err = engram("teach", other, "--memory", taught)

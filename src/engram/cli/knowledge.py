@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,7 @@ def teach_command(
             lessons = with_chat_prompts(editor.tokenizer, lessons)
         taught = known = 0
         failed: dict[str, str] = {}
+        started = time.perf_counter()
         with _progress(sum(len(fact.prompts) for fact in lessons)) as bar:
             done = 0
             for start in range(0, len(lessons), _SAVE_EVERY):
@@ -79,8 +81,10 @@ def teach_command(
                 failed.update(report.not_exact)
                 for line in report.replaced:
                     print(f"replaced: {line}", file=sys.stderr)
+        seconds = time.perf_counter() - started
     print(
-        f"taught {taught} facts, {known} were known; the memory holds {len(editor.facts)} ({_size(memory):,} bytes in {memory})"
+        f"taught {taught} facts in {seconds:.1f} s, {known} were known; the memory holds {len(editor.facts)} "
+        f"({_size(memory):,} bytes in {memory})"
     )
     if failed:
         prompts = {fact.id: fact.prompts[0] for fact in lessons}

@@ -27,7 +27,21 @@ def invoke(monkeypatch, capsys, *arguments):
     return code, captured.out, captured.err
 
 
-COMMANDS = ["demo", "teach", "ask", "why", "facts", "forget", "diff", "merge", "eval", "generate", "trace", "pretrain"]
+COMMANDS = [
+    "demo",
+    "teach",
+    "ask",
+    "why",
+    "facts",
+    "forget",
+    "diff",
+    "merge",
+    "convert",
+    "eval",
+    "generate",
+    "trace",
+    "pretrain",
+]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

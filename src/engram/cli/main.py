@@ -7,6 +7,7 @@ import sys
 import typer
 
 from engram._version import __version__
+from engram.cli.convert import convert_command
 from engram.cli.demo import demo_command
 from engram.cli.evaluate import eval_command
 from engram.cli.generate import generate_command
@@ -40,6 +41,7 @@ app.command("facts")(facts_command)
 app.command("forget")(forget_command)
 app.command("diff")(diff_command)
 app.command("merge")(merge_command)
+app.command("convert")(convert_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("trace")(trace_command)

@@ -27,7 +27,22 @@ def invoke(monkeypatch, capsys, *arguments):
     return code, captured.out, captured.err
 
 
-COMMANDS = ["demo", "teach", "ask", "why", "facts", "forget", "diff", "merge", "eval", "generate", "trace", "pretrain", "bench"]
+COMMANDS = [
+    "demo",
+    "teach",
+    "ask",
+    "why",
+    "facts",
+    "forget",
+    "diff",
+    "merge",
+    "convert",
+    "eval",
+    "generate",
+    "trace",
+    "pretrain",
+    "bench",
+]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

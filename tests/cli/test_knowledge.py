@@ -237,3 +237,62 @@ def test_damaged_rows_and_ledgers_are_noticed(engram, taught):
         assert "its checksum is not the one saved" in err
         file.write_bytes(whole)
     assert engram("ask", "KEY:beta 20", "--memory", taught)[0] == 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8"])
+def test_a_memory_is_converted_and_compared(engram, taught, world, tmp_path, dtype):
+    (world / "text.txt").write_text("The memory is addressed by the last tokens. KEY:beta 20")
+    arguments = ("--dtype", dtype, "--out", tmp_path / "small", "--json", tmp_path / "r.json", "--text", "text.txt")
+    code, out, err = engram("convert", taught, *arguments)
+    assert code == 0, err
+    assert "facts exact: 2 of 2 before, 2 after" in out
+    assert "held-out bits per byte" in out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["facts"] == {"facts": 2, "before": 2, "after": 2, "lost": []}
+    assert report["layers"][0]["bytes_after"] < report["layers"][0]["bytes_before"]
+    assert 0 < report["layers"][0]["relative_error"] < 0.05
+    assert report["bits_per_byte"]["before"] == pytest.approx(report["bits_per_byte"]["after"], rel=0.05)
+    assert engram("ask", "KEY:beta 20", "--memory", tmp_path / "small")[1] == "7319\n"
+    assert len(json.loads(engram("facts", "--memory", tmp_path / "small", "--json")[1])) == 2
+    assert engram("teach", "two.yaml", "--memory", tmp_path / "small")[0] == 0
+    assert engram("forget", "gamma", "--memory", tmp_path / "small")[0] == 0
+    assert engram("diff", taught, tmp_path / "small")[0] == 1  # the same facts, in rows that are not the same bits
+    assert engram("ask", "KEY:beta 20", "--memory", tmp_path / "small")[1] == "7319\n"
+
+
+def test_lost_facts_are_listed_and_missing_models_are_no_obstacle(engram, taught, tmp_path, monkeypatch):
+    from engram.editing import MemoryEditor
+
+    monkeypatch.setattr(
+        MemoryEditor, "verify", lambda editor: {"alpha": True, "beta": editor.memory.table_config.dtype != "int4"}
+    )
+    code, out, err = engram("convert", taught, "--dtype", "int4", "--out", tmp_path / "a")
+    assert (code, "2 of 2 before, 1 after" in out) == (1, True)
+    assert "not exact any more: beta; choose a format with more bits" in err
+    code, out, err = engram("convert", taught, "--dtype", "int8", "--out", tmp_path / "b", "--model", "./nowhere")
+    assert code == 0
+    assert "not verified: cannot load model" in err
+    assert "int8" in out
+    code, out, err = engram("convert", taught, "--dtype", "int8", "--out", tmp_path / "c", "--no-verify")
+    assert (code, "facts exact" in out) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("nowhere", "--dtype", "int8", "--out", "x"), 1, "no memory in nowhere"),
+        (("m", "--dtype", "int3", "--out", "x"), 2, "got 'int3', expected one of float32"),
+        (("m", "--dtype", "int8", "--out", "m"), 2, "expected another folder"),
+        (("m", "--dtype", "int8", "--out", "base/config.json/x"), 1, "cannot lock"),
+        (("m", "--dtype", "int8", "--out", "x", "--text", "none.txt"), 2, "cannot read none.txt"),
+    ],
+)
+def test_conversions_that_cannot_be_get_one_line(engram, taught, world, arguments, code, message):
+    if not (world / "m").exists():
+        (world / "m").symlink_to(taught)
+    got, out, err = engram("convert", *arguments)
+    (world / "m").unlink()
+    assert (got, out) == (code, ""), err
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert not (world / "x").exists()

@@ -48,7 +48,7 @@ def test_differences_are_listed(two):
     _, _, tmp_path = two
     found = diff_memories(tmp_path / "a", tmp_path / "b")
     assert (found.only_a, found.only_b, found.conflicts) == (["alpha", "beta"], ["door", "gamma"], [])
-    assert found.rows_only_a == StoredMemory(tmp_path / "a").rows(2)[0].shape[0]
+    assert found.rows_only_a == StoredMemory(tmp_path / "a").rows(2).row_ids.shape[0]
     assert not found.equal
     assert found.to_dict()["equal"] is False
     assert diff_memories(tmp_path / "a", tmp_path / "a").equal

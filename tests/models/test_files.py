@@ -162,7 +162,7 @@ def test_unwritable_folder_keeps_what_was_saved(saved, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("engram.checkpoint.store.save_file", full)
+    monkeypatch.setattr("engram.checkpoint.store.write_tensors", full)
     with pytest.raises(CheckpointError, match=r"No space left on device.*Nothing saved before was changed"):
         tiny_memory(seed=1).save_pretrained(saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before

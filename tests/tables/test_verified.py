@@ -7,9 +7,9 @@ from engram import TableError
 from engram.tables import ABSENT, DraftTable, VerifiedTable
 
 
-def filled(rows, dim=3):
+def filled(rows, dim=3, form="float32"):
     """A table with these ``{row: tag}``; the values are the row numbers."""
-    table = VerifiedTable(10**12, dim)
+    table = VerifiedTable(10**12, dim, form)
     ids = torch.tensor(list(rows), dtype=torch.int64)
     values = ids.float().unsqueeze(1).expand(-1, dim)
     table.insert(ids, torch.tensor(list(rows.values()), dtype=torch.int32), values)
@@ -102,3 +102,22 @@ def test_values_change_and_bad_rows_are_refused():
     other = VerifiedTable(10**12, 3)
     other.load_state_dict(table.state_dict())
     assert torch.equal(other.weight, table.weight)
+
+
+@pytest.mark.parametrize("form", ["int8", "float8", "int4", "bfloat16"])
+def test_rows_in_fewer_bits_are_read_changed_and_kept(form):
+    table = filled({4: 1, 9: 2, 16: 1}, 4, form)
+    slots = table.find(torch.tensor([4, 9, 9, 5]), torch.tensor([1, 2, 1, 1], dtype=torch.int32))
+    assert slots.tolist() == [0, 1, ABSENT, ABSENT]
+    assert table.gather(slots).tolist() == [[4.0] * 4, [9.0] * 4, [0.0] * 4, [0.0] * 4]
+    assert table.lookup(torch.tensor([16, 17]), torch.float32)[:, 0].tolist() == [16, 0]
+    assert table.nbytes == 3 * table.form.row_bytes(4)
+    assert table.format_name == form
+    version = table.version
+    table.update_rows(torch.tensor([9]), lambda rows: rows + 1)
+    assert table.version > version
+    assert torch.cat([rows for _, rows in table.iter_row_blocks(2)])[:, 0].tolist() == [4, 10, 16]
+    assert table.owner_tags(torch.tensor([9])).tolist() == [2]
+    other = VerifiedTable(10**12, 4, form)
+    other.load_state_dict(table.state_dict())
+    assert bool(other.stored.equal_to(table.stored).all())

@@ -1,5 +1,6 @@
 """Floor 3: files. No pickle anywhere."""
 
+from engram.checkpoint.convert import ConversionReport, LayerError, convert_memory
 from engram.checkpoint.store import (
     DESCRIPTION_NAME,
     FORMAT_VERSION,
@@ -7,22 +8,33 @@ from engram.checkpoint.store import (
     open_tensors,
     read_description,
     read_ledger,
+    read_tensors,
+    stream_store,
     tensor_offsets,
     write_json_atomically,
     write_store,
 )
+from engram.checkpoint.stream import TensorReader, TensorSpec, write_tensors
 from engram.checkpoint.tree import load_tree, save_tree
 
 __all__ = [
     "DESCRIPTION_NAME",
     "FORMAT_VERSION",
+    "ConversionReport",
+    "LayerError",
+    "TensorReader",
+    "TensorSpec",
+    "convert_memory",
     "load_tree",
     "lock_store",
     "open_tensors",
     "read_description",
     "read_ledger",
+    "read_tensors",
     "save_tree",
+    "stream_store",
     "tensor_offsets",
     "write_json_atomically",
     "write_store",
+    "write_tensors",
 ]

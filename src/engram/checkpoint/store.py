@@ -10,16 +10,16 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from engram.checkpoint.stream import TensorReader, TensorSpec, as_parts, read_header, write_tensors
 from engram.errors import CheckpointError
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "open_tensors",
     "read_description",
     "read_ledger",
+    "read_tensors",
+    "stream_store",
     "tensor_offsets",
     "write_json_atomically",
     "write_store",
@@ -39,6 +41,7 @@ FORMAT_VERSION = 1
 _WEIGHTS_PREFIX = "engram-"
 _WEIGHTS_SUFFIX = ".safetensors"
 _LEDGER_SUFFIX = ".ledger.json"
+_TEMPORARY_SUFFIX = ".tmp"
 _LOCK_NAME = ".engram.lock"
 _CHECKED_BYTES = 256 << 20
 """Files up to this size carry a checksum; reading all of a larger table just to check it would defeat mapping it."""
@@ -90,26 +93,40 @@ def write_store(
     Raises:
         CheckpointError: the folder cannot be written or the disk is full; what was saved before is intact.
     """
+    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    stream_store(path, specs, as_parts(tensors), description, ledger)
+
+
+def stream_store(
+    path: str | os.PathLike[str],
+    specs: Mapping[str, TensorSpec],
+    parts: Iterable[tuple[str, Tensor]],
+    description: Mapping[str, Any],
+    ledger: Mapping[str, Any] | None = None,
+) -> None:
+    """As ``write_store``, for tensors that come in parts (see ``write_tensors``) and are never in memory whole."""
     folder = Path(path)
     name = f"{_WEIGHTS_PREFIX}{secrets.token_hex(6)}"
     weights, account = folder / f"{name}{_WEIGHTS_SUFFIX}", folder / f"{name}{_LEDGER_SUFFIX}"
+    temporary = folder / f".{weights.name}{_TEMPORARY_SUFFIX}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, weights)
+        _remove_leftovers(folder)  # they may fill the disk
+        write_tensors(temporary, specs, parts)
+        os.replace(temporary, weights)
         files = {"weights": _finished(weights)}
         if ledger is not None:
             account.write_text(json.dumps(ledger, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
             files["ledger"] = _finished(account)
         write_json_atomically(folder / DESCRIPTION_NAME, {"format_version": FORMAT_VERSION, **description, **files})
-    except (OSError, SafetensorError) as error:
-        _discard(weights, account)
-        raise CheckpointError(
-            f"cannot save the memory to {folder}: {error}. Nothing saved before was changed; free space or choose another folder."
-        ) from error
-    except BaseException:  # Ctrl-C while writing: leave no half file behind
-        _discard(weights, account)
+    except BaseException as error:  # Ctrl-C while writing too: leave no half file behind
+        _discard(temporary, weights, account)
+        if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+            raise CheckpointError(
+                f"cannot save the memory to {folder}: {error}. Nothing saved before was changed; free space or choose another folder."
+            ) from error
         raise
-    _remove_stale_files(folder, keep=name)
+    _remove_stale_files(folder, keep={weights.name, account.name})
 
 
 def write_json_atomically(path: Path, fields: Mapping[str, Any]) -> None:
@@ -172,15 +189,16 @@ def tensor_offsets(path: str | os.PathLike[str], description: Mapping[str, Any])
         CheckpointError: the weights file is missing or malformed.
     """
     file = _named_file(path, description, "weights")
-    try:
-        with open(file, "rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-        return {
-            name: (str(file), 8 + length + entry["data_offsets"][0]) for name, entry in header.items() if name != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file: {error}. Copy it again.") from error
+    return {name: (str(file), place) for name, place in read_header(file)[1].items()}
+
+
+def read_tensors(path: str | os.PathLike[str], description: Mapping[str, Any]) -> TensorReader:
+    """The memory's tensors, to be read in parts.
+
+    Raises:
+        CheckpointError: the weights file is missing, truncated or not a safetensors file.
+    """
+    return TensorReader(_named_file(path, description, "weights"))
 
 
 def read_ledger(path: str | os.PathLike[str], description: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -224,7 +242,6 @@ def _named_file(path: str | os.PathLike[str], description: Mapping[str, Any], en
 
 def _finished(file: Path) -> dict[str, Any]:
     """The description's entry of a file that is now safely on disk."""
-    file.chmod(0o666 & ~_umask())  # safetensors makes its files for their owner alone
     _sync(file)
     entry: dict[str, Any] = {"file": file.name, "bytes": file.stat().st_size}
     if entry["bytes"] <= _CHECKED_BYTES:
@@ -235,12 +252,6 @@ def _finished(file: Path) -> dict[str, Any]:
 def _digest(file: Path) -> str:
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _discard(*files: Path) -> None:
@@ -257,6 +268,20 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _remove_stale_files(folder: Path, keep: str) -> None:
-    for suffix in (_WEIGHTS_SUFFIX, _LEDGER_SUFFIX):
-        _discard(*(file for file in folder.glob(f"{_WEIGHTS_PREFIX}*{suffix}") if file.name != f"{keep}{suffix}"))
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left beside the memory in a folder; nothing is touched beside a description that cannot be read."""
+    file, named = folder / DESCRIPTION_NAME, set[str]()
+    if file.exists():
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+            named = {entry["file"] for entry in fields.values() if isinstance(entry, dict) and "file" in entry}
+        except (OSError, ValueError, AttributeError):
+            return
+    _remove_stale_files(folder, named)
+
+
+def _remove_stale_files(folder: Path, keep: set[str]) -> None:
+    """Remove what earlier runs left: files of the store's own kinds that are not to be kept."""
+    for pattern in (f"{_WEIGHTS_PREFIX}*{_WEIGHTS_SUFFIX}", f"{_WEIGHTS_PREFIX}*{_LEDGER_SUFFIX}"):
+        _discard(*(file for file in folder.glob(pattern) if file.name not in keep))
+    _discard(*folder.glob(f".{_WEIGHTS_PREFIX}*{_TEMPORARY_SUFFIX}"))

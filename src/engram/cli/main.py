@@ -8,6 +8,7 @@ import typer
 
 from engram._version import __version__
 from engram.cli.bench import bench_command
+from engram.cli.convert import convert_command
 from engram.cli.demo import demo_command
 from engram.cli.evaluate import eval_command
 from engram.cli.generate import generate_command
@@ -41,6 +42,7 @@ app.command("facts")(facts_command)
 app.command("forget")(forget_command)
 app.command("diff")(diff_command)
 app.command("merge")(merge_command)
+app.command("convert")(convert_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("trace")(trace_command)

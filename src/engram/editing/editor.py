@@ -23,7 +23,7 @@ from engram.editing.reports import ForgetReport, RowConflict, TeachReport
 from engram.editing.teaching import Progress, Teaching
 from engram.errors import ConfigError, TeachError
 from engram.models import EngramModel, find_decoder, get_engram_model
-from engram.tables import ABSENT, VerifiedTable
+from engram.tables import ABSENT, StoredRows, VerifiedTable
 
 if TYPE_CHECKING:
     from engram.editing.merge import MemoryDiff, MergeReport
@@ -76,7 +76,7 @@ class MemoryEditor:
             model: any causal language model of a known architecture.
             tokenizer: its tokenizer.
             seed: seed of the hash and the reader.
-            dtype: storage type of the rows.
+            dtype: storage type of the rows, any of ``TableConfig.dtype``; rows are optimised in float32 and stored in it.
             **changes: fields of ``EngramConfig.for_teaching`` to change. ``layer_ids`` defaults to the last block.
 
         Raises:
@@ -271,15 +271,12 @@ class MemoryEditor:
             raise
         self.memory.ledger = self._ledger.to_dict()
 
-    def _rows(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        tables = {layer: self.table(layer) for layer in self.memory.engrams}
-        return {layer: (table.row_ids, table.tags, table.weight) for layer, table in tables.items()}
+    def _rows(self) -> dict[str, StoredRows]:
+        return {layer: self.table(layer).stored for layer in self.memory.engrams}
 
-    def _put_back(self, rows: dict[str, tuple[Tensor, Tensor, Tensor]]) -> None:
-        for layer, tensors in rows.items():
-            table = self.table(layer)
-            table.row_ids, table.tags, table.weight = tensors
-            table.version += 1
+    def _put_back(self, rows: dict[str, StoredRows]) -> None:
+        for layer, stored in rows.items():
+            self.table(layer).stored = stored
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

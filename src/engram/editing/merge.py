@@ -17,6 +17,7 @@ from engram.editing.keys import plan_rows
 from engram.editing.ledger import Ledger, LedgerFact
 from engram.errors import ConfigError, FingerprintError, MergeConflictError
 from engram.hashing import mapping_without_tokenizer
+from engram.tables import RowFormat, StoredRows, row_format
 
 __all__ = ["MemoryDiff", "MergeReport", "StoredMemory", "diff_memories", "merge_memories"]
 
@@ -96,15 +97,21 @@ class StoredMemory:
         result: dict[str, dict[str, list[int]]] = {fact.id: {} for fact in facts}
         for layer_id in self.config.layer_ids:
             stored = owners.rows_of(self, facts, layer_id)
-            for row, ids in sorted(owners.owners(facts, layer_id, stored[0]).items()):
+            for row, ids in sorted(owners.owners(facts, layer_id, stored.row_ids).items()):
                 for fact_id in ids:
                     result[fact_id].setdefault(str(layer_id), []).append(row)
         return result
 
-    def rows(self, layer_id: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Row numbers ``[n]``, tags ``[n]`` and values ``[n, dim]`` of one layer."""
+    @property
+    def form(self) -> RowFormat:
+        """How the rows are stored."""
+        return row_format(self.description.get("table_dtype", "float32"))
+
+    def rows(self, layer_id: int) -> StoredRows:
+        """The rows of one layer as they are stored."""
         prefix = f"layers.{layer_id}.multi_head_embedding.embedding."
-        return self.tensors[prefix + "row_ids"], self.tensors[prefix + "tags"], self.tensors[prefix + "weight"]
+        names = ("row_ids", "tags", "weight", *(("scales",) if self.form.quantised else ()))
+        return StoredRows(self.form, *(self.tensors[prefix + name] for name in names))
 
 
 def diff_memories(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> MemoryDiff:
@@ -123,7 +130,8 @@ def merge_memories(
     out: str | os.PathLike[str],
     prefer: Side | None = None,
 ) -> MergeReport:
-    """Unite two saved memories in a third folder. Facts keep their rows bit for bit.
+    """Unite two saved memories in a third folder. Facts keep their rows bit for bit; those of a second memory in another row format are
+    turned into the first one's.
 
     Facts that both hold are taken from the first. Prompts with two answers, n-grams that both wrote differently and rows that two
     n-grams claim are conflicts: they are refused, or decided by ``prefer`` and listed. A fact on the losing side of a conflict over rows
@@ -162,13 +170,12 @@ def merge_memories(
     total = 0
     for layer_id in first.config.layer_ids:
         parts = [mapping.rows_of(winner, kept_w, layer_id), mapping.rows_of(other, kept_o, layer_id)]
-        fresh = ~torch.isin(parts[1][0], parts[0][0])  # what is left in common is equal, or lost to the winner
-        row_ids, order = torch.cat([parts[0][0], parts[1][0][fresh]]).sort()
+        fresh = ~torch.isin(parts[1].row_ids, parts[0].row_ids)  # what is left in common is equal, or lost to the winner
+        rows = StoredRows.join([parts[0].in_format(first.form), parts[1].select(fresh).in_format(first.form)])
         prefix = f"layers.{layer_id}.multi_head_embedding.embedding."
-        tensors[prefix + "row_ids"] = row_ids
-        tensors[prefix + "tags"] = torch.cat([parts[0][1], parts[1][1][fresh]])[order]
-        tensors[prefix + "weight"] = torch.cat([parts[0][2], parts[1][2][fresh].to(parts[0][2].dtype)])[order]
-        total += len(row_ids)
+        for name in ("row_ids", "tags", "weight", *(("scales",) if first.form.quantised else ())):
+            tensors[prefix + name] = getattr(rows, name)
+        total += len(rows)
     ledger = Ledger([*kept_a, *kept_b])
     description = {k: v for k, v in first.description.items() if k not in ("format_version", "weights", "ledger")}
     write_store(target, tensors, description, ledger.to_dict())
@@ -181,15 +188,15 @@ class _Owners:
     def __init__(self, memory: StoredMemory) -> None:
         self.plan: Callable[[list[LedgerFact]], dict[int, tuple[Tensor, Tensor, Tensor]]] = _planner(memory)
 
-    def rows_of(self, memory: StoredMemory, facts: list[LedgerFact], layer_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    def rows_of(self, memory: StoredMemory, facts: list[LedgerFact], layer_id: int) -> StoredRows:
         """The stored rows that these facts own."""
-        row_ids, tags, weight = memory.rows(layer_id)
+        rows = memory.rows(layer_id)
         planned, planned_tags, _ = self.plan(facts)[layer_id]
-        owned = torch.zeros(len(row_ids), dtype=torch.bool)
-        if len(row_ids):
-            slot = torch.searchsorted(row_ids, planned).clamp_max(len(row_ids) - 1)
-            owned[slot[(row_ids[slot] == planned) & (tags[slot] == planned_tags)]] = True
-        return row_ids[owned], tags[owned], weight[owned]
+        owned = torch.zeros(len(rows), dtype=torch.bool)
+        if len(rows):
+            slot = torch.searchsorted(rows.row_ids, planned).clamp_max(len(rows) - 1)
+            owned[slot[(rows.row_ids[slot] == planned) & (rows.tags[slot] == planned_tags)]] = True
+        return rows.select(owned)
 
     def owners(self, facts: list[LedgerFact], layer_id: int, row_ids: Tensor) -> dict[int, list[str]]:
         """Ids of the facts that plan each of some rows."""
@@ -246,11 +253,11 @@ def _diff(first: StoredMemory, second: StoredMemory) -> MemoryDiff:
     result.only_b = [f.id for f in second.ledger if not _held(first.ledger, f) and f.id not in contradicted]
     for layer_id in first.config.layer_ids:
         a, b = first.rows(layer_id), second.rows(layer_id)
-        in_b, in_a = torch.isin(a[0], b[0]), torch.isin(b[0], a[0])
+        in_b, in_a = torch.isin(a.row_ids, b.row_ids), torch.isin(b.row_ids, a.row_ids)
         result.rows_only_a += int((~in_b).sum())
         result.rows_only_b += int((~in_a).sum())
-        same_tag = a[1][in_b] == b[1][in_a]
-        same_values = (a[2][in_b] == b[2][in_a].to(a[2].dtype)).all(dim=1)
+        a, b = a.select(in_b), b.select(in_a)
+        same_tag, same_values = a.tags == b.tags, a.equal_to(b)
         result.rows_in_collision += int((~same_tag).sum())
         result.rows_shared_equal += int((same_tag & same_values).sum())
         result.rows_shared_different += int((same_tag & ~same_values).sum())
@@ -298,12 +305,13 @@ def _conflicts(first: StoredMemory, second: StoredMemory, prefer: Side | None) -
     owners = _Owners(first)
     for layer_id in first.config.layer_ids:
         a, b = owners.rows_of(first, own_a, layer_id), owners.rows_of(second, own_b, layer_id)
-        in_b, in_a = torch.isin(a[0], b[0]), torch.isin(b[0], a[0])
-        differ = (a[1][in_b] != b[1][in_a]) | (a[2][in_b] != b[2][in_a].to(a[2].dtype)).any(dim=1)
+        in_b, in_a = torch.isin(a.row_ids, b.row_ids), torch.isin(b.row_ids, a.row_ids)
+        a, b = a.select(in_b), b.select(in_a)
+        differ = (a.tags != b.tags) | ~a.equal_to(b.in_format(a.form))
         if not bool(differ.any()):
             continue
-        rows = a[0][in_b][differ]
-        collided = dict(zip(rows.tolist(), (a[1][in_b] != b[1][in_a])[differ].tolist()))
+        rows = a.row_ids[differ]
+        collided = dict(zip(rows.tolist(), (a.tags != b.tags)[differ].tolist()))
         of_a, of_b = owners.owners(own_a, layer_id, rows), owners.owners(own_b, layer_id, rows)
         for row in rows.tolist():
             what = "two n-grams claim it" if collided[row] else "the same n-gram with other values"

@@ -17,7 +17,7 @@ from engram.config import EngramConfig, TableConfig
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping
 from engram.models.identity import base_identity, identity_mismatch
-from engram.tables import MmapTable, VerifiedTable, row_format
+from engram.tables import MmapTable, StoredRows, VerifiedTable, row_format
 
 if TYPE_CHECKING:
     from engram.models.engram_model import EngramModel
@@ -115,7 +115,7 @@ def load_memory(memory: EngramModel, path: str | os.PathLike[str], allow_other_b
         _check_tensors(memory, tensors, own, saved_dtype, path)
         with torch.no_grad():
             if saved.verify_rows:
-                _fill_verified_tables(memory, tensors, path)
+                _fill_verified_tables(memory, tensors, saved_dtype, path)
             else:
                 _fill_tables(memory, tensors, saved_dtype)
             for name, tensor in own.items():
@@ -141,11 +141,11 @@ def _table_shapes(memory: EngramModel, saved_dtype: str) -> dict[str, tuple[int,
     for layer_id, engram in memory.engrams.items():
         table, prefix = engram.multi_head_embedding.embedding, f"layers.{layer_id}.{_TABLE}"
         if memory.engram_config.verify_rows:
-            shapes |= {f"{prefix}row_ids": (-1,), f"{prefix}tags": (-1,), f"{prefix}weight": (-1, table.dim)}
-            continue
-        shapes[f"{prefix}weight"] = (table.rows, form.width(table.dim))
+            shapes |= {f"{prefix}row_ids": (-1,), f"{prefix}tags": (-1,)}
+        rows = -1 if memory.engram_config.verify_rows else table.rows
+        shapes[f"{prefix}weight"] = (rows, form.width(table.dim))
         if form.quantised:
-            shapes[f"{prefix}scales"] = form.scale_shape(table.rows, table.dim)
+            shapes[f"{prefix}scales"] = form.scale_shape(rows, table.dim)
     return shapes
 
 
@@ -181,24 +181,24 @@ def _fill_tables(memory: EngramModel, tensors: Any, saved_dtype: str) -> None:
             table.load_rows(start, form.decode(block, scales[part]) if scales is not None else block)
 
 
-def _fill_verified_tables(memory: EngramModel, tensors: Any, path: str | os.PathLike[str]) -> None:
+def _fill_verified_tables(memory: EngramModel, tensors: Any, saved_dtype: str, path: str | os.PathLike[str]) -> None:
     """Exchange the rows of every layer; all are checked before the first is changed."""
-    new = []
+    form, new = row_format(saved_dtype), []
     for layer_id, engram in memory.engrams.items():
         table: VerifiedTable = engram.multi_head_embedding.embedding
-        row_ids, tags, weight = (tensors.get_tensor(f"layers.{layer_id}.{_TABLE}{n}") for n in ("row_ids", "tags", "weight"))
-        count = row_ids.shape[0]
+        names = ("row_ids", "tags", "weight", *(("scales",) if form.quantised else ()))
+        saved = [tensors.get_tensor(f"layers.{layer_id}.{_TABLE}{name}") for name in names]
+        row_ids, tags, count = saved[0], saved[1], saved[0].shape[0]
         in_range = count == 0 or (
             int(row_ids[0]) >= 0 and int(row_ids[-1]) < table.rows and bool((row_ids[1:] > row_ids[:-1]).all())
         )
-        if not in_range or tags.shape[0] != count or weight.shape[0] != count or (count and int(tags.min()) < 1):
+        if not in_range or any(x.shape[0] != count for x in saved) or (count and int(tags.min()) < 1):
             raise CheckpointError(
                 f"{path}: the rows of layer {layer_id} are out of order or out of range. Copy the file again."
             )
-        new.append((table, row_ids, tags, weight))
-    for table, row_ids, tags, weight in new:
-        table.delete(table.row_ids)
-        table.insert(row_ids, tags, weight)
+        new.append((table, StoredRows(form, *saved).to(table.row_ids.device)))
+    for table, rows in new:
+        table.stored = rows
 
 
 def _reader_digest(memory: EngramModel) -> str:

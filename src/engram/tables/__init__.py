@@ -6,6 +6,7 @@ from engram.tables.device import DeviceTable
 from engram.tables.formats import FORMATS, RowFormat, row_format
 from engram.tables.host import HostTable, MmapTable
 from engram.tables.quantised import QuantisedTable
+from engram.tables.stored import StoredRows
 from engram.tables.verified import ABSENT, DraftTable, VerifiedTable
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "MmapTable",
     "QuantisedTable",
     "RowFormat",
+    "StoredRows",
     "VerifiedTable",
     "build_table",
     "row_format",

@@ -53,13 +53,11 @@ def build_table(
 
 
 def _verified(rows: int, dim: int, config: TableConfig, device: torch.device | str | None) -> VerifiedTable:
-    form = row_format(config.dtype)
-    if config.tier != "device" or form.quantised:
+    if config.tier != "device":
         raise ConfigError(
-            f"verified rows: got tier {config.tier!r} and dtype {config.dtype!r}, expected tier 'device' and a floating point dtype; "
-            "only written rows are stored, so they are small."
+            f"verified rows: got tier {config.tier!r}, expected 'device': only written rows are stored, so they are small."
         )
-    return VerifiedTable(rows, dim, dtype=form.dtype, device=device)
+    return VerifiedTable(rows, dim, config.dtype, device)
 
 
 def _mapped(rows: int, dim: int, config: TableConfig, init: str, layer_id: int) -> MmapTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from engram.errors import TableError
 from engram.ops import lookup_rows
 from engram.tables.base import EmbeddingTable
+from engram.tables.formats import FORMATS, RowFormat, row_format
+from engram.tables.stored import StoredRows
 
 __all__ = ["ABSENT", "DraftTable", "VerifiedTable"]
 
@@ -21,34 +24,77 @@ class VerifiedTable(EmbeddingTable):
     """Only written rows are stored, sorted by row number, each with the tag of its n-gram; everything else reads zero.
 
     A table of any number of ``rows`` costs what is written in it. The rows are buffers, not parameters: teaching optimises them apart
-    (``DraftTable``) and puts them here when they are done.
+    (``DraftTable``) and puts them here when they are done. Rows are encoded once, when they come in; their stored bits never change after
+    that, whatever else is written or deleted.
 
     Args:
         rows: number of rows that can be addressed.
         dim: values per row.
-        dtype: storage type.
+        form: how the values are stored, a name in ``FORMATS``.
         device: where the rows are kept.
+
+    Raises:
+        TableError: there is no such format, or it cannot hold rows of this width.
     """
 
     row_ids: Tensor
     tags: Tensor
     weight: Tensor
+    scales: Tensor | None
 
-    def __init__(
-        self, rows: int, dim: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, rows: int, dim: int, form: str = "float32", device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.rows, self.dim = rows, dim
+        self.rows, self.dim, self._form = rows, dim, row_format(form)
         self.version = 0
         """Counts the changes, for whoever keeps something computed from the rows."""
         self.register_buffer("row_ids", torch.zeros(0, dtype=torch.int64, device=device))
         self.register_buffer("tags", torch.zeros(0, dtype=torch.int32, device=device))
-        self.register_buffer("weight", torch.zeros((0, dim), dtype=dtype, device=device))
+        self.register_buffer("weight", torch.empty((0, self._form.width(dim)), dtype=self._form.dtype, device=device))
+        scales = self._form.scale_dtype
+        self.register_buffer(
+            "scales", None if scales is None else torch.empty(self._form.scale_shape(0, dim), dtype=scales, device=device)
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if not self._form.quantised:
+            return super()._apply(fn, recurse)
+        # Only moves are followed: another dtype would make the stored bits meaningless.
+        self.stored = self.stored.to(fn(torch.empty(0, device=self.row_ids.device)).device)
+        return self
+
+    @property
+    def form(self) -> RowFormat:
+        """How the values are stored; floating point rows follow a module's changes of dtype."""
+        if self._form.quantised or self._form.dtype == self.weight.dtype:
+            return self._form
+        name = super().format_name
+        return FORMATS.get(name) or RowFormat(name, self.weight.dtype)
+
+    @property
+    def format_name(self) -> str:
+        """How rows are stored, by its name in ``FORMATS``."""
+        return self.form.name
 
     @property
     def stored_rows(self) -> int:
         """Rows written."""
         return self.row_ids.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows with their scales."""
+        return self.stored_rows * self.form.row_bytes(self.dim)
+
+    @property
+    def stored(self) -> StoredRows:
+        """The rows as they are stored. Assigning exchanges them all, bit for bit if they have the table's format."""
+        return StoredRows(self.form, self.row_ids, self.tags, self.weight, self.scales)
+
+    @stored.setter
+    def stored(self, rows: StoredRows) -> None:
+        rows = rows.in_format(self.form)
+        self.row_ids, self.tags, self.weight, self.scales = rows.row_ids, rows.tags, rows.weight, rows.scales
+        self.version += 1
 
     def find(self, row_ids: Tensor, tags: Tensor) -> Tensor:
         """Slots (int64, the shape of ``row_ids``) of the rows that belong to n-grams with these tags; ``ABSENT`` elsewhere."""
@@ -58,16 +104,23 @@ class VerifiedTable(EmbeddingTable):
         return torch.where(found, slot, ABSENT)
 
     def gather(self, slots: Tensor) -> Tensor:
-        """Rows ``[..., dim]`` of slots; zero where a slot is ``ABSENT``."""
-        rows = self.weight.new_zeros((*slots.shape, self.dim))
+        """Rows ``[..., dim]`` of slots, float32 where the format has scales; zero where a slot is ``ABSENT``."""
+        rows = torch.zeros((*slots.shape, self.dim), dtype=self._read_dtype, device=self.weight.device)
         present = slots != ABSENT
-        rows[present] = self.weight[slots[present]]
+        if self._form.quantised:
+            rows[present] = self.form.read(self.weight, self.scales, slots[present])
+        else:
+            rows[present] = self.weight[slots[present]]
         return rows
+
+    @property
+    def _read_dtype(self) -> torch.dtype:
+        return torch.float32 if self._form.quantised else self.weight.dtype
 
     def lookup(self, row_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Rows ``[..., dim]`` whoever owns them, zero where nothing is written: for looking at the table, not for the layer."""
         if self.stored_rows == 0:
-            return self.weight.new_zeros((*row_ids.shape, self.dim), dtype=dtype)
+            return torch.zeros((*row_ids.shape, self.dim), dtype=dtype or self._read_dtype, device=self.weight.device)
         slot = torch.searchsorted(self.row_ids, row_ids).clamp_max(self.stored_rows - 1)
         rows = self.gather(torch.where(self.row_ids[slot] == row_ids, slot, ABSENT))
         return rows if dtype is None else rows.to(dtype)
@@ -89,7 +142,7 @@ class VerifiedTable(EmbeddingTable):
             values: ``[n, dim]``.
 
         Raises:
-            TableError: a row is stored already, given twice or out of range, or shapes differ.
+            TableError: a row is stored already, given twice or out of range, shapes differ, or the format cannot hold a value.
         """
         if values.shape != (row_ids.shape[0], self.dim) or tags.shape != row_ids.shape:
             raise TableError(
@@ -100,20 +153,13 @@ class VerifiedTable(EmbeddingTable):
             return
         if int(row_ids.min()) < 0 or int(row_ids.max()) >= self.rows:
             raise TableError(f"row_ids: got {int(row_ids.min())}..{int(row_ids.max())}, expected 0..{self.rows - 1}.")
-        merged, order = torch.cat([self.row_ids, row_ids.to(self.row_ids.device)]).sort()
-        if bool((merged[1:] == merged[:-1]).any()):
-            raise TableError("insert: a row is stored already or given twice; delete it first.")
-        self.row_ids = merged
-        self.tags = torch.cat([self.tags, tags.to(self.tags)])[order]
-        self.weight = torch.cat([self.weight, values.detach().to(self.weight)])[order]
-        self.version += 1
+        own = (row_ids.to(self.row_ids), tags.to(self.tags), values.detach().to(self.weight.device))
+        self.stored = StoredRows.join([self.stored, StoredRows.encode(self.form, *own)])
 
     @torch.no_grad()
     def delete(self, row_ids: Tensor) -> None:
         """Remove rows; they read zero from then on. Rows that are not stored are ignored."""
-        keep = ~torch.isin(self.row_ids, row_ids.to(self.row_ids.device))
-        self.row_ids, self.tags, self.weight = self.row_ids[keep], self.tags[keep], self.weight[keep]
-        self.version += 1
+        self.stored = self.stored.select(~torch.isin(self.row_ids, row_ids.to(self.row_ids.device)))
 
     @torch.no_grad()
     def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
@@ -127,22 +173,26 @@ class VerifiedTable(EmbeddingTable):
         slot = torch.searchsorted(self.row_ids, row_ids).clamp_max(max(self.stored_rows - 1, 0))
         if self.stored_rows == 0 or not bool((self.row_ids[slot] == row_ids).all()):
             raise TableError("update_rows: some rows are not written yet; insert() them with the tags of their n-grams.")
-        new = fn(self.weight[slot])
+        new = fn(self.gather(slot))
         if new.shape != (row_ids.shape[0], self.dim):
             raise TableError(f"update_rows: fn returned shape {list(new.shape)}, expected {[row_ids.shape[0], self.dim]}.")
-        self.weight[slot] = new.to(self.weight.dtype)
+        kept = torch.ones(self.stored_rows, dtype=torch.bool, device=slot.device)
+        kept[slot] = False
+        changed = StoredRows.encode(self.form, row_ids, self.tags[slot], new.to(self.weight.device))
+        self.stored = StoredRows.join([self.stored.select(kept), changed])
 
     def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:
         """Blocks of the rows that are stored; the first of a pair is a slot, not a row number."""
         for start in range(0, self.stored_rows, block_rows):
-            yield start, self.weight[start : start + block_rows]
+            part = slice(start, start + block_rows)
+            yield start, self.weight[part] if self.scales is None else self.form.decode(self.weight[part], self.scales[part])
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object, **kwargs: object) -> None:
         """A saved table may hold any number of rows."""
-        for name in ("row_ids", "tags", "weight"):
-            saved = state_dict.get(prefix + name)
-            if saved is not None and saved.shape[1:] == getattr(self, name).shape[1:]:
-                setattr(self, name, torch.empty_like(saved, dtype=getattr(self, name).dtype, device=getattr(self, name).device))
+        for name in ("row_ids", "tags", "weight", "scales"):
+            saved, own = state_dict.get(prefix + name), getattr(self, name)
+            if saved is not None and own is not None and saved.shape[1:] == own.shape[1:]:
+                setattr(self, name, torch.empty_like(saved, dtype=own.dtype, device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.version += 1
 

@@ -1,0 +1,233 @@
+"""Turning a saved memory's rows into another format, block by block: a table of any size costs some megabytes of memory."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram._version import __version__
+from engram.checkpoint.store import DESCRIPTION_NAME, read_description, read_ledger, read_tensors, stream_store
+from engram.checkpoint.stream import TensorReader, TensorSpec
+from engram.config import EngramConfig
+from engram.errors import CheckpointError, ConfigError, TableError
+from engram.tables import RowFormat, row_format
+
+__all__ = ["ConversionReport", "LayerError", "StoredTable", "convert_memory", "stored_tables"]
+
+_BLOCK_BYTES = 8 << 20
+"""Of float32 values; encoding and measuring a block takes a few times as much."""
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """One layer's rows in a saved memory."""
+
+    layer_id: int
+    form: RowFormat
+    rows: int
+    dim: int
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its tensors begin with."""
+        return f"layers.{self.layer_id}.multi_head_embedding.embedding."
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows with their scales."""
+        return self.bytes_in(self.form)
+
+    def bytes_in(self, form: RowFormat) -> int:
+        """Bytes of the rows in some format."""
+        return self.rows * form.row_bytes(self.dim)
+
+    def specs(self, form: RowFormat) -> dict[str, TensorSpec]:
+        """The tensors that hold the rows in some format."""
+        specs = {f"{self.prefix}weight": TensorSpec(form.dtype, (self.rows, form.width(self.dim)))}
+        if form.scale_dtype is not None:
+            specs[f"{self.prefix}scales"] = TensorSpec(form.scale_dtype, form.scale_shape(self.rows, self.dim))
+        return specs
+
+    def blocks(self, tensors: TensorReader) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """First row, stored values and scales of some thousand rows at a time."""
+        step = max(1, _BLOCK_BYTES // (4 * self.dim))
+        for start in range(0, self.rows, step):
+            stored = tensors.read(f"{self.prefix}weight", start, start + step)
+            yield start, stored, tensors.read(f"{self.prefix}scales", start, start + step) if self.form.quantised else None
+
+
+def stored_tables(description: Mapping[str, Any], tensors: TensorReader) -> list[StoredTable]:
+    """The tables of a saved memory.
+
+    Raises:
+        CheckpointError, ConfigError: the description and the tensors do not agree.
+    """
+    config = EngramConfig.from_dict(description.get("engram_config") or {})
+    form, tables = row_format(description.get("table_dtype", "float32")), []
+    for layer_id in config.layer_ids:
+        table = StoredTable(layer_id, form, 0, config.head_dim)
+        found = tensors.specs.get(f"{table.prefix}weight")
+        if found is None:
+            raise CheckpointError(f"{tensors.file}: the rows of layer {layer_id} are missing. Copy the file again.")
+        table = StoredTable(layer_id, form, found.shape[0] if found.shape else 0, config.head_dim)
+        wrong = [name for name, spec in table.specs(form).items() if tensors.specs.get(name) != spec]
+        if wrong:
+            raise CheckpointError(f"{tensors.file}: {', '.join(wrong)} does not fit {form.name} rows. Copy the file again.")
+        tables.append(table)
+    return tables
+
+
+@dataclass
+class LayerError:
+    """What the rows of one layer lost on the way."""
+
+    layer_id: int
+    rows: int
+    bytes_before: int
+    bytes_after: int
+    max_abs_error: float = 0.0
+    rms_error: float = 0.0
+    rms_rows: float = 0.0
+    """Root mean square of the values before."""
+
+    @property
+    def relative_error(self) -> float:
+        """``rms_error`` in terms of ``rms_rows``."""
+        return self.rms_error / self.rms_rows if self.rms_rows else 0.0
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Take another block into account; sums are kept until ``finish``."""
+        if before.numel():
+            error = (after - before).abs_()
+            self.max_abs_error = max(self.max_abs_error, float(error.max()))
+            self.rms_error += float(error.double().square_().sum())
+            self.rms_rows += float(before.double().square_().sum())
+
+    def finish(self, values: int) -> None:
+        """Turn sums into root mean squares."""
+        self.rms_error, self.rms_rows = (math.sqrt(x / max(values, 1)) for x in (self.rms_error, self.rms_rows))
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion did."""
+
+    source: str
+    out: str
+    dtype_before: str
+    dtype_after: str
+    layers: list[LayerError] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        layers = [{**asdict(layer), "relative_error": layer.relative_error} for layer in self.layers]
+        return {**asdict(self), "layers": layers}
+
+
+def convert_memory(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    dtype: str,
+    progress: Callable[[int, int], None] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    extra_tensors: Mapping[str, Tensor] | None = None,
+) -> ConversionReport:
+    """Save a memory again with its rows in another format; everything else is copied as it is. No model is needed.
+
+    The new memory appears in ``out`` when it is complete and not before; the source is only read.
+
+    Args:
+        source: folder of the memory.
+        out: folder of the new one; may not hold a memory.
+        dtype: a name in ``FORMATS``. In their own format rows are copied bit for bit.
+        progress: called with (bytes of rows done, of all).
+        extra: fields to add to the description.
+        extra_tensors: small tensors to save beside the others.
+
+    Raises:
+        ConfigError: ``out`` holds a memory already.
+        TableError: there is no such format, or it cannot hold a value.
+        CheckpointError: the source cannot be read, or ``out`` not be written.
+    """
+    check_target(source, out)
+    description, form = read_description(source), row_format(dtype)
+    ledger = read_ledger(source, description)
+    with read_tensors(source, description) as tensors:
+        tables = stored_tables(description, tensors)
+        report = ConversionReport(str(source), str(out), tables[0].form.name, form.name)
+        rows = {name for table in tables for name in table.specs(table.form)}
+        kept = [name for name in tensors.specs if name not in rows and not name.startswith("placement.")]
+        extra_tensors = extra_tensors or {}
+        specs = {name: tensors.specs[name] for name in kept} | {n: TensorSpec.of(t) for n, t in extra_tensors.items()}
+        for table in tables:
+            specs |= table.specs(form)
+            report.layers.append(LayerError(table.layer_id, table.rows, table.nbytes, table.bytes_in(form)))
+
+        def parts() -> Iterator[tuple[str, Tensor]]:
+            yield from extra_tensors.items()
+            for name in kept:
+                yield from tensors.parts(name)
+            yield from _converted(tensors, tables, form, report.layers, progress)
+
+        dropped = ("format_version", "weights", "ledger", "placement")
+        fields = {key: value for key, value in description.items() if key not in dropped}
+        fields |= {"library_version": __version__, "table_dtype": form.name, **(extra or {})}
+        stream_store(out, specs, parts(), fields, ledger)
+    return report
+
+
+def check_target(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Refuse to write over a memory.
+
+    Raises:
+        ConfigError: ``out`` is the source or holds another memory.
+    """
+    if Path(source).resolve() == Path(out).resolve():
+        raise ConfigError(
+            f"out: got {out}, the memory that is read; expected another folder, so that the source stays as it is."
+        )
+    if (Path(out) / DESCRIPTION_NAME).exists():
+        raise ConfigError(f"{out} holds a memory already; choose another folder.")
+
+
+def _converted(
+    tensors: TensorReader,
+    tables: list[StoredTable],
+    form: RowFormat,
+    errors: list[LayerError],
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Stored values and scales of all tables in the new format, measured on the way."""
+    done, total = 0, sum(table.nbytes for table in tables)
+    for table, error in zip(tables, errors):
+        for start, stored, scales in table.blocks(tensors):
+            before = table.form.decode(stored, scales)
+            if form != table.form:
+                stored, scales = form.encode(before)
+            after = form.decode(stored, scales)
+            _check_finite(before, after, form, table.layer_id, start)
+            error.add(before, after)
+            yield f"{table.prefix}weight", stored
+            if scales is not None:
+                yield f"{table.prefix}scales", scales
+            done += len(stored) * table.form.row_bytes(table.dim)
+            if progress is not None:
+                progress(done, total)
+        error.finish(table.rows * table.dim)
+
+
+def _check_finite(before: Tensor, after: Tensor, form: RowFormat, layer_id: int, start: int) -> None:
+    lost = before.isfinite() & ~after.isfinite()
+    if bool(lost.any()):
+        row, column = (int(n) for n in lost.nonzero()[0])
+        raise TableError(
+            f"layer {layer_id}, row {start + row}: got the value {float(before[row, column]):.4g}, expected at most "
+            f"{torch.finfo(form.dtype).max:.4g} in {form.name}; choose bfloat16, float8 or int8."
+        )

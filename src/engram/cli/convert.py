@@ -1,0 +1,164 @@
+"""`engram convert`: a saved memory with its rows in another format, and what that changed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from engram.checkpoint import ConversionReport
+
+__all__ = ["convert_command"]
+
+_LISTED = 20
+
+DtypeOption = Annotated[str, typer.Option(help="Format of the rows: float32, bfloat16, float16, int8, float8 or int4.")]
+
+
+def convert_command(
+    memory: Annotated[Path, typer.Argument(help="Folder of the memory.")],
+    dtype: DtypeOption,
+    out: Annotated[Path, typer.Option(help="Folder of the converted memory.")],
+    json_out: Annotated[Path | None, typer.Option("--json", help="File for the error report.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Held-out text: reports the bits per byte before and after.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model; the one the memory was made for if not given.")] = None,
+    verify: Annotated[bool, typer.Option(help="Load the base model and ask every taught fact, before and after.")] = True,
+) -> None:
+    """Save a memory with its rows in another format, block by block, and report what that changed; exit code 1 if a fact was lost."""
+    from engram.checkpoint import convert_memory, lock_store, write_json_atomically
+    from engram.checkpoint.convert import check_target
+
+    check_dtype(dtype)
+    held_out = None if text is None else read_text(text)
+    check_target(memory, out)
+    with lock_store(out):
+        check_target(memory, out)  # somebody may have saved one there meanwhile
+        with progress_bar("converting") as show:
+            report = convert_memory(memory, out, dtype, show)
+    fields = report.to_dict()
+    print_report(report)
+    if verify or held_out is not None:
+        fields |= _compare(memory, out, model, held_out)
+    if json_out is not None:
+        json_out.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(json_out, fields)
+    if fields.get("facts", {}).get("lost"):
+        raise typer.Exit(1)
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse an unknown row format as a mistake in the option."""
+    from engram.tables import FORMATS
+
+    if dtype not in FORMATS:
+        raise typer.BadParameter(f"got {dtype!r}, expected one of {', '.join(FORMATS)}", param_hint="--dtype")
+
+
+def read_text(file: Path) -> str:
+    """The text in a file; a mistake is one line."""
+    from engram.errors import DataError
+
+    try:
+        content = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}; give a text file.") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: got bytes that are not UTF-8; save the text as UTF-8.") from None
+    if not content.strip():
+        raise DataError(f"{file}: got no text, expected some.")
+    return content
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with a rate on standard error; called with (bytes done, bytes in all)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_report(report: ConversionReport) -> None:
+    """What each layer lost, as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report.source} ({report.dtype_before}) -> {report.out} ({report.dtype_after})")
+    for heading in ("layer", "rows", "bytes before", "bytes after", "max abs error", "RMS error", "RMS of rows", "relative"):
+        table.add_column(heading, justify="right")
+    for layer in report.layers:
+        sizes = (f"{n:,}" for n in (layer.rows, layer.bytes_before, layer.bytes_after))
+        errors = (f"{x:.4g}" for x in (layer.max_abs_error, layer.rms_error, layer.rms_rows))
+        table.add_row(str(layer.layer_id), *sizes, *errors, f"{100 * layer.relative_error:.3g} %")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _compare(source: Path, out: Path, model: str | None, text: str | None) -> dict[str, Any]:
+    """Facts that are exact, and bits per byte, before and after. Without a model that can be loaded there is a line instead."""
+    from engram.checkpoint import read_description
+    from engram.errors import EngramError
+    from engram.models import load_model
+
+    description = read_description(source)
+    taught = "ledger" in description and description["engram_config"].get("verify_rows")
+    if not taught and text is None:
+        return {}
+    name = model or (description.get("base_model") or {}).get("name_or_path") or "bundled"
+    try:
+        base, tokenizer = load_model(name)
+        before, after = (_measure(base, tokenizer, folder, taught, text) for folder in (source, out))
+    except EngramError as error:
+        if text is not None:
+            raise
+        print(f"not verified: {error}", file=sys.stderr)
+        return {"not_verified": str(error)}
+    return _differences(before, after)
+
+
+def _measure(base: Any, tokenizer: Any, folder: Path, taught: bool, text: str | None) -> dict[str, Any]:
+    from engram.checkpoint import read_description
+    from engram.config import TableConfig
+    from engram.editing import MemoryEditor
+    from engram.evaluation import bits_per_byte
+    from engram.models import EngramModel
+    from engram.tables import row_format
+
+    description = read_description(folder)
+    form = row_format(description.get("table_dtype", "float32"))
+    in_place = not description["engram_config"].get("verify_rows") and not form.quantised
+    placement = TableConfig(tier="mmap", dtype=form.name) if in_place else None  # type: ignore[arg-type]
+    memory = EngramModel.from_pretrained(base, folder, tokenizer, placement)
+    try:
+        memory.eval()
+        return {
+            "facts": MemoryEditor(memory, tokenizer).verify() if taught else None,
+            "bits": None if text is None else bits_per_byte(memory, tokenizer, [text]),
+        }
+    finally:
+        memory.unload()
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The comparison as JSON-ready fields, printed too."""
+    found: dict[str, Any] = {}
+    if before["facts"] is not None:
+        was, now = before["facts"], after["facts"]
+        lost = [fact_id for fact_id, exact in was.items() if exact and not now[fact_id]]
+        found["facts"] = {"facts": len(was), "before": sum(was.values()), "after": sum(now.values()), "lost": lost}
+        print(f"facts exact: {sum(was.values())} of {len(was)} before, {sum(now.values())} after")
+        if lost:
+            more = f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else ""
+            print(f"not exact any more: {', '.join(lost[:_LISTED])}{more}; choose a format with more bits", file=sys.stderr)
+    if before["bits"] is not None:
+        change = 100 * (after["bits"] / before["bits"] - 1)
+        found["bits_per_byte"] = {"before": before["bits"], "after": after["bits"], "change_percent": change}
+        print(f"held-out bits per byte: {before['bits']:.5f} before, {after['bits']:.5f} after ({change:+.3f} %)")
+    return found

@@ -13,13 +13,7 @@ from engram.ops.dispatch import gather, kernel_serves
 __all__ = ["lookup_rows", "read_rows"]
 
 
-def lookup_rows(
-    weight: Tensor,
-    row_ids: Tensor,
-    dtype: torch.dtype | None = None,
-    source: Tensor | None = None,
-    rows: Tensor | None = None,
-) -> Tensor:
+def lookup_rows(weight: Tensor, row_ids: Tensor, dtype: torch.dtype | None = None, fetched: Tensor | None = None) -> Tensor:
     """Rows ``[..., dim]`` of ``weight [rows, dim]``; the gradient of ``weight`` is a sparse tensor of the rows read.
 
     A dense gradient would make every training step cost as much as the whole table. Rows are fetched, and converted on the way if asked
@@ -29,20 +23,18 @@ def lookup_rows(
         weight: the table.
         row_ids: int64, any shape.
         dtype: type of the result; that of the table if not given.
-        source: the same rows as the device of ``row_ids`` sees them, where ``weight`` itself is elsewhere (page-locked host memory).
-        rows: the rows themselves, if they were fetched before; only the gradient is added then.
+        fetched: the rows themselves ``[..., dim]``, if they are here already (prefetched, or out of a table on another device): only the
+            way back to ``weight`` is added.
 
     Raises:
-        IndexError: a row number is out of range (CPU; on CUDA see ``gather``).
+        IndexError: a row number is out of range (CPU; on CUDA see ``engram.ops.gather``).
     """
     dtype = dtype or weight.dtype
-    seen = weight if source is None else source
-    trained = weight.requires_grad and torch.is_grad_enabled()
-    if rows is None and source is None and not kernel_serves(weight, row_ids, dtype):
+    if fetched is None and not kernel_serves(weight, row_ids, dtype):
         return F.embedding(row_ids, weight, sparse=True).to(dtype)
-    if trained:
-        return _Lookup.apply(weight, row_ids, dtype, seen, rows)
-    return read_rows(seen, row_ids, dtype) if rows is None else rows
+    if weight.requires_grad and torch.is_grad_enabled():
+        return _Lookup.apply(weight, row_ids, dtype, (fetched,))
+    return gather(weight, row_ids, dtype) if fetched is None else fetched
 
 
 def read_rows(data: Tensor, row_ids: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -55,17 +47,19 @@ def read_rows(data: Tensor, row_ids: Tensor, dtype: torch.dtype, out: Tensor | N
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(
-        context: Any, weight: Tensor, row_ids: Tensor, dtype: torch.dtype, source: Tensor, rows: Tensor | None
-    ) -> Tensor:
+    def forward(context: Any, weight: Tensor, row_ids: Tensor, dtype: torch.dtype, fetched: tuple[Tensor | None]) -> Tensor:
         context.save_for_backward(row_ids)
         context.shape, context.dtype, context.device = weight.shape, weight.dtype, weight.device
-        return read_rows(source, row_ids, dtype) if rows is None else rows.view_as(rows)
+        rows = fetched[0]  # in a tuple, where autograd does not take it for an input
+        return gather(weight, row_ids, dtype) if rows is None else rows.detach()
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (row_ids,) = context.saved_tensors
         values = gradients[0].reshape(-1, context.shape[1]).to(context.dtype)
-        indices, values = row_ids.reshape(1, -1).to(context.device), values.to(context.device)
+        indices, values = (
+            row_ids.reshape(1, -1).to(context.device),
+            values.to(context.device),
+        )  # the optimiser works where rows live
         sparse = torch.sparse_coo_tensor(indices, values, context.shape, check_invariants=False)
-        return sparse, None, None, None, None
+        return sparse, None, None, None

@@ -130,6 +130,7 @@ def gather_rows_triton(data: Tensor, scales: Tensor | None, row_ids: Tensor, out
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         num_warps=4 if block_n * block_d > 512 else 1,
+        enable_fp_fusion=False,  # bit for bit as PyTorch decodes
     )
 
 

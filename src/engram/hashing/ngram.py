@@ -254,7 +254,7 @@ class NgramHashMapping:
         reach = self.config.max_ngram_size - 1
         ids = input_ids.long()
         if attention_mask is not None:
-            ids = torch.where(attention_mask != 0, ids, self.config.pad_id)
+            ids = ids.masked_fill(attention_mask == 0, self.config.pad_id)  # where() may copy a scalar to the device, and wait
         past = ids.new_empty((ids.shape[0], 0)) if history is None else history.long()[:, -reach:]
         missing = reach - past.shape[1]
         return torch.cat([ids.new_full((ids.shape[0], missing), self.config.pad_id), past, ids], dim=1)

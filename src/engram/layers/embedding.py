@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from engram.config import TableConfig
 from engram.native import RowIndex
-from engram.tables import ABSENT, EmbeddingTable, VerifiedTable, build_table
+from engram.tables import ABSENT, EmbeddingTable, RowHandle, RowPrefetcher, VerifiedTable, build_table
 
 __all__ = ["MultiHeadEmbedding"]
 
@@ -48,9 +50,20 @@ class MultiHeadEmbedding(nn.Module):
         """Physical row numbers of head indices ``[..., heads]``."""
         return hash_ids + self.offsets
 
-    def forward(self, hash_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Concatenated rows ``[B, T, heads * head_dim]`` of head indices ``[B, T, heads]``, in ``dtype`` (None: the table's own)."""
-        return self.embedding.lookup(self.row_ids(hash_ids), dtype).flatten(-2)
+    def forward(self, hash_ids: Tensor, dtype: torch.dtype | None = None, fetched: RowHandle | None = None) -> Tensor:
+        """Concatenated rows ``[B, T, heads * head_dim]`` of head indices ``[B, T, heads]``, in ``dtype`` (None: the table's own).
+
+        What ``prefetch`` gave for these indices spares the look-up.
+        """
+        rows: Any = self.row_ids(hash_ids) if fetched is None else fetched
+        return self.embedding.lookup(rows, dtype).flatten(-2)
+
+    def prefetch(self, hash_ids: Tensor, dtype: torch.dtype, through: RowPrefetcher) -> RowHandle | None:
+        """Start fetching the rows of head indices ``[B, T, heads]`` of any device to this module's; None where that does not pay."""
+        if not through.pays(self.embedding, self.offsets.device):
+            return None
+        handle = self.embedding.prefetch(self.row_ids(hash_ids.to(self.offsets.device)), dtype, through)
+        return handle if isinstance(handle, RowHandle) else None
 
     def find(self, hash_ids: Tensor, tags: Tensor) -> Tensor:
         """Slots ``[B, T, heads]`` of the verified rows that belong to these n-grams, ``ABSENT`` elsewhere.
@@ -66,6 +79,11 @@ class MultiHeadEmbedding(nn.Module):
 
     def gather(self, slots: Tensor) -> Tensor:
         """Concatenated rows ``[..., heads * head_dim]`` of slots ``[..., heads]``."""
+        table = self.embedding
+        if slots.device.type != "cpu" and type(table) is VerifiedTable and table.stored_rows:
+            # Picking the present ones first would make the host wait for their number.
+            rows = table.weight[slots.clamp_min(0)]
+            return rows.masked_fill((slots == ABSENT).unsqueeze(-1), 0).flatten(-2)
         return self.embedding.gather(slots).flatten(-2)  # type: ignore[operator]
 
     def row_index(self, heads_per_order: int) -> RowIndex | None:

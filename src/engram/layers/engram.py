@@ -21,7 +21,7 @@ from engram.layers.reader import seeded_signs
 from engram.layers.state import EngramState
 from engram.native.read import read_streams
 from engram.ops import context_gate, few_positions_serve
-from engram.tables import ABSENT
+from engram.tables import ABSENT, RowHandle, RowPrefetcher
 
 __all__ = ["Engram"]
 
@@ -101,6 +101,8 @@ class Engram(nn.Module):
         attention_mask: Tensor | None = None,
         trace: dict[str, Tensor] | None = None,
         slots: Tensor | None = None,
+        fetched: RowHandle | None = None,
+        found: int | None = None,
     ) -> Tensor:
         """The memory's contribution Y; the caller adds it to the residual stream.
 
@@ -112,6 +114,8 @@ class Engram(nn.Module):
             attention_mask: ``[B, T]``, zero at padding: such positions neither enter n-grams nor contribute.
             trace: a dict that receives ``gate [B, T, M]``, ``value`` and the incoming ``stream`` (both ``[B, T, M, d]``), detached.
             slots: for verified rows, what ``find_slots`` gave for these positions; found here if not given.
+            fetched: what ``prefetch`` gave for ``hash_ids``; looked up here if not given.
+            found: how many positions have slots, if that is known (or a larger number): the host then need not wait for the device.
 
         Returns:
             Y in the shape and dtype of ``hidden_states``.
@@ -123,14 +127,14 @@ class Engram(nn.Module):
         if self.config.verify_rows:
             if slots is None:
                 slots = self._find_here(hidden_states, input_ids, state, attention_mask)
-            return self._read_verified(streams, slots, state, trace).reshape(hidden_states.shape).to(hidden_states.dtype)
+            return self._read_verified(streams, slots, state, trace, found).reshape(hidden_states.shape).to(hidden_states.dtype)
         if hash_ids is None:
             hash_ids = self._hash(hidden_states, input_ids, state, attention_mask)
         elif hash_ids.shape[:2] != hidden_states.shape[:2] or hash_ids.shape[-1] != self.config.num_heads:
             raise ConfigError(
                 f"hash_ids: got {list(hash_ids.shape)}, expected {[*hidden_states.shape[:2], self.config.num_heads]}."
             )
-        rows = self.multi_head_embedding(hash_ids, self.value_proj.weight.dtype)
+        rows = self.multi_head_embedding(hash_ids, self.value_proj.weight.dtype, fetched)
         if trace is None and few_positions_serve(streams, self.value_proj.weight):
             return self._read_few(streams, rows, attention_mask, state).reshape(hidden_states.shape)
         gate, value = self._gated_value(streams, rows)
@@ -138,6 +142,10 @@ class Engram(nn.Module):
             value = value * attention_mask[:, :, None, None].to(value.dtype)
         _record(trace, gate, value, streams)
         return self._smooth(value, state).reshape(hidden_states.shape).to(hidden_states.dtype)
+
+    def prefetch(self, hash_ids: Tensor, through: RowPrefetcher) -> RowHandle | None:
+        """Start fetching what ``forward`` will read for head indices ``[B, T, H]``; None where that does not pay."""
+        return self.multi_head_embedding.prefetch(hash_ids, self.value_proj.weight.dtype, through)
 
     def find(self, input_ids: Tensor, history: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor | None:
         """Verified rows that positions read, as slots ``[B, T, H]`` of the table, ``ABSENT`` elsewhere; None if nothing is read at all.
@@ -171,23 +179,29 @@ class Engram(nn.Module):
         """
         slots = self.multi_head_embedding.find(hash_ids, tags)
         if attention_mask is not None:
-            slots = torch.where(attention_mask.unsqueeze(-1) != 0, slots, ABSENT)
+            slots = slots.masked_fill(attention_mask.unsqueeze(-1) == 0, ABSENT)
         return _longest_only(slots, self.config.n_head_per_ngram) if self.config.longest_only else slots
 
     def _read_verified(
-        self, streams: Tensor, slots: Tensor, state: EngramState | None, trace: dict[str, Tensor] | None
+        self,
+        streams: Tensor,
+        slots: Tensor,
+        state: EngramState | None,
+        trace: dict[str, Tensor] | None,
+        found: int | None = None,
     ) -> Tensor:
         """The contribution where rows were found, zero elsewhere; without a convolution nothing is computed elsewhere."""
         where = (slots != ABSENT).any(dim=-1)
+        at = _positions(where, found)
         # Found positions stand as a batch of one-position sequences: [n, 1, M, d].
-        gate, value = self._gated_value(
-            streams[where].unsqueeze(1), self.multi_head_embedding.gather(slots[where].unsqueeze(1))
-        )
+        gate, value = self._gated_value(streams[at].unsqueeze(1), self.multi_head_embedding.gather(slots[at].unsqueeze(1)))
+        if found is not None:  # there may be positions among them at which nothing was found
+            value = value.masked_fill(~where[at][:, None, None, None], 0)
         spread = streams.new_zeros(streams.shape, dtype=value.dtype)
-        spread[where] = value.squeeze(1)
+        spread[at] = value.squeeze(1)
         if trace is not None:
             gates = gate.new_zeros((*streams.shape[:3], 1))
-            gates[where] = gate.squeeze(1)
+            gates[at] = gate.masked_fill(~where[at][:, None, None, None], 0).squeeze(1)
             _record(trace, gates, spread, streams)
         return self._smooth(spread, state)
 
@@ -258,7 +272,7 @@ class Engram(nn.Module):
         if state is None:
             return input_ids, None
         history = state.ids.last(self.config.max_ngram_size - 1)
-        masked = input_ids if attention_mask is None else torch.where(attention_mask != 0, input_ids, self.config.pad_id)
+        masked = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, self.config.pad_id)
         state.ids.append(masked)
         return input_ids, history
 
@@ -278,11 +292,11 @@ class Engram(nn.Module):
         if self.short_conv is None:
             return value
         normed = self.short_conv.normalize(value)
-        past = None
-        if state is not None:
-            past = state.conv.last(self.config.conv_reach)
+        past = None if state is None else state.conv.last(self.config.conv_reach)
+        smoothed = value + self.short_conv(normed, past).view_as(value)
+        if state is not None:  # last: a state of fixed buffers overwrites its past
             state.conv.append(normed)
-        return value + self.short_conv(normed, past).view_as(value)
+        return smoothed
 
     def load_demo_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load weights saved by the paper's demo (one layer, its parameter names, no prefix).
@@ -306,12 +320,21 @@ class Engram(nn.Module):
         self.load_state_dict(dict(state_dict))
 
 
+def _positions(where: Tensor, found: int | None) -> tuple[Tensor, Tensor]:
+    """Row and column of the positions ``[B, T]`` that are True; of the first ``found`` in that order if their number is known."""
+    if found is None:
+        row, column = where.nonzero(as_tuple=True)  # on a GPU the host waits here
+        return row, column
+    flat = where.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:found]
+    return flat // where.shape[1], flat % where.shape[1]
+
+
 def _longest_only(slots: Tensor, heads: int) -> Tensor:
     """Keep the slots of the longest n-gram found at each position; ``slots [B, T, orders * heads]`` is order-major."""
     by_order = slots.unflatten(-1, (-1, heads))
     found = (by_order != ABSENT).any(dim=-1)
     longer = found.flip(-1).cumsum(-1).flip(-1) - found.long()  # found n-grams that are longer than this one
-    return torch.where((longer == 0).unsqueeze(-1), by_order, ABSENT).flatten(-2)
+    return by_order.masked_fill((longer != 0).unsqueeze(-1), ABSENT).flatten(-2)
 
 
 def _record(trace: dict[str, Tensor] | None, gate: Tensor, value: Tensor, streams: Tensor) -> None:

@@ -4,6 +4,7 @@ from engram.models.architectures import ARCHITECTURES, DecoderLayout, find_decod
 from engram.models.bundled import load_bundled, load_model
 from engram.models.engram_model import EngramModel, get_engram_model
 from engram.models.router import EngramRouter, LearnedRouter, Router, RouteRule
+from engram.models.static_decoding import StaticDecoder
 
 __all__ = [
     "ARCHITECTURES",
@@ -13,6 +14,7 @@ __all__ = [
     "LearnedRouter",
     "RouteRule",
     "Router",
+    "StaticDecoder",
     "find_decoder",
     "get_engram_model",
     "load_bundled",

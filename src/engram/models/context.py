@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engram.errors import AttachError
+from engram.tables import RowHandle
 
 __all__ = ["ForwardContext", "token_mask"]
 
@@ -28,7 +29,11 @@ class ForwardContext:
     state: Any
     """The ``CacheState`` to extend, or None when nothing will be continued."""
     route: Tensor | None = None
-    """bool ``[B]``: which sequences may read the memory; None stands for all."""
+    """bool ``[B]``: which sequences may read the memory; None stands for all. Already applied to ``slots``."""
+    fetched: dict[int, RowHandle] = field(default_factory=dict)
+    """Rows on their way, per layer that has any prefetched."""
+    found: dict[int, int] = field(default_factory=dict)
+    """For verified rows: positions per layer that have slots, where that is known."""
 
 
 def token_mask(attention_mask: Any, past: int, input_ids: Tensor) -> Tensor | None:

@@ -62,6 +62,8 @@ class EngramModel(nn.Module):
         engrams: one ``Engram`` per layer, keyed by ``str(layer_id)``.
         engram_config: the memory's identity.
         mapping: the memory's addresses.
+        prefetch_rows: whether rows of all layers are fetched when a forward pass starts, beside the blocks' computation: True, False, or
+            None for where it pays (``RowPrefetcher``).
         ledger: JSON-ready account of what was taught (kept by ``MemoryEditor``, saved with the memory), or None.
     """
 
@@ -96,6 +98,8 @@ class EngramModel(nn.Module):
         self._given_ids: Tensor | None = None
         self._route: Tensor | None = None
         self._traces: dict[int, dict[str, Tensor]] | None = None
+        self._static: Any = None
+        self.prefetch_rows: bool | None = None
         self._was_trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         model.requires_grad_(False)
         self._hooks: DecoderHooks | None = DecoderHooks(self, decoder)

@@ -1,8 +1,8 @@
 """How a memory listens to a decoder: two hooks on the decoder, one on every block that has a layer, and nothing else.
 
-Everything is kept in the decoder's own call order: the first hook computes addresses once for all layers, each block's hook adds its
-layer's output to the residual stream *before* the block (outside its gradient checkpoint, so a recomputation sees the same input),
-and the last hook ties the decoding state to the cache that comes out.
+Everything is kept in the decoder's own call order: the first hook computes addresses once for all layers and starts to fetch rows that
+lie elsewhere, each block's hook adds its layer's output to the residual stream *before* the block (outside its gradient checkpoint, so
+a recomputation sees the same input), and the last hook ties the decoding state to the cache that comes out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from engram.errors import AttachError
 from engram.layers import EngramState
 from engram.models.cache import CacheState, bind_state, cached_length, state_of
 from engram.models.context import ForwardContext, token_mask
-from engram.tables import ABSENT
+from engram.models.lookahead import find_verified, prefetch_rows
+from engram.tables import RowPrefetcher
 
 if TYPE_CHECKING:
     from engram.models.architectures import Decoder
@@ -39,8 +40,9 @@ class DecoderHooks:
             decoder.module.register_forward_pre_hook(self._begin, with_kwargs=True),
             decoder.module.register_forward_hook(self._finish, with_kwargs=True),
         ]
-        for layer_id in memory.engram_config.layer_ids:
-            block = decoder.blocks[layer_id]
+        self._prefetcher = RowPrefetcher()
+        self._blocks = {layer_id: decoder.blocks[layer_id] for layer_id in memory.engram_config.layer_ids}
+        for layer_id, block in self._blocks.items():
             self._handles.append(block.register_forward_pre_hook(self._block_hook(layer_id), with_kwargs=True))
 
     def remove(self) -> None:
@@ -48,6 +50,7 @@ class DecoderHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._prefetcher.close()
         self._context = None
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -74,25 +77,33 @@ class DecoderHooks:
         return bool(getattr(module.config, "use_cache", False) if use_cache is None else use_cache)
 
     def _prepare(self, input_ids: Tensor, attention_mask: Any, cache: Cache | None, wants_cache: bool) -> ForwardContext:
-        memory, config = self._memory, self._memory.engram_config
-        state = state_of(cache, memory.owner_token) if cache is not None else None
-        mask = token_mask(attention_mask, cached_length(cache), input_ids)
-        ids = input_ids if mask is None else torch.where(mask != 0, input_ids, config.pad_id)
+        memory, config, static = self._memory, self._memory.engram_config, self._memory._static
+        if static is not None:  # fixed shapes: the state is given, and asking the cache for its length would be a wait
+            state, mask = static.state, None
+        else:
+            state = state_of(cache, memory.owner_token) if cache is not None else None
+            mask = token_mask(attention_mask, cached_length(cache), input_ids)
+        ids = input_ids if mask is None else input_ids.masked_fill(mask == 0, config.pad_id)
         history = None if state is None else state.ids.last(config.max_ngram_size - 1)
-        hash_ids, slots = self._addresses(ids, history, mask)
+        context = self._addresses(ids, history, mask, self._route(len(input_ids)))
         if wants_cache and state is None:
             state = CacheState(memory.owner_token, tuple(config.layer_ids), memory.rollback_window)
-        return ForwardContext(hash_ids, slots, ids, mask, state, self._route(len(input_ids)))
+        context.state = state
+        return context
 
-    def _addresses(
-        self, ids: Tensor, history: Tensor | None, mask: Tensor | None
-    ) -> tuple[dict[int, Tensor], dict[int, Tensor | None] | None]:
-        """Addresses of all layers, and for verified rows what was found there."""
-        memory = self._memory
+    def _addresses(self, ids: Tensor, history: Tensor | None, mask: Tensor | None, route: Tensor | None) -> ForwardContext:
+        """Addresses of all layers with their rows on the way, or for verified rows what was found there."""
+        memory, static = self._memory, self._memory._static
         if not memory.engram_config.verify_rows:
-            return memory.mapping.hash(ids, history), None
+            hash_ids = memory.mapping.hash(ids, history)
+            prefetcher = self._prefetcher if static is None else static.prefetcher
+            prefetcher.mode = memory.prefetch_rows
+            recomputed = {layer for layer, block in self._blocks.items() if _is_recomputed(block)}
+            fetched = prefetch_rows(memory, hash_ids, prefetcher, recomputed)
+            return ForwardContext(hash_ids, None, ids, mask, None, route, fetched)
         hash_ids = memory.mapping.hash(ids, history) if memory.is_recording else {}
-        return hash_ids, {int(layer): engram.find(ids, history, mask) for layer, engram in memory.engrams.items()}
+        slots, found = find_verified(memory, ids, history, mask, route, wait=static is None)
+        return ForwardContext(hash_ids, slots, ids, mask, None, route, found=found)
 
     def _route(self, batch: int) -> Tensor | None:
         """The sequences that may read, for a batch in which each may stand several times in a row (beams)."""
@@ -132,19 +143,18 @@ class DecoderHooks:
         slots = None
         if context.slots is not None:
             slots = context.slots[layer_id]
-            if slots is not None and context.route is not None:
-                slots = torch.where(context.route.to(slots.device)[:, None, None], slots, ABSENT)
             if slots is None and trace is None and engram.short_conv is None:
                 return None
             slots = engram.no_slots(*hidden_states.shape[:2]) if slots is None else slots.to(device)
             if trace is not None:
                 trace["slots"] = slots
         layer_state = None if context.state is None else EngramState(conv=context.state.conv[layer_id])
-        if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
+        fetched, found = context.fetched.pop(layer_id, None), context.found.get(layer_id)
+        if _is_recomputed(block):
             arguments = (hidden_states, None, hash_ids, None, mask, trace, slots)  # a recomputation must not see a state grow
-            output = checkpoint(engram, *arguments, use_reentrant=False, preserve_rng_state=False)
+            output = checkpoint(engram, *arguments, found=found, use_reentrant=False, preserve_rng_state=False)
         else:
-            output = engram(hidden_states, None, hash_ids, layer_state, mask, trace, slots)
+            output = engram(hidden_states, None, hash_ids, layer_state, mask, trace, slots, fetched, found)
         if context.route is not None and context.slots is None:
             route = context.route.to(device).view(-1, *[1] * (output.dim() - 1))
             output = torch.where(route, output, torch.zeros_like(output))
@@ -154,9 +164,17 @@ class DecoderHooks:
         context, self._context = self._context, None
         if context is None or context.state is None:
             return
+        if self._memory._static is not None:
+            context.state.ids.append(context.input_ids)
+            return
         cache = _cache_in(output)
         if cache is not None and cached_length(cache) > 0:
             _commit(cache, context)
+
+
+def _is_recomputed(block: nn.Module) -> bool:
+    """Whether the block's layer runs under gradient checkpointing, as the block itself does."""
+    return bool(getattr(block, "gradient_checkpointing", False)) and block.training and torch.is_grad_enabled()
 
 
 @torch.compiler.disable

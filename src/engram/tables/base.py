@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from engram.tables.prefetch import RowPrefetcher
 
 __all__ = ["EmbeddingTable"]
 
@@ -52,11 +55,27 @@ class EmbeddingTable(nn.Module):
 
     @abstractmethod
     def lookup(self, row_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows ``[..., dim]`` of int64 ``row_ids [...]`` in ``dtype`` (None: the table's own); gradients reach the touched rows only."""
+        """Rows ``[..., dim]`` of int64 ``row_ids [...]`` in ``dtype`` (None: the table's own); gradients reach the touched rows only.
 
-    def prefetch(self, row_ids: Tensor) -> Tensor:
-        """Start fetching rows; the handle may be given to ``lookup`` in place of the ids. Tiers with nothing to fetch return the ids."""
+        What this table's ``prefetch`` gave may stand for the numbers; rows then come in the type that was asked for there.
+        """
+
+    def read(self, row_ids: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Rows ``[..., dim]`` on the device of ``row_ids``, into ``out`` (contiguous) if given; no gradient."""
+        with torch.no_grad():
+            rows = self.lookup(row_ids, dtype)
+        return rows if out is None else out.copy_(rows)
+
+    def prefetch(self, row_ids: Tensor, dtype: torch.dtype | None = None, through: RowPrefetcher | None = None) -> Any:
+        """Start fetching rows; what comes back may be given to ``lookup`` in place of the numbers.
+
+        Where there is nothing to fetch, or nothing is gained by it, the numbers come back.
+        """
         return row_ids
+
+    def is_read_by(self, device: torch.device) -> bool:
+        """Whether ``device`` fetches rows by itself, so that a look-up neither waits for it nor keeps the CPU busy."""
+        return device.type != "cpu" and self.weight.device == device
 
     @abstractmethod
     def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:

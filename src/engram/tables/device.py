@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from engram.errors import TableError
-from engram.ops import lookup_rows
+from engram.ops import lookup_rows, read_rows
 from engram.tables.base import EmbeddingTable
+from engram.tables.prefetch import RowHandle, RowPrefetcher
 
 __all__ = ["DeviceTable"]
 
@@ -43,9 +44,23 @@ class DeviceTable(EmbeddingTable):
         """Zeros ``[rows, dim]`` where the rows shall live."""
         return torch.zeros((self.rows, self.dim), dtype=dtype, device=device)
 
-    def lookup(self, row_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def lookup(self, row_ids: Tensor | RowHandle, dtype: torch.dtype | None = None) -> Tensor:
         """Rows ``[..., dim]``; the gradient of ``weight`` is sparse."""
+        if isinstance(row_ids, RowHandle):
+            return lookup_rows(self.weight, row_ids.row_ids, fetched=row_ids.wait())
         return lookup_rows(self.weight, row_ids, dtype)
+
+    def read(self, row_ids: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Rows ``[..., dim]`` without a gradient, into ``out`` if given."""
+        return read_rows(self.weight, row_ids, dtype, out)
+
+    def prefetch(
+        self, row_ids: Tensor, dtype: torch.dtype | None = None, through: RowPrefetcher | None = None
+    ) -> Tensor | RowHandle:
+        """Start fetching rows, where ``through`` thinks that it pays."""
+        if through is None or not through.pays(self, row_ids.device):
+            return row_ids
+        return through.start(self, row_ids, dtype or self.dtype)
 
     @torch.no_grad()
     def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engram.errors import TableError
-from engram.native import core, gather_rows
+from engram.ops import gather, kernel_serves
 
 __all__ = ["FORMATS", "RowFormat", "row_format"]
 
@@ -74,23 +74,28 @@ class RowFormat:
         assert scales is not None
         return _DECODERS[self.name](stored, scales)
 
-    def read(self, stored: Tensor, scales: Tensor | None, row_ids: Tensor) -> Tensor:
-        """float32 rows ``[..., dim]`` by number.
+    def read(
+        self,
+        stored: Tensor,
+        scales: Tensor | None,
+        row_ids: Tensor,
+        dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Rows ``[..., dim]`` by number in ``dtype``, into ``out`` if given.
 
         Raises:
-            IndexError: a row number is out of range (CPU).
+            IndexError: a row number is out of range (CPU; on CUDA a kernel gives zeros).
         """
-        if core() is None or stored.device.type != "cpu" or torch.compiler.is_compiling():
-            flat = row_ids.reshape(-1)
-            rows = self.decode(stored[flat], None if scales is None else scales[flat])
-            return rows.view(*row_ids.shape, rows.shape[1])
         dim = stored.shape[1] * self.values_per_item
-        rows = torch.empty((*row_ids.shape, dim))
-        try:
-            gather_rows(stored, row_ids.contiguous(), rows, scales, dim)
-        except IndexError as error:
-            raise IndexError(f"row number {error} is out of range, expected 0..{stored.shape[0] - 1}") from None
-        return rows
+        if kernel_serves(stored, row_ids, dtype, scales):
+            return gather(stored, row_ids, dtype, scales, dim, out)
+        if kernel_serves(stored, row_ids, torch.float32, scales):
+            rows = gather(stored, row_ids, torch.float32, scales, dim).to(dtype)
+        else:
+            flat = row_ids.reshape(-1)
+            rows = self.decode(stored[flat], None if scales is None else scales[flat]).to(dtype).view(*row_ids.shape, dim)
+        return rows if out is None else out.copy_(rows)
 
 
 def row_format(name: str) -> RowFormat:

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from engram.errors import TableError
 from engram.native import touch_rows
-from engram.ops import lookup_rows
+from engram.ops import lookup_rows, read_rows
 from engram.tables.device import DeviceTable
 from engram.tables.memory import lazy_zeros
+from engram.tables.pinned import PageLock, through_host
+from engram.tables.prefetch import RowHandle, RowPrefetcher
 
 __all__ = ["HostTable", "MmapTable"]
 
@@ -28,7 +30,9 @@ _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 class HostTable(DeviceTable):
     """A table in host memory. ``.to(device)`` and changes of dtype pass it by; look-ups carry rows to where they were asked from.
 
-    Its parameter is an ordinary one: gradients hold the touched rows only, and ``EngramAdamW`` updates them in place on the CPU.
+    Its parameter is an ordinary one: gradients hold the touched rows only, and ``EngramAdamW`` updates them in place on the CPU. Once a
+    CUDA device asks for rows the memory is page-locked and read by the device itself. Whoever writes into ``weight`` past this class must
+    know that a look-up enqueued before may still be reading.
 
     Args:
         rows: number of rows.
@@ -41,12 +45,16 @@ class HostTable(DeviceTable):
     """
 
     def __init__(self, rows: int, dim: int, init: str = "zero", dtype: torch.dtype = torch.float32) -> None:
+        self._lock = PageLock()
         super().__init__(rows, dim, init, dtype, "cpu")
 
     def _allocate(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         return lazy_zeros((self.rows, self.dim), dtype, "tier='host'")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        device = fn(torch.empty(0)).device
+        if device.type == "cuda":  # page-locking takes a while: now, not at the first look-up
+            self._view_on(device)
         return self  # rows stay where and as they are
 
     @property
@@ -59,10 +67,42 @@ class HostTable(DeviceTable):
         """Where the rows are, for people."""
         return "host memory"
 
-    def lookup(self, row_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def lookup(self, row_ids: Tensor | RowHandle, dtype: torch.dtype | None = None) -> Tensor:
         """Rows ``[..., dim]`` on the device of ``row_ids``."""
-        rows = lookup_rows(self.weight, row_ids.to("cpu"), dtype)
-        return rows.to(row_ids.device, non_blocking=True)
+        if isinstance(row_ids, RowHandle) or row_ids.device.type == "cpu":
+            return super().lookup(row_ids, dtype)
+        dtype = dtype or self.dtype
+        return lookup_rows(self.weight, row_ids, dtype, fetched=self.read(row_ids, dtype))
+
+    def read(self, row_ids: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Rows ``[..., dim]`` on the device of ``row_ids``, into ``out`` if given; no gradient.
+
+        A CUDA device reads page-locked memory itself. Where that cannot be, the CPU gathers and the device is sent what it asked for.
+        """
+        view = self._view_on(row_ids.device)
+        if view is not None:
+            return read_rows(view, row_ids, dtype, out)
+        return through_host(lambda numbers, rows: read_rows(self.weight, numbers, dtype, rows), row_ids, self.dim, dtype, out)
+
+    def is_read_by(self, device: torch.device) -> bool:
+        """Whether ``device`` reads the memory itself."""
+        return device.type != "cpu" and self._view_on(device) is not None
+
+    def _view_on(self, device: torch.device) -> Tensor | None:
+        """The rows as ``device`` sees them; None where the CPU must fetch."""
+        if device.type == "cpu":
+            return self.weight.detach()
+        return self._lock.view(self.weight, device) if device.type == "cuda" else None
+
+    def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
+        """Replace rows in place, when no device reads them any more."""
+        self._lock.settle()
+        super().update_rows(row_ids, fn)
+
+    def load_rows(self, start: int, rows: Tensor) -> None:
+        """Put rows ``[n, dim]`` at ``start`` and after, when no device reads them any more."""
+        self._lock.settle()
+        super().load_rows(start, rows)
 
 
 class MmapTable(HostTable):
@@ -134,24 +174,49 @@ class MmapTable(HostTable):
         """Where the rows are, for people."""
         return str(self.path)
 
-    def lookup(self, row_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def lookup(self, row_ids: Tensor | RowHandle, dtype: torch.dtype | None = None) -> Tensor:
         """Rows ``[..., dim]``; those that are not in memory yet are read by many threads at once.
 
         Raises:
             TableError: the file was truncated since it was mapped.
         """
-        self._check_size(self._map.size())
-        row_ids = self.prefetch(row_ids)
+        if not isinstance(row_ids, RowHandle) and row_ids.device.type == "cpu":
+            self._bring(row_ids)
         return super().lookup(row_ids, dtype)
 
-    def prefetch(self, row_ids: Tensor) -> Tensor:
-        """Bring rows into memory."""
+    def read(self, row_ids: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Rows ``[..., dim]`` on the device of ``row_ids``, into ``out`` if given; no gradient.
+
+        Raises:
+            TableError: the file was truncated since it was mapped.
+        """
+
+        def fetch(numbers: Tensor, rows: Tensor | None) -> Tensor:
+            self._bring(numbers)
+            return read_rows(self.weight, numbers, dtype, rows)
+
+        return fetch(row_ids, out) if row_ids.device.type == "cpu" else through_host(fetch, row_ids, self.dim, dtype, out)
+
+    def prefetch(
+        self, row_ids: Tensor, dtype: torch.dtype | None = None, through: RowPrefetcher | None = None
+    ) -> Tensor | RowHandle:
+        """Bring rows into memory: ahead of their use and beside it, if ``through`` is given and thinks that it pays, else at once."""
+        if through is not None:
+            return super().prefetch(row_ids, dtype, through)
+        self._bring(row_ids.to("cpu"))
+        return row_ids
+
+    def _bring(self, row_ids: Tensor) -> None:
+        """Have rows, numbered on the CPU, read from the file into memory if they are not there."""
+        self._check_size(self._map.size())
         if row_ids.numel():
-            warm = touch_rows(self.weight.detach(), row_ids.to("cpu").contiguous(), _COLD_READERS, self.count_cold)
+            warm = touch_rows(self.weight.detach(), row_ids.contiguous(), _COLD_READERS, self.count_cold)
             if self.count_cold:
                 self.warm_rows += warm
                 self.cold_rows += row_ids.numel() - warm
-        return row_ids
+
+    def _view_on(self, device: torch.device) -> Tensor | None:
+        return self.weight.detach() if device.type == "cpu" else None  # page-locking would read the whole file
 
     def populate(self) -> None:
         """Read the whole file into memory at once, where the system offers that; otherwise rows come as they are used."""

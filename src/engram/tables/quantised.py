@@ -12,6 +12,8 @@ from engram.errors import TableError
 from engram.tables.base import EmbeddingTable
 from engram.tables.formats import row_format
 from engram.tables.memory import lazy_zeros
+from engram.tables.pinned import PageLock, through_host
+from engram.tables.prefetch import RowHandle, RowPrefetcher
 
 __all__ = ["QuantisedTable"]
 
@@ -35,6 +37,7 @@ class QuantisedTable(EmbeddingTable):
 
     def __init__(self, rows: int, dim: int, form: str, device: torch.device | str | None = None, host: bool = False) -> None:
         super().__init__()
+        self._lock = PageLock()
         self.rows, self.dim, self.form, self.host = rows, dim, row_format(form), host
         if not self.form.quantised or self.form.scale_dtype is None:
             raise TableError(f"QuantisedTable: got format {form!r}, expected one with scales; use a DeviceTable or HostTable.")
@@ -54,6 +57,9 @@ class QuantisedTable(EmbeddingTable):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self.host:
+            device = fn(torch.empty(0)).device
+            if device.type == "cuda":  # page-locking takes a while: now, not at the first look-up
+                self._stored_on(device)
             return self
         # Only moves are followed: another dtype would make the stored bits meaningless.
         for name in ("weight", "scales"):
@@ -81,10 +87,46 @@ class QuantisedTable(EmbeddingTable):
         """Bytes of the rows with their scales."""
         return self.rows * self.form.row_bytes(self.dim)
 
-    def lookup(self, row_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def lookup(self, row_ids: Tensor | RowHandle, dtype: torch.dtype | None = None) -> Tensor:
         """Rows ``[..., dim]``, float32 unless ``dtype`` is given, on the device of ``row_ids``; no gradient."""
-        rows = self.form.read(self.weight, self.scales, row_ids.to(self.weight.device))
-        return rows.to(device=row_ids.device, dtype=dtype or torch.float32)
+        return row_ids.wait() if isinstance(row_ids, RowHandle) else self.read(row_ids, dtype or torch.float32)
+
+    def read(self, row_ids: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Rows ``[..., dim]`` on the device of ``row_ids``, into ``out`` if given; page-locked host rows are read by the device itself."""
+        stored = self._stored_on(row_ids.device)
+        if stored is not None:
+            return self.form.read(*stored, row_ids, dtype, out)
+        if self.host:
+            return through_host(
+                lambda numbers, rows: self.form.read(self.weight, self.scales, numbers, dtype, rows),
+                row_ids,
+                self.dim,
+                dtype,
+                out,
+            )
+        rows = self.form.read(self.weight, self.scales, row_ids.to(self.weight.device), dtype).to(row_ids.device)
+        return rows if out is None else out.copy_(rows)
+
+    def prefetch(
+        self, row_ids: Tensor, dtype: torch.dtype | None = None, through: RowPrefetcher | None = None
+    ) -> Tensor | RowHandle:
+        """Start fetching rows, where ``through`` thinks that it pays."""
+        if through is None or not through.pays(self, row_ids.device):
+            return row_ids
+        return through.start(self, row_ids, dtype or torch.float32)
+
+    def is_read_by(self, device: torch.device) -> bool:
+        """Whether ``device`` reads rows and scales itself."""
+        return device.type != "cpu" and self._stored_on(device) is not None
+
+    def _stored_on(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Rows and scales as ``device`` sees them; None where they must be sent there."""
+        if self.weight.device == device:
+            return self.weight, self.scales
+        if not self.host or device.type != "cuda":
+            return None
+        weight, scales = self._lock.view(self.weight, device), self._lock.view(self.scales, device)
+        return None if weight is None or scales is None else (weight, scales)
 
     @torch.no_grad()
     def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
@@ -106,6 +148,7 @@ class QuantisedTable(EmbeddingTable):
     def _write(self, row_ids: Tensor, rows: Tensor) -> None:
         stored, scales = self.form.encode(rows)
         assert scales is not None
+        self._lock.settle()
         self.weight.view(torch.uint8)[row_ids] = stored.view(torch.uint8).to(self.weight.device)
         self.scales[row_ids] = scales.to(self.scales.device)
 

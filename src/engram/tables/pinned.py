@@ -1,0 +1,146 @@
+"""Host memory that CUDA devices read by themselves: page-locked in place, and seen as a tensor of the device.
+
+With unified addressing a page-locked host address is a device address, so that a kernel fetches exactly the rows it wants over the
+bus, without the CPU, a staging buffer or a wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["PageLock", "through_host"]
+
+_PORTABLE, _MAPPED = 1, 2  # cudaHostRegisterPortable, cudaHostRegisterMapped
+
+
+class PageLock:
+    """Page-locks tensors in host memory once a CUDA device asks for them, and keeps the devices' views of them.
+
+    Where the system refuses (a limit on locked memory, say), that is said once and look-ups go through the CPU. A copy of a lock holds
+    nothing. The memory is unlocked when the lock goes away; it keeps the tensors alive until then.
+    """
+
+    def __init__(self) -> None:
+        self._views: dict[tuple[torch.device, int, int], Tensor] = {}
+        self._locked: set[tuple[int, int]] = set()
+        self.refused = False
+        """Whether page-locking failed; it is not tried again."""
+
+    @property
+    def active(self) -> bool:
+        """Whether any memory is locked."""
+        return bool(self._locked)
+
+    def view(self, tensor: Tensor, device: torch.device) -> Tensor | None:
+        """``tensor`` (contiguous, in host memory) as ``device`` sees it, locked on the first call; None where that is impossible."""
+        if self.refused or tensor.numel() == 0:
+            return None
+        key = (device, tensor.data_ptr(), tensor.nbytes)
+        if key not in self._views:
+            if not self._lock(tensor.detach()):
+                return None
+            try:
+                self._views[key] = _device_view(tensor.detach(), device)
+            except RuntimeError as error:
+                self._refuse(tensor, str(error))
+                return None
+        return self._views[key]
+
+    def settle(self) -> None:
+        """Wait until no device reads the memory any more; for whoever is about to write into it."""
+        if self.active:
+            for device in {device for device, _, _ in self._views}:
+                torch.cuda.synchronize(device)
+
+    def _lock(self, tensor: Tensor) -> bool:
+        part = (tensor.data_ptr(), tensor.nbytes)
+        if part in self._locked or tensor.is_pinned():
+            return True
+        status = int(_cudart().cudaHostRegister(*part, _PORTABLE | _MAPPED))
+        if status:
+            self._refuse(tensor, f"cudaHostRegister answered {status}")
+            _clear_error()
+            return False
+        self._locked.add(part)
+        # At exit the system unlocks everything, and the CUDA context may be gone before Python is.
+        weakref.finalize(self, _unlock, tensor).atexit = False
+        return True
+
+    def _refuse(self, tensor: Tensor, reason: str) -> None:
+        self.refused = True
+        logging.getLogger("engram").warning(
+            "%s bytes of host memory could not be page-locked (%s): rows go through the CPU, more slowly. Raise the limit on locked "
+            "memory (ulimit -l), or use a smaller table.",
+            f"{tensor.nbytes:,}",
+            reason,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PageLock:
+        return PageLock()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return PageLock, ()
+
+
+def through_host(
+    fetch: Callable[[Tensor, Tensor], Tensor], row_ids: Tensor, dim: int, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """Rows ``[..., dim]`` fetched by the CPU and sent to the device of ``row_ids``.
+
+    Args:
+        fetch: puts rows, by their numbers on the CPU, into the buffer given (contiguous, on the CPU).
+        row_ids: int64 ``[...]``; the CPU waits until it knows them.
+        dim: values per row.
+        dtype: type of the rows.
+        out: where on the device to put them; a new tensor if not given.
+    """
+    # The page-locked buffer belongs to torch's host allocator, which does not hand it out again before the copy has been made.
+    staging = torch.empty((*row_ids.shape, dim), dtype=dtype, pin_memory=row_ids.device.type == "cuda")
+    rows = fetch(row_ids.to("cpu"), staging)
+    return rows.to(row_ids.device, non_blocking=True) if out is None else out.copy_(rows, non_blocking=True)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()
+
+
+def _unlock(tensor: Tensor) -> None:
+    with suppress(RuntimeError):
+        torch.cuda.synchronize()  # a look-up may still be reading
+        _cudart().cudaHostUnregister(tensor.data_ptr())
+
+
+def _clear_error() -> None:
+    """A refused registration leaves its code behind, which the next kernel's check would take for its own."""
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")  # a kernel launch, whose check reports and clears it
+
+
+class _HostBytes:
+    """Names the bytes of a host tensor to torch as memory of a device, and keeps the tensor alive as long as the view is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.nbytes,),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+def _device_view(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of ``device`` over page-locked host memory; nothing is copied."""
+    with torch.cuda.device(device):
+        view = torch.as_tensor(_HostBytes(tensor), device=device)
+    if view.data_ptr() != tensor.data_ptr():
+        raise RuntimeError(f"{device} sees page-locked memory under another address")
+    return view.view(tensor.dtype).view(tensor.shape)

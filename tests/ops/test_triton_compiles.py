@@ -1,0 +1,55 @@
+"""The kernels go through Triton's whole compiler, to machine code for two generations of GPUs; none is needed for that."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from engram.ops import triton_gather
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def machine_code(kernel, types, constants, architecture):
+    signature = {**types, **dict.fromkeys(constants, "constexpr")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
+    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"enable_fp_fusion": False}).asm
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(
+    ("kind", "data", "scales"),
+    [(0, "*bf16", "*i64"), (1, "*i8", "*fp32"), (2, "*u8", "*u8"), (3, "*u8", "*fp32")],
+    ids=["plain", "int8", "float8", "int4"],
+)
+def test_the_gather_compiles(kind, data, scales, architecture):
+    types = {"data": data, "scales": scales, "row_ids": "*i64", "out": "*bf16", "bad": "*i32", "rows": "i64", "count": "i32"}
+    constants = {
+        "KIND": kind,
+        "DIM": 64,
+        "WIDTH": 32 if kind == 3 else 64,
+        "SCALES": 2,
+        "FLAG": True,
+        "BLOCK_N": 8,
+        "BLOCK_D": 64,
+    }
+    code = machine_code(triton_gather._gather_kernel, types, constants, architecture)
+    assert len(code["cubin"]) > 0
+    assert ".ftz" not in code["ptx"]  # subnormal scales and values must survive

@@ -1,0 +1,111 @@
+"""Page-locking, with the CUDA runtime's two calls stood in for: what is locked, when, and that it is unlocked again."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+
+from engram.tables import HostTable, MmapTable, QuantisedTable, pinned
+from engram.tables.pinned import PageLock, through_host
+
+DEVICE = torch.device("cuda", 0)
+
+
+class Runtime:
+    def __init__(self, status=0):
+        self.status, self.calls = status, []
+
+    def cudaHostRegister(self, pointer, size, flags):
+        self.calls.append(("lock", pointer, size))
+        assert flags == 3
+        return self.status
+
+    def cudaHostUnregister(self, pointer):
+        self.calls.append(("unlock", pointer))
+        return 0
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    runtime = Runtime()
+    monkeypatch.setattr(pinned, "_cudart", lambda: runtime)
+    monkeypatch.setattr(pinned, "_clear_error", lambda: runtime.calls.append(("clear",)))
+    monkeypatch.setattr(pinned, "_device_view", lambda tensor, device: tensor.view_as(tensor))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: runtime.calls.append(("wait",)))
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: False)
+    return runtime
+
+
+def test_memory_is_locked_once_and_unlocked_when_the_table_goes(runtime):
+    table = HostTable(100, 16)
+    pointer = table.weight.data_ptr()
+    assert table.is_read_by(DEVICE)
+    assert table._view_on(DEVICE).data_ptr() == pointer
+    assert runtime.calls == [("lock", pointer, 6400)]
+    twin, again = copy.deepcopy(table), pickle.loads(pickle.dumps(table))
+    assert not twin._lock.active
+    assert not again._lock.active
+    table.update_rows(torch.tensor([3]), lambda rows: rows + 1)  # not while a device may be reading
+    assert runtime.calls[1:] == [("wait",)]
+    del table
+    gc.collect()
+    assert runtime.calls[2:] == [("wait",), ("unlock", pointer)]
+
+
+def test_quantised_rows_lock_their_scales_too(runtime):
+    table = QuantisedTable(100, 16, "int8", host=True)
+    assert table.is_read_by(DEVICE)
+    assert [call[0] for call in runtime.calls] == ["lock", "lock"]
+    assert not QuantisedTable(100, 16, "int8").is_read_by(DEVICE)
+
+
+def test_a_refusal_is_said_once_and_not_tried_again(runtime, caplog):
+    runtime.status = 2
+    table = HostTable(100, 16)
+    with caplog.at_level("WARNING", logger="engram"):
+        assert not table.is_read_by(DEVICE)
+        assert not table.is_read_by(DEVICE)
+    assert [call[0] for call in runtime.calls] == ["lock", "clear"]
+    assert len(caplog.records) == 1
+    assert "6,400 bytes of host memory could not be page-locked (cudaHostRegister answered 2)" in caplog.text
+
+
+def test_a_device_that_sees_another_address_is_not_used(runtime, monkeypatch, caplog):
+    def elsewhere(tensor, device):
+        raise RuntimeError("cuda:0 sees page-locked memory under another address")
+
+    monkeypatch.setattr(pinned, "_device_view", elsewhere)
+    with caplog.at_level("WARNING", logger="engram"):
+        assert not HostTable(100, 16).is_read_by(DEVICE)
+    assert "another address" in caplog.text
+
+
+def test_files_are_never_locked(runtime, tmp_path):
+    assert not MmapTable(100, 16, tmp_path / "rows", "r+").is_read_by(DEVICE)
+    assert not HostTable(0, 16).is_read_by(DEVICE)
+    assert runtime.calls == []
+
+
+def test_what_is_page_locked_already_is_left_alone(runtime, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    lock = PageLock()
+    assert lock.view(torch.ones(3), DEVICE) is not None
+    assert not lock.active
+
+
+def test_bytes_are_named_to_torch_as_they_lie():
+    rows = torch.randn(5, 8).to(torch.bfloat16)
+    named = pinned._HostBytes(rows).__cuda_array_interface__
+    assert named["shape"] == (80,)
+    assert named["data"] == (rows.data_ptr(), False)
+
+
+def test_rows_through_the_cpu():
+    data, numbers = torch.randn(20, 4), torch.tensor([[3, 0], [19, 3]])
+    fetch = lambda wanted, rows: torch.index_select(data, 0, wanted.view(-1), out=rows.view(-1, 4)).view(2, 2, 4)  # noqa: E731
+    assert torch.equal(through_host(fetch, numbers, 4, torch.float32), data[numbers])
+    out = torch.empty(2, 2, 4)
+    assert through_host(fetch, numbers, 4, torch.float32, out) is out
+    assert torch.equal(out, data[numbers])

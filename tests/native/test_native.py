@@ -226,11 +226,11 @@ def test_arrays_of_every_kind_are_hashed_as_tensors_are():
 
 def test_reading_rows_takes_in_every_byte():
     rows = torch.randint(0, 256, (50, 13), dtype=torch.uint8)
-    before = native.read_rows(rows, torch.arange(50))
+    before = native.scan_rows(rows, torch.arange(50))
     rows[17, 12] ^= 1
-    assert native.read_rows(rows, torch.arange(50)) == before ^ 1
-    assert native.read_rows(rows, torch.tensor([-1, 50, 2**62])) == 0
-    with pytest.raises(ValueError, match="read_rows"):
-        native.read_rows(rows.T, torch.arange(5))
-    with pytest.raises(ValueError, match="read_rows"):
-        native.read_rows(rows, torch.arange(5).int())
+    assert native.scan_rows(rows, torch.arange(50)) == before ^ 1
+    assert native.scan_rows(rows, torch.tensor([-1, 50, 2**62])) == 0
+    with pytest.raises(ValueError, match="scan_rows"):
+        native.scan_rows(rows.T, torch.arange(5))
+    with pytest.raises(ValueError, match="scan_rows"):
+        native.scan_rows(rows, torch.arange(5).int())

@@ -42,7 +42,7 @@ def _copying(table: Tensor, row_ids: Tensor) -> Setting:
     if native.core() is not None:
         calls["engram"] = lambda: lookup_rows(table, row_ids)
         calls["engram, reused buffer"] = lambda: native.gather_rows(table, row_ids, out)
-        calls["limit: random read"] = lambda: native.read_rows(table, row_ids)
+        calls["limit: random read"] = lambda: native.scan_rows(table, row_ids)
 
     def verify() -> str | None:
         expected = table[row_ids]

@@ -47,7 +47,7 @@ def _warm(rows: int, folder: Path) -> Setting:
     for name, table in tables.items():
         calls[name] = lambda table=table: table.lookup(row_ids)  # type: ignore[misc]
     if native.core() is not None:
-        calls["limit: random read"] = lambda: native.read_rows(plain, row_ids)
+        calls["limit: random read"] = lambda: native.scan_rows(plain, row_ids)
 
     def verify() -> str | None:
         expected = values[row_ids]

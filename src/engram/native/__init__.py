@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["HashKernel", "RowIndex", "core", "gather_rows", "instruction_set", "read_rows", "touch_rows"]
+__all__ = ["HashKernel", "RowIndex", "core", "gather_rows", "instruction_set", "scan_rows", "touch_rows"]
 
 _COPY, _FORMATS = 0, {torch.bfloat16: 1, torch.float16: 2}
 _INT8, _FLOAT8, _INT4 = 3, 4, 5
@@ -214,7 +214,7 @@ def touch_rows(data: Tensor, row_ids: Tensor, threads: int, count: bool = False)
     return _core.touch_rows(data.data_ptr(), data.shape[0], row_bytes, row_ids.data_ptr(), row_ids.numel(), threads, count)
 
 
-def read_rows(data: Tensor, row_ids: Tensor) -> int:
+def scan_rows(data: Tensor, row_ids: Tensor) -> int:
     """Read every byte of some rows and write nothing: the limit that a gather is measured against.
 
     Args:
@@ -225,9 +225,9 @@ def read_rows(data: Tensor, row_ids: Tensor) -> int:
         A number made of all the bytes.
     """
     if not all(t.is_contiguous() and t.device.type == "cpu" for t in (data, row_ids)) or row_ids.dtype != torch.int64:
-        raise ValueError("read_rows: expected contiguous CPU tensors and int64 row numbers.")
+        raise ValueError("scan_rows: expected contiguous CPU tensors and int64 row numbers.")
     row_bytes = data.shape[1] * data.element_size()
-    return _core.read_rows(
+    return _core.scan_rows(
         data.data_ptr(), data.shape[0], row_bytes, row_ids.data_ptr(), row_ids.numel(), torch.get_num_threads()
     )
 

@@ -251,7 +251,7 @@ int64_t touch_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const i
   return warm;
 }
 
-int64_t read_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const int64_t* row_ids, int64_t n, int64_t threads) {
+int64_t scan_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const int64_t* row_ids, int64_t n, int64_t threads) {
   std::atomic<int64_t> total{0};
   const Rows all{data, nullptr, rows, row_bytes, row_bytes, RowFormat::kCopy};
   parallel_for(n, kGrain, threads, [&](int64_t begin, int64_t end) {

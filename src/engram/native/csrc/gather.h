@@ -29,6 +29,6 @@ int64_t touch_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const i
 
 // Reads every byte of the rows (row numbers out of range are passed over) and writes nothing: what a gather could reach at best. The
 // result is made of all of them, so that no read can be left out.
-int64_t read_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const int64_t* row_ids, int64_t n, int64_t threads);
+int64_t scan_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const int64_t* row_ids, int64_t n, int64_t threads);
 
 }  // namespace engram

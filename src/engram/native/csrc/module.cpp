@@ -164,12 +164,12 @@ PyObject* touch_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyLong_FromLongLong(warm);
 }
 
-PyObject* read_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* scan_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::array<int64_t, 6> a;
   if (!read_integers(args, count, a)) return nullptr;
   int64_t sum;
   Py_BEGIN_ALLOW_THREADS
-  sum = engram::read_rows(address<const uint8_t>(a[0]), a[1], a[2], address<const int64_t>(a[3]), a[4], a[5]);
+  sum = engram::scan_rows(address<const uint8_t>(a[0]), a[1], a[2], address<const int64_t>(a[3]), a[4], a[5]);
   Py_END_ALLOW_THREADS
   return PyLong_FromLongLong(sum);
 }
@@ -221,7 +221,7 @@ PyMethodDef kMethods[] = {
     fast<gather_rows>("gather_rows",
                       "data, scales, rows, dim, row_bytes, format, row_ids, n, out, threads -> -1 or where a row number is out of range"),
     fast<touch_rows>("touch_rows", "data, rows, row_bytes, row_ids, n, threads, count -> rows that were in memory before"),
-    fast<read_rows>("read_rows", "data, rows, row_bytes, row_ids, n, threads -> exclusive or of all words"),
+    fast<scan_rows>("scan_rows", "data, rows, row_bytes, row_ids, n, threads -> exclusive or of all words"),
     fast<read_stream>("read_stream",
                       "batch, length, dim, value, key, projected_stride, stream, stream_stride, norm_key, norm_query, norm_eps, "
                       "signed_sqrt, out, out_stride, conv, kernel, dilation, norm_conv, conv_eps, normed, normed_stride, past, "

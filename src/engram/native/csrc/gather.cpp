@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "clones.h"
 #include "parallel.h"
 
 #ifdef __linux__
@@ -45,12 +46,6 @@ inline float half_to_float(uint16_t half) {
 }
 
 inline float power_of_two(uint8_t biased) { return biased ? from_bits(static_cast<uint32_t>(biased) << 23) : 0.0f; }
-
-#define ENGRAM_CLONES
-#if defined(ENGRAM_X86) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#undef ENGRAM_CLONES
-#define ENGRAM_CLONES __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
-#endif
 
 ENGRAM_CLONES void from_bfloat16(const uint16_t* __restrict row, float* __restrict out, int64_t dim) {
   for (int64_t i = 0; i < dim; ++i) out[i] = from_bits(static_cast<uint32_t>(row[i]) << 16);

@@ -9,6 +9,7 @@
 
 #include "gather.h"
 #include "hash.h"
+#include "rows.h"
 
 namespace {
 
@@ -116,6 +117,57 @@ PyObject* touch_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyLong_FromLongLong(warm);
 }
 
+PyObject* group_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 6> a;
+  if (!read_integers(args, count, a)) return nullptr;
+  int64_t groups;
+  Py_BEGIN_ALLOW_THREADS
+  groups = engram::group_rows(address<const int64_t>(a[0]), a[1], a[2], address<int64_t>(a[3]), address<int64_t>(a[4]),
+                              address<int64_t>(a[5]));
+  Py_END_ALLOW_THREADS
+  return PyLong_FromLongLong(groups);
+}
+
+engram::RowGroups groups_of(const int64_t* a) {
+  return {address<const int64_t>(a[0]), address<const int64_t>(a[1]), address<const int64_t>(a[2]), a[3]};
+}
+
+PyObject* sum_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 9> a;
+  if (!read_integers(args, count, a)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  engram::sum_rows(groups_of(a.data()), address<const uint8_t>(a[4]), static_cast<engram::RowType>(a[5]), a[6], address<uint8_t>(a[7]),
+                   a[8]);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+PyObject* claim_slots(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 8> a;
+  if (!read_integers(args, count, a)) return nullptr;
+  int64_t used;
+  Py_BEGIN_ALLOW_THREADS
+  used = engram::claim_slots(address<const int64_t>(a[0]), a[1], address<int32_t>(a[2]), a[3], address<int64_t>(a[4]), a[5], a[6],
+                             address<int64_t>(a[7]));
+  Py_END_ALLOW_THREADS
+  return PyLong_FromLongLong(used);
+}
+
+PyObject* step_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 16> a;
+  if (!read_integers(args, count, a)) return nullptr;
+  const double* n = address<const double>(a[12]);
+  const auto number = [n](int i) { return static_cast<float>(n[i]); };
+  const engram::RowStep step{address<uint8_t>(a[4]), a[5], static_cast<engram::RowType>(a[6]), address<const uint8_t>(a[7]),
+                             static_cast<engram::RowState>(a[8]), address<const int64_t>(a[9]), address<float>(a[10]),
+                             address<float>(a[11]), {number(0), number(1), number(2), number(3), number(4), number(5)}, a[13] != 0,
+                             static_cast<uint64_t>(a[14])};
+  Py_BEGIN_ALLOW_THREADS
+  engram::step_rows(groups_of(a.data()), step, a[15]);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
 PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(engram::instruction_set()); }
 
 PyObject* limit_instruction_set(PyObject*, PyObject* name) {
@@ -141,6 +193,12 @@ PyMethodDef kMethods[] = {
     fast<gather_rows>("gather_rows",
                       "data, scales, rows, dim, row_bytes, format, row_ids, n, out, threads -> -1 or where a row number is out of range"),
     fast<touch_rows>("touch_rows", "data, rows, row_bytes, row_ids, n, threads, count -> rows that were in memory before"),
+    fast<group_rows>("group_rows", "row_ids, n, table_rows, rows, starts, order -> groups, or -1 - where a row number is out of range"),
+    fast<sum_rows>("sum_rows", "rows, starts, order, count, gradients, type, dim, out, threads"),
+    fast<claim_slots>("claim_slots", "row_ids, n, slot_of_row, table_rows, row_of_slot, capacity, used, slots -> used, or -1 - where"),
+    fast<step_rows>("step_rows",
+                    "rows, starts, order, count, table, dim, type, gradients, state, slots, first, second, numbers (six doubles), "
+                    "stochastic, seed, threads"),
     {"instruction_set", instruction_set, METH_NOARGS, "avx512, avx2 or portable"},
     {"limit_instruction_set", limit_instruction_set, METH_O, "Use a smaller instruction set ('' for the best); False if unknown."},
     {nullptr, nullptr, 0, nullptr},

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,6 +18,8 @@ from engram.native.rows import claim_slots
 __all__ = ["ROW_STATES", "RowMoments", "check_row_state"]
 
 _FIRST_CAPACITY = 1024
+_WORTH_RESERVING = 1 << 16  # bytes; less than that is copied sooner than mapped
+_MAP_NORESERVE = 0x4000  # Linux; the mmap module does not name it everywhere
 _PER_VALUE, _PER_ROW = True, False
 
 ROW_STATES: dict[str, dict[str, bool]] = {
@@ -54,36 +62,65 @@ class RowMoments:
     def __init__(self, table: Tensor, kind: str = "adam") -> None:
         check_row_state(kind)
         self.kind, self.used = kind, 0
-        self.slot_of_row = _lazy_zeros(table.shape[0], table.device)
-        self.row_of_slot = torch.empty(0, dtype=torch.int64, device=table.device)
-        self.buffers = {
-            name: torch.empty((0, *(table.shape[1:] if per_value else ())), dtype=torch.float32, device=table.device)
-            for name, per_value in ROW_STATES[kind].items()
-        }
+        self._shape, self._device = table.shape, table.device
+        self._clear()
+
+    def _clear(self) -> None:
+        self.used = 0
+        self.slot_of_row = _lazy_zeros(self._shape[0], self._device)
+        self.row_of_slot = torch.empty(0, dtype=torch.int64, device=self._device)
+        self.buffers = {name: torch.empty((0, *tail), device=self._device) for name, tail in self._tails().items()}
+
+    def _tails(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one row's entry in each buffer."""
+        return {name: tuple(self._shape[1:]) if per_value else () for name, per_value in ROW_STATES[self.kind].items()}
 
     def slots(self, rows: Tensor) -> Tensor:
         """Positions of the state of ``rows`` (int64 ``[n]``, no row twice); new rows start with zeros."""
-        self._reserve(self.used + rows.numel())
+        self._make_room(self.used + rows.numel())
         start = self.used
         slots, self.used = claim_slots(rows, self.slot_of_row, self.row_of_slot, start)
-        for buffer in self.buffers.values():
+        for (
+            buffer
+        ) in self.buffers.values():  # reserved memory is zero, but reading a page before it is written costs a second fault
             buffer[start : self.used] = 0
         return slots
 
-    def _reserve(self, needed: int) -> None:
-        """Make room. ``needed`` counts every row of a step as new, so that finding and numbering rows is one pass."""
-        capacity, table_rows = self.row_of_slot.shape[0], self.slot_of_row.shape[0]
-        if min(needed, table_rows) <= capacity:
+    def _make_room(self, needed: int) -> None:
+        """Room for ``needed`` rows, which counts every row of a step as new, so that finding and numbering rows is one pass."""
+        capacity, table_rows = self.row_of_slot.shape[0], self._shape[0]
+        if min(needed, table_rows) <= capacity or (capacity == 0 and self._reserve()):
             return
         # Doubling: a row is copied a bounded number of times on average.
         larger = min(max(needed, 2 * capacity, _FIRST_CAPACITY), table_rows)
         self.row_of_slot = self._grown(self.row_of_slot, larger)
         self.buffers = {name: self._grown(buffer, larger) for name, buffer in self.buffers.items()}
 
+    def _reserve(self) -> bool:
+        """Try to have address space for the whole table, so that growing copies nothing: pages are taken when they are written."""
+        if self._device.type != "cpu":
+            return False
+        rows = _reserved_memory((self._shape[0],), torch.int64)
+        buffers = {name: _reserved_memory((self._shape[0], *tail), torch.float32) for name, tail in self._tails().items()}
+        found = {name: buffer for name, buffer in buffers.items() if buffer is not None}
+        if rows is None or len(found) < len(buffers):
+            return False
+        self.row_of_slot, self.buffers = rows, found
+        return True
+
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
         new = torch.empty((capacity, *old.shape[1:]), dtype=old.dtype, device=old.device)
         new[: self.used] = old[: self.used]
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the rows seen, not the address space."""
+        return {"shape": self._shape, "device": self._device, "kind": self.kind, "state": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.kind, self._shape, self._device = state["kind"], state["shape"], state["device"]
+        self._clear()
+        self.load_state_dict(state["state"])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Compact tensors: the rows seen, in slot order, and their buffers by name."""
@@ -97,12 +134,10 @@ class RowMoments:
             CheckpointError: the state is malformed, of another kind, or belongs to a table of another shape; nothing is changed then.
         """
         self._check(state)
-        rows, device = state["rows"], self.slot_of_row.device
-        self.used = 0
-        self.slot_of_row = _lazy_zeros(self.slot_of_row.shape[0], device)
-        slots = self.slots(rows.to(device))
+        self._clear()
+        slots = self.slots(state["rows"].to(self._device))
         for name, buffer in self.buffers.items():
-            buffer[slots] = state[name].to(device, torch.float32)
+            buffer[slots] = state[name].to(self._device, torch.float32)
 
     def _check(self, state: dict[str, Tensor]) -> None:
         names = set(state) - {"rows"}
@@ -128,3 +163,24 @@ def _lazy_zeros(rows: int, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(rows, dtype=torch.int32, device=device)
     return torch.from_numpy(np.zeros(rows, dtype=np.int32))
+
+
+def _reserved_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """Zeros whose pages exist once written and count for nothing before; None where the system does not offer that."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if sys.platform != "linux" or size < _WORTH_RESERVING or not _address_space_is_free():
+        return None
+    with suppress(OSError, ValueError, OverflowError):
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        return torch.frombuffer(pages, dtype=dtype).view(shape)
+    return None
+
+
+def _address_space_is_free() -> bool:
+    """Whether reserving costs nothing: no limit on a process's addresses, and no strict accounting of memory promised."""
+    import resource
+
+    with suppress(OSError):
+        strict = Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+        return not strict and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+    return False

@@ -157,10 +157,12 @@ PyObject* step_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::array<int64_t, 16> a;
   if (!read_integers(args, count, a)) return nullptr;
   const double* n = address<const double>(a[12]);
-  const auto number = [n](int i) { return static_cast<float>(n[i]); };
+  const auto as_float = [](double value) { return static_cast<float>(value); };
+  const engram::StepNumbers numbers{as_float(n[0]), as_float(n[2]), as_float(n[3]), as_float(n[4]),
+                                      as_float(n[5]), as_float(1 - n[1]), as_float(1 - n[2])};
   const engram::RowStep step{address<uint8_t>(a[4]), a[5], static_cast<engram::RowType>(a[6]), address<const uint8_t>(a[7]),
                              static_cast<engram::RowState>(a[8]), address<const int64_t>(a[9]), address<float>(a[10]),
-                             address<float>(a[11]), {number(0), number(1), number(2), number(3), number(4), number(5)}, a[13] != 0,
+                             address<float>(a[11]), numbers, a[13] != 0,
                              static_cast<uint64_t>(a[14])};
   Py_BEGIN_ALLOW_THREADS
   engram::step_rows(groups_of(a.data()), step, a[15]);

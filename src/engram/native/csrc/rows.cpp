@@ -15,7 +15,7 @@
 namespace engram {
 namespace {
 
-constexpr int64_t kAhead = 8;     // rows requested before they are needed
+constexpr int64_t kAhead = 16;    // rows requested before they are needed
 constexpr int64_t kGrain = 2048;  // rows per thread at least
 constexpr int64_t kLanes = 16;    // partial sums: the compiler may not reorder a sum of floats, so the order is written down
 
@@ -94,7 +94,7 @@ ENGRAM_CLONES void adam(float* __restrict row, const float* __restrict gradient,
                         int64_t dim, const StepNumbers& with) {
   const StepNumbers n = with;  // a copy: the compiler cannot know that stores to the row leave it alone
   for (int64_t i = 0; i < dim; ++i) {
-    const float g = gradient[i], m = first[i] + (1 - n.beta1) * (g - first[i]), v = n.beta2 * second[i] + (1 - n.beta2) * g * g;
+    const float g = gradient[i], m = first[i] + n.rest1 * (g - first[i]), v = n.beta2 * second[i] + n.rest2 * g * g;
     first[i] = m;
     second[i] = v;
     row[i] = n.keep * row[i] - n.step_size * (m / (std::sqrt(v) + n.eps));
@@ -105,7 +105,7 @@ ENGRAM_CLONES void rowwise_adam(float* __restrict row, const float* __restrict g
                                 int64_t dim, const StepNumbers& with) {
   const StepNumbers n = with;
   for (int64_t i = 0; i < dim; ++i) {
-    const float m = first[i] + (1 - n.beta1) * (gradient[i] - first[i]);
+    const float m = first[i] + n.rest1 * (gradient[i] - first[i]);
     first[i] = m;
     row[i] = n.keep * row[i] - n.step_size * (m / root);
   }
@@ -141,7 +141,7 @@ void update(const RowStep& step, int64_t slot, const float* gradient, float* row
   float& of_row = step.second[slot];
   const float square = mean_square(gradient, step.dim);
   if (step.state == RowState::kRowwiseAdam) {
-    of_row = n.beta2 * of_row + (1 - n.beta2) * square;
+    of_row = n.beta2 * of_row + n.rest2 * square;
     rowwise_adam(row, gradient, first, std::sqrt(of_row) + n.eps, step.dim, n);
   } else {
     of_row += square;
@@ -150,7 +150,7 @@ void update(const RowStep& step, int64_t slot, const float* gradient, float* row
 }
 
 inline void prefetch_bytes(const void* data, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const uint8_t*>(data) + at, 1, 1);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const uint8_t*>(data) + at, 1, 3);
 }
 
 void prefetch(const RowGroups& groups, const RowStep& step, int64_t i) {

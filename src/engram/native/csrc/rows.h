@@ -30,7 +30,8 @@ int64_t claim_slots(const int64_t* row_ids, int64_t n, int32_t* slot_of_row, int
                     int64_t used, int64_t* slots);
 
 struct StepNumbers {
-  float step_size, beta1, beta2, eps, keep, sign;  // keep: what weight decay leaves of a row
+  float step_size, beta2, eps, keep, sign;  // keep: what weight decay leaves of a row
+  float rest1, rest2;                       // 1 - beta1 and 1 - beta2, taken in double: of 0.999f, a float leaves four digits only
 };
 
 struct RowStep {

@@ -5,15 +5,18 @@ import sys
 from setuptools import Extension, setup
 
 SOURCES = "src/engram/native/csrc"
-FLAGS = ["/O2", "/std:c++17"] if sys.platform == "win32" else ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-pthread"]
+# No errno: a square root that might set it cannot be vectorised. Results are those of IEEE arithmetic either way.
+UNIX = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-pthread", "-fno-math-errno"]
+FLAGS = ["/O2", "/std:c++17"] if sys.platform == "win32" else UNIX
 
 setup(
     ext_modules=[
         Extension(
             "engram.native._core",
-            sources=[f"{SOURCES}/{name}.cpp" for name in ("module", "hash", "gather", "read")],
+            sources=[f"{SOURCES}/{name}.cpp" for name in ("module", "hash", "gather", "read", "rows")],
             depends=[
-                f"{SOURCES}/{name}" for name in ("clones.h", "hash.h", "hash_loops.inc", "gather.h", "parallel.h", "read.h")
+                f"{SOURCES}/{name}"
+                for name in ("clones.h", "hash.h", "hash_loops.inc", "gather.h", "parallel.h", "read.h", "rows.h")
             ],
             extra_compile_args=FLAGS,
             extra_link_args=[] if sys.platform == "win32" else ["-pthread"],

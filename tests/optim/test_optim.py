@@ -56,7 +56,7 @@ def test_moments_exist_for_rows_seen_only():
         optimizer.step()
     moments = optimizer.state[table]["row_moments"]
     assert moments.used == 3
-    assert moments.exp_avg.shape[0] < 5000
+    assert all(len(saved) == 3 for saved in moments.state_dict().values())
     assert torch.nonzero(table.detach().abs().sum(1)).flatten().tolist() == [5, 7, 999_999]
 
 

@@ -183,7 +183,12 @@ def test_a_gradient_scaler_changes_nothing(fused):
             scaler.update()
         # Adam's step hardly depends on the scale of a gradient; its moments do.
         results.append(
-            [optimizer.state[table]["row_moments"].exp_avg[:3].clone(), optimizer.state[dense]["exp_avg"], table, dense]
+            [
+                optimizer.state[table]["row_moments"].buffers["exp_avg"][:3].clone(),
+                optimizer.state[dense]["exp_avg"],
+                table,
+                dense,
+            ]
         )
     for plain, scaled in zip(*results):
         assert_close(plain, scaled)
@@ -197,7 +202,9 @@ def test_a_loaded_optimizer_shares_nothing_with_the_one_saved():
     two.load_state_dict(one.state_dict())
     one.step()
     assert float(two.state[second]["step"]) == 1
-    assert not torch.equal(one.state[first]["row_moments"].exp_avg[:1], two.state[second]["row_moments"].exp_avg[:1])
+    assert not torch.equal(
+        one.state[first]["row_moments"].buffers["exp_avg"][:1], two.state[second]["row_moments"].buffers["exp_avg"][:1]
+    )
     clone = copy.deepcopy(one)
     clone.add_param_group({"params": [torch.ones(1).requires_grad_()]})
     assert clone.param_groups[0]["decay_rows"] is False

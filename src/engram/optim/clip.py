@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from engram.native.rows import sum_duplicates
+
 __all__ = ["clip_grad_norm_"]
 
 
@@ -37,5 +39,5 @@ def _values(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     if not parameter.grad.is_sparse:
         return parameter.grad
-    parameter.grad = parameter.grad.coalesce()
+    parameter.grad = sum_duplicates(parameter.grad)
     return parameter.grad.values()

@@ -1,4 +1,4 @@
-"""The row step in plain float32, one row at a time, written from Adam's formulas; the tests hold the fast path against it."""
+"""Row steps in plain float32, one row at a time, written from their formulas; the tests hold the fast paths against them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["row_adam_step_reference"]
+__all__ = ["row_adam_step_reference", "rowwise_adagrad_step_reference", "rowwise_adam_step_reference"]
 
 
 @torch.no_grad()
@@ -47,3 +47,53 @@ def row_adam_step_reference(
         exp_avg_sq[row] = beta2 * exp_avg_sq[row] + (1 - beta2) * gradient**2
         decayed = (1 - lr * weight_decay) * table[row].float()
         table[row] = (decayed - step_size * exp_avg[row] / (exp_avg_sq[row].sqrt() + eps)).to(table.dtype)
+
+
+@torch.no_grad()
+def rowwise_adam_step_reference(
+    table: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq_of_row: Tensor,
+    row_ids: Tensor,
+    gradients: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """Adam with one second moment per row, the decayed mean of the mean of squares (FBGEMM's ``PARTIAL_ROWWISE_ADAM``).
+
+    Arguments are those of ``row_adam_step_reference``, but ``exp_avg_sq_of_row`` is float32 ``[rows]``.
+    """
+    beta1, beta2 = betas
+    step_size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+    for row in sorted(set(row_ids.tolist())):
+        gradient = gradients[row_ids == row].float().sum(0) * (-1 if maximize else 1)
+        exp_avg[row] = beta1 * exp_avg[row] + (1 - beta1) * gradient
+        exp_avg_sq_of_row[row] = beta2 * exp_avg_sq_of_row[row] + (1 - beta2) * (gradient**2).mean()
+        decayed = (1 - lr * weight_decay) * table[row].float()
+        table[row] = (decayed - step_size * exp_avg[row] / (exp_avg_sq_of_row[row].sqrt() + eps)).to(table.dtype)
+
+
+@torch.no_grad()
+def rowwise_adagrad_step_reference(
+    table: Tensor,
+    square_sum_of_row: Tensor,
+    row_ids: Tensor,
+    gradients: Tensor,
+    lr: float,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """Adagrad with one accumulator per row, to which the mean of the squared gradient is added (FBGEMM's ``EXACT_ROWWISE_ADAGRAD``).
+
+    Arguments are those of ``row_adam_step_reference``, but ``square_sum_of_row`` is float32 ``[rows]``.
+    """
+    for row in sorted(set(row_ids.tolist())):
+        gradient = gradients[row_ids == row].float().sum(0) * (-1 if maximize else 1)
+        square_sum_of_row[row] += (gradient**2).mean()
+        decayed = (1 - lr * weight_decay) * table[row].float()
+        table[row] = (decayed - lr * gradient / (square_sum_of_row[row].sqrt() + eps)).to(table.dtype)

@@ -2,92 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engram.errors import CheckpointError, ConfigError
+from engram.native import rows as native_rows
+from engram.optim.rounding import ROUNDED_DTYPES, draw_seed
+from engram.optim.row_rules import StepNumbers, step_rows
+from engram.optim.row_state import RowMoments, check_row_state
 
-__all__ = ["EngramAdamW", "RowMoments"]
+__all__ = ["EngramAdamW"]
 
-_FIRST_CAPACITY = 1024
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class RowMoments:
-    """Adam's two moments for the rows of one table that have ever had a gradient, in growing compact buffers.
-
-    Attributes:
-        used: rows seen; only the first ``used`` entries of the buffers below are meaningful.
-        slot_of_row: int32 ``[rows]``, 1 + position of the row's moments, 0 if it has none; on the CPU lazily mapped memory, so an
-            untouched region of the table costs nothing here either.
-        row_of_slot: int64 ``[capacity]``, the inverse, so that saving need not scan the whole table.
-        exp_avg, exp_avg_sq: float32 ``[capacity, dim]``.
-    """
-
-    def __init__(self, table: Tensor) -> None:
-        self.used = 0
-        self.slot_of_row = _lazy_zeros(table.shape[0], table.device)
-        self.row_of_slot = torch.empty(0, dtype=torch.int64, device=table.device)
-        self.exp_avg = torch.empty((0, *table.shape[1:]), dtype=torch.float32, device=table.device)
-        self.exp_avg_sq = torch.empty_like(self.exp_avg)
-
-    def slots(self, rows: Tensor) -> Tensor:
-        """Positions of the moments of ``rows`` (int64, no row twice); new rows get zero moments."""
-        found = self.slot_of_row[rows]
-        new = rows[found == 0]
-        if new.numel():
-            self._append(new)
-            found = self.slot_of_row[rows]
-        return found.long() - 1
-
-    def _append(self, new: Tensor) -> None:
-        start, end = self.used, self.used + new.numel()
-        self._grow(end)
-        self.row_of_slot[start:end] = new
-        self.exp_avg[start:end] = 0
-        self.exp_avg_sq[start:end] = 0
-        self.slot_of_row[new] = torch.arange(start + 1, end + 1, dtype=torch.int32, device=new.device)
-        self.used = end
-
-    def _grow(self, needed: int) -> None:
-        capacity = self.exp_avg.shape[0]
-        if needed <= capacity:
-            return
-        larger = max(needed, 2 * capacity, _FIRST_CAPACITY)  # doubling: a row is copied a bounded number of times on average
-        for name in ("row_of_slot", *_MOMENTS):
-            old = getattr(self, name)
-            new = torch.empty((larger, *old.shape[1:]), dtype=old.dtype, device=old.device)
-            new[: self.used] = old[: self.used]
-            setattr(self, name, new)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Compact tensors: the rows seen, in slot order, and their moments."""
-        names = {"rows": self.row_of_slot, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return {name: tensor[: self.used].clone() for name, tensor in names.items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what ``state_dict`` gave, exactly.
-
-        Raises:
-            CheckpointError: the state is malformed or belongs to a table of another shape; nothing is changed then.
-        """
-        rows, table_rows, dim = state["rows"], self.slot_of_row.shape[0], tuple(self.exp_avg.shape[1:])
-        shapes = {tuple(state[name].shape) for name in _MOMENTS}
-        outside = rows.numel() > 0 and not 0 <= int(rows.min()) <= int(rows.max()) < table_rows
-        if shapes != {(rows.numel(), *dim)} or outside:
-            raise CheckpointError(
-                f"optimiser state: got moments {sorted(shapes)} for {rows.numel()} rows up to {int(rows.max()) if rows.numel() else 0}, "
-                f"expected rows of shape {dim} below {table_rows}; it belongs to another table."
-            )
-        device = self.slot_of_row.device
-        self.used = 0
-        self.slot_of_row = _lazy_zeros(table_rows, device)
-        slots = self.slots(rows.to(device))
-        for name in _MOMENTS:
-            getattr(self, name)[slots] = state[name].to(device, torch.float32)
 
 
 class EngramAdamW(torch.optim.AdamW):
@@ -100,8 +29,20 @@ class EngramAdamW(torch.optim.AdamW):
     Arguments are those of ``torch.optim.AdamW``, but for one default: without a ``weight_decay`` (here or in a group), sparse
     gradients decay nothing, dense ones decay as in torch. A given ``weight_decay`` is decoupled and reaches the touched rows only.
 
+    Two more, also per group, concern sparse gradients only. ``row_state`` says what is remembered about a row, in float32:
+
+    - ``adam``: both moments for every value.
+    - ``rowwise_adam``: the first moment for every value, the second once per row, from the mean of the squares ("partial row-wise
+      Adam" of FBGEMM): half the memory.
+    - ``rowwise_adagrad``: one number per row, the sum over steps of the mean of the squares (FBGEMM's and torchrec's row-wise
+      Adagrad); betas are not used.
+
+    ``stochastic_rounding`` rounds bfloat16 and float16 rows up or down by chance, so that small steps are not lost. Its seed comes from
+    torch's global CPU generator, one number for each table and step.
+
     Raises:
-        ConfigError: at a step, a sparse gradient cannot be handled (``amsgrad``, ``differentiable``, more than one sparse dimension).
+        ConfigError: unknown ``row_state``; or, at a step, a gradient cannot be handled (sparse with ``amsgrad``, ``differentiable`` or
+            more than one sparse dimension; dense and sparse in turn with a ``row_state`` other than ``adam``).
     """
 
     def __init__(
@@ -112,11 +53,19 @@ class EngramAdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float | None = None,
         amsgrad: bool = False,
+        *,
+        row_state: str = "adam",
+        stochastic_rounding: bool = False,
         **options: Any,
     ) -> None:
+        check_row_state(row_state)
         super().__init__(params, lr, betas, eps, 1e-2 if weight_decay is None else weight_decay, amsgrad, **options)
         # With fused=True torch's AdamW undoes a gradient scaler's scale itself; the row path would not, so the scaler shall.
         self._step_supports_amp_scaling = False
+        options_of_rows = {"row_state": row_state, "stochastic_rounding": stochastic_rounding}
+        self.defaults.update(options_of_rows)
+        for group in self.param_groups:
+            group.update({name: value for name, value in options_of_rows.items() if name not in group})
         self.defaults["decay_rows"] = weight_decay is not None
         if weight_decay is not None:
             for group in self.param_groups:
@@ -124,6 +73,7 @@ class EngramAdamW(torch.optim.AdamW):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; remembers whether the group asks for weight decay or merely inherits torch's default."""
+        check_row_state(param_group.get("row_state", "adam"))
         param_group.setdefault("decay_rows", "weight_decay" in param_group or self.defaults.get("decay_rows", False))
         super().add_param_group(param_group)
 
@@ -135,6 +85,8 @@ class EngramAdamW(torch.optim.AdamW):
         """
         with_grad = [(p, p.grad) for p in group["params"] if p.grad is not None]
         sparse = [(p, grad) for p, grad in with_grad if grad.is_sparse]
+        for p, grad in sparse:
+            _check_row_options(group, grad, self.state.get(p, {}))
         for p, grad in with_grad:
             if not grad.is_sparse and "row_moments" in self.state.get(p, {}):
                 self._spread_moments(group, p)
@@ -151,32 +103,36 @@ class EngramAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _row_step(self, group: dict[str, Any], table: Tensor, grad: Tensor) -> None:
-        _check_row_options(group, grad)
         state = self.state[table]
         if not state:
-            state["step"], state["row_moments"] = torch.tensor(0.0), RowMoments(table)
+            state["step"], state["row_moments"] = torch.tensor(0.0), RowMoments(table, group["row_state"])
         # Not in place: a loaded state dict may share the tensor with the optimiser it came from.
         state["step"] = state["step"] + 1
-        grad = grad.coalesce()
-        rows, values = grad.indices()[0], grad.values().float()
-        if rows.numel() == 0:
+        if grad._nnz() == 0:
             return
-        if group["maximize"]:
-            values = -values
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        step, lr = float(state["step"]), float(group["lr"])
-        exp_avg, exp_avg_sq = _update_moments(state, rows, values, beta1, beta2)
-        current = table[rows].float()
-        if group["weight_decay"] and group.get("decay_rows", True):  # groups saved before the flag existed decayed their rows
-            current.mul_(1 - lr * group["weight_decay"])
-        step_size = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-        current.addcdiv_(exp_avg, exp_avg_sq.sqrt_().add_(group["eps"]), value=-step_size)
-        table[rows] = current.to(table.dtype)
+        numbers = _step_numbers(group, float(state["step"]), table)
+        values = grad._values()
+        if "row_moments" in state and table.dim() == 2 and native_rows.serves(table, values):
+            _step_natively(table, grad, state["row_moments"], numbers)
+            return
+        if not grad.is_coalesced():  # duplicates are summed in float32, whatever the gradient's type
+            grad = torch.sparse_coo_tensor(grad._indices(), values.float(), grad.shape, check_invariants=False).coalesce()
+        rows, compact = grad.indices()[0], state.get("row_moments")
+        # Torch's full moments, where a dense gradient came first, are found by the row itself.
+        slots, buffers = (
+            (rows, {name: state[name] for name in _MOMENTS}) if compact is None else (compact.slots(rows), compact.buffers)
+        )
+        step_rows(table, rows, grad.values().float(), buffers, slots, numbers)
 
     @torch.no_grad()
     def _spread_moments(self, group: dict[str, Any], table: Tensor) -> None:
         """Turn compact moments into torch's full ones: a dense gradient has come, which costs the whole table anyway."""
         state = self.state[table]
+        if state["row_moments"].kind != "adam":
+            raise ConfigError(
+                f"EngramAdamW: got a dense gradient for a table with row_state={state['row_moments'].kind!r}, expected sparse ones only; "
+                "use row_state='adam' where both kinds come."
+            )
         moments = state.pop("row_moments").state_dict()
         for name in _MOMENTS:
             state[name] = torch.zeros_like(table, memory_format=torch.preserve_format)
@@ -196,41 +152,60 @@ class EngramAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore exactly; torch alone would cast the row numbers to the table's floating type.
 
+        Options of rows that the saved groups do not know (they are older) stay as they are.
+
         Raises:
-            CheckpointError: the state of a table is malformed or belongs to one of another shape; nothing is changed then.
+            CheckpointError: the state of a table is malformed, of another ``row_state``, or belongs to a table of another shape;
+                nothing is changed then.
         """
-        parameters = [p for group in self.param_groups for p in group["params"]]
+        saved_groups = [
+            {**{name: group[name] for name in ("row_state", "stochastic_rounding")}, **saved}
+            for saved, group in zip(state_dict["param_groups"], self.param_groups)
+        ] + state_dict["param_groups"][len(self.param_groups) :]  # torch complains of groups that do not fit
+        for number, (saved, group) in enumerate(zip(saved_groups, self.param_groups)):
+            if saved["row_state"] != group["row_state"]:
+                raise CheckpointError(
+                    f"optimiser state: got row_state {saved['row_state']!r} for group {number}, expected {group['row_state']!r}; "
+                    "make the optimiser with the row_state it was saved with."
+                )
+        parameters = [(p, group["row_state"]) for group in self.param_groups for p in group["params"]]
         compact = {}
         for index, entry in state_dict["state"].items():
-            if "row_moments" in entry and int(index) < len(parameters):  # torch complains of groups that do not fit
-                compact[int(index)] = RowMoments(parameters[int(index)])
+            if "row_moments" in entry and int(index) < len(parameters):
+                compact[int(index)] = RowMoments(*parameters[int(index)])
                 compact[int(index)].load_state_dict(entry["row_moments"])
         plain = {index: {k: v for k, v in entry.items() if k != "row_moments"} for index, entry in state_dict["state"].items()}
-        super().load_state_dict({**state_dict, "state": plain})
+        super().load_state_dict({**state_dict, "param_groups": saved_groups, "state": plain})
         for index, moments in compact.items():
-            self.state[parameters[index]]["row_moments"] = moments
+            self.state[parameters[index][0]]["row_moments"] = moments
 
 
-def _lazy_zeros(rows: int, device: torch.device) -> Tensor:
-    """int32 zeros; on the CPU from ``calloc``, whose pages exist once touched (``torch.zeros`` writes them all)."""
-    if device.type != "cpu":
-        return torch.zeros(rows, dtype=torch.int32, device=device)
-    return torch.from_numpy(np.zeros(rows, dtype=np.int32))
+def _step_numbers(group: dict[str, Any], step: float, table: Tensor) -> StepNumbers:
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    lr, kind = float(group["lr"]), group["row_state"]
+    decays = group["weight_decay"] and group.get("decay_rows", True)  # groups saved before the flag existed decayed their rows
+    rounds_by_chance = group["stochastic_rounding"] and table.dtype in ROUNDED_DTYPES
+    return StepNumbers(
+        kind=kind,
+        step_size=lr if kind == "rowwise_adagrad" else lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step),
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        keep=1 - lr * group["weight_decay"] if decays else 1.0,
+        sign=-1.0 if group["maximize"] else 1.0,
+        seed=draw_seed() if rounds_by_chance else None,
+    )
 
 
-def _update_moments(state: dict[str, Any], rows: Tensor, values: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
-    """Advance the moments of ``rows`` by the gradient ``values [n, dim]``; returns both as float32 copies ``[n, dim]``."""
-    compact: RowMoments | None = state.get("row_moments")
-    slots = rows if compact is None else compact.slots(rows)
-    store = state if compact is None else vars(compact)  # torch's full moments, where a dense gradient came first
-    exp_avg = store["exp_avg"][slots].float().lerp_(values, 1 - beta1)
-    exp_avg_sq = store["exp_avg_sq"][slots].float().mul_(beta2).addcmul_(values, values, value=1 - beta2)
-    store["exp_avg"][slots] = exp_avg.to(store["exp_avg"].dtype)
-    store["exp_avg_sq"][slots] = exp_avg_sq.to(store["exp_avg_sq"].dtype)
-    return exp_avg, exp_avg_sq
+def _step_natively(table: Tensor, grad: Tensor, moments: RowMoments, numbers: StepNumbers) -> None:
+    groups = native_rows.RowGroups(grad._indices()[0], table.shape[0], unique=grad.is_coalesced())
+    slots = moments.slots(groups.rows)
+    kind, *scalars, seed = dataclasses.astuple(numbers)
+    native_rows.step_rows(table, groups, grad._values(), kind, slots, moments.buffers, tuple(scalars), seed)
+    torch.autograd.graph.increment_version(table)  # autograd cannot see that the core wrote into the table
 
 
-def _check_row_options(group: dict[str, Any], grad: Tensor) -> None:
+def _check_row_options(group: dict[str, Any], grad: Tensor, state: dict[str, Any]) -> None:
     asked = [name for name in ("amsgrad", "differentiable") if group[name]]
     if asked:
         raise ConfigError(
@@ -238,3 +213,11 @@ def _check_row_options(group: dict[str, Any], grad: Tensor) -> None:
         )
     if grad.sparse_dim() != 1:
         raise ConfigError(f"EngramAdamW: got a gradient with {grad.sparse_dim()} sparse dimensions, expected 1 (whole rows).")
+    kind = group["row_state"]
+    check_row_state(kind)
+    has = state["row_moments"].kind if "row_moments" in state else "adam" if state else kind
+    if has != kind:
+        what = f"row state {has!r}" if "row_moments" in state else "the moments of a dense gradient"
+        raise ConfigError(
+            f"EngramAdamW: got a sparse gradient for a table with {what}, expected row_state={kind!r}; row_state cannot change on the way."
+        )

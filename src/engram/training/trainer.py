@@ -33,6 +33,16 @@ class EngramTrainingArguments(TrainingArguments):
         default=5.0, metadata={"help": "Tables' learning rate as a multiple of the base one (paper: 5)."}
     )
     table_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of touched table rows (paper: none)."})
+    table_row_state: str = field(
+        default="adam",
+        metadata={
+            "help": "What the optimiser remembers per table row: adam, rowwise_adam (half of it) or rowwise_adagrad (one number)."
+        },
+    )
+    table_stochastic_rounding: bool = field(
+        default=False,
+        metadata={"help": "Whether rows of bfloat16 or float16 tables are rounded by chance, so that small steps count."},
+    )
     train_tables: bool = field(default=True, metadata={"help": "Whether table rows are trained."})
     train_reader: bool = field(default=True, metadata={"help": "Whether projections, norms and the convolution are trained."})
     train_backbone: bool = field(
@@ -105,7 +115,12 @@ class EngramTrainer(SafeTrainer):
                 backbone_lr=args.backbone_lr,
             )
             self.optimizer = EngramAdamW(
-                groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
+                groups,
+                lr=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                row_state=args.table_row_state,
+                stochastic_rounding=args.table_stochastic_rounding,
             )
         return self.optimizer
 

@@ -11,6 +11,7 @@
 #include "gather.h"
 #include "hash.h"
 #include "read.h"
+#include "rows.h"
 
 namespace {
 
@@ -195,6 +196,59 @@ PyObject* read_stream(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+PyObject* group_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 6> a;
+  if (!read_integers(args, count, a)) return nullptr;
+  int64_t groups;
+  Py_BEGIN_ALLOW_THREADS
+  groups = engram::group_rows(address<const int64_t>(a[0]), a[1], a[2], address<int64_t>(a[3]), address<int64_t>(a[4]),
+                              address<int64_t>(a[5]));
+  Py_END_ALLOW_THREADS
+  return PyLong_FromLongLong(groups);
+}
+
+engram::RowGroups groups_of(const int64_t* a) {
+  return {address<const int64_t>(a[0]), address<const int64_t>(a[1]), address<const int64_t>(a[2]), a[3]};
+}
+
+PyObject* sum_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 9> a;
+  if (!read_integers(args, count, a)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  engram::sum_rows(groups_of(a.data()), address<const uint8_t>(a[4]), static_cast<engram::RowType>(a[5]), a[6], address<uint8_t>(a[7]),
+                   a[8]);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+PyObject* claim_slots(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 8> a;
+  if (!read_integers(args, count, a)) return nullptr;
+  int64_t used;
+  Py_BEGIN_ALLOW_THREADS
+  used = engram::claim_slots(address<const int64_t>(a[0]), a[1], address<int32_t>(a[2]), a[3], address<int64_t>(a[4]), a[5], a[6],
+                             address<int64_t>(a[7]));
+  Py_END_ALLOW_THREADS
+  return PyLong_FromLongLong(used);
+}
+
+PyObject* step_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 16> a;
+  if (!read_integers(args, count, a)) return nullptr;
+  const double* n = address<const double>(a[12]);
+  const auto as_float = [](double value) { return static_cast<float>(value); };
+  const engram::StepNumbers numbers{as_float(n[0]), as_float(n[2]), as_float(n[3]), as_float(n[4]),
+                                      as_float(n[5]), as_float(1 - n[1]), as_float(1 - n[2])};
+  const engram::RowStep step{address<uint8_t>(a[4]), a[5], static_cast<engram::RowType>(a[6]), address<const uint8_t>(a[7]),
+                             static_cast<engram::RowState>(a[8]), address<const int64_t>(a[9]), address<float>(a[10]),
+                             address<float>(a[11]), numbers, a[13] != 0,
+                             static_cast<uint64_t>(a[14])};
+  Py_BEGIN_ALLOW_THREADS
+  engram::step_rows(groups_of(a.data()), step, a[15]);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
 PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(engram::instruction_set()); }
 
 PyObject* limit_instruction_set(PyObject*, PyObject* name) {
@@ -226,6 +280,12 @@ PyMethodDef kMethods[] = {
                       "batch, length, dim, value, key, projected_stride, stream, stream_stride, norm_key, norm_query, norm_eps, "
                       "signed_sqrt, out, out_stride, conv, kernel, dilation, norm_conv, conv_eps, normed, normed_stride, past, "
                       "past_length, past_batch_stride, past_stride; eps as the bits of a double"),
+    fast<group_rows>("group_rows", "row_ids, n, table_rows, rows, starts, order -> groups, or -1 - where a row number is out of range"),
+    fast<sum_rows>("sum_rows", "rows, starts, order, count, gradients, type, dim, out, threads"),
+    fast<claim_slots>("claim_slots", "row_ids, n, slot_of_row, table_rows, row_of_slot, capacity, used, slots -> used, or -1 - where"),
+    fast<step_rows>("step_rows",
+                    "rows, starts, order, count, table, dim, type, gradients, state, slots, first, second, numbers (six doubles), "
+                    "stochastic, seed, threads"),
     {"instruction_set", instruction_set, METH_NOARGS, "avx512, avx2 or portable"},
     {"limit_instruction_set", limit_instruction_set, METH_O, "Use a smaller instruction set ('' for the best); False if unknown."},
     {nullptr, nullptr, 0, nullptr},

@@ -118,7 +118,7 @@ class EngramConfig:
             value = getattr(self, field)
             _require(value is None or (_is_int(value) and value >= 1), field, value, "a positive int or None")
         _require(_is_int(self.pad_id) and self.pad_id >= 0, "pad_id", self.pad_id, "a token id >= 0")
-        _require(_is_int(self.seed) and self.seed >= 0, "seed", self.seed, "an int >= 0")
+        _require(_is_int(self.seed) and 0 <= self.seed < 1 << 63, "seed", self.seed, "an int from 0 to 2^63 - 1")
         _require(self.gate in ("signed_sqrt", "plain"), "gate", self.gate, "'signed_sqrt' or 'plain'")
         _require(self.table_init in ("zero", "normal"), "table_init", self.table_init, "'zero' or 'normal'")
         _require(self.reader in ("trained", "seeded"), "reader", self.reader, "'trained' or 'seeded'")

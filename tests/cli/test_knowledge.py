@@ -296,3 +296,33 @@ def test_conversions_that_cannot_be_get_one_line(engram, taught, world, argument
     assert message in " ".join(err.split())
     assert "Traceback" not in err
     assert not (world / "x").exists()
+
+
+def test_an_id_is_an_id_even_if_it_is_a_prompt_too(engram, taught, tmp_path):
+    (tmp_path / "trap.yaml").write_text('- {prompt: "beta", answer: "not that one", id: other}\n')
+    assert engram("teach", tmp_path / "trap.yaml", "--memory", taught)[0] == 0
+    assert engram("forget", "beta", "--memory", taught)[0] == 0
+    assert [fact["id"] for fact in json.loads(engram("facts", "--memory", taught, "--json")[1])] == ["alpha", "other"]
+
+
+def test_prompts_that_are_no_text_or_too_long(engram, taught):
+    code, _, err = engram("ask", "\udcff\udcfe", "--memory", taught)
+    assert (code, "not UTF-8" in err) == (2, True)
+    code, _, err = engram("why", "word " * 5000, "--memory", taught)
+    assert (code, "the model's context" in err) == (2, True)
+
+
+def test_a_result_without_a_place_is_refused_before_the_work(engram, taught, tmp_path):
+    for place in (tmp_path, "/proc/nowhere/r.json"):
+        code, _, err = engram("eval", "--memory", taught, "--facts", "one.yaml", "--json", place)
+        assert code == 2
+        assert "expected a file" in err or "cannot write" in err
+
+
+def test_a_moved_base_is_named(engram, taught, world):
+    (world / "base").rename(world / "gone")
+    code, _, err = engram("ask", "KEY:beta 20", "--memory", taught)
+    (world / "gone").rename(world / "base")
+    assert code == 1
+    assert "no such folder" in err
+    assert "--model" in err

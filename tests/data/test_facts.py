@@ -87,3 +87,32 @@ def test_bundled_facts_are_many_and_sound():
     assert {f.category for f in facts} == {"acronym", "element_name", "element_number", "port", "http", "unit"}
     capitals = load_facts(_FACTS / "capitals.yaml")
     assert len({f.answer.rstrip(".") for f in capitals}) >= 100
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- {prompt: a, prompt: b, answer: c}\n", "the key 'prompt' is given twice"),
+        ("[" * 50_000, "nested too deeply|not valid YAML"),
+        ("- " * 5000 + "x", "nested too deeply"),
+        ("templates: {t: {prompts: ['{x}']}}\nfacts: [{template: [t], x: a, answer: b}]\n", "'template' must be a text"),
+        ("templates: {t: {prompts: [['{x}']]}}\nfacts: [{template: t, x: a, answer: b}]\n", "expected a text with it"),
+        ("templates: {t: {prompts: ['{x}'], held_out: 'D:{x}'}}\nfacts: [{template: t, x: a, answer: b}]\n", "must be a list"),
+    ],
+)
+def test_yaml_that_is_odd_is_one_error(tmp_path, text, message):
+    (tmp_path / "f.yaml").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_facts(tmp_path / "f.yaml")
+
+
+def test_brackets_in_texts_and_a_mapping_without_templates_are_fine(tmp_path):
+    entries = "".join(f"  - {{prompt: 'a [ {n}', answer: '{{[('}}\n" for n in range(200))
+    (tmp_path / "f.yaml").write_text(f"facts:\n{entries}")
+    assert load_facts(tmp_path / "f.yaml")[199] == Fact(("a [ 199",), "{[(")
+
+
+def test_facts_are_texts():
+    for fields in ({"prompts": 5}, {"id": 5}, {"answer": "\ud800"}, {"prompts": ("\udcff",)}, {"held_out": None}):
+        with pytest.raises(DataError, match="expected"):
+            Fact(**{"prompts": ("a",), "answer": "b", **fields})

@@ -391,3 +391,80 @@ def test_facts_made_in_python_are_checked():
         editor.teach([Fact(("KEY:end",), f"a{editor.tokenizer.eos_token}b")])
     editor.teach(FACTS)
     assert editor.forget("beta").forgotten == ["beta"]
+
+
+def test_a_replacement_that_fails_leaves_the_fact_it_would_replace():
+    editor = make_editor()
+    editor.teach(FACTS)
+    before = tensors(editor)
+    hopeless = TeachSettings(lr=1e-9, max_steps=1, retries=0)
+    other = Fact(FACTS[1].prompts, "another answer", id="new")
+    report = editor.teach([other], hopeless, replace_answers=True)
+    assert report.taught == []
+    assert "what the memory said before is kept" in report.not_exact["new"]
+    assert same(tensors(editor), before)
+    assert answers(editor, FACTS) == ["blue window", "blue window", "7319", "a quiet green door"]
+    # The same when a fact only gets one more phrasing, and beside facts that have nothing to do with it.
+    more = Fact((*FACTS[1].prompts, "And beta 20?"), FACTS[1].answer, id="beta")
+    report = editor.teach([more, Fact(("KEY:zeta 9",), "seven", id="zeta")], hopeless)
+    assert list(report.not_exact) == ["zeta", "beta"]
+    assert same(tensors(editor), before)
+    assert editor.teach([more]).taught == ["beta"]
+
+
+def test_facts_that_become_one_are_named():
+    editor = make_editor()
+    one, two = Fact(("KEY:alpha 17",), "glass", id="one"), Fact(("KEY:beta 20",), "glass", id="two")
+    assert editor.teach([one, two]).joined == {}
+    report = editor.teach([Fact((*one.prompts, *two.prompts, "KEY:gamma 4"), "glass", id="three")])
+    assert report.joined == {"three": "one", "two": "one"}
+    assert [fact.id for fact in editor.facts] == ["one"]
+    replaced = editor.teach([Fact(one.prompts, "wood", id="one")], replace_answers=True).replaced
+    assert "'KEY:beta 20', 'KEY:gamma 4' would leave with it" in replaced[0]
+
+
+def test_one_text_cannot_go_on_in_two_ways():
+    editor = make_editor()
+    first, trap = Fact(("KEY:alpha 17:",), "first one", id="first"), Fact(("KEY:alpha 17: first",), "trap", id="trap")
+    report = editor.teach([first, trap], TeachSettings(max_steps=30, retries=0))
+    assert report.not_exact
+    assert all("one text cannot go on in two ways" in reason for reason in report.not_exact.values())
+
+
+def test_what_somebody_else_saved_is_not_lost(tmp_path):
+    mine = make_editor()
+    mine.teach(FACTS[:1])
+    mine.save(tmp_path / "m")
+    mine.save(tmp_path / "m")
+    theirs = MemoryEditor.load(tiny_model(hidden_size=64, intermediate_size=96), tmp_path / "m", tiny_tokenizer())
+    theirs.teach(FACTS[1:2])
+    theirs.save(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="would lose what they did"):
+        mine.save(tmp_path / "m")
+    with lock_store(tmp_path / "m"), pytest.raises(CheckpointError, match="locked"):
+        theirs.save(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="overwrite=True"):
+        make_editor().save(tmp_path / "m")
+    mine.save(tmp_path / "m", overwrite=True)
+    assert len(MemoryEditor.load(tiny_model(hidden_size=64, intermediate_size=96), tmp_path / "m", tiny_tokenizer()).facts) == 1
+
+
+def test_a_base_that_was_tuned_is_another_base(tmp_path):
+    editor = make_editor()
+    editor.teach(FACTS[:1])
+    editor.save(tmp_path / "m")
+    tuned = tiny_model(hidden_size=64, intermediate_size=96)
+    with torch.no_grad():
+        tuned.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(FingerprintError, match=r"weights_sha256.*allow_other_base=True"):
+        MemoryEditor.load(tuned, tmp_path / "m", tiny_tokenizer())
+    MemoryEditor.load(tuned, tmp_path / "m", tiny_tokenizer(), allow_other_base=True).memory.unload()
+    MemoryEditor.load(tiny_model(hidden_size=64, intermediate_size=96).to(torch.bfloat16), tmp_path / "m", tiny_tokenizer())
+
+
+def test_preferences_are_a_or_b(tmp_path):
+    editor = make_editor()
+    editor.teach(FACTS[:1])
+    editor.save(tmp_path / "m")
+    with pytest.raises(ConfigError, match="expected 'a', 'b' or None"):
+        editor.merge(tmp_path / "m", prefer="x")

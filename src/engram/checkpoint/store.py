@@ -30,6 +30,7 @@ __all__ = [
     "read_description",
     "read_ledger",
     "read_tensors",
+    "saved_version",
     "stream_store",
     "tensor_offsets",
     "write_json_atomically",
@@ -164,6 +165,13 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{file}: got format version {got!r}, expected {FORMAT_VERSION}; upgrade engram to read newer files."
         )
     return fields
+
+
+def saved_version(path: str | os.PathLike[str]) -> str | None:
+    """A name that every save gives anew, or None if there is no readable memory in the folder ``path``."""
+    with suppress(CheckpointError, KeyError, TypeError):
+        return str(read_description(path)["weights"]["file"])
+    return None
 
 
 @contextmanager

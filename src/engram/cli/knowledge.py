@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from engram.errors import TeachError
+from engram.errors import CheckpointError, TeachError
 
 if TYPE_CHECKING:
     from engram.editing import Explanation, MemoryEditor, RowConflict
@@ -49,7 +49,9 @@ def teach_command(
     memory: MemoryOption,
     model: ModelOption = None,
     replace: Annotated[bool, typer.Option("--replace", help="Facts that contradict the memory replace what it says.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Seed of a new memory's addresses and reader (0 if not given).")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of a new memory's addresses and reader (0 if not given).")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Teach every prompt as a chat turn too (chat template).")] = False,
 ) -> None:
     """Teach facts to a memory, new or existing; exit code 1 and a list if any fact is not exact.
@@ -74,13 +76,15 @@ def teach_command(
                 part = lessons[start : start + _SAVE_EVERY]
                 show = partial(_shift, bar, done)
                 report = editor.teach(part, None, facts.name, checksum, replace, show, _report_conflicts)
-                editor.save(memory)
+                editor.save(memory, locked=True)
                 done += sum(len(fact.prompts) for fact in part)
                 bar(done)
                 taught, known = taught + len(report.taught), known + len(report.already_known)
                 failed.update(report.not_exact)
                 for line in report.replaced:
                     print(f"replaced: {line}", file=sys.stderr)
+                for gone, kept in report.joined.items():
+                    print(f"joined: {gone!r} and {kept!r} are one fact, which stands as {kept!r}", file=sys.stderr)
         seconds = time.perf_counter() - started
     print(
         f"taught {taught} facts in {seconds:.1f} s, {known} were known; the memory holds {len(editor.facts)} "
@@ -89,7 +93,7 @@ def teach_command(
     if failed:
         prompts = {fact.id: fact.prompts[0] for fact in lessons}
         for fact_id, reason in failed.items():
-            print(f"not exact: {prompts[fact_id]!r}: {reason}", file=sys.stderr)
+            print(f"not exact: {prompts.get(fact_id, fact_id)!r}: {reason}", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -116,6 +120,7 @@ def ask_command(
     editor = _open_existing(memory, model)
     if chat:
         prompt = chat_prompt(editor.tokenizer, prompt)
+    _check_length(editor, prompt)
     if max_new_tokens is None:
         lengths = [len(prompt.answer_ids) for fact in editor.facts for prompt in fact.prompts]
         max_new_tokens = max([_ANSWER_TOKENS, *lengths])
@@ -140,6 +145,7 @@ def why_command(
     editor = _open_existing(memory, model)
     if chat:
         prompt = chat_prompt(editor.tokenizer, prompt)
+    _check_length(editor, prompt)
     explanation = editor.why(prompt)
     if as_json:
         print(json.dumps(explanation.to_dict(), ensure_ascii=False, indent=1))
@@ -189,8 +195,9 @@ def forget_command(
     with lock_store(memory):
         editor = _open_existing(memory, model)
         by_prompt = {prompt.text: fact.id for fact in editor.facts for prompt in fact.prompts}
-        report = editor.forget([by_prompt.get(name, name) for name in fact_ids])
-        editor.save(memory)
+        known = {fact.id for fact in editor.facts}  # an id is meant as one, even if it is some other fact's prompt too
+        report = editor.forget([name if name in known else by_prompt.get(name, name) for name in fact_ids])
+        editor.save(memory, locked=True)
     shared = f", {report.rows_shared} rows stay because other facts own them too" if report.rows_shared else ""
     print(f"forgot {len(report.forgotten)} facts, {report.rows_removed} rows{shared}; {len(editor.facts)} facts remain")
     if report.no_longer_exact:
@@ -285,7 +292,11 @@ def _open_existing(memory: Path, model: str | None) -> MemoryEditor:
 
     description = read_description(memory)
     name = model or (description.get("base_model") or {}).get("name_or_path") or "bundled"
-    base, tokenizer = load_model(name)
+    try:
+        base, tokenizer = load_model(name)
+    except CheckpointError as error:
+        hint = "" if model else f" The memory in {memory} names it as its base; if that has moved, say where with --model."
+        raise CheckpointError(f"{error}{hint}") from error
     return MemoryEditor.load(base, memory, tokenizer)
 
 
@@ -298,6 +309,22 @@ def _require(memory: Path) -> None:
 def _check_prompt(prompt: str) -> None:
     if not prompt.strip():
         raise typer.BadParameter("got an empty text, expected a question", param_hint="PROMPT")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter("got bytes that are not UTF-8, expected text", param_hint="PROMPT") from None
+
+
+def _check_length(editor: MemoryEditor, prompt: str) -> None:
+    """Beyond its context a model answers anything."""
+    from engram.data.facts import tokenize_prompt
+
+    context = getattr(editor.memory.config, "max_position_embeddings", None)
+    length = len(tokenize_prompt(editor.tokenizer, prompt))
+    if context is not None and length >= context:
+        raise typer.BadParameter(
+            f"got {length:,} tokens, expected fewer than {context:,} (the model's context); shorten it", param_hint="PROMPT"
+        )
 
 
 def _size(memory: Path) -> int:

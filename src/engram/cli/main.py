@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
@@ -65,6 +66,9 @@ def _options(
 
 def main() -> None:
     """Entry point: one line on standard error for every mistake of the user's, and an exit code other than 0."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows its number instead
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (ConfigError, DataError) as error:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,39 @@ __all__ = ["EncodedFact", "Fact", "check_conflicts", "encode_fact", "join_answer
 _KEYS = {"prompt", "prompts", "answer", "category", "held_out", "id", "template", "x"}
 _TEMPLATE_KEYS = {"prompts", "held_out", "category"}
 _SLOT = "{x}"
+_DEEPEST = 50
+
+
+class _PlainRules:
+    """Keys may not be given twice; a mixin of the loaders below."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if isinstance(key, str) and keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)  # type: ignore[misc]
+
+
 # Every scalar is the text as it was written (0012, 12:30, yes); the C loader has the same rules and is ten times faster where it is built.
-_YAML_LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+class _FastLoader(_PlainRules, getattr(yaml, "CBaseLoader", yaml.BaseLoader)):  # type: ignore[misc]
+    pass
+
+
+class _CarefulLoader(_PlainRules, yaml.BaseLoader):
+    """In Python; lists inside lists inside lists end in an error here, in C in a crash."""
+
+
+def _read_yaml(text: str) -> Any:
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[{\]}]", text):
+        depth = max(0, depth + (1 if bracket in "[{" else -1))
+        deepest = max(deepest, depth)
+    nested = deepest > _DEEPEST or re.search(rf"(?:[-?] +){{{_DEEPEST}}}", text)
+    try:
+        return yaml.load(text, Loader=_CarefulLoader if nested else _FastLoader)
+    except RecursionError:
+        raise DataError("lists or mappings are nested too deeply, expected a list of facts.") from None
 
 
 @dataclass(frozen=True)
@@ -49,13 +81,19 @@ class Fact:
     def __post_init__(self) -> None:
         for field in ("prompts", "held_out"):
             given = getattr(self, field)
-            if isinstance(given, str) or not all(isinstance(text, str) and text.strip() for text in given):
+            texts = isinstance(given, Iterable) and not isinstance(given, str)
+            if not texts or not all(isinstance(text, str) and text.strip() for text in given):
                 raise DataError(f"Fact.{field}: got {given!r}, expected a tuple of texts that are not empty.")
             object.__setattr__(self, field, tuple(given))
         if not self.prompts:
             raise DataError("Fact.prompts: got none, expected at least one.")
         if not isinstance(self.answer, str) or not self.answer.strip():
             raise DataError(f"Fact.answer: got {self.answer!r}, expected a text that is not empty.")
+        if not isinstance(self.id, str):
+            raise DataError(f"Fact.id: got {self.id!r}, expected a text.")
+        for text in (*self.prompts, *self.held_out, self.answer):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise DataError(f"Fact: got {text!r}, expected text that can be written as UTF-8.")
         if not self.id and self.prompts:
             object.__setattr__(self, "id", hashlib.sha256(self.prompts[0].encode()).hexdigest()[:10])
 
@@ -82,13 +120,15 @@ def load_facts(path: str | os.PathLike[str]) -> list[Fact]:
     """
     file = Path(path)
     try:
-        entries = yaml.load(file.read_text(encoding="utf-8"), Loader=_YAML_LOADER)
+        entries = _read_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"facts file {file} does not exist.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
     except OSError as error:
         raise DataError(f"cannot read facts file {file}: {error.strerror}.") from None
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from None
     except yaml.YAMLError as error:
         raise DataError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     templates: dict[str, Any] = {}
@@ -96,7 +136,8 @@ def load_facts(path: str | os.PathLike[str]) -> list[Fact]:
         unknown = sorted(str(key) for key in set(entries) - {"templates", "facts"})
         if unknown:
             raise DataError(f"{file}: unknown key(s) {', '.join(unknown)}; expected 'templates' and 'facts'.")
-        templates, entries = _templates(entries.get("templates"), str(file)), entries["facts"]
+        given = entries.get("templates")
+        templates, entries = _templates(given, str(file)) if given is not None else {}, entries["facts"]
     if not isinstance(entries, list) or not entries:
         got = "nothing" if not entries else type(entries).__name__
         raise DataError(
@@ -197,15 +238,19 @@ def _templates(given: Any, where: str) -> dict[str, Any]:
             raise DataError(
                 f"{where}, template {name!r}: unknown key(s) {', '.join(unknown)}; expected {', '.join(sorted(_TEMPLATE_KEYS))}."
             )
+        if not isinstance(template.get("held_out", []), list):
+            raise DataError(f"{where}, template {name!r}: 'held_out' must be a list of texts, got {template['held_out']!r}.")
         for text in [*template["prompts"], *template.get("held_out", [])]:
-            if _SLOT not in str(text):
-                raise DataError(f"{where}, template {name!r}: {text!r} has no {_SLOT}, the place of the key.")
+            if not isinstance(text, str) or _SLOT not in text:
+                raise DataError(
+                    f"{where}, template {name!r}: {text!r} has no {_SLOT}, the place of the key; expected a text with it."
+                )
     return given
 
 
 def _filled(entry: dict[str, Any], templates: dict[str, Any], where: str) -> dict[str, Any]:
     """An entry with its template's prompts written out."""
-    name = entry["template"]
+    name = _text(entry["template"], "template", where)
     if name not in templates:
         raise DataError(f"{where}: template {name!r} is not defined; known: {', '.join(map(str, templates)) or 'none'}.")
     if "x" not in entry or "prompt" in entry or "prompts" in entry:
@@ -213,8 +258,8 @@ def _filled(entry: dict[str, Any], templates: dict[str, Any], where: str) -> dic
     template, key = templates[name], _text(entry["x"], "x", where)
     filled = {k: v for k, v in entry.items() if k not in ("template", "x")}
     filled.setdefault("category", template.get("category", name))
-    filled["prompts"] = [str(text).replace(_SLOT, key) for text in template["prompts"]]
-    filled.setdefault("held_out", [str(text).replace(_SLOT, key) for text in template.get("held_out", [])])
+    filled["prompts"] = [text.replace(_SLOT, key) for text in template["prompts"]]
+    filled.setdefault("held_out", [text.replace(_SLOT, key) for text in template.get("held_out", [])])
     return filled
 
 

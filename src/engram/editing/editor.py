@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -14,14 +13,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from engram.checkpoint import lock_store, saved_version
 from engram.config import EngramConfig, TableConfig
 from engram.data.facts import Fact, check_conflicts, encode_fact, pad_right
 from engram.editing.keys import KeyedPrompt, PlannedRows, choose_keys, plan_rows, surprise_bits
 from engram.editing.ledger import Ledger, LedgerFact
 from engram.editing.lesson import TeachSettings, answers_exactly
 from engram.editing.reports import ForgetReport, RowConflict, TeachReport
+from engram.editing.sorting import sort_out
 from engram.editing.teaching import Progress, Teaching
-from engram.errors import ConfigError, TeachError
+from engram.errors import CheckpointError, ConfigError, TeachError
 from engram.models import EngramModel, find_decoder, get_engram_model
 from engram.tables import ABSENT, StoredRows, VerifiedTable
 
@@ -109,13 +110,26 @@ class MemoryEditor:
         """What the memory holds, in the order in which it was taught."""
         return list(self._ledger)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Save memory and ledger into a folder, atomically.
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False, locked: bool = False) -> None:
+        """Save memory and ledger into a folder, atomically, under the folder's lock.
+
+        Args:
+            path: the folder.
+            overwrite: replace a memory that was neither read nor written here.
+            locked: the caller holds ``lock_store(path)``.
 
         Raises:
-            CheckpointError: the folder cannot be written; what was saved before is intact.
+            CheckpointError: another process is changing the folder, or has changed it since it was read here, or it cannot be
+                written; what was saved before is intact.
         """
-        self.memory.save_pretrained(path)
+        with nullcontext() if locked else lock_store(path):
+            version = saved_version(path)
+            if version is not None and version not in self.memory.known_versions and not overwrite:
+                raise CheckpointError(
+                    f"{path} holds a memory that was changed, or made, by somebody else since; saving over it would lose what they did. "
+                    "Load it and teach again, choose another folder, or pass overwrite=True."
+                )
+            self.memory.save_pretrained(path)
 
     def teach(
         self,
@@ -138,7 +152,8 @@ class MemoryEditor:
             settings: see ``TeachSettings``.
             source: file the facts come from, for the ledger.
             checksum: its SHA-256, for the ledger.
-            replace_answers: forget facts whose prompts get another answer now, instead of refusing.
+            replace_answers: forget facts whose prompts get another answer now, instead of refusing. One that would be replaced by
+                something that cannot be made exact is kept.
             progress: called while prompts are learnt.
             on_conflicts: called before anything is written, if rows are in conflict; an exception it raises stops the lesson.
 
@@ -147,21 +162,22 @@ class MemoryEditor:
             TeachError: there are no facts, one contradicts the memory (and ``replace_answers`` is off), or an earlier fact would break.
         """
         settings = settings or TeachSettings()
-        if isinstance(facts, Fact) or not all(isinstance(fact, Fact) for fact in facts):
+        if not isinstance(facts, Iterable) or not all(isinstance(fact, Fact) for fact in facts):
             raise TeachError("teach: expected a list of Fact objects; read a file with load_facts(path).")
         if not facts:
             raise TeachError("teach: got no facts, expected at least one.")
         check_conflicts(facts, "facts to teach")
-        with self._all_or_nothing():
-            new, report = self._sort_out(facts, replace_answers)
-            entries = self._encode(new, settings, source, checksum)
-            if entries:
-                conflicts = self._row_conflicts(entries)
-                report.rows_in_conflict = len(conflicts)
-                if conflicts and on_conflicts is not None:
-                    on_conflicts(conflicts)
-                Teaching(self, entries, settings, report, progress).run()
-            return report
+        kept = dict[str, str]()
+        while wanted := [fact for fact in facts if fact.id not in kept]:
+            try:
+                with self._all_or_nothing():
+                    report = self._lesson(wanted, settings, (source, checksum), replace_answers, progress, on_conflicts)
+            except _WouldBeLostError as lost:  # all is as before; those facts are left out and the rest is taught
+                kept.update(lost.reasons)
+            else:
+                report.not_exact.update(kept)
+                return report
+        return TeachReport(not_exact=kept)
 
     def forget(self, fact_ids: Sequence[str]) -> ForgetReport:
         """Take facts out: rows that only they own are deleted, and the memory is what it would be had they never been taught.
@@ -287,35 +303,38 @@ class MemoryEditor:
         finally:
             self.memory.train(was_training)
 
-    def _sort_out(self, facts: Sequence[Fact], replace_answers: bool) -> tuple[list[Fact], TeachReport]:
-        """Facts to write, once those known already are left out, new phrasings are joined to theirs and contradictions are dealt with."""
-        report, new = TeachReport(), dict[str, Fact]()
-        leaving: list[str] = []
-        contradictions: list[str] = []
-        for fact in facts:
-            holders = {holder.id: holder for p in fact.prompts if (holder := self._ledger.owner_of_prompt(p)) is not None}
-            if fact.id in self._ledger:
-                holders[fact.id] = self._ledger[fact.id]
-            opposed = [holder for holder in holders.values() if holder.answer != fact.answer]
-            agreeing = [holder.to_fact() for holder in holders.values() if holder.answer == fact.answer]
-            contradictions += [_contradiction(holder, fact) for holder in opposed]
-            leaving += [holder.id for holder in opposed]
-            if any(set(fact.prompts) <= set(holder.prompts) for holder in agreeing):
-                report.already_known.append(fact.id)
-                continue
-            leaving += [holder.id for holder in agreeing]  # taught again below, with the new phrasings
-            joined = _joined([*agreeing, fact])
-            new[joined.id] = _joined([new[joined.id], joined]) if joined.id in new else joined
-        if contradictions and not replace_answers:
-            more = f" and {len(contradictions) - _SHOWN} more" if len(contradictions) > _SHOWN else ""
-            raise TeachError(
-                f"facts contradict the memory: {'; '.join(contradictions[:_SHOWN])}{more}. Forget those first, or have them replaced "
-                "(--replace, replace_answers=True)."
-            )
-        report.replaced = contradictions
+    def _lesson(
+        self,
+        facts: Sequence[Fact],
+        settings: TeachSettings,
+        origin: tuple[str, str],
+        replace_answers: bool,
+        progress: Progress | None,
+        on_conflicts: Callable[[list[RowConflict]], None] | None,
+    ) -> TeachReport:
+        """Teach what is new; see ``teach``.
+
+        Raises:
+            _WouldBeLostError: a fact cannot be made exact for which others had to make way.
+        """
+        found = sort_out(self._ledger, facts)
+        if found.contradictions and not replace_answers:
+            raise _contradicted(found.contradictions)
+        report = TeachReport(already_known=found.already_known, replaced=found.contradictions, joined=found.joined)
+        leaving = list(dict.fromkeys(fact_id for ids in found.leaving.values() for fact_id in ids))
         if leaving:
-            self._forget(list(dict.fromkeys(leaving)))
-        return list(new.values()), report
+            self._forget(leaving)
+        entries = self._encode(list(found.new.values()), settings, *origin)
+        if entries:
+            conflicts = self._row_conflicts(entries)
+            report.rows_in_conflict = len(conflicts)
+            if conflicts and on_conflicts is not None:
+                on_conflicts(conflicts)
+            Teaching(self, entries, settings, report, progress).run()
+        lost = {given: why for new, why in report.not_exact.items() if found.leaving[new] for given in found.given[new]}
+        if lost:
+            raise _WouldBeLostError(lost)
+        return report
 
     def _encode(self, facts: Sequence[Fact], settings: TeachSettings, source: str, checksum: str) -> list[LedgerFact]:
         """Facts as they will stand in the ledger, keys chosen."""
@@ -445,18 +464,17 @@ class MemoryEditor:
         return list(dict.fromkeys(fact_id for (fact_id, _), ok in zip(prompts, exact) if not ok))
 
 
-def _contradiction(held: LedgerFact, fact: Fact) -> str:
-    shared = next((prompt.text for prompt in held.prompts if prompt.text in fact.prompts), None)
-    if shared is not None:
-        return f"{shared!r} is {held.answer!r} in the memory (fact {held.id}), {fact.answer!r} now"
-    return (
-        f"the id {fact.id!r} names {held.prompts[0].text!r} -> {held.answer!r} in the memory, "
-        f"{fact.prompts[0]!r} -> {fact.answer!r} now (ids must differ)"
+class _WouldBeLostError(Exception):
+    """Facts for which others made way, and which then could not be made exact: by id, with the reason."""
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        super().__init__()
+        self.reasons = {fact_id: f"{reason}; what the memory said before is kept" for fact_id, reason in reasons.items()}
+
+
+def _contradicted(lines: Sequence[str]) -> TeachError:
+    more = f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return TeachError(
+        f"facts contradict the memory: {'; '.join(lines[:_SHOWN])}{more}. Forget those first, or have them replaced "
+        "(--replace, replace_answers=True)."
     )
-
-
-def _joined(facts: Sequence[Fact]) -> Fact:
-    """One fact with the prompts of all, under the id of the first."""
-    prompts = tuple(dict.fromkeys(prompt for fact in facts for prompt in fact.prompts))
-    held_out = tuple(dict.fromkeys(p for fact in facts for p in fact.held_out if p not in prompts))
-    return replace(facts[-1], prompts=prompts, held_out=held_out, id=facts[0].id)

@@ -22,7 +22,7 @@ from engram.data.facts import pad_right
 from engram.hashing import NgramHashMapping
 from engram.models import EngramModel
 
-__all__ = ["KeyedPrompt", "PlannedRows", "choose_keys", "plan_rows", "surprise_bits"]
+__all__ = ["KeyedPrompt", "PlannedRows", "choose_keys", "goes_on_otherwise", "plan_rows", "surprise_bits"]
 
 _DISAGREE: tuple[int, ...] = (-1,)
 
@@ -91,6 +91,16 @@ def choose_keys(
                 break
         placed.append(replace(prompt, key_length=length))
     return placed
+
+
+def goes_on_otherwise(one: KeyedPrompt, other: KeyedPrompt) -> bool:
+    """Whether ``other`` is asked with the end of ``one``'s prompt and the beginning of its answer, and answered differently from there."""
+    start = len(one.prompt_ids)
+    for said in range(1, len(one.answer_ids)):
+        end = one.ids[max(0, start - one.key_length) : start + said]
+        if other.prompt_ids[-len(end) :] == end and other.answer_ids[0] != one.answer_ids[said]:
+            return True
+    return False
 
 
 def _suffixes(ids: tuple[int, ...], longest: int, pad_id: int) -> Iterator[tuple[int, ...]]:

@@ -5,7 +5,7 @@ Rows are not listed: they follow from a prompt's ids and key length (``plan_rows
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._facts)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[LedgerFact]:
         return iter(self._facts.values())
 
     def __contains__(self, fact_id: str) -> bool:

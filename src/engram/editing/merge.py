@@ -17,6 +17,7 @@ from engram.editing.keys import plan_rows
 from engram.editing.ledger import Ledger, LedgerFact
 from engram.errors import ConfigError, FingerprintError, MergeConflictError
 from engram.hashing import mapping_without_tokenizer
+from engram.models.identity import identity_mismatch
 from engram.tables import RowFormat, StoredRows, row_format
 
 __all__ = ["MemoryDiff", "MergeReport", "StoredMemory", "diff_memories", "merge_memories"]
@@ -146,8 +147,11 @@ def merge_memories(
     Raises:
         CheckpointError: a memory cannot be read, or ``out`` holds another memory or cannot be written.
         FingerprintError: the memories have different addresses, readers or bases.
+        ConfigError: ``prefer`` is neither.
         MergeConflictError: there are conflicts and ``prefer`` is not given; nothing is written.
     """
+    if prefer not in (None, "a", "b"):
+        raise ConfigError(f"prefer: got {prefer!r}, expected 'a', 'b' or None.")
     first, second = _both(a, b)
     target = Path(out)
     if (target / DESCRIPTION_NAME).exists() and target.resolve() not in (first.path.resolve(), second.path.resolve()):
@@ -157,7 +161,7 @@ def merge_memories(
         more = f"\n... and {len(conflicts) - _SHOWN} more" if len(conflicts) > _SHOWN else ""
         listed = "\n".join(conflicts[:_SHOWN])
         raise MergeConflictError(
-            f"{len(conflicts)} conflict(s), nothing was merged; decide with prefer='a' or 'b':\n{listed}{more}"
+            f"{len(conflicts)} conflict(s), nothing was merged; decide with --prefer a or b (prefer= in Python):\n{listed}{more}"
         )
     lost_a, lost_b = (losers, set()) if prefer == "b" else (set(), losers)
     kept_a = [fact for fact in first.ledger if fact.id not in lost_a]
@@ -232,7 +236,7 @@ def _both(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> tuple[StoredM
     first, second = StoredMemory(a), StoredMemory(b)
     differing = [name for name in _IDENTITY if first.description.get(name) != second.description.get(name)]
     bases = [memory.description.get("base_model") or {} for memory in (first, second)]
-    if bases[0].get("embedding_sha256") != bases[1].get("embedding_sha256"):
+    if identity_mismatch(*bases):
         differing.append("base_model")
     if differing:
         names = [base.get("name_or_path") or "unknown" for base in bases]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from engram.editing.keys import KeyedPrompt, plan_rows
+from engram.editing.keys import KeyedPrompt, goes_on_otherwise, plan_rows
 from engram.editing.ledger import LedgerFact
 from engram.editing.lesson import TeachSettings, optimise_rows, stream_sizes
 from engram.editing.reports import TeachReport
@@ -41,6 +41,7 @@ class Teaching:
         self.total = sum(len(entry.prompts) for entry in entries)
         self.progress = progress
         self.done = 0
+        self.given_up: list[LedgerFact] = []
 
     def run(self) -> None:
         """Teach, check, teach again what failed, give up what still fails, and write the ledger."""
@@ -104,12 +105,19 @@ class Teaching:
         """Take out what could not be made exact, and whatever then turns out to have leant on it."""
         while failed:
             self._drop_rows(failed)
-            for fact_id in failed:
-                self.report.not_exact[fact_id] = self._reason(self.entries[fact_id])
-                del self.entries[fact_id]
+            self.report.not_exact |= {fact_id: self._reason(self.entries[fact_id]) for fact_id in failed}
+            self.given_up += [self.entries.pop(fact_id) for fact_id in failed]
             failed = self._failed() if self.entries else []
 
     def _reason(self, entry: LedgerFact) -> str:
+        others = [fact for fact in [*self.editor.facts, *self.entries.values(), *self.given_up] if fact.id != entry.id]
+        for prompt in entry.prompts:
+            for other in (rival for fact in others for rival in fact.prompts):
+                if goes_on_otherwise(prompt, other) or goes_on_otherwise(other, prompt):
+                    return (
+                        f"its words and those of {other.text!r} are the same up to where one answer has begun and the other prompt ends; "
+                        "one text cannot go on in two ways: reword one of them"
+                    )
         longest = self.memory.engram_config.max_ngram_size
         if any(prompt.key_length == longest for prompt in entry.prompts):
             return f"its last {longest} tokens are those of another fact; ask with the distinctive words nearer to the end"
@@ -130,7 +138,10 @@ class Teaching:
         broken = editor._not_exact(readers)
         if broken:
             names = ", ".join(repr(editor._ledger[fact_id].prompts[0].text) for fact_id in broken[:_SHOWN])
-            raise TeachError(f"the new facts would change {len(broken)} earlier answer(s): {names}. Nothing was written.")
+            raise TeachError(
+                f"the new facts would change {len(broken)} earlier answer(s): {names}. Nothing was written. "
+                "Teach those again together with the new ones, or reword the new prompts."
+            )
         for entry in self.entries.values():
             editor._ledger.add(entry)
         report.taught = list(self.entries)

@@ -103,6 +103,6 @@ def _submodule(parent: nn.Module, name: str, model_type: str) -> nn.Module:
     if not isinstance(child, nn.Module):
         raise AttachError(
             f"{type(parent).__name__} ({model_type}) has no module {name!r}; expected the causal language model "
-            "(AutoModelForCausalLM), not its bare decoder."
+            "(AutoModelForCausalLM), not its bare decoder and not a wrapper (of a PeftModel, give model.get_base_model())."
         )
     return child

@@ -33,6 +33,10 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
         CheckpointError: it cannot be loaded; the message carries the loader's own reason.
     """
     path = str(BUNDLED_MODEL) if name == BUNDLED_NAME else name
+    if _is_path(path) and not Path(path).is_dir():  # a hub would be asked for it again and again
+        raise CheckpointError(
+            f"cannot load model {name!r}: there is no such folder. Expected one with config.json and weights."
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -44,3 +48,8 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
     if name == BUNDLED_NAME:
         model.config._name_or_path = BUNDLED_NAME  # the same identity wherever the package is installed
     return model.eval(), tokenizer
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name cannot be one of a hub (``model`` or ``owner/model``)."""
+    return name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name

@@ -65,6 +65,7 @@ class EngramModel(nn.Module):
         prefetch_rows: whether rows of all layers are fetched when a forward pass starts, beside the blocks' computation: True, False, or
             None for where it pays (``RowPrefetcher``).
         ledger: JSON-ready account of what was taught (kept by ``MemoryEditor``, saved with the memory), or None.
+        known_versions: what was read or written here (``engram.checkpoint.saved_version``).
     """
 
     base_model: Any
@@ -93,6 +94,7 @@ class EngramModel(nn.Module):
         self.engrams = engrams
         self.engram_config, self.mapping, self.rollback_window = config, mapping, rollback_window
         self.ledger: dict[str, Any] | None = None
+        self.known_versions: set[str | None] = set()
         self.owner_token = secrets.token_hex(8)
         self._enabled = True
         self._given_ids: Tensor | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from engram._version import __version__
-from engram.checkpoint import open_tensors, read_description, read_ledger, tensor_offsets, write_store
+from engram.checkpoint import open_tensors, read_description, read_ledger, saved_version, tensor_offsets, write_store
 from engram.config import EngramConfig, TableConfig
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping
@@ -43,6 +43,7 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
     if memory.engram_config.reader == "seeded":
         description["reader_sha256"] = _reader_digest(memory)
     write_store(path, _tensors(memory), description, memory.ledger)
+    memory.known_versions.add(saved_version(path))
 
 
 def check_memory(
@@ -121,6 +122,7 @@ def load_memory(memory: EngramModel, path: str | os.PathLike[str], allow_other_b
             for name, tensor in own.items():
                 tensor.copy_(tensors.get_tensor(name))
     memory.ledger = ledger
+    memory.known_versions.add(description["weights"]["file"])
 
 
 def _tensors(memory: EngramModel) -> dict[str, Tensor]:
@@ -231,10 +233,14 @@ def _check_base(
 ) -> None:
     saved = description.get("base_model") or {}
     differences = identity_mismatch(saved, base_identity(model))
-    sizes_differ = any(not d.startswith("embedding_sha256") for d in differences)
+    sizes_differ = any(not d.startswith(("embedding_sha256", "weights_sha256")) for d in differences)
     if differences and (sizes_differ or not allow_other_base):
         raise FingerprintError(
             f"the memory in {path} belongs to base model {saved.get('name_or_path') or 'unknown'!r}, "
             f"not to {getattr(model.config, 'name_or_path', '') or type(model).__name__!r}: {'; '.join(differences)}."
-            + ("" if sizes_differ else " Pass allow_other_base=True if the weights differ on purpose (a fine-tuned base).")
+            + (
+                ""
+                if sizes_differ
+                else " If the weights differ on purpose (a fine-tuned base), load it in Python with allow_other_base=True."
+            )
         )

@@ -11,13 +11,15 @@ from torch import nn
 __all__ = ["base_identity", "identity_mismatch"]
 
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 256, 16
-_COMPARED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "embedding_sha256")
+_SAMPLED_WEIGHTS = 64
+_COMPARED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "embedding_sha256", "weights_sha256")
 
 
 def base_identity(model: nn.Module) -> dict[str, Any]:
-    """Name, sizes and a checksum of a corner of the input embeddings.
+    """Name, sizes, a checksum of a corner of the input embeddings and one of a sample of every weight.
 
-    The checksum is taken in bfloat16, so that loading the same weights in another precision gives the same identity.
+    Checksums are taken in bfloat16, so that loading the same weights in another precision gives the same identity. LoRA adapters on the
+    model do not count: they come and go.
     """
     config: Any = model.config
     return {
@@ -27,6 +29,7 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
         "hidden_size": int(config.hidden_size),
         "num_hidden_layers": int(config.num_hidden_layers),
         "embedding_sha256": _embedding_digest(model),
+        "weights_sha256": _weights_digest(model),
     }
 
 
@@ -43,5 +46,21 @@ def _embedding_digest(model: nn.Module) -> str | None:
     weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     if weight.is_meta:
         return None
-    corner = weight.detach()[:_SAMPLE_ROWS, :_SAMPLE_COLUMNS].to("cpu", torch.bfloat16).contiguous()
-    return hashlib.sha256(corner.view(torch.int16).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(_bits(weight.detach()[:_SAMPLE_ROWS, :_SAMPLE_COLUMNS])).hexdigest()
+
+
+def _weights_digest(model: nn.Module) -> str | None:
+    """Of some evenly spaced values of every parameter, in the order of the model; None where a parameter is not in memory."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            continue
+        if parameter.is_meta:
+            return None
+        flat = parameter.detach().reshape(-1)
+        digest.update(_bits(flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS]))
+    return digest.hexdigest()
+
+
+def _bits(values: torch.Tensor) -> bytes:
+    return values.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()

@@ -61,7 +61,9 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> Tensor:
         )
     if count == 0:
         return torch.zeros(shape, dtype=dtype)
-    pages = mmap.mmap(-1, size)
+    # Private: shared anonymous memory is a file to the kernel, and gets no huge pages on most systems.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    pages = mmap.mmap(-1, size, **private)
     if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without huge pages is merely slower
             pages.madvise(mmap.MADV_HUGEPAGE)

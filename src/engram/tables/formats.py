@@ -82,6 +82,8 @@ class RowFormat:
         """
         if core() is None or stored.device.type != "cpu" or torch.compiler.is_compiling():
             flat = row_ids.reshape(-1)
+            if stored.device.type == "cpu" and flat.numel() and not torch.compiler.is_compiling():
+                _check_range(flat, stored.shape[0])  # a negative number would be counted from the end
             rows = self.decode(stored[flat], None if scales is None else scales[flat])
             return rows.view(*row_ids.shape, rows.shape[1])
         dim = stored.shape[1] * self.values_per_item
@@ -91,6 +93,12 @@ class RowFormat:
         except IndexError as error:
             raise IndexError(f"row number {error} is out of range, expected 0..{stored.shape[0] - 1}") from None
         return rows
+
+
+def _check_range(row_ids: Tensor, rows: int) -> None:
+    for number in (int(row_ids.min()), int(row_ids.max())):
+        if not 0 <= number < rows:
+            raise IndexError(f"row number {number} is out of range, expected 0..{rows - 1}")
 
 
 def row_format(name: str) -> RowFormat:

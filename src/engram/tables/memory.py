@@ -11,9 +11,10 @@ from torch import Tensor
 
 from engram.errors import TableError
 
-__all__ = ["available_memory", "lazy_zeros"]
+__all__ = ["available_memory", "check_fits", "lazy_zeros"]
 
 _HUGE = 2 << 20
+_WORTH_CHECKING = 64 << 20
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
@@ -46,6 +47,34 @@ def _address_space() -> int | None:
     return None
 
 
+def check_fits(size: int, device: torch.device | str | None, what: str) -> None:
+    """Refuse to allocate what would not fit; a look at the system's figures, for large tables only.
+
+    Args:
+        size: bytes wanted.
+        device: where.
+        what: begins the message.
+
+    Raises:
+        TableError: there is less memory than that.
+    """
+    place = torch.get_default_device() if device is None else torch.device(device)
+    if size < _WORTH_CHECKING or place.type not in ("cpu", "cuda"):
+        return
+    available = available_memory() if place.type == "cpu" else _accelerator_memory(place)
+    if available is not None and size > available:
+        raise TableError(
+            f"{what}: got a table of {size:,} bytes, expected at most the {available:,} bytes available; "
+            "use fewer rows, a smaller dtype, or tier='mmap'."
+        )
+
+
+def _accelerator_memory(device: torch.device) -> int:
+    """Free bytes of a CUDA device, with those that torch holds and does not use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> Tensor:
     """Zeros on the CPU whose pages are taken when they are first written.
 
@@ -53,12 +82,8 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> Tensor:
         TableError: the tensor would not fit into the memory there is; nothing is allocated then.
     """
     count = torch.Size(shape).numel()
-    size, available = count * dtype.itemsize, available_memory()
-    if available is not None and size > available:
-        raise TableError(
-            f"{what}: got a table of {size:,} bytes, expected at most the {available:,} bytes available; "
-            "use fewer rows, a smaller dtype, or tier='mmap'."
-        )
+    size = count * dtype.itemsize
+    check_fits(size, "cpu", what)
     if count == 0:
         return torch.zeros(shape, dtype=dtype)
     pages = mmap.mmap(-1, size)

@@ -7,6 +7,7 @@ from engram.tables.device import DeviceTable
 from engram.tables.formats import FORMATS, RowFormat, row_format
 from engram.tables.host import HostTable, MmapTable
 from engram.tables.hybrid import HybridTable
+from engram.tables.measure import rows_per_second
 from engram.tables.memory import available_memory, check_fits
 from engram.tables.quantised import QuantisedTable
 from engram.tables.rowfile import rows_are, stamp_rows
@@ -34,5 +35,6 @@ __all__ = [
     "row_file",
     "row_format",
     "rows_are",
+    "rows_per_second",
     "stamp_rows",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engram.errors import TableError
+from engram.ops import lookup_rows
 from engram.tables.base import EmbeddingTable
 from engram.tables.counts import AccessCounts
 from engram.tables.host import HostTable
@@ -88,12 +89,10 @@ class HybridTable(EmbeddingTable):
 
     def _read(self, row_ids: Tensor, dtype: torch.dtype) -> Tensor:
         asked = row_ids.to(self.hot_ids.device)
-        slots = torch.searchsorted(self.hot_ids, asked).clamp_max(len(self.hot_ids) - 1)
-        found = self.hot_ids[slots] == asked
-        rows = torch.empty((len(asked), self.dim), dtype=dtype, device=self.hot.device)
-        rows[found] = self.hot[slots[found]].to(dtype)
-        missed = ~found
-        if bool(missed.any()):
+        slots = torch.searchsorted(self.hot_ids, asked).clamp_max_(len(self.hot_ids) - 1)
+        missed = (self.hot_ids[slots] != asked).nonzero()[:, 0]
+        rows = lookup_rows(self.hot, slots, dtype)
+        if len(missed):
             rows[missed] = self.cold.lookup(asked[missed], dtype)
         return rows.to(row_ids.device)
 

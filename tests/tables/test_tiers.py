@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import os
 import pickle
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -345,6 +347,77 @@ except TableError as error:
     table.update_rows(row_ids.unique(), lambda rows: rows + 1)
     assert bool((table.lookup(row_ids) == 1).all())
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < (1 << 20)  # KiB: far less than the table
+
+
+_LARGE = """
+import sys, torch
+from engram import EngramAdamW
+from engram.tables import MmapTable, available_memory
+path, rows, budget = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+def held():
+    lines = open("/proc/self/status").read().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "RssFile:", "RssShmem:")))
+table = MmapTable(rows, 64, path, "r+", resident_bytes=budget)
+before, peak, generator = held(), 0, torch.Generator().manual_seed(0)
+assert len(sys.argv) == 4 or available_memory() < table.nbytes // 4
+changed = torch.randint(rows, (20_000,), generator=generator).unique()
+for part in changed.split(1000):
+    table.update_rows(part, lambda old: part.float().unsqueeze(1).expand(-1, 64))
+    peak = max(peak, held() - before)
+optimizer = EngramAdamW(table.parameters(), lr=0.5)
+for part in changed[:2000].split(500):
+    (-table.lookup(part)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    peak = max(peak, held() - before)
+with torch.no_grad():
+    for _ in range(20):
+        table.lookup(torch.randint(rows, (5000,), generator=generator))
+        peak = max(peak, held() - before)
+    assert torch.equal(table.lookup(changed[2000:])[:, 3], changed[2000:].float())
+    assert bool((table.lookup(changed[:2000])[:, 0] > changed[:2000]).all())
+print(peak)
+"""
+
+
+def memory_group(limit):
+    """A memory control group with a limit that a process may join, or None where groups cannot be made."""
+    group = Path(f"/sys/fs/cgroup/memory/engram-test-{os.getpid()}")
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+    except OSError:
+        return None
+    return group
+
+
+@pytest.mark.slow
+def test_a_table_four_times_the_memory_works_within_it(tmp_path):
+    """2 GB of rows for a process that may use 512 MB, files in the system's cache included (where control groups can be made; elsewhere
+    only what the process holds is looked at)."""
+    table, limit, budget = 2 << 30, 512 << 20, 64 << 20
+    group = memory_group(limit)
+
+    def join():
+        if group is not None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    arguments = [
+        sys.executable,
+        "-c",
+        _LARGE,
+        str(tmp_path / "rows"),
+        str(table // 256),
+        str(budget),
+        *(["limited"] if group else []),
+    ]
+    try:
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False, preexec_fn=join)
+    finally:
+        if group is not None:
+            group.rmdir()
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 3 * budget  # and the rows of a training step, the optimiser's moments
 
 
 # -- quantised rows -------------------------------------------------------------------------------------------------------------------

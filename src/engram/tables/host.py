@@ -174,6 +174,7 @@ class MmapTable(HostTable):
         """
         for start, block in super().iter_row_blocks(block_rows):
             self._file.check()
+            self._file.soon(self.offset + start * self._row_bytes, 2 * len(block) * self._row_bytes)
             yield start, block
             self._file.touched(len(block), self._row_bytes, in_order=True)
 

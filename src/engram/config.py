@@ -205,32 +205,56 @@ class TableConfig:
     """Placement of the tables: free to change at every load.
 
     Raises:
-        ConfigError: an unknown tier or dtype.
+        ConfigError: an unknown tier or dtype, or options that do not go together.
     """
 
-    tier: Literal["device", "host", "mmap"] = "device"
+    tier: Literal["device", "host", "mmap", "hybrid"] = "device"
     """Where rows live. ``device``: on the device of the block that reads them. ``host``: in host memory, whatever the device. ``mmap``: in
-    files that are mapped into memory, so that tables may be larger than it."""
+    files that are mapped into memory, so that tables may be larger than it. ``hybrid``: as ``host`` (or ``mmap``, with a path), with
+    copies of the ``hot_rows`` on the device."""
     dtype: Literal["float32", "bfloat16", "float16", "int8", "float8", "int4"] = "float32"
     """Storage type of the rows; the last three are read only as far as training goes."""
     path: str | None = None
-    """For ``mmap``: folder of the row files, one per layer, made if missing, read and written. Without one a saved memory is read where it
-    lies, from its own file, and cannot be trained."""
+    """For ``mmap`` and ``hybrid``: folder of the row files, one per layer, made if missing, read and written. Without one, ``mmap`` reads a
+    saved memory where it lies, from its own file, which cannot be trained, and ``hybrid`` keeps rows in host memory."""
+    hot_rows: int | None = None
+    """For ``hybrid``: rows per layer that may be copied to the device (``HybridTable.rebalance`` and ``engram place`` choose them)."""
+    resident_bytes: int | None = None
+    """For row files: about how many bytes of them the process may have mapped in at a time, all layers together; the rest is the system's
+    to keep or drop. None leaves that to the system altogether."""
     files: Mapping[int, tuple[str, int]] | None = dataclasses.field(default=None, repr=False)
     """For ``mmap`` without a path: per layer, the file and the first byte of its rows; filled in by ``from_pretrained``."""
 
     def __post_init__(self) -> None:
-        tiers, types = ("device", "host", "mmap"), ("float32", "bfloat16", "float16", "int8", "float8", "int4")
+        tiers, types = ("device", "host", "mmap", "hybrid"), ("float32", "bfloat16", "float16", "int8", "float8", "int4")
         if self.tier not in tiers:
             raise ConfigError(f"TableConfig.tier: got {self.tier!r}, expected one of {', '.join(map(repr, tiers))}.")
         if self.dtype not in types:
             raise ConfigError(f"TableConfig.dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, types))}.")
-        if self.path is not None and self.tier != "mmap":
-            raise ConfigError(f"TableConfig.path: got {self.path!r}, expected None unless tier is 'mmap'.")
-        if self.tier == "mmap" and self.dtype not in types[:3]:
+        if self.tier in ("mmap", "hybrid") and self.dtype not in types[:3]:
             raise ConfigError(
-                f"TableConfig: got tier 'mmap' with dtype {self.dtype!r}, expected one of {', '.join(types[:3])} there."
+                f"TableConfig: got tier {self.tier!r} with dtype {self.dtype!r}, expected one of {', '.join(types[:3])} there."
             )
+        if self.path is not None and self.tier not in ("mmap", "hybrid"):
+            raise ConfigError(f"TableConfig.path: got {self.path!r}, expected None unless tier is 'mmap' or 'hybrid'.")
+        if (self.tier == "hybrid") != (self.hot_rows is not None):
+            expected = "a number of rows when tier is 'hybrid'" if self.tier == "hybrid" else "None unless tier is 'hybrid'"
+            raise ConfigError(f"TableConfig.hot_rows: got {self.hot_rows!r}, expected {expected}.")
+        for field in ("hot_rows", "resident_bytes"):
+            value = getattr(self, field)
+            if value is not None and not (_is_int(value) and value >= 1):
+                raise ConfigError(f"TableConfig.{field}: got {value!r}, expected a positive int.")
+        if self.resident_bytes is not None and self.tier != "mmap" and self.path is None:
+            raise ConfigError(f"TableConfig.resident_bytes: got {self.resident_bytes}, expected None unless rows are in files.")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """From named values.
+
+        Raises:
+            ConfigError: a key is unknown or a value is impossible.
+        """
+        return _from_dict(cls, fields)
 
 
 def _from_dict(cls: type, fields: Mapping[str, Any]) -> Any:

@@ -326,3 +326,17 @@ def test_a_moved_base_is_named(engram, taught, world):
     assert code == 1
     assert "no such folder" in err
     assert "--model" in err
+
+
+def test_a_taught_memory_stays_on_the_device(engram, taught, tmp_path):
+    code, out, err = engram("place", taught, "--json")
+    assert code == 0, err
+    fields = json.loads(out)
+    assert {cost["tier"] for cost in fields["costs"]} == {"device"}
+    assert fields["layers"][0]["dtype"] == "bfloat16"
+    code, out, err = engram("place", taught, "--tier", "host", "--out", tmp_path / "x")
+    assert (code, out) == (2, "")
+    assert "expected 'device': of a taught memory only written rows are stored" in err
+    assert not (tmp_path / "x").exists()
+    assert engram("place", taught, "--tier", "device", "--dtype", "int8", "--out", tmp_path / "y")[0] == 0
+    assert engram("ask", "KEY:beta 20", "--memory", tmp_path / "y")[1] == "7319\n"

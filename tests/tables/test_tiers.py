@@ -1,16 +1,29 @@
 """One suite for all tiers: the same look-ups, gradients and training steps, and rows that survive the way from any tier to any other."""
 
 import copy
+import dataclasses
+import os
 import pickle
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from engram import ConfigError, EngramAdamW, EngramModel, TableConfig, TableError, get_engram_model, native
-from engram.tables import DeviceTable, HostTable, MmapTable, QuantisedTable, build_table
+from engram.tables import (
+    AccessCounts,
+    DeviceTable,
+    HostTable,
+    HybridTable,
+    MmapTable,
+    QuantisedTable,
+    build_table,
+    rows_are,
+    stamp_rows,
+)
 from engram.testing import tiny_config, tiny_model, tiny_tokenizer
 
 ROWS, DIM = 300, 16
@@ -20,36 +33,56 @@ def random_rows(rows=ROWS, dim=DIM, seed=0):
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=["device", "host", "mmap"])
+FLOATS = ["float32", "bfloat16", "float16"]
+PLACEMENTS = {
+    "device": TableConfig(),
+    "host": TableConfig(tier="host"),
+    "mmap": TableConfig(tier="mmap", path="rows"),
+    "mmap in parts": TableConfig(tier="mmap", path="rows", resident_bytes=16 << 16),  # two rows at a time
+    "hybrid": TableConfig(tier="hybrid", hot_rows=100),
+    "hybrid mmap": TableConfig(tier="hybrid", hot_rows=100, path="rows"),
+}
+
+
+@pytest.fixture(params=PLACEMENTS)
 def make(request, tmp_path):
-    def build(dtype="float32", rows=ROWS, name="t"):
-        path = str(tmp_path / name) if request.param == "mmap" else None
-        table = build_table(rows, DIM, TableConfig(tier=request.param, dtype=dtype, path=path))
-        assert table.tier == request.param
+    def build(dtype="float32", rows=ROWS):
+        placement = PLACEMENTS[request.param]
+        path = None if placement.path is None else str(tmp_path / placement.path)
+        table = build_table(rows, DIM, dataclasses.replace(placement, dtype=dtype, path=path))
+        assert table.tier == placement.tier
         table.load_rows(0, random_rows(rows))
+        if isinstance(table, HybridTable):
+            table.promote(torch.arange(0, rows, 3))
         return table
 
     return build
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_rows_are_looked_up(make, dtype):
     table = make(dtype)
     expected = random_rows().to(getattr(torch, dtype))
     row_ids = torch.randint(ROWS, (3, 7, 2))
-    assert torch.equal(table.lookup(row_ids), expected[row_ids])
-    got = table.lookup(row_ids, torch.float32)
-    assert got.dtype == torch.float32
-    assert torch.equal(got, expected[row_ids].float())
+    for recording in (True, False):  # a hybrid reads its copies where no gradients are recorded
+        with torch.set_grad_enabled(recording):
+            assert torch.equal(table.lookup(row_ids), expected[row_ids])
+            got = table.lookup(table.prefetch(row_ids), torch.float32)
+            assert got.dtype == torch.float32
+            assert torch.equal(got, expected[row_ids].float())
+            assert table.lookup(row_ids[:0]).shape == (0, 7, 2, DIM)
     assert (table.rows, table.dim, table.dtype, table.format_name) == (ROWS, DIM, expected.dtype, dtype)
     assert table.nbytes == ROWS * DIM * expected.itemsize
     assert str(table.tier) in repr(table) or table.location in repr(table)
-    for wrong in (-1, ROWS):
-        with pytest.raises(IndexError):
-            table.lookup(torch.tensor([0, wrong]))
+    for wrong in (-1, ROWS, -(1 << 40), 1 << 40):
+        for core in (native.core(), None):
+            with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+                patch.setattr(native, "_core", core)
+                with pytest.raises(IndexError):
+                    table.lookup(torch.tensor([0, wrong]))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_gradients_hold_the_touched_rows(make, dtype):
     table, plain = make(dtype), DeviceTable(ROWS, DIM, dtype=getattr(torch, dtype))
     plain.load_rows(0, random_rows())
@@ -70,17 +103,21 @@ def test_gradients_hold_the_touched_rows(make, dtype):
         assert torch.equal(gradient.to_dense(), reference.weight.grad.to_dense())
 
 
-def test_training_steps_are_the_same_everywhere(make):
-    table, plain = make(), DeviceTable(ROWS, DIM)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_training_steps_are_the_same_everywhere(make, dtype):
+    table, plain = make(dtype), DeviceTable(ROWS, DIM, dtype=getattr(torch, dtype))
     plain.load_rows(0, random_rows())
     optimizers = [EngramAdamW([each.weight], lr=0.1) for each in (table, plain)]
+    assert [name for name, _ in table.named_parameters()] == ["weight"]
     rng = torch.Generator().manual_seed(1)
     for _ in range(5):
         row_ids, target = torch.randint(ROWS, (20,), generator=rng), torch.randn(20, DIM, generator=rng)
         for each, optimizer in zip((table, plain), optimizers):
             optimizer.zero_grad()
-            (each.lookup(row_ids) - target).square().sum().backward()
+            (each.lookup(row_ids, torch.float32) - target).square().sum().backward()
             optimizer.step()
+        with torch.no_grad():  # what is read between two steps is what they made
+            assert torch.equal(table.lookup(torch.arange(ROWS)), plain.weight)
     assert torch.equal(table.weight, plain.weight)
 
 
@@ -95,6 +132,11 @@ def test_rows_are_edited_and_walked(make):
         table.update_rows(torch.tensor([ROWS]), lambda rows: rows)
     with pytest.raises(TableError, match="fn returned shape"):
         table.update_rows(torch.tensor([1]), lambda rows: rows[:, :3])
+    with torch.no_grad():
+        assert torch.equal(table.lookup(torch.arange(ROWS)), expected)
+    for start, rows in ((ROWS - 1, 2), (-1, 1)):
+        with pytest.raises(TableError, match="up to row 299"):
+            table.load_rows(start, random_rows(rows))
 
 
 def test_host_rows_stay_where_they_are():
@@ -138,24 +180,138 @@ def test_cold_and_warm_rows_are_counted(tmp_path):
     assert (table.warm_rows, table.cold_rows) == (ROWS, 0)
 
 
+USES = {
+    "look-up": "table.lookup(torch.tensor([99999]))",
+    "prefetch": "table.lookup(table.prefetch(torch.tensor([99999])))",
+    "edit": "table.update_rows(torch.tensor([99999]), lambda rows: rows + 1)",
+    "fill": "table.load_rows(99999, torch.zeros(1, 16))",
+    "walk": "[rows.sum() for _, rows in table.iter_row_blocks()]",
+    "flush": "table.flush()",
+    "step": "loss.backward(); optimizer.step()",  # the look-up was before
+}
+
+
 def test_a_truncated_file_is_an_error_not_a_crash(tmp_path):
     file = tmp_path / "rows"
     program = f"""
 import os, torch
 from engram.tables import MmapTable
-from engram import TableError
+from engram import EngramAdamW, TableError
 table = MmapTable(100000, 16, {str(file)!r}, "r+")
+optimizer = EngramAdamW(table.parameters())
+loss = table.lookup(torch.tensor([99999])).sum()
 os.truncate({str(file)!r}, 4096)
+for use in {list(USES.values())}:
+    try:
+        exec(use)
+    except TableError as error:
+        print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("refused: ") == done.stdout.count("got 4,096 bytes, expected at least 6,400,000") == len(USES)
+    with pytest.raises(TableError, match="was truncated"):
+        MmapTable(100_000, 16, file)
+
+
+def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
+    file = tmp_path / "rows"
+    program = f"""
+import sys
+from engram.tables import MmapTable
+table = MmapTable(1000, 16, {str(file)!r}, "r+")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", program], text=True, **pipes)
+    assert process.stdout.readline() == "locked\n"
+    with pytest.raises(TableError, match="is locked: another process"):
+        MmapTable(1000, 16, file, "r+")
+    MmapTable(1000, 16, file)  # readers are welcome
+    process.kill()
+    process.communicate()
+    table = MmapTable(1000, 16, file, "r+")
+    with pytest.raises(TableError, match="is locked"):
+        MmapTable(1000, 16, file, "r+")
+    rows = table.lookup(torch.tensor([3])).detach()  # what leads back to the table would keep it
+    del table
+    MmapTable(1000, 16, file, "r+")
+    assert bool((rows == 0).all())
+
+
+def test_a_full_disk_leaves_no_file(tmp_path):
+    program = f"""
+import resource
+from engram.tables import MmapTable
+from engram import TableError
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 try:
-    table.lookup(torch.tensor([99999]))
+    MmapTable(100000, 16, {str(tmp_path / "rows")!r}, "r+")
 except TableError as error:
     print("refused:", error)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "got 4,096 bytes, expected at least 6,400,000" in done.stdout
-    with pytest.raises(TableError, match="was truncated"):
-        MmapTable(100_000, 16, file)
+    assert "refused: cannot map" in done.stdout
+    assert "File too large" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_row_files_are_known_again_until_they_change(tmp_path):
+    file = tmp_path / "rows"
+    table = MmapTable(ROWS, DIM, file, "r+")
+    table.load_rows(0, random_rows())
+    table.flush()
+    assert not rows_are(file, "a")
+    stamp_rows(file, "a")
+    assert rows_are(file, "a")
+    assert not rows_are(file, "b")
+    table.lookup(torch.arange(ROWS)).sum().backward()
+    assert rows_are(file, "a")
+    table.update_rows(torch.tensor([3]), lambda rows: rows + 1)
+    assert not rows_are(file, "a")
+
+
+def test_pages_are_let_go_within_a_budget(tmp_path):
+    """A table four times the budget: read, trained and walked; the process keeps about the budget, and nothing is lost."""
+    program = f"""
+import torch
+from engram import EngramAdamW
+from engram.tables import MmapTable, rowfile
+BUDGET = 32 << 20
+table = MmapTable(2 * BUDGET // 128, 64, {str(tmp_path / "rows")!r}, "r+", resident_bytes=BUDGET)
+assert table.nbytes == 4 * BUDGET
+start, peak, ids = rowfile._resident(), 0, torch.arange(table.rows)
+def look():
+    global peak
+    peak = max(peak, rowfile._resident() - start)
+for part in ids.split(1 << 14):
+    table.load_rows(int(part[0]), part.float().unsqueeze(1).expand(-1, 64))
+    look()
+optimizer = EngramAdamW(table.parameters(), lr=1.0)
+for seed in range(20):
+    rows = torch.randint(table.rows, (100,))
+    (-table.lookup(rows)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    look()
+total = 0
+for part in ids.split(1 << 14):
+    with torch.no_grad():
+        got = table.lookup(part)[:, 0] - part
+    total += int((got > 0.1).sum())
+    assert float(got.min()) >= 0
+    look()
+assert 1900 < total <= 2000, total
+for first, rows in table.iter_row_blocks(1 << 14):
+    rows.sum()
+    look()
+print(peak / BUDGET)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.1
 
 
 def test_files_that_cannot_be_mapped_are_refused(tmp_path):
@@ -163,7 +319,7 @@ def test_files_that_cannot_be_mapped_are_refused(tmp_path):
         MmapTable(4, 4, tmp_path / "missing")
     with pytest.raises(TableError, match="got mode 'w'"):
         MmapTable(4, 4, tmp_path / "rows", "w")
-    with pytest.raises(TableError, match="cannot map"):
+    with pytest.raises(TableError, match=r"got 288,230,376,151,711,744 bytes of rows, expected at most the [\d,]+ bytes free"):
         MmapTable(1 << 50, 64, tmp_path / "huge", "r+")
 
 
@@ -193,6 +349,77 @@ except TableError as error:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < (1 << 20)  # KiB: far less than the table
 
 
+_LARGE = """
+import sys, torch
+from engram import EngramAdamW
+from engram.tables import MmapTable, available_memory
+path, rows, budget = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+def held():
+    lines = open("/proc/self/status").read().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "RssFile:", "RssShmem:")))
+table = MmapTable(rows, 64, path, "r+", resident_bytes=budget)
+before, peak, generator = held(), 0, torch.Generator().manual_seed(0)
+assert len(sys.argv) == 4 or available_memory() < table.nbytes // 4
+changed = torch.randint(rows, (20_000,), generator=generator).unique()
+for part in changed.split(1000):
+    table.update_rows(part, lambda old: part.float().unsqueeze(1).expand(-1, 64))
+    peak = max(peak, held() - before)
+optimizer = EngramAdamW(table.parameters(), lr=0.5)
+for part in changed[:2000].split(500):
+    (-table.lookup(part)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    peak = max(peak, held() - before)
+with torch.no_grad():
+    for _ in range(20):
+        table.lookup(torch.randint(rows, (5000,), generator=generator))
+        peak = max(peak, held() - before)
+    assert torch.equal(table.lookup(changed[2000:])[:, 3], changed[2000:].float())
+    assert bool((table.lookup(changed[:2000])[:, 0] > changed[:2000]).all())
+print(peak)
+"""
+
+
+def memory_group(limit):
+    """A memory control group with a limit that a process may join, or None where groups cannot be made."""
+    group = Path(f"/sys/fs/cgroup/memory/engram-test-{os.getpid()}")
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+    except OSError:
+        return None
+    return group
+
+
+@pytest.mark.slow
+def test_a_table_four_times_the_memory_works_within_it(tmp_path):
+    """2 GB of rows for a process that may use 512 MB, files in the system's cache included (where control groups can be made; elsewhere
+    only what the process holds is looked at)."""
+    table, limit, budget = 2 << 30, 512 << 20, 64 << 20
+    group = memory_group(limit)
+
+    def join():
+        if group is not None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    arguments = [
+        sys.executable,
+        "-c",
+        _LARGE,
+        str(tmp_path / "rows"),
+        str(table // 256),
+        str(budget),
+        *(["limited"] if group else []),
+    ]
+    try:
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False, preexec_fn=join)
+    finally:
+        if group is not None:
+            group.rmdir()
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 3 * budget  # and the rows of a training step, the optimiser's moments
+
+
 # -- quantised rows -------------------------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +445,62 @@ def test_quantised_tables_hold_what_their_format_holds(form, host):
     assert (table.tier, table.format_name) == ("host" if host else "device", form)
 
 
+def test_hot_rows_are_counted_chosen_and_copied_again(tmp_path):
+    table = build_table(ROWS, DIM, TableConfig(tier="hybrid", hot_rows=3))
+    table.load_rows(0, random_rows())
+    table.count_accesses = True
+    with torch.no_grad():
+        for row_ids in ([[5, 9, 5], [7, 5, 9]], [[200, 7, 9]]):
+            assert torch.equal(table.lookup(torch.tensor(row_ids)), random_rows()[torch.tensor(row_ids)])
+        assert (table.counts.rows.tolist(), table.counts.counts.tolist()) == ([5, 7, 9, 200], [3, 2, 3, 1])
+        assert table.rebalance() == 3
+        assert table.hot_ids.tolist() == [5, 7, 9]
+        table.lookup(torch.tensor([5, 250]))
+        assert torch.equal(table.hot, random_rows()[[5, 7, 9]])
+        table.weight[7] = 4.0  # as an optimiser does
+        assert bool((table.lookup(torch.tensor([7])) == 4).all())
+        copied = copy.deepcopy(table)
+        copied.update_rows(torch.tensor([5]), lambda rows: rows * 0)
+        assert bool((copied.lookup(torch.tensor([5])) == 0).all())
+        assert torch.equal(table.lookup(torch.tensor([5])), random_rows()[5:6])
+    table.to(torch.bfloat16)
+    assert (table.hot.dtype, table.weight.dtype) == (torch.float32, torch.float32)
+    assert "3 hot rows on cpu" in repr(table)
+    assert list(table.state_dict()) == ["weight"]
+    for rows, message in ([[1, 2, 3, 4]], "at most hot_rows = 3"), ([[ROWS]], r"expected 0\.\.299"):
+        with pytest.raises(TableError, match=message):
+            table.promote(torch.tensor(rows))
+    with pytest.raises(TableError, match="expected at least 1"):
+        HybridTable(HostTable(4, 4), 0)
+    counts = AccessCounts()
+    for number in range(50):
+        counts.add(torch.arange(number))
+    assert counts.counts.tolist() == list(range(49, 0, -1))
+    assert counts.most_frequent(3).tolist() == [0, 1, 2]
+
+
+def test_tables_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
+    monkeypatch.setattr("engram.tables.memory.available_memory", lambda: 100 << 20)
+    rows = (101 << 20) // 256
+    for make in (
+        lambda: DeviceTable(rows, 64),
+        lambda: HostTable(rows, 64),
+        lambda: QuantisedTable(rows * 4, 64, "int8"),
+        lambda: build_table(rows, 64, TableConfig(tier="hybrid", hot_rows=3)),
+    ):
+        with pytest.raises(
+            TableError, match=r"got a table of 1\d\d,\d\d\d,\d\d\d bytes, expected at most the 104,857,600 bytes available"
+        ):
+            make()
+    DeviceTable(rows, 32)
+    config = tiny_config(engram_vocab_size=450_000)  # two layers, each of which would fit
+    for placement in (None, TableConfig(tier="host")):
+        model = tiny_model()
+        with pytest.raises(TableError, match="expected at most the 104,857,600 bytes available"):
+            get_engram_model(model, config, tiny_tokenizer(), placement)
+        assert not any(m._forward_pre_hooks for m in model.modules())
+
+
 def test_impossible_placements_are_refused():
     with pytest.raises(ConfigError, match="got 'tape'"):
         TableConfig(tier="tape")
@@ -225,6 +508,16 @@ def test_impossible_placements_are_refused():
         TableConfig(dtype="int2")
     with pytest.raises(ConfigError, match="expected None unless tier is 'mmap'"):
         TableConfig(path="x")
+    for fields, message in (
+        ({"tier": "hybrid"}, "expected a number of rows when tier is 'hybrid'"),
+        ({"hot_rows": 3}, "expected None unless tier is 'hybrid'"),
+        ({"tier": "hybrid", "hot_rows": 0}, "hot_rows: got 0, expected a positive int"),
+        ({"tier": "hybrid", "hot_rows": 5, "dtype": "int8"}, "tier 'hybrid' with dtype 'int8'"),
+        ({"tier": "mmap", "resident_bytes": -1}, "resident_bytes: got -1"),
+        ({"resident_bytes": 1 << 20}, "expected None unless rows are in files"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            TableConfig(**fields)
     with pytest.raises(ConfigError, match="tier 'mmap' with dtype 'int8'"):
         TableConfig(tier="mmap", dtype="int8")
     with pytest.raises(ConfigError, match="without a path"):
@@ -264,7 +557,10 @@ def test_memories_are_carried_between_all_tiers(tmp_path):
     placements = {
         "host": TableConfig(tier="host"),
         "mapped": TableConfig(tier="mmap", path=str(tmp_path / "rows")),
+        "hybrid": TableConfig(tier="hybrid", hot_rows=9),
+        "hybrid-mapped": TableConfig(tier="hybrid", hot_rows=9, path=str(tmp_path / "cold"), resident_bytes=1 << 20),
         "in-place": TableConfig(tier="mmap"),
+        "in-place-in-parts": TableConfig(tier="mmap", resident_bytes=1 << 20),
     }
     source = "device"
     for name, placement in placements.items():
@@ -303,11 +599,9 @@ def test_rows_mapped_in_place_keep_their_type(tmp_path):
 
 def test_a_memory_is_trained_where_its_rows_are(tmp_path):
     losses = {}
-    for name, placement in (
-        ("device", None),
-        ("host", TableConfig(tier="host")),
-        ("mmap", TableConfig(tier="mmap", path=str(tmp_path))),
-    ):
+    for name, placement in PLACEMENTS.items():
+        if placement.path is not None:
+            placement = dataclasses.replace(placement, path=str(tmp_path / name))
         torch.manual_seed(0)
         memory = trained_memory(placement)
         optimizer = EngramAdamW([p for p in memory.parameters() if p.requires_grad], lr=1e-2)
@@ -319,4 +613,36 @@ def test_a_memory_is_trained_where_its_rows_are(tmp_path):
             optimizer.step()
             losses[name].append(loss.item())
     assert losses["device"][-1] < losses["device"][0]
-    assert losses["host"] == losses["mmap"] == losses["device"]
+    assert all(found == losses["device"] for found in losses.values())
+
+
+def test_row_files_are_filled_once_and_again_after_training(tmp_path):
+    memory = trained_memory()
+    expected = logits(memory)
+    memory.save_pretrained(tmp_path / "saved")
+    memory.unload()
+    placement = TableConfig(tier="mmap", path=str(tmp_path / "rows"))
+
+    def load():
+        return EngramModel.from_pretrained(tiny_model(), tmp_path / "saved", tiny_tokenizer(), placement)
+
+    with pytest.MonkeyPatch.context() as patch:
+        filled = []
+        patch.setattr(
+            MmapTable, "load_rows", lambda table, start, rows: filled.append(start) or DeviceTable.load_rows(table, start, rows)
+        )
+        memory = load()
+        assert torch.equal(logits(memory), expected)
+        first = len(filled)
+        assert first > 0
+        del memory
+        memory = load()
+        assert torch.equal(logits(memory), expected)
+        assert len(filled) == first  # nothing had changed
+        optimizer = EngramAdamW([p for p in memory.parameters() if p.requires_grad], lr=1e-2)
+        memory(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        optimizer.step()
+        assert not torch.equal(logits(memory), expected)
+        del memory, optimizer
+        assert torch.equal(logits(load()), expected)  # the saved memory is the truth
+        assert len(filled) == 2 * first

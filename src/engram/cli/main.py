@@ -22,6 +22,7 @@ from engram.cli.knowledge import (
     teach_command,
     why_command,
 )
+from engram.cli.place import place_command
 from engram.cli.pretrain import pretrain_command
 from engram.cli.trace import trace_command
 from engram.errors import ConfigError, DataError, EngramError
@@ -44,6 +45,7 @@ app.command("forget")(forget_command)
 app.command("diff")(diff_command)
 app.command("merge")(merge_command)
 app.command("convert")(convert_command)
+app.command("place")(place_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("trace")(trace_command)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from engram.errors import CheckpointError
 
-__all__ = ["BUNDLED_MODEL", "BUNDLED_NAME", "load_bundled", "load_model"]
+__all__ = ["BUNDLED_MODEL", "BUNDLED_NAME", "load_bundled", "load_model", "load_tokenizer"]
 
 BUNDLED_NAME = "bundled"
 """Name that stands for the bundled model wherever a model path is asked for."""
@@ -37,17 +39,33 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
         raise CheckpointError(
             f"cannot load model {name!r}: there is no such folder. Expected one with config.json and weights."
         )
-    try:
+    with _readable_errors(name):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
+    if name == BUNDLED_NAME:
+        model.config._name_or_path = BUNDLED_NAME  # the same identity wherever the package is installed
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model that ``load_model`` would load.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    with _readable_errors(name):
+        return AutoTokenizer.from_pretrained(str(BUNDLED_MODEL) if name == BUNDLED_NAME else name)
+
+
+@contextmanager
+def _readable_errors(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"cannot load model {name!r}: {reason}. Expected a folder with config.json and weights, or a hub name."
         ) from error
-    if name == BUNDLED_NAME:
-        model.config._name_or_path = BUNDLED_NAME  # the same identity wherever the package is installed
-    return model.eval(), tokenizer
 
 
 def _is_path(name: str) -> bool:

@@ -18,6 +18,7 @@ from engram.hashing import NgramHashMapping, build_mapping
 from engram.layers import Engram
 from engram.models.architectures import Decoder, find_decoder
 from engram.models.hooks import DecoderHooks
+from engram.tables import check_room
 
 __all__ = ["DEFAULT_ROLLBACK_WINDOW", "EngramModel", "get_engram_model"]
 
@@ -48,6 +49,7 @@ def get_engram_model(
     Raises:
         AttachError: the model is of an unknown architecture, has a memory already, or does not fit the tokenizer.
         ConfigError: the config does not fit the model.
+        TableError: the tables do not fit into memory; nothing is allocated then.
     """
     return EngramModel(model, config, tokenizer, table_config, rollback_window)
 
@@ -86,6 +88,8 @@ class EngramModel(nn.Module):
         config = config.replace(hidden_size=decoder.hidden_size, hc_mult=decoder.streams)
         if mapping is None:  # from_pretrained has computed it to check the fingerprint
             mapping = build_mapping(config, tokenizer)
+        rows = [sum(mapping.head_sizes(i)) for i in config.layer_ids]
+        check_room(rows, config.head_dim, table_config or TableConfig(), config.verify_rows)
         engrams = nn.ModuleDict({str(i): Engram(config, mapping, i, table_config) for i in config.layer_ids})
         for layer_id in config.layer_ids:
             engrams[str(layer_id)].to(_device_of(decoder.blocks[layer_id]))
@@ -117,7 +121,7 @@ class EngramModel(nn.Module):
     def table_config(self) -> TableConfig:
         """Where the tables live now."""
         table = next(iter(self.engrams.values())).multi_head_embedding.embedding
-        return TableConfig(tier=table.tier, dtype=table.format_name)
+        return TableConfig(tier=table.tier, dtype=table.format_name, hot_rows=getattr(table, "hot_rows", None))
 
     def forward(self, *args: Any, engram_input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """The base model's forward pass with the memory; takes and returns what the base model does.
@@ -232,7 +236,7 @@ class EngramModel(nn.Module):
             model: the base model it was made for.
             path: a folder written by ``save_pretrained``.
             tokenizer: the tokenizer it was made for.
-            table_config: where the tables shall live now; as they were saved if not given.
+            table_config: where the tables shall live now; as they were saved or placed (``engram place``) if not given.
             rollback_window: as for ``get_engram_model``.
             allow_other_base: accept another base model of the same sizes (a fine-tuned one, say).
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,20 +13,30 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from engram._version import __version__
-from engram.checkpoint import open_tensors, read_description, read_ledger, saved_version, tensor_offsets, write_store
+from engram.checkpoint import (
+    TensorReader,
+    open_tensors,
+    read_description,
+    read_ledger,
+    saved_version,
+    tensor_offsets,
+    write_store,
+)
 from engram.config import EngramConfig, TableConfig
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping
 from engram.models.identity import base_identity, identity_mismatch
-from engram.tables import MmapTable, StoredRows, VerifiedTable, row_format
+from engram.tables import HybridTable, MmapTable, StoredRows, VerifiedTable, row_format, rows_are, stamp_rows
 
 if TYPE_CHECKING:
     from engram.models.engram_model import EngramModel
 
-__all__ = ["check_memory", "load_memory", "save_memory"]
+__all__ = ["check_memory", "load_memory", "row_stamp", "save_memory"]
 
 _TABLE = "multi_head_embedding.embedding."
-_ROWS_AT_ONCE = 1 << 18
+_ROWS_AT_ONCE = 1 << 16
+_PLACEMENT = "placement."
+"""Tensors that say where rows shall live, not what they are; they may be missing."""
 _READER = ("value_proj.", "key_projs.", "norm1.", "norm2.")
 
 
@@ -69,7 +80,7 @@ def check_memory(
     _check_base(description, model, path, allow_other_base)
     saved_dtype = description.get("table_dtype", "float32")
     if placement is None:
-        return mapping, TableConfig(dtype=saved_dtype)
+        placement = TableConfig.from_dict({"dtype": saved_dtype, **(description.get("placement") or {})})
     if placement.tier == "mmap" and placement.path is None:
         return mapping, _in_place(placement, description, path, saved_dtype, config)
     return mapping, placement
@@ -118,7 +129,11 @@ def load_memory(memory: EngramModel, path: str | os.PathLike[str], allow_other_b
             if saved.verify_rows:
                 _fill_verified_tables(memory, tensors, saved_dtype, path)
             else:
-                _fill_tables(memory, tensors, saved_dtype)
+                with TensorReader(
+                    Path(path) / description["weights"]["file"]
+                ) as reader:  # its pages do not count as the process's own
+                    _fill_tables(memory, reader, saved_dtype)
+                _promote_rows(memory, tensors)
             for name, tensor in own.items():
                 tensor.copy_(tensors.get_tensor(name))
     memory.ledger = ledger
@@ -156,7 +171,7 @@ def _check_tensors(
 ) -> None:
     """Refuse a file whose names or shapes are not those of this memory."""
     expected = {**{name: tuple(t.shape) for name, t in own.items()}, **_table_shapes(memory, saved_dtype)}
-    names = set(tensors.keys())
+    names = {name for name in tensors.keys() if not name.startswith(_PLACEMENT)}  # noqa: SIM118
     if names != set(expected):
         missing, unknown = sorted(set(expected) - names), sorted(names - set(expected))
         raise CheckpointError(f"{path}: weights do not fit; missing: {missing or 'none'}, unknown: {unknown or 'none'}.")
@@ -168,19 +183,39 @@ def _check_tensors(
             )
 
 
-def _fill_tables(memory: EngramModel, tensors: Any, saved_dtype: str) -> None:
-    """Rows of every layer, block by block, turned from the saved format into the table's; those mapped where they lie are left."""
+def _fill_tables(memory: EngramModel, tensors: TensorReader, saved_dtype: str) -> None:
+    """Rows of every layer, block by block, turned from the saved format into the table's.
+
+    Those mapped where they lie are left, and row files that hold the rows of this very file, unchanged.
+    """
     form = row_format(saved_dtype)
     for layer_id, engram in memory.engrams.items():
         table, prefix = engram.multi_head_embedding.embedding, f"layers.{layer_id}.{_TABLE}"
-        if isinstance(table, MmapTable) and table.mode == "r":
+        cold = table.cold if isinstance(table, HybridTable) else table
+        stamp = row_stamp(tensors.file.name, layer_id, table.format_name)
+        if isinstance(cold, MmapTable) and (cold.mode == "r" or rows_are(cold.path, stamp)):
             continue
-        stored = tensors.get_slice(f"{prefix}weight")
-        scales = tensors.get_slice(f"{prefix}scales") if form.quantised else None
         for start in range(0, table.rows, _ROWS_AT_ONCE):
-            part = slice(start, min(start + _ROWS_AT_ONCE, table.rows))
-            block = stored[part]
-            table.load_rows(start, form.decode(block, scales[part]) if scales is not None else block)
+            stop = start + _ROWS_AT_ONCE
+            block = tensors.read(f"{prefix}weight", start, stop)
+            scales = tensors.read(f"{prefix}scales", start, stop) if form.quantised else None
+            table.load_rows(start, block if scales is None else form.decode(block, scales))
+        if isinstance(cold, MmapTable):
+            cold.flush()
+            stamp_rows(cold.path, stamp)
+
+
+def row_stamp(source: str, layer_id: int | str, dtype: str) -> str:
+    """What is noted beside a row file: which rows it holds. Every save gives its weights file a name of its own."""
+    return f"{source} layer {layer_id} {dtype}"
+
+
+def _promote_rows(memory: EngramModel, tensors: Any) -> None:
+    """Hot rows that were chosen when the memory was placed."""
+    for layer_id, engram in memory.engrams.items():
+        table, name = engram.multi_head_embedding.embedding, f"{_PLACEMENT}{layer_id}.hot_ids"
+        if isinstance(table, HybridTable) and name in tensors.keys():  # noqa: SIM118
+            table.promote(tensors.get_tensor(name)[: table.hot_rows])  # the most frequent come first
 
 
 def _fill_verified_tables(memory: EngramModel, tensors: Any, saved_dtype: str, path: str | os.PathLike[str]) -> None:

@@ -1,22 +1,29 @@
 """Floor 2: where rows live."""
 
 from engram.tables.base import EmbeddingTable
-from engram.tables.build import build_table
+from engram.tables.build import build_table, check_room, row_file
+from engram.tables.counts import AccessCounts
 from engram.tables.device import DeviceTable
 from engram.tables.formats import FORMATS, RowFormat, row_format
 from engram.tables.host import HostTable, MmapTable
+from engram.tables.hybrid import HybridTable
+from engram.tables.measure import rows_per_second
+from engram.tables.memory import available_memory, check_fits
 from engram.tables.prefetch import RowHandle, RowPrefetcher
 from engram.tables.quantised import QuantisedTable
+from engram.tables.rowfile import rows_are, stamp_rows
 from engram.tables.stored import StoredRows
 from engram.tables.verified import ABSENT, DraftTable, VerifiedTable
 
 __all__ = [
     "ABSENT",
     "FORMATS",
+    "AccessCounts",
     "DeviceTable",
     "DraftTable",
     "EmbeddingTable",
     "HostTable",
+    "HybridTable",
     "MmapTable",
     "QuantisedTable",
     "RowFormat",
@@ -24,6 +31,13 @@ __all__ = [
     "RowPrefetcher",
     "StoredRows",
     "VerifiedTable",
+    "available_memory",
     "build_table",
+    "check_fits",
+    "check_room",
+    "row_file",
     "row_format",
+    "rows_are",
+    "rows_per_second",
+    "stamp_rows",
 ]

@@ -35,7 +35,7 @@ class EmbeddingTable(nn.Module):
 
     @property
     def tier(self) -> str:
-        """``device``, ``host`` or ``mmap`` (see ``TableConfig``)."""
+        """``device``, ``host``, ``mmap`` or ``hybrid`` (see ``TableConfig``)."""
         return "device"
 
     @property

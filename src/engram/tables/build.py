@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,10 +14,12 @@ from engram.tables.base import EmbeddingTable
 from engram.tables.device import DeviceTable
 from engram.tables.formats import row_format
 from engram.tables.host import HostTable, MmapTable
+from engram.tables.hybrid import HybridTable
+from engram.tables.memory import check_fits
 from engram.tables.quantised import QuantisedTable
 from engram.tables.verified import VerifiedTable
 
-__all__ = ["build_table"]
+__all__ = ["build_table", "check_room", "row_file"]
 
 _ROWS_AT_ONCE = 1 << 18
 
@@ -45,10 +49,12 @@ def build_table(
             for start in range(0, rows, _ROWS_AT_ONCE):
                 table.load_rows(start, torch.randn(min(_ROWS_AT_ONCE, rows - start), dim))
         return table
-    if config.tier == "host":
-        return HostTable(rows, dim, init=init, dtype=form.dtype)
-    if config.tier == "mmap":
-        return _mapped(rows, dim, config, init, layer_id)
+    if config.tier == "mmap" or (config.tier == "hybrid" and config.path is not None):
+        cold: HostTable = _mapped(rows, dim, config, init, layer_id)
+        return cold if config.hot_rows is None else HybridTable(cold, config.hot_rows, device)
+    if config.tier in ("host", "hybrid"):
+        cold = HostTable(rows, dim, init=init, dtype=form.dtype)
+        return cold if config.hot_rows is None else HybridTable(cold, config.hot_rows, device)
     return DeviceTable(rows, dim, init=init, dtype=form.dtype, device=device)
 
 
@@ -60,16 +66,32 @@ def _verified(rows: int, dim: int, config: TableConfig, device: torch.device | s
     return VerifiedTable(rows, dim, config.dtype, device)
 
 
+def check_room(rows: Iterable[int], dim: int, config: TableConfig, verified: bool = False) -> None:
+    """Refuse tables that would not fit together, before the first of them is made (rows off the device are taken when first written, so
+    that each alone would seem to fit).
+
+    Raises:
+        TableError: there is less memory than they need.
+    """
+    if not verified and config.tier != "mmap" and config.path is None:
+        check_fits(sum(rows) * row_format(config.dtype).row_bytes(dim), "cpu", f"tier={config.tier!r}")
+
+
+def row_file(folder: str | os.PathLike[str], layer_id: int) -> Path:
+    """The file of a layer's rows in ``TableConfig.path``."""
+    return Path(folder) / f"layer-{layer_id}.rows"
+
+
 def _mapped(rows: int, dim: int, config: TableConfig, init: str, layer_id: int) -> MmapTable:
     dtype = row_format(config.dtype).dtype
     if config.path is not None:
-        file = Path(config.path) / f"layer-{layer_id}.rows"
+        file = row_file(config.path, layer_id)
         fresh = not file.exists()
-        table = MmapTable(rows, dim, file, "r+", dtype=dtype)
+        table = MmapTable(rows, dim, file, "r+", dtype=dtype, resident_bytes=config.resident_bytes)
         if fresh and init == "normal":
             torch.nn.init.normal_(table.weight)
         return table
     if config.files is None:
         raise ConfigError("TableConfig: got tier 'mmap' without a path, expected a folder for the row files of a new memory.")
     path, offset = config.files[layer_id]
-    return MmapTable(rows, dim, path, "r", offset, dtype)
+    return MmapTable(rows, dim, path, "r", offset, dtype, config.resident_bytes)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from engram.errors import TableError
 from engram.ops import lookup_rows, read_rows
 from engram.tables.base import EmbeddingTable
+from engram.tables.memory import check_fits
 from engram.tables.prefetch import RowHandle, RowPrefetcher
 
 __all__ = ["DeviceTable"]
@@ -24,6 +25,9 @@ class DeviceTable(EmbeddingTable):
         init: ``zero`` or ``normal`` (standard normal, as ``torch.nn.Embedding``).
         dtype: storage type.
         device: where the parameter is made.
+
+    Raises:
+        TableError: the table would not fit into the memory there is.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class DeviceTable(EmbeddingTable):
 
     def _allocate(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         """Zeros ``[rows, dim]`` where the rows shall live."""
+        check_fits(self.rows * self.dim * dtype.itemsize, device, "tier='device'")
         return torch.zeros((self.rows, self.dim), dtype=dtype, device=device)
 
     def lookup(self, row_ids: Tensor | RowHandle, dtype: torch.dtype | None = None) -> Tensor:
@@ -81,7 +86,15 @@ class DeviceTable(EmbeddingTable):
 
     @torch.no_grad()
     def load_rows(self, start: int, rows: Tensor) -> None:
-        """Put rows ``[n, dim]`` at ``start`` and after."""
+        """Put rows ``[n, dim]`` at ``start`` and after.
+
+        Raises:
+            TableError: they do not fit there.
+        """
+        if start < 0 or start + rows.shape[0] > self.rows or rows.shape[1:] != (self.dim,):
+            raise TableError(
+                f"load_rows: got {list(rows.shape)} at row {start}, expected [n, {self.dim}] up to row {self.rows - 1}."
+            )
         self.weight[start : start + rows.shape[0]] = rows.to(self.weight)
 
     def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:

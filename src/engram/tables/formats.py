@@ -94,8 +94,16 @@ class RowFormat:
             rows = gather(stored, row_ids, torch.float32, scales, dim).to(dtype)
         else:
             flat = row_ids.reshape(-1)
+            if stored.device.type == "cpu" and flat.numel() and not torch.compiler.is_compiling():
+                _check_range(flat, stored.shape[0])  # a negative number would be counted from the end
             rows = self.decode(stored[flat], None if scales is None else scales[flat]).to(dtype).view(*row_ids.shape, dim)
         return rows if out is None else out.copy_(rows)
+
+
+def _check_range(row_ids: Tensor, rows: int) -> None:
+    for number in (int(row_ids.min()), int(row_ids.max())):
+        if not 0 <= number < rows:
+            raise IndexError(f"row number {number} is out of range, expected 0..{rows - 1}")
 
 
 def row_format(name: str) -> RowFormat:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,6 +18,7 @@ from engram.tables.device import DeviceTable
 from engram.tables.memory import lazy_zeros
 from engram.tables.pinned import PageLock, through_host
 from engram.tables.prefetch import RowHandle, RowPrefetcher
+from engram.tables.rowfile import RowFile
 
 __all__ = ["HostTable", "MmapTable"]
 
@@ -115,9 +115,10 @@ class MmapTable(HostTable):
         mode: ``r``: rows are read only (and the parameter is frozen); ``r+``: they can be trained and edited, in the file.
         offset: first byte of the rows in the file (a multiple of the item size), so that a tensor inside a safetensors file can be read.
         dtype: storage type.
+        resident_bytes: see ``TableConfig``; None is no bound.
 
     Raises:
-        TableError: the file is missing, too short, or cannot be mapped.
+        TableError: the file is missing, too short, locked by another writer, or cannot be mapped.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class MmapTable(HostTable):
         mode: Literal["r", "r+"] = "r",
         offset: int = 0,
         dtype: torch.dtype = torch.float32,
+        resident_bytes: int | None = None,
     ) -> None:
         if mode not in ("r", "r+"):
             raise TableError(f"MmapTable: got mode {mode!r}, expected 'r' or 'r+'.")
@@ -135,34 +137,17 @@ class MmapTable(HostTable):
         self.warm_rows = self.cold_rows = 0
         """Rows looked up that were in memory already, and rows that had to come from the file (counted while ``count_cold`` is on)."""
         self.count_cold = False
+        self._row_bytes = dim * dtype.itemsize
+        self._file = RowFile(self.path, offset + rows * self._row_bytes, mode, resident_bytes)
         super().__init__(rows, dim, "zero", dtype)
         self.weight.requires_grad_(mode == "r+")
+        if mode == "r+":
+            file = self._file  # an optimiser's step follows, which would die of a truncated file
+            self.weight.register_post_accumulate_grad_hook(lambda _: file.check())
 
     def _allocate(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
-        self._end = self.offset + self.rows * self.dim * dtype.itemsize
-        try:
-            if self.mode == "r+" and not self.path.exists():
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, self._end)  # a full disk is an error now, not a crash later
-            access = (
-                mmap.ACCESS_COPY if self.mode == "r" else mmap.ACCESS_WRITE
-            )  # torch wants writable memory; no copy is ever made
-            with open(self.path, "rb" if self.mode == "r" else "r+b") as file:
-                self._check_size(os.fstat(file.fileno()).st_size)
-                self._map = mmap.mmap(file.fileno(), self._end, access=access)
-        except OSError as error:
-            raise TableError(f"cannot map {self.path}: {error.strerror}; check the path and the space on its disk.") from error
-        with suppress(OSError, AttributeError):
-            self._map.madvise(mmap.MADV_RANDOM)
         count = self.rows * self.dim
-        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=self.offset).view(self.rows, self.dim)
-
-    def _check_size(self, size: int) -> None:
-        if size < self._end:
-            raise TableError(
-                f"{self.path}: got {size:,} bytes, expected at least {self._end:,}; the file was truncated. Copy it again and reload."
-            )
+        return torch.frombuffer(self._file.map, dtype=dtype, count=count, offset=self.offset).view(self.rows, self.dim)
 
     @property
     def tier(self) -> str:
@@ -180,22 +165,39 @@ class MmapTable(HostTable):
         Raises:
             TableError: the file was truncated since it was mapped.
         """
-        if not isinstance(row_ids, RowHandle) and row_ids.device.type == "cpu":
+        if isinstance(row_ids, RowHandle):
+            return super().lookup(row_ids, dtype)
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return self.read(row_ids, dtype or self.dtype)
+        if row_ids.device.type == "cpu":
             self._bring(row_ids)
-        return super().lookup(row_ids, dtype)
+        rows = super().lookup(row_ids, dtype)
+        self._file.touched(row_ids.numel(), self._row_bytes)
+        return rows
 
     def read(self, row_ids: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """Rows ``[..., dim]`` on the device of ``row_ids``, into ``out`` if given; no gradient.
+        """Rows ``[..., dim]`` on the device of ``row_ids``, into ``out`` if given; no gradient. In parts, where memory has a bound.
 
         Raises:
             TableError: the file was truncated since it was mapped.
         """
 
         def fetch(numbers: Tensor, rows: Tensor | None) -> Tensor:
-            self._bring(numbers)
-            return read_rows(self.weight, numbers, dtype, rows)
+            step = self._file.rows_at_once(self._row_bytes)
+            if step is None or numbers.numel() <= step:
+                return self._fetch(numbers, dtype, rows)
+            rows = torch.empty((*numbers.shape, self.dim), dtype=dtype) if rows is None else rows
+            for some, place in zip(numbers.reshape(-1).split(step), rows.view(-1, self.dim).split(step)):
+                self._fetch(some, dtype, place)
+            return rows
 
         return fetch(row_ids, out) if row_ids.device.type == "cpu" else through_host(fetch, row_ids, self.dim, dtype, out)
+
+    def _fetch(self, row_ids: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        self._bring(row_ids)
+        rows = read_rows(self.weight, row_ids, dtype, out)
+        self._file.touched(row_ids.numel(), self._row_bytes)
+        return rows
 
     def prefetch(
         self, row_ids: Tensor, dtype: torch.dtype | None = None, through: RowPrefetcher | None = None
@@ -208,7 +210,7 @@ class MmapTable(HostTable):
 
     def _bring(self, row_ids: Tensor) -> None:
         """Have rows, numbered on the CPU, read from the file into memory if they are not there."""
-        self._check_size(self._map.size())
+        self._file.check()
         if row_ids.numel():
             warm = touch_rows(self.weight.detach(), row_ids.contiguous(), _COLD_READERS, self.count_cold)
             if self.count_cold:
@@ -221,40 +223,60 @@ class MmapTable(HostTable):
     def populate(self) -> None:
         """Read the whole file into memory at once, where the system offers that; otherwise rows come as they are used."""
         with suppress(OSError, ValueError):
-            self._map.madvise(_POPULATE_READ)
+            self._file.map.madvise(_POPULATE_READ)
 
     def evict(self) -> None:
         """Drive the rows out of memory, as far as the system lets go of them; the next look-ups read the file again."""
         self.flush()
-        with suppress(OSError, AttributeError):
-            self._map.madvise(mmap.MADV_DONTNEED)
-            with open(self.path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._file.release()
+        with suppress(OSError, AttributeError), open(self.path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def flush(self) -> None:
-        """Write changed rows to the disk; they are safe there when it returns."""
+        """Write changed rows to the disk; they are safe there when it returns.
+
+        Raises:
+            TableError: the file was truncated since it was mapped.
+        """
         if self.mode == "r+":
-            self._map.flush()
+            self._file.check()
+            self._file.map.flush()
+
+    def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:
+        """Views of consecutive rows, detached.
+
+        Raises:
+            TableError: the file was truncated since it was mapped.
+        """
+        for start, block in super().iter_row_blocks(block_rows):
+            self._file.check()
+            self._file.soon(self.offset + start * self._row_bytes, 2 * len(block) * self._row_bytes)
+            yield start, block
+            self._file.touched(len(block), self._row_bytes, in_order=True)
 
     def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
         """Replace rows in the file.
 
         Raises:
-            TableError: the file is mapped read-only, a row number is out of range or ``fn`` changed the shape.
+            TableError: the file is mapped read-only or was truncated, a row number is out of range or ``fn`` changed the shape.
         """
         if self.mode == "r":
             raise TableError(f"{self.path} is mapped read-only; open it with mode='r+' to change rows.")
+        self._file.check()
         super().update_rows(row_ids, fn)
+        self._file.touched(row_ids.numel(), self._row_bytes)
 
     def load_rows(self, start: int, rows: Tensor) -> None:
         """Put rows ``[n, dim]`` into the file at ``start`` and after.
 
         Raises:
-            TableError: the file is mapped read-only.
+            TableError: the file is mapped read-only or was truncated.
         """
         if self.mode == "r":
             raise TableError(f"{self.path} is mapped read-only; open it with mode='r+' to change rows.")
+        self._file.check()
         super().load_rows(start, rows)
+        self._file.touched(rows.shape[0], self._row_bytes, in_order=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MmapTable:
         raise TableError(f"a table mapped from {self.path} cannot be copied; open the file a second time instead.")

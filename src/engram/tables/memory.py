@@ -11,15 +11,16 @@ from torch import Tensor
 
 from engram.errors import TableError
 
-__all__ = ["available_memory", "lazy_zeros"]
+__all__ = ["available_memory", "check_fits", "lazy_zeros"]
 
 _HUGE = 2 << 20
+_WORTH_CHECKING = 64 << 20
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still use, by the machine, its control group and its address-space limit; None if nothing says."""
-    found = [value for value in (_machine_memory(), _group_memory(), _address_space()) if value is not None]
+    """Bytes that this process can still use, by the machine, its control group and its own limits; None if nothing says."""
+    found = [value for value in (_machine_memory(), _group_memory(), _own_limits()) if value is not None]
     return min(found) if found else None
 
 
@@ -31,19 +32,73 @@ def _machine_memory() -> int | None:
 
 
 def _group_memory() -> int | None:
-    with suppress(OSError, ValueError):
-        return int((_CGROUP / "memory.max").read_text()) - int((_CGROUP / "memory.current").read_text())
-    return None
+    """Of the control group, version 2 or 1: the limit less what is in use; files in its cache give way when memory is wanted."""
+    found = []
+    for root, group, limit, usage in _group_folders():
+        for folder in (root / group.lstrip("/"), root):
+            with suppress(OSError, ValueError, StopIteration):
+                lines = (folder / "memory.stat").read_text().splitlines()
+                cached = next(
+                    int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "total_inactive_file "))
+                )
+                found.append(int((folder / limit).read_text()) - int((folder / usage).read_text()) + cached)
+                break
+    return min(found) if found else None
 
 
-def _address_space() -> int | None:
+def _group_folders() -> list[tuple[Path, str, str, str]]:
+    """Roots, the process's own group below them, and the names of the files that hold limit and usage."""
+    folders = []
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kind, group = line.split(":", 2)
+            if kind == "":
+                folders.append((_CGROUP, group, "memory.max", "memory.current"))
+            elif "memory" in kind.split(","):
+                folders.append((_CGROUP / "memory", group, "memory.limit_in_bytes", "memory.usage_in_bytes"))
+    return folders
+
+
+def _own_limits() -> int | None:
+    """Of the process: its address space, and its data."""
+    found = []
     with suppress(ImportError, OSError, ValueError, IndexError):
         import resource
 
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        return None if limit == resource.RLIM_INFINITY else limit - used
-    return None
+        pages = [int(n) for n in Path("/proc/self/statm").read_text().split()]
+        for kind, used in ((resource.RLIMIT_AS, pages[0]), (resource.RLIMIT_DATA, pages[5])):
+            limit, _ = resource.getrlimit(kind)
+            if limit != resource.RLIM_INFINITY:
+                found.append(limit - used * resource.getpagesize())
+    return min(found) if found else None
+
+
+def check_fits(size: int, device: torch.device | str | None, what: str) -> None:
+    """Refuse to allocate what would not fit; a look at the system's figures, for large tables only.
+
+    Args:
+        size: bytes wanted.
+        device: where.
+        what: begins the message.
+
+    Raises:
+        TableError: there is less memory than that.
+    """
+    place = torch.get_default_device() if device is None else torch.device(device)
+    if size < _WORTH_CHECKING or place.type not in ("cpu", "cuda"):
+        return
+    available = available_memory() if place.type == "cpu" else _accelerator_memory(place)
+    if available is not None and size > available:
+        raise TableError(
+            f"{what}: got a table of {size:,} bytes, expected at most the {available:,} bytes available; "
+            "use fewer rows, a smaller dtype, or tier='mmap'."
+        )
+
+
+def _accelerator_memory(device: torch.device) -> int:
+    """Free bytes of a CUDA device, with those that torch holds and does not use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> Tensor:
@@ -53,12 +108,8 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> Tensor:
         TableError: the tensor would not fit into the memory there is; nothing is allocated then.
     """
     count = torch.Size(shape).numel()
-    size, available = count * dtype.itemsize, available_memory()
-    if available is not None and size > available:
-        raise TableError(
-            f"{what}: got a table of {size:,} bytes, expected at most the {available:,} bytes available; "
-            "use fewer rows, a smaller dtype, or tier='mmap'."
-        )
+    size = count * dtype.itemsize
+    check_fits(size, "cpu", what)
     if count == 0:
         return torch.zeros(shape, dtype=dtype)
     # Private: shared anonymous memory is a file to the kernel, and gets no huge pages on most systems.

@@ -11,7 +11,7 @@ from torch import Tensor
 from engram.errors import TableError
 from engram.tables.base import EmbeddingTable
 from engram.tables.formats import row_format
-from engram.tables.memory import lazy_zeros
+from engram.tables.memory import check_fits, lazy_zeros
 from engram.tables.pinned import PageLock, through_host
 from engram.tables.prefetch import RowHandle, RowPrefetcher
 
@@ -29,7 +29,7 @@ class QuantisedTable(EmbeddingTable):
         host: keep them in host memory instead, wherever the module goes.
 
     Raises:
-        TableError: the format is unknown or needs no scales, or host memory does not suffice.
+        TableError: the format is unknown or needs no scales, or memory does not suffice.
     """
 
     weight: Tensor
@@ -48,6 +48,7 @@ class QuantisedTable(EmbeddingTable):
                 lazy_zeros(scale_shape, self.form.scale_dtype, "tier='host'"),
             )
         else:
+            check_fits(rows * self.form.row_bytes(dim), device, "tier='device'")
             weight = torch.zeros(shape, dtype=torch.uint8, device=device).view(
                 self.form.dtype
             )  # zeros() knows fewer types than tensors do

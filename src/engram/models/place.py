@@ -1,0 +1,286 @@
+"""Where a saved memory's rows are, what other places would cost, and the way there. Works on the folder; no base model is loaded."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from engram.checkpoint import ConversionReport, convert_memory, read_description, read_tensors, tensor_offsets
+from engram.checkpoint.convert import StoredTable, stored_tables
+from engram.config import EngramConfig, TableConfig
+from engram.errors import CheckpointError, ConfigError, FingerprintError, TableError
+from engram.hashing import build_mapping
+from engram.models.files import row_stamp
+from engram.tables import FORMATS, AccessCounts, available_memory, row_file, row_format, rows_per_second, stamp_rows
+
+__all__ = ["LayerPlace", "PlacementCost", "check_fit", "count_rows_read", "layer_places", "place_memory", "placement_costs"]
+
+_TIERS: tuple[Literal["device", "host", "mmap", "hybrid"], ...] = ("device", "host", "mmap", "hybrid")
+_HOT_SHARE = 20
+"""One row in so many is taken to be hot where nobody says how many."""
+_WINDOW = 4096
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """Where one layer's rows are saved."""
+
+    layer_id: int
+    file: str
+    offset: int
+    """First byte of the rows in the file."""
+    dtype: str
+    rows: int
+    dim: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class PlacementCost:
+    """What a tier and a format would cost, all layers together."""
+
+    tier: str
+    dtype: str
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    """Beside the saved memory itself."""
+    rows_per_second: float | None
+    """From a quick measurement with a small table that is in memory; None if not measured."""
+    fits: bool
+    available: dict[str, int | None]
+    """Bytes free on ``device``, ``host`` and ``disk``; None where the system does not say."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return asdict(self)
+
+
+def layer_places(path: str | os.PathLike[str]) -> list[LayerPlace]:
+    """Where the rows of a saved memory are.
+
+    Raises:
+        CheckpointError, ConfigError: the memory cannot be read.
+    """
+    description = read_description(path)
+    places = tensor_offsets(path, description)
+    with read_tensors(path, description) as tensors:
+        return [
+            LayerPlace(t.layer_id, *places[f"{t.prefix}weight"], t.form.name, t.rows, t.dim, t.nbytes)
+            for t in stored_tables(description, tensors)
+        ]
+
+
+def placement_costs(
+    path: str | os.PathLike[str],
+    hot_rows: int | None = None,
+    rows_in: str | os.PathLike[str] | None = None,
+    measure: bool = True,
+) -> list[PlacementCost]:
+    """What every tier and format would cost a saved memory on this machine.
+
+    Args:
+        path: folder of the memory.
+        hot_rows: hot rows per layer of a hybrid; a twentieth of the rows if not given.
+        rows_in: folder in which row files would be (``TableConfig.path``); ``path`` itself if not given.
+        measure: whether to time look-ups.
+
+    Raises:
+        CheckpointError, ConfigError: the memory cannot be read.
+    """
+    description = read_description(path)
+    with read_tensors(path, description) as tensors:
+        tables = stored_tables(description, tensors)
+    verified = bool(description["engram_config"].get("verify_rows"))  # their few rows are always on the device
+    available = _available(Path(rows_in or path))
+    costs = []
+    for tier in ("device",) if verified else _TIERS:
+        for form in FORMATS.values():
+            if tables[0].dim % form.values_per_item or (tier in ("mmap", "hybrid") and form.quantised):
+                continue
+            hot = [hot_rows or max(1, table.rows // _HOT_SHARE) for table in tables]
+            placement = TableConfig(tier=tier, dtype=form.name, hot_rows=hot[0] if tier == "hybrid" else None)  # type: ignore[arg-type]
+            speed = rows_per_second(placement, max(t.rows for t in tables), tables[0].dim, _device()) if measure else None
+            costs.append(_cost(tables, placement, hot, available, speed))
+    return costs
+
+
+def check_fit(path: str | os.PathLike[str], placement: TableConfig) -> None:
+    """Refuse a placement for which this machine has no room.
+
+    Raises:
+        TableError: with the bytes needed and available.
+        ConfigError: the memory's rows cannot be placed so.
+    """
+    description = read_description(path)
+    with read_tensors(path, description) as tensors:
+        tables = stored_tables(description, tensors)
+    if description["engram_config"].get("verify_rows") and placement.tier != "device":
+        raise ConfigError(
+            f"tier: got {placement.tier!r}, expected 'device': of a taught memory only written rows are stored "
+            f"({sum(t.rows for t in tables):,} here), so they are small."
+        )
+    hot = [placement.hot_rows or 0] * len(tables)
+    cost = _cost(tables, placement, hot, _available(Path(placement.path or path)), None)
+    for place in ("device", "host", "disk"):
+        needed, free = getattr(cost, f"{place}_bytes"), cost.available[place]
+        if free is not None and needed > free:
+            raise TableError(
+                f"tier {placement.tier!r} with {placement.dtype} rows needs {needed:,} bytes ({place}), {free:,} are available; "
+                "choose another tier or a smaller dtype (`engram place` lists what they cost)."
+            )
+
+
+def _cost(
+    tables: list[StoredTable], placement: TableConfig, hot: list[int], available: dict[str, int | None], speed: float | None
+) -> PlacementCost:
+    form = row_format(placement.dtype)
+    size = sum(table.bytes_in(form) for table in tables)
+    few = sum(min(n, table.rows) * form.row_bytes(table.dim) for n, table in zip(hot, tables))
+    used = {"device": 0, "host": 0, "disk": 0}
+    if placement.tier == "device":
+        used["device"] = size
+    elif placement.tier == "mmap":
+        used["disk"] = (
+            0 if placement.path is None and form == tables[0].form else size
+        )  # read where it lies, or in files of its own
+    else:
+        used["disk" if placement.path is not None else "host"] = size
+        used["device"] = few if placement.tier == "hybrid" else 0
+    fits = all(free is None or used[place] <= free for place, free in available.items())
+    if _device() == "cpu" and available["host"] is not None:  # one memory for both
+        fits = fits and used["device"] + used["host"] <= available["host"]
+    return PlacementCost(placement.tier, form.name, used["device"], used["host"], used["disk"], speed, fits, available)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _available(folder: Path) -> dict[str, int | None]:
+    while not folder.exists():
+        folder = folder.parent
+    host = available_memory()
+    device = torch.cuda.mem_get_info()[0] if _device() == "cuda" else host
+    return {"device": device, "host": host, "disk": shutil.disk_usage(folder).free}
+
+
+@torch.no_grad()
+def count_rows_read(path: str | os.PathLike[str], tokenizer: Any, texts: Iterable[str]) -> dict[int, AccessCounts]:
+    """How often texts ask for each row of a saved memory, per layer; hashing alone, no model runs.
+
+    Args:
+        path: folder of the memory.
+        tokenizer: the one it was made for.
+        texts: what to read.
+
+    Raises:
+        FingerprintError: the tokenizer is another one.
+    """
+    description = read_description(path)
+    mapping = build_mapping(EngramConfig.from_dict(description["engram_config"]), tokenizer)
+    if mapping.fingerprint != description.get("fingerprint"):
+        raise FingerprintError(f"the memory in {path} was made with another tokenizer; give its base model (--model).")
+    offsets = {}
+    for layer_id in mapping.config.layer_ids:
+        ends = torch.tensor(mapping.head_sizes(layer_id)).cumsum(0)
+        offsets[layer_id] = torch.cat([ends.new_zeros(1), ends[:-1]])
+    counts = {layer_id: AccessCounts() for layer_id in offsets}
+    before = mapping.config.max_ngram_size - 1
+    for text in texts:
+        ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"]], dtype=torch.int64)
+        for start in range(0, ids.shape[1], _WINDOW):
+            history = ids[:, max(0, start - before) : start]
+            for layer_id, rows in mapping.hash(ids[:, start : start + _WINDOW], history).items():
+                counts[layer_id].add(rows + offsets[layer_id])
+    return counts
+
+
+def place_memory(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    placement: TableConfig,
+    hot: Mapping[int, Tensor] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ConversionReport:
+    """Save a memory again in the format of a placement, which it is then loaded with unless another is asked for.
+
+    With a ``path`` the row files are written too, so that the first load maps them as they are.
+
+    Args:
+        source: folder of the memory.
+        out: folder of the new one; may not hold a memory.
+        placement: where the rows shall live.
+        hot: hot rows per layer, the most frequent first.
+        progress: called with (bytes done, of all).
+
+    Raises:
+        ConfigError, CheckpointError, TableError: as ``check_fit`` and ``convert_memory``, or a row file exists already.
+    """
+    check_fit(source, placement)
+    if placement.path is not None:
+        placement = replace(placement, path=str(Path(placement.path).resolve()))
+        _check_row_files(source, placement.path or "")
+    fields = {name: value for name, value in asdict(placement).items() if value is not None and name not in ("dtype", "files")}
+    tensors = {f"placement.{layer_id}.hot_ids": rows for layer_id, rows in (hot or {}).items()}
+    report = convert_memory(source, out, placement.dtype, progress, {"placement": fields}, tensors)
+    if placement.path is not None:
+        write_row_files(out, placement.path, progress)
+    return report
+
+
+def _check_row_files(source: str | os.PathLike[str], folder: str) -> None:
+    for place in layer_places(source):
+        if row_file(folder, place.layer_id).exists():
+            raise ConfigError(f"{row_file(folder, place.layer_id)} exists already; choose another folder for the row files.")
+
+
+def write_row_files(
+    memory: str | os.PathLike[str], folder: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Write the rows of a saved memory into row files, in the format in which they are saved, block by block.
+
+    Raises:
+        CheckpointError: the memory cannot be read or the files not be written; no half file is left.
+    """
+    description = read_description(memory)
+    with read_tensors(memory, description) as tensors:
+        tables = stored_tables(description, tensors)
+        done, total = 0, sum(table.nbytes for table in tables)
+        for table in tables:
+            file = row_file(folder, table.layer_id)
+            for written in _write_rows(file, table, (block for _, block, _ in table.blocks(tensors))):
+                done += written
+                if progress is not None:
+                    progress(done, total)
+            stamp_rows(file, row_stamp(tensors.file.name, table.layer_id, table.form.name))
+
+
+def _write_rows(file: Path, table: StoredTable, blocks: Iterable[Tensor]) -> Iterator[int]:
+    """Yields the bytes of every block written."""
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for left in file.parent.glob(f".{file.name}.*.tmp"):  # of a run that was killed
+            left.unlink()
+        with open(temporary, "wb") as opened:
+            for block in blocks:
+                opened.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                yield block.numel() * block.dtype.itemsize
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(temporary, file)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {file} ({table.nbytes:,} bytes): {error}; free space or choose another folder."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

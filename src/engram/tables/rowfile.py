@@ -1,0 +1,171 @@
+"""A file of rows, mapped into memory: made whole or not at all, locked while it may be written, watched for truncation, and kept within a
+budget of resident pages.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import gc
+import json
+import mmap
+import os
+import secrets
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from engram.errors import TableError
+
+__all__ = ["RowFile", "rows_are", "stamp_rows"]
+
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has the name since 3.12; 0x4000 on Linux
+_AROUND = 1 << 16
+"""Bytes that Linux maps around a page that is read, if they are in memory anyway."""
+_SHARE = 2
+"""Residency is looked at whenever half of the budget may have come in, and pages go if half of it has: the sum is the budget. Smaller parts
+would leave the threads that read cold rows too little to read together."""
+
+
+class RowFile:
+    """One mapped file.
+
+    Args:
+        path: the file. With mode ``r+`` a missing one is made, all zero.
+        end: bytes that must be there.
+        mode: ``r`` or ``r+``; the second holds an exclusive lock as long as the map lives, and loses it with the process.
+        resident_bytes: how many bytes of files the process may have mapped in at a time, all its row files together; None is no bound.
+
+    Raises:
+        TableError: the file is missing, too short, locked by another writer, or cannot be made or mapped.
+    """
+
+    def __init__(self, path: Path, end: int, mode: Literal["r", "r+"], resident_bytes: int | None = None) -> None:
+        self.path, self.end, self.mode, self.resident_bytes = path, end, mode, resident_bytes
+        self._unseen, self._before = 0, _resident() or 0
+        try:
+            if mode == "r+" and not path.exists():
+                _create(path, end)
+            with open(path, "rb" if mode == "r" else "r+b") as file:
+                self._check_size(os.fstat(file.fileno()).st_size)
+                if mode == "r+":
+                    _lock(file.fileno(), path)
+                    self.map = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_WRITE)  # shares the lock until it is gone
+                else:
+                    # torch wants writable memory. Nothing is ever written, so no copy is made; but Linux would want memory for copies of
+                    # all pages, and refuse files larger than the machine's, were it not told otherwise.
+                    self.map = mmap.mmap(
+                        file.fileno(), end, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                    )
+        except OSError as error:
+            raise TableError(f"cannot map {path}: {error.strerror}; check the path and the space on its disk.") from error
+        with suppress(OSError, AttributeError):
+            self.map.madvise(mmap.MADV_RANDOM)
+
+    def check(self) -> None:
+        """Raise if the file was truncated since it was mapped: touching pages past its end would kill the process.
+
+        Raises:
+            TableError: it was.
+        """
+        self._check_size(self.map.size())
+
+    def _check_size(self, size: int) -> None:
+        if size < self.end:
+            raise TableError(
+                f"{self.path}: got {size:,} bytes, expected at least {self.end:,}; the file was truncated. Copy it again and reload."
+            )
+
+    def rows_at_once(self, row_bytes: int) -> int | None:
+        """Rows that may be touched between two calls of ``touched``; None if any number."""
+        return None if self.resident_bytes is None else max(1, self.resident_bytes // _SHARE // (row_bytes + _AROUND))
+
+    def touched(self, rows: int, row_bytes: int, in_order: bool = False) -> None:
+        """Note that rows were read or written, and let go of pages if the budget is used up. They stay in the system's cache."""
+        if self.resident_bytes is None:
+            return
+        self._unseen += rows * (row_bytes if in_order else row_bytes + _AROUND)
+        if self._unseen < self.resident_bytes // _SHARE:
+            return
+        self._unseen, now = 0, _resident()
+        if now is None or now - self._before > self.resident_bytes // _SHARE:
+            self.release()
+
+    def soon(self, start: int, size: int) -> None:
+        """Have bytes read ahead that are needed next, in order; the map as a whole expects single rows."""
+        first = start - start % mmap.PAGESIZE
+        with suppress(OSError, ValueError, AttributeError):
+            self.map.madvise(mmap.MADV_WILLNEED, first, min(start + size, self.end) - first)
+
+    def release(self) -> None:
+        """Let go of all pages; what was written is safe in the system's cache, and on the disk when that is written."""
+        with suppress(OSError, AttributeError):
+            self.map.madvise(mmap.MADV_DONTNEED)
+
+
+def _create(path: Path, size: int) -> None:
+    """A file of zeros with all its blocks: a full disk is an error now, not a crash later."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise TableError(
+            f"{path}: got {size:,} bytes of rows, expected at most the {free:,} bytes free on the disk; free space there."
+        )
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+        with suppress(FileExistsError):  # somebody made it meanwhile: theirs counts
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _lock(handle: int, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        gc.collect()  # a table of ours that nobody uses may still hold it
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TableError(
+                f"{path} is locked: another process, or another table of this one, may write to it. Close that first, or map it with mode='r'."
+            ) from None
+
+
+def _resident() -> int | None:
+    """Bytes of files that the process has mapped in; None where the system does not say."""
+    with suppress(OSError, ValueError, StopIteration), open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssFile:")) * 1024
+    return None
+
+
+def stamp_rows(path: Path, source: str) -> None:
+    """Note beside a row file that it holds the rows of ``source``, as long as nobody changes it.
+
+    A later change shows in the file's time, which is put an instant back here so that it always differs.
+    """
+    status = os.stat(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - 1_000_000_000))
+    status = os.stat(path)
+    note = {"source": source, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    temporary = _note_of(path).with_suffix(".tmp")
+    temporary.write_text(json.dumps(note) + "\n", encoding="utf-8")
+    os.replace(temporary, _note_of(path))
+
+
+def rows_are(path: Path, source: str) -> bool:
+    """Whether a row file holds the rows of ``source``, unchanged (see ``stamp_rows``)."""
+    with suppress(OSError, ValueError):
+        status = os.stat(path)
+        note = json.loads(_note_of(path).read_text(encoding="utf-8"))
+        return note == {"source": source, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return False
+
+
+def _note_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")

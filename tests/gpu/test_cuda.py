@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engram import EngramAdamW, TableConfig, get_engram_model
+from engram.hashing import mapping_without_tokenizer, ngram
 from engram.models import StaticDecoder
 from engram.ops import dispatch
 from engram.tables import FORMATS, HostTable, QuantisedTable, RowPrefetcher, build_table
@@ -29,7 +30,8 @@ def random_rows(rows=ROWS, dim=DIM):
 def kernels(request, monkeypatch):
     """With the Triton kernels, and without."""
     if request.param == "torch":
-        monkeypatch.setattr(dispatch, "triton_gather", lambda: None)
+        monkeypatch.setattr(dispatch, "triton_kernel", lambda *_: None)
+        monkeypatch.setattr(ngram, "triton_kernel", lambda *_: None)
     elif dispatch.triton_gather() is None:
         pytest.skip("Triton is not installed")
     return request.param
@@ -150,6 +152,23 @@ def test_a_whole_model_on_the_gpu_is_that_on_the_cpu(kernels, mode):
         memory.prefetch_rows = mode
         assert_close(memory(input_ids=IDS.cuda(), use_cache=False).logits.cpu(), expected, 1e-4)
         assert torch.equal(memory.generate(IDS.cuda(), max_new_tokens=12, do_sample=False).cpu(), tokens)
+
+
+def test_hashes_and_tags_are_those_of_the_cpu(kernels):
+    for orders, sizes in ((3, 300), (32, 1 << 31)):
+        config = tiny_config(
+            engram_vocab_size=sizes, max_ngram_size=orders, hash_spec="exact_v1", n_embed_per_ngram=12, n_head_per_ngram=3
+        )
+        mapping = mapping_without_tokenizer(config, 128_000)
+        ids = torch.randint(128_000, (5, 70), generator=torch.Generator().manual_seed(orders))
+        mask = (torch.rand(5, 40, generator=torch.Generator().manual_seed(orders)) > 0.2).long()
+        for given in ((ids,), (ids[:, 30:], ids[:, :30], mask), (ids[:, 69:], ids[:, 68:69])):
+            expected, on_device = mapping.hash_with_tags(*given), [x.cuda() for x in given]
+            indices, tagged = mapping.hash(*on_device), mapping.hash_with_tags(*on_device)
+            for layer, (rows, tags) in expected.items():
+                assert torch.equal(indices[layer].cpu(), rows)
+                assert torch.equal(tagged[layer][0].cpu(), rows)
+                assert torch.equal(tagged[layer][1].cpu(), tags)
 
 
 def test_hash_look_up_and_layer_never_wait():

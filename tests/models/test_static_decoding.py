@@ -95,6 +95,15 @@ def test_verified_rows_on_fixed_buffers(monkeypatch, with_native):
         assert_close(decoder.step(tokens), logits_of(memory, ids, mask))
 
 
+def test_a_memory_that_is_switched_off():
+    memory, (ids, mask) = tiny_memory(), prompts()
+    decoder = StaticDecoder(memory, max_length=64)
+    longer = torch.cat([ids, ids[:, -1:]], 1), torch.cat([mask, mask[:, -1:]], 1)
+    with memory.disable_engram():
+        assert_close(decoder.prefill(ids, mask), logits_of(memory, ids, mask))
+        assert_close(decoder.step(ids[:, -1]), logits_of(memory, *longer))
+
+
 def test_host_rows_on_fixed_buffers():
     memory = get_engram_model(tiny_model(), tiny_config(table_init="normal"), tiny_tokenizer(), TableConfig(tier="host")).eval()
     memory.prefetch_rows = True

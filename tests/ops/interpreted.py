@@ -2,18 +2,14 @@
 
 import importlib.util
 import os
-from pathlib import Path
 
 import pytest
 
-import engram.ops
-
 
 def load(name):
-    """The module ``engram.ops.<name>`` with interpreted kernels; the tests that ask for it are skipped where Triton is missing."""
+    """The module ``name`` with interpreted kernels; the tests that ask for it are skipped where Triton is missing."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    path = Path(engram.ops.__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"interpreted_{name}", path)
+    spec = importlib.util.find_spec(name)
     module = importlib.util.module_from_spec(spec)
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is made, not when it runs

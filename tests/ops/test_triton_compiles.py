@@ -9,6 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from engram.hashing import triton_hash
 from engram.ops import triton_gather
 
 TYPES = {
@@ -53,3 +54,17 @@ def test_the_gather_compiles(kind, data, scales, architecture):
     code = machine_code(triton_gather._gather_kernel, types, constants, architecture)
     assert len(code["cubin"]) > 0
     assert ".ftz" not in code["ptx"]  # subnormal scales and values must survive
+    del types["rows"]  # a table of one row
+    assert len(machine_code(triton_gather._gather_kernel, types, {**constants, "rows": 1}, architecture)["cubin"]) > 0
+
+
+@pytest.mark.parametrize("ones", [(), ("raw_pad", "modulus"), ("vocabulary",)], ids=["", "pad of 1", "one word"])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_the_hash_compiles(architecture, ones):
+    """Triton makes a constant of every number that is 1."""
+    pointers = {"ids": "*i64", "mask": "*i8", "history": "*i64", "lookup": "*i64", "multipliers": "*i64", "primes": "*i64"}
+    numbers = {"length": "i32", "past": "i32", "count": "i32", "vocabulary": "i32", "raw_pad": "i32", "modulus": "i32"}
+    constants = {"ORDERS": 3, "HEADS": 6, "MASKED": True, "TAGGED": True, "BLOCK": 64, "BLOCK_K": 8}
+    constants |= dict.fromkeys(ones, 1)
+    types = {**pointers, "out": "*i64", "tags": "*i32", **{name: kind for name, kind in numbers.items() if name not in ones}}
+    assert len(machine_code(triton_hash._hash_kernel, types, constants, architecture)["cubin"]) > 0

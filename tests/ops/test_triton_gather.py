@@ -14,7 +14,7 @@ ROWS = 70
 
 @pytest.fixture(scope="module")
 def kernel():
-    return interpreted.load("triton_gather").gather_rows_triton
+    return interpreted.load("engram.ops.triton_gather").gather_rows_triton
 
 
 def stored_rows(name, dim, rows=ROWS):

@@ -19,6 +19,7 @@ from engram.hashing.compression import CompressedTokenizer, ExactTokenizer, chec
 from engram.hashing.layout import layer_multipliers, prime_layout
 from engram.hashing.spec import get_hash_spec
 from engram.native import HashKernel, RowIndex, core
+from engram.native.optional import triton_kernel
 
 __all__ = ["TAG_MODULUS", "NgramHashMapping", "build_mapping", "mapping_without_tokenizer"]
 
@@ -133,6 +134,9 @@ class NgramHashMapping:
             except IndexError as error:
                 raise self._unknown_id(error) from None
             return dict(zip(self.config.layer_ids, hashed.unbind(0)))
+        launched = self._launch(input_ids, history, attention_mask, None)
+        if launched is not None:
+            return dict(zip(self.config.layer_ids, launched[0].unbind(0)))
         return self.hash_plain(input_ids, history, attention_mask)
 
     def _hash_arrays(
@@ -178,11 +182,29 @@ class NgramHashMapping:
                 raise self._unknown_id(error) from None
             assert tags is not None
             return {layer: (hashed[i], tags[i]) for i, layer in enumerate(self.config.layer_ids)}
+        launched = self._launch(input_ids, history, attention_mask, TAG_MODULUS)
+        if launched is not None:
+            return {layer: (launched[0][i], launched[1][i]) for i, layer in enumerate(self.config.layer_ids)}
         mixes_LBTO, primes_LOK = self._mixes(input_ids, history, attention_mask)
         quotients_LBTOK = mixes_LBTO.unsqueeze(-1) // primes_LOK
         hashed_LBTH = (mixes_LBTO.unsqueeze(-1) - quotients_LBTOK * primes_LOK).flatten(-2)
         tags_LBTH = (quotients_LBTOK % TAG_MODULUS + 1).int().flatten(-2)
         return {layer: (hashed_LBTH[i], tags_LBTH[i]) for i, layer in enumerate(self.config.layer_ids)}
+
+    def _launch(
+        self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None, tag_modulus: int | None
+    ) -> tuple[Tensor, Any] | None:
+        """Head indices ``[L, B, T, H]`` and tags by one Triton kernel; None unless the ids are on a CUDA device and Triton is there."""
+        if input_ids.device.type != "cuda" or torch.compiler.is_compiling():
+            return None
+        kernel = triton_kernel("engram.hashing.triton_hash", "hash_ngrams_triton")
+        if kernel is None:
+            return None
+        self._check_shapes(input_ids, history, attention_mask)
+        constants = self._constants_on(input_ids.device)
+        tensors = (constants.lookup_table, constants.multipliers, constants.primes[:, 0, 0])
+        with torch.cuda.device(input_ids.device):  # Triton launches on the current device
+            return kernel(input_ids, history, attention_mask, *tensors, self.config.pad_id, tag_modulus)
 
     def _mixes(self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mixes ``[L, B, T, N - 1]`` of every n-gram, and the primes ``[L, 1, 1, N - 1, K]`` of the heads that share them."""

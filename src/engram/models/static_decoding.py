@@ -72,6 +72,8 @@ class StaticTail(RollingTail):
 class StaticDecoder:
     """Decodes a fixed number of sequences, one token each per step, without allocations or waits between steps.
 
+    Steps must be taken with the memory switched on or off as it was for the prompt.
+
     Args:
         memory: the model with its memory; every layer must attend to the whole sequence.
         max_length: positions of the longest sequence, prompt included.
@@ -155,13 +157,14 @@ class StaticDecoder:
         self._position.add_(1)
 
     def _take_state(self, like: Tensor) -> None:
-        """Buffers in place of the growing state that the prompt left on the cache."""
-        config = self._memory.engram_config
+        """Buffers in place of the growing state that the prompt left on the cache; a memory that is switched off leaves none."""
+        config, self.state = self._memory.engram_config, SimpleNamespace(ids=None, conv={})
+        if not self._memory.is_enabled:
+            return
         grown = state_of(self.cache, self._memory.owner_token)
         assert isinstance(grown, CacheState)
         reach = config.max_ngram_size - 1
         self.state.ids = StaticTail(grown.ids.last(reach), reach, like, config.pad_id)
-        self.state.conv = {}
         for layer, tail in grown.conv.items():
             past = tail.last(config.conv_reach)
             self.state.conv[layer] = RollingTail(0) if past is None else StaticTail(past, config.conv_reach, past, 0)

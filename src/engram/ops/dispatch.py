@@ -5,16 +5,13 @@ Both kernels read every row format; callers keep the plain PyTorch path beside t
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from engram.native import core, gather_rows
+from engram.native.optional import triton_kernel
 
 __all__ = ["gather", "kernel_serves", "triton_gather"]
 
@@ -22,12 +19,9 @@ _NATIVE_TO_FLOAT32 = (torch.bfloat16, torch.float16)
 _TRITON_OUT = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@cache
 def triton_gather() -> Callable[..., None] | None:
-    """The Triton kernel; None where Triton is missing or ``ENGRAM_TRITON=0``. Triton is imported on the first call."""
-    if os.environ.get("ENGRAM_TRITON", "1") == "0" or importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("engram.ops.triton_gather").gather_rows_triton
+    """The Triton kernel; None where Triton is missing."""
+    return triton_kernel("engram.ops.triton_gather", "gather_rows_triton")
 
 
 def kernel_serves(data: Tensor, row_ids: Tensor, dtype: torch.dtype, scales: Tensor | None = None) -> bool:

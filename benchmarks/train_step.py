@@ -4,6 +4,9 @@ All kinds of step at all table sizes live in one process and are timed in interl
 one size share model and tables (so that all of them fit into 24 GB) and keep optimiser states of their own. Rows start as N(0, 1):
 tables of zeros would be one lazily mapped page, always in cache. Peak memory comes from a fresh process for each kind and size.
 Backbone: Llama, hidden 256, 4 layers, vocabulary 8k; batch 8 x 256; two Engram layers with rows of 64 floats.
+
+With ``--peer``, another library trains the same backbone with tables of the same size: a worker of its own Python and one of ours take
+steps in turn, by either library's trainer and in a plain loop.
 """
 
 import argparse
@@ -15,15 +18,16 @@ import time
 
 import torch
 from common import RESULTS, provenance, spread, write
-from transformers import LlamaConfig, LlamaForCausalLM
+from peers.compare import PEERS, compare, peer_version
+from peers.protocol import FULL, HEADS, QUICK, SEED, backbone, batches
 
 from engram import EngramAdamW, EngramConfig, get_engram_model
 from engram.optim import build_param_groups
 
-HEADS, SEED, WARM_UP = 4, 0, 2
-KINDS = ("frozen", "sparse", "dense", "dense_fused")
-FULL = {"vocab": 8192, "hidden": 256, "batch": 8, "length": 256}
-QUICK = {"vocab": 500, "hidden": 32, "batch": 2, "length": 32}
+WARM_UP = 2
+ROW_STATES = {"sparse": "adam", "rowwise_adam": "rowwise_adam", "rowwise_adagrad": "rowwise_adagrad"}
+KINDS = ("frozen", "sparse", "dense", "dense_fused")  # measured unless told otherwise
+ALL_KINDS = (*KINDS, "rowwise_adam", "rowwise_adagrad")
 
 
 class Vocabulary:
@@ -43,18 +47,7 @@ class Vocabulary:
 
 
 def build_model(rows, sizes):
-    torch.manual_seed(SEED)
-    base = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=sizes["vocab"],
-            hidden_size=sizes["hidden"],
-            num_hidden_layers=4,
-            intermediate_size=2 * sizes["hidden"],
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            tie_word_embeddings=True,
-        )
-    )
+    base = backbone(sizes)
     config = EngramConfig(
         engram_vocab_size=rows // (2 * HEADS),
         n_embed_per_ngram=64 * HEADS,
@@ -75,9 +68,12 @@ class Bench:
         self.model = build_model(rows, sizes)
         self.tables = [e.multi_head_embedding.embedding.weight for e in self.model.engrams.values()]
         self.rows = [table.shape[0] for table in self.tables]
-        rows_path = EngramAdamW(build_param_groups(self.model, self.model.engrams, lr=1e-3), lr=1e-3)
-        dense = torch.optim.AdamW(build_param_groups(self.model, self.model.engrams, lr=1e-3), lr=1e-3)
-        self.optimizers = {"frozen": rows_path, "sparse": rows_path, "dense": dense, "dense_fused": dense}
+        self.optimizers = {kind: EngramAdamW(self._groups(), lr=1e-3, row_state=state) for kind, state in ROW_STATES.items()}
+        self.optimizers["frozen"] = self.optimizers["sparse"]
+        self.optimizers["dense"] = self.optimizers["dense_fused"] = torch.optim.AdamW(self._groups(), lr=1e-3)
+
+    def _groups(self):
+        return build_param_groups(self.model, self.model.engrams, lr=1e-3)
 
     def step(self, kind, ids):
         optimizer = self.optimizers[kind]
@@ -93,12 +89,6 @@ class Bench:
         optimizer.step()
         optimizer.zero_grad()
         return time.perf_counter() - started
-
-
-def batches(sizes):
-    generator = torch.Generator().manual_seed(SEED)
-    while True:
-        yield torch.randint(0, sizes["vocab"], (sizes["batch"], sizes["length"]), generator=generator)
 
 
 def print_peak_memory(kind, rows, sizes):
@@ -118,9 +108,9 @@ def peak_memory(kind, rows, quick):
     return int(done.stdout.split()[-1])
 
 
-def timed_rounds(row_counts, sizes, rounds):
+def timed_rounds(row_counts, kinds, sizes, rounds):
     benches = {rows: Bench(rows, sizes) for rows in row_counts}
-    times = {(kind, rows): [] for rows in row_counts for kind in KINDS}
+    times = {(kind, rows): [] for rows in row_counts for kind in kinds}
     for number, ids in zip(range(rounds + WARM_UP), batches(sizes)):
         for kind, rows in times:
             seconds = benches[rows].step(kind, ids)
@@ -130,9 +120,11 @@ def timed_rounds(row_counts, sizes, rounds):
     return times, {rows: bench.rows for rows, bench in benches.items()}
 
 
-def entry(kind, rows, actual, values, smallest, peak):
+def entry(kind, rows, actual, values, smallest, frozen, peak):
     # A step now and then doubles the moment buffers; the mean has its share of that, the median has not.
     seconds = {**spread(values), "mean": statistics.fmean(values)}
+    # Round by round, for whatever slows the machine slows all steps of a round.
+    over_frozen = statistics.median(a / b for a, b in zip(values, frozen)) - 1 if frozen else None
     return {
         "kind": kind,
         "rows_per_layer": rows,
@@ -140,14 +132,51 @@ def entry(kind, rows, actual, values, smallest, peak):
         "seconds": seconds,
         "to_smallest_sparse": seconds["median"] / statistics.median(smallest),
         "mean_to_smallest_sparse": seconds["mean"] / statistics.fmean(smallest),
+        "over_frozen": over_frozen,
         "peak_bytes": peak,
     }
+
+
+def measure_peer(args, sizes):
+    row_counts = args.rows or ([1_000] if args.quick else [100_000, 5_000_000])
+    versions = peer_version(args.peer, args.peer_python)
+    entries = compare(args.peer, args.peer_python, row_counts, args.rounds, spread, args.quick)
+    result = {**provenance(SEED), "peer": args.peer, "peer_versions": versions, "sizes": sizes, "entries": entries}
+    write(args.out or RESULTS / "train_step_peer.json", result)
+
+
+def measure(args, sizes):
+    row_counts = args.rows or ([1_000, 5_000] if args.quick else [100_000, 1_000_000, 5_000_000])
+    peaks = {}
+    for kind, rows in (
+        [("sparse", row_counts[0])] if args.quick else [(kind, rows) for rows in row_counts for kind in args.kinds]
+    ):
+        peaks[kind, rows] = peak_memory(kind, rows, args.quick)
+        print(f"peak memory, {kind:>11} {rows:>9,} rows: {peaks[kind, rows] / 1e9:.2f} GB", flush=True)
+    times, actual = timed_rounds(row_counts, args.kinds, sizes, 2 if args.quick else args.rounds)
+    smallest = times["sparse", row_counts[0]]
+    entries = [
+        entry(kind, rows, actual[rows], values, smallest, times.get(("frozen", rows)), peaks.get((kind, rows)))
+        for (kind, rows), values in times.items()
+    ]
+    for e in entries:
+        added = "" if e["over_frozen"] is None else f"; tables and optimiser add {e['over_frozen']:.1%}"
+        print(
+            f"{e['kind']:>11} {e['rows_per_layer']:>9,} rows: median {e['seconds']['median']:.3f} s "
+            f"({e['seconds']['min']:.3f}-{e['seconds']['max']:.3f}), x{e['to_smallest_sparse']:.2f}; "
+            f"mean {e['seconds']['mean']:.3f} s, x{e['mean_to_smallest_sparse']:.2f}{added}"
+        )
+    write(args.out or RESULTS / "train_step.json", {**provenance(SEED), "sizes": sizes, "entries": entries})
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs; needs --out")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rows", type=int, nargs="+", help="rows per layer; other than the usual ones needs --out")
+    parser.add_argument("--kinds", nargs="+", choices=ALL_KINDS, default=list(KINDS), help="must include sparse; needs --out")
+    parser.add_argument("--peer", choices=sorted(PEERS), help="compare with this library instead")
+    parser.add_argument("--peer-python", help="Python of an environment that has the peer installed")
     parser.add_argument("--out")
     parser.add_argument("--peak-of", nargs=2, metavar=("KIND", "ROWS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -155,25 +184,15 @@ def main():
     if args.peak_of:
         print_peak_memory(args.peak_of[0], int(args.peak_of[1]), sizes)
         return
-    if args.quick and not args.out:
-        parser.error("--quick needs --out FILE: figures of tiny sizes must not replace the ones that the README quotes")
-    row_counts = [1_000, 5_000] if args.quick else [100_000, 1_000_000, 5_000_000]
-    peaks = {}
-    for kind, rows in [("sparse", row_counts[0])] if args.quick else [(kind, rows) for rows in row_counts for kind in KINDS]:
-        peaks[kind, rows] = peak_memory(kind, rows, args.quick)
-        print(f"peak memory, {kind:>11} {rows:>9,} rows: {peaks[kind, rows] / 1e9:.2f} GB", flush=True)
-    times, actual = timed_rounds(row_counts, sizes, 2 if args.quick else args.rounds)
-    smallest = times["sparse", row_counts[0]]
-    entries = [
-        entry(kind, rows, actual[rows], values, smallest, peaks.get((kind, rows))) for (kind, rows), values in times.items()
-    ]
-    for e in entries:
-        print(
-            f"{e['kind']:>11} {e['rows_per_layer']:>9,} rows: median {e['seconds']['median']:.3f} s "
-            f"({e['seconds']['min']:.3f}-{e['seconds']['max']:.3f}), x{e['to_smallest_sparse']:.2f}; "
-            f"mean {e['seconds']['mean']:.3f} s, x{e['mean_to_smallest_sparse']:.2f}"
+    if not args.out and (args.quick or args.rows or args.kinds != list(KINDS)):
+        parser.error(
+            "--quick, --rows and --kinds need --out FILE: such figures must not replace the ones that the README quotes"
         )
-    write(args.out or RESULTS / "train_step.json", {**provenance(SEED), "sizes": sizes, "entries": entries})
+    if "sparse" not in args.kinds:
+        parser.error("--kinds: got none that others are compared with, expected sparse among them")
+    if bool(args.peer) != bool(args.peer_python):
+        parser.error("--peer and --peer-python go together")
+    (measure_peer if args.peer else measure)(args, sizes)
 
 
 if __name__ == "__main__":

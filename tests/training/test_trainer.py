@@ -165,6 +165,28 @@ def test_resuming_gives_the_same_losses_to_the_last_digit(tmp_path, train_backbo
     assert not suffixes & {".pt", ".pth", ".bin", ".pkl"}
 
 
+def test_rows_with_compact_state_and_rounded_by_chance_resume_to_the_last_digit(tmp_path):
+    def trainer(name):
+        memory = tiny_memory(tiny_model(), speak=False)
+        for engram in memory.engrams.values():
+            engram.multi_head_embedding.to(torch.bfloat16)
+        options = {"table_row_state": "rowwise_adam", "table_stochastic_rounding": True}
+        return make(tmp_path / name, memory, save_strategy="steps", save_steps=4, **options)
+
+    whole, again = trainer("a"), trainer("b")
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "run" / "checkpoint-4"))
+    tables = [engram.multi_head_embedding.embedding.weight for engram in whole.memory.engrams.values()]
+    assert all(
+        t.dtype == torch.bfloat16 and whole.optimizer.optimizer.state[t]["row_moments"].kind == "rowwise_adam" for t in tables
+    )
+    assert losses(again)[-4:] == losses(whole)[-4:]
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters()):
+        assert torch.equal(a, b), name
+    with pytest.raises(ConfigError, match="got row_state='adagrad'"):
+        make(tmp_path, table_row_state="adagrad").create_optimizer()
+
+
 _KILLED = textwrap.dedent(
     """
     import os, signal, sys

@@ -103,7 +103,7 @@ class EngramTrainer(SafeTrainer):
             if asked not in _ADAMW:
                 raise ConfigError(
                     f"EngramTrainingArguments.optim: got {asked!r}, expected one of {', '.join(_ADAMW)} (EngramAdamW is used for "
-                    "both), or pass optimizers=(yours, None)."
+                    "both, its dense part fused or not), or pass optimizers=(yours, None)."
                 )
             groups = build_param_groups(
                 self.memory,
@@ -119,6 +119,7 @@ class EngramTrainer(SafeTrainer):
                 lr=args.learning_rate,
                 betas=(args.adam_beta1, args.adam_beta2),
                 eps=args.adam_epsilon,
+                fused=asked == "adamw_torch_fused" or None,
                 row_state=args.table_row_state,
                 stochastic_rounding=args.table_stochastic_rounding,
             )

@@ -1,5 +1,5 @@
-// The Python face of the kernels: plain functions over addresses and sizes. engram/native/__init__.py checks every argument before it
-// calls them; nothing here may be called with an address that was not checked there.
+// The Python face of the kernels: plain functions over addresses and sizes. engram/native/__init__.py and native/rows.py check every
+// argument before they call them; nothing here may be called with an address that was not checked there.
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

@@ -224,12 +224,22 @@ def test_arrays_of_every_kind_are_hashed_as_tensors_are():
             mapping.hash(bad)
 
 
-def test_reading_rows_takes_in_every_byte():
-    rows = torch.randint(0, 256, (50, 13), dtype=torch.uint8)
-    before = native.scan_rows(rows, torch.arange(50))
-    rows[17, 12] ^= 1
-    assert native.scan_rows(rows, torch.arange(50)) == before ^ 1
+@pytest.mark.parametrize("width", [1, 7, 13, 32, 100, 256])
+@pytest.mark.parametrize("name", ["portable", ""])
+def test_scanning_rows_takes_in_every_byte(width, name):
+    rows = torch.randint(0, 256, (50, width), dtype=torch.uint8)
+    row_ids = torch.randint(50, (5000,))
+    words = np.pad(rows.numpy(), ((0, 0), (0, -width % 8))).view(np.int64)[row_ids.numpy()]
+    native.core().limit_instruction_set(name)
+    try:
+        assert native.scan_rows(rows, row_ids) == int(np.bitwise_xor.reduce(words, axis=None))
+    finally:
+        native.core().limit_instruction_set("")
     assert native.scan_rows(rows, torch.tensor([-1, 50, 2**62])) == 0
+
+
+def test_scanning_refuses_other_tensors():
+    rows = torch.zeros(50, 13)
     with pytest.raises(ValueError, match="scan_rows"):
         native.scan_rows(rows.T, torch.arange(5))
     with pytest.raises(ValueError, match="scan_rows"):

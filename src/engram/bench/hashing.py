@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram import native
 from engram.bench.setting import Setting
 from engram.config import EngramConfig
 from engram.hashing import NgramHashMapping, mapping_without_tokenizer
@@ -33,8 +32,12 @@ def _setting(mapping: NgramHashMapping, ids: Tensor) -> Setting:
         "NumPy, as the demo": lambda: numpy_hash(mapping, array),
         "PyTorch": lambda: mapping.hash_plain(ids),
     }
-    if native.core() is not None:
+    kernel = mapping.kernel_for(ids)
+    if kernel is not None:
+        out = kernel.hash(ids, None, None, False)[0]
         calls["engram"] = lambda: mapping.hash(ids)
+        calls["engram, arrays"] = lambda: mapping.hash(array)
+        calls["engram, reused buffer"] = lambda: dict(zip((1, 15), kernel.hash(ids, None, None, False, out)[0]))
 
     def verify() -> str | None:
         expected = calls["NumPy, as the demo"]()

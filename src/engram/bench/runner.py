@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -54,12 +55,13 @@ def run_benchmark(name: str, benchmark: Benchmark, rounds: int, quick: bool, rep
 
 
 def take_turns(setting: Setting, rounds: int) -> dict[str, list[float]]:
-    """Seconds per call of each alternative, one value per round. Who begins changes from round to round; a first round is thrown away."""
-    names = list(setting.calls)
+    """Seconds per call of each alternative, one value per round. The order is another one in every round, so that nobody always follows
+    the same neighbour, whose work fills the caches; a first round is thrown away.
+    """
+    names, order = list(setting.calls), random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
-        for turn in range(len(names)):
-            name = names[(number + turn) % len(names)]
+        for name in order.sample(names, len(names)):
             taken = _time(setting.calls[name], setting.before, setting.repeats)
             if number > 0:
                 seconds[name].append(taken)

@@ -4,9 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
-__all__ = ["Setting"]
+import torch
+from torch import Tensor
+
+__all__ = ["RowNumbers", "Setting"]
+
+
+class RowNumbers:
+    """Sets of random row numbers that take turns, so that no call finds the rows of the one before in a cache.
+
+    Args:
+        rows: of the table.
+        count: numbers in a set.
+        sets: how many.
+    """
+
+    def __init__(self, rows: int, count: int, sets: int = 24) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.first, *others = (torch.randint(rows, (count,), generator=generator) for _ in range(sets))
+        self._turns = cycle([self.first, *others])
+
+    def next(self) -> Tensor:
+        """int64 ``[count]``."""
+        return next(self._turns)
 
 
 @dataclass(frozen=True)

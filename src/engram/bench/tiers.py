@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engram import native
 from engram.bench.gather import random_rows
-from engram.bench.setting import Setting
+from engram.bench.setting import RowNumbers, Setting
 from engram.tables import DeviceTable, HostTable, MmapTable
 
 __all__ = ["cold_settings", "tier_settings"]
@@ -32,7 +32,7 @@ def tier_settings(quick: bool) -> Iterator[Setting]:
 
 def _warm(rows: int, folder: Path) -> Setting:
     values = random_rows(rows, _DIM)
-    row_ids = torch.randint(rows, (_GATHERED,), generator=torch.Generator().manual_seed(0))
+    numbers = RowNumbers(rows, _GATHERED)
     tables = {
         "device": DeviceTable(rows, _DIM),
         "host": HostTable(rows, _DIM),
@@ -43,15 +43,15 @@ def _warm(rows: int, folder: Path) -> Setting:
         table.requires_grad_(False)
     tables["mmap"].populate()  # type: ignore[operator]
     plain = tables["device"].weight
-    calls: dict[str, Callable[[], object]] = {"F.embedding": lambda: F.embedding(row_ids, plain)}
+    calls: dict[str, Callable[[], object]] = {"F.embedding": lambda: F.embedding(numbers.next(), plain)}
     for name, table in tables.items():
-        calls[name] = lambda table=table: table.lookup(row_ids)  # type: ignore[misc]
+        calls[name] = lambda table=table: table.lookup(numbers.next())  # type: ignore[misc]
     if native.core() is not None:
-        calls["limit: random read"] = lambda: native.scan_rows(plain, row_ids)
+        calls["limit: random read"] = lambda: native.scan_rows(plain, numbers.next())
 
     def verify() -> str | None:
-        expected = values[row_ids]
-        wrong = [name for name, table in tables.items() if not torch.equal(table.lookup(row_ids), expected)]
+        expected = values[numbers.first]
+        wrong = [name for name, table in tables.items() if not torch.equal(table.lookup(numbers.first), expected)]
         return f"{', '.join(wrong)}: other rows than indexing gives" if wrong else None
 
     return Setting(f"{rows:,} rows x {_DIM} float32", calls, "F.embedding", _GATHERED, verify, size=rows, repeats=2)
@@ -66,19 +66,18 @@ def cold_settings(quick: bool) -> Iterator[Setting]:
         table.load_rows(0, values)
         table.flush()
         table.requires_grad_(False)
-        row_ids = torch.randint(rows, (_COLD_GATHERED,), generator=torch.Generator().manual_seed(0))
-        yield _cold(table, values, row_ids)
+        yield _cold(table, values, RowNumbers(rows, _COLD_GATHERED))
 
 
-def _cold(table: MmapTable, values: Tensor, row_ids: Tensor) -> Setting:
+def _cold(table: MmapTable, values: Tensor, numbers: RowNumbers) -> Setting:
     calls: dict[str, Callable[[], Tensor]] = {
-        "one after the other": lambda: table.weight[row_ids],
-        "engram": lambda: table.lookup(row_ids),
+        "one after the other": lambda: torch.stack([table.weight[number] for number in numbers.next().tolist()]),
+        "engram": lambda: table.lookup(numbers.next()),
     }
 
     def verify() -> str | None:
-        wrong = [name for name, call in calls.items() if not torch.equal(call(), values[row_ids])]
-        return f"{', '.join(wrong)}: other rows than were written" if wrong else None
+        right = torch.equal(table.lookup(numbers.first), values[numbers.first])
+        return None if right else "engram gives other rows than were written"
 
-    label = f"{len(row_ids):,} of {table.rows:,} rows x {_DIM} float32"
-    return Setting(label, calls, "one after the other", len(row_ids), verify, size=table.rows, before=table.evict)
+    label = f"{_COLD_GATHERED:,} of {table.rows:,} rows x {_DIM} float32"
+    return Setting(label, calls, "one after the other", _COLD_GATHERED, verify, size=table.rows, before=table.evict)

@@ -66,7 +66,9 @@ class HashKernel:
         self._indices = _core.make_plan(*common, 0, *shape)
         self._rows = _core.make_plan(*common, self._offsets.ctypes.data, *shape)
 
-    def hash(self, ids: Tensor, history: Tensor | None, mask: Tensor | None, with_tags: bool) -> tuple[Tensor, Tensor | None]:
+    def hash(
+        self, ids: Tensor, history: Tensor | None, mask: Tensor | None, with_tags: bool, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Head indices int64 ``[L, B, T, H]`` and tags int32 of that shape, if asked for.
 
         Args:
@@ -74,13 +76,17 @@ class HashKernel:
             history: int64 ``[B, X]`` or None.
             mask: ``[B, T]``, zero at padding, or None.
             with_tags: whether tags are wanted.
+            out: int64 ``[L, B, T, H]`` to use again for the indices; a new tensor if not given.
 
         Raises:
             IndexError: with the first id that is not in the vocabulary.
         """
         ids, history, mask = _inputs(ids, history, mask)
         shape = (self.layers, *ids.shape, self.width)
-        out = torch.empty(shape, dtype=torch.int64)
+        if out is None:
+            out = torch.empty(shape, dtype=torch.int64)
+        elif out.shape != shape or out.dtype != torch.int64 or not out.is_contiguous() or out.device.type != "cpu":
+            raise ValueError(f"hash: out is {out.dtype} {list(out.shape)}, expected contiguous int64 {list(shape)} on the CPU.")
         tags = torch.empty(shape, dtype=torch.int32) if with_tags else None
         _core.hash_ngrams(
             self._indices, *_addresses(ids, history, mask), out.data_ptr(), _address(tags), torch.get_num_threads()

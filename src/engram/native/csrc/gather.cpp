@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "clones.h"
+#include "hash.h"
 #include "parallel.h"
 
 #ifdef __linux__
@@ -19,16 +19,28 @@
 namespace engram {
 namespace {
 
-constexpr int64_t kAhead = 16;                    // rows requested before they are needed: enough loads in flight to hide memory
-constexpr int64_t kGrain = 4096;                  // rows per thread at least
+constexpr int64_t kAhead = 32;  // rows requested, into the second-level cache, before they are needed: enough loads in flight to hide memory
+constexpr int64_t kGrain = 4096;                    // rows per thread at least
 constexpr int64_t kStreamBytes = int64_t{4} << 20;  // outputs larger than this would push everything else out of the cache
+
+// A part of a call: positions [begin, end) of n.
+struct Part {
+  const Rows& rows;
+  const int64_t* row_ids;
+  int64_t begin, end, n;
+  uint8_t* out;
+
+  bool has(int64_t i) const { return static_cast<uint64_t>(row_ids[i]) < static_cast<uint64_t>(rows.rows); }
+  const uint8_t* row(int64_t i) const { return rows.data + row_ids[i] * rows.row_bytes; }
+};
 
 inline int64_t scale_bytes(const Rows& rows) { return rows.format == RowFormat::kFloat8 ? (rows.dim + 31) / 32 : 4; }
 
-inline void prefetch(const Rows& rows, int64_t row) {
-  const uint8_t* data = rows.data + row * rows.row_bytes;
-  for (int64_t at = 0; at < rows.row_bytes; at += 64) __builtin_prefetch(data + at, 0, 0);
-  if (rows.scales) __builtin_prefetch(rows.scales + row * scale_bytes(rows), 0, 0);
+__attribute__((always_inline)) inline void prefetch(const Part& part, int64_t i) {
+  if (i >= part.n || !part.has(i)) return;
+  const uint8_t* data = part.row(i);
+  for (int64_t at = 0; at < part.rows.row_bytes; at += 64) __builtin_prefetch(data + at, 0, 2);
+  if (part.rows.scales) __builtin_prefetch(part.rows.scales + part.row_ids[i] * scale_bytes(part.rows), 0, 2);
 }
 
 inline float from_bits(uint32_t bits) {
@@ -45,110 +57,190 @@ inline float half_to_float(uint16_t half) {
   return from_bits(sign | 0x3f800000) * static_cast<float>(rest) * 5.9604644775390625e-8f;  // 2^-24
 }
 
+// e4m3fn: bias 7, subnormals in steps of 2^-9, no infinities, NaN where all magnitude bits are set.
+inline float eight_bits_to_float(uint8_t code) {
+  const uint32_t magnitude = code & 0x7f;
+  const float normal = from_bits((magnitude << 20) + (120u << 23));
+  const float value = magnitude < 8 ? static_cast<float>(magnitude) * 0.001953125f : magnitude == 0x7f ? from_bits(0x7fc00000) : normal;
+  return code & 0x80 ? -value : value;
+}
+
 inline float power_of_two(uint8_t biased) { return biased ? from_bits(static_cast<uint32_t>(biased) << 23) : 0.0f; }
 
-ENGRAM_CLONES void from_bfloat16(const uint16_t* __restrict row, float* __restrict out, int64_t dim) {
-  for (int64_t i = 0; i < dim; ++i) out[i] = from_bits(static_cast<uint32_t>(row[i]) << 16);
-}
-
-void from_float16_plain(const uint16_t* row, float* out, int64_t dim) {
-  for (int64_t i = 0; i < dim; ++i) out[i] = half_to_float(row[i]);
-}
-
-#ifdef ENGRAM_X86
-__attribute__((target("avx2,f16c"))) void from_float16_f16c(const uint16_t* row, float* out, int64_t dim) {
-  int64_t i = 0;
-  for (; i + 8 <= dim; i += 8)
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i))));
-  from_float16_plain(row + i, out + i, dim - i);
-}
-#endif
-
-using HalfFn = void (*)(const uint16_t*, float*, int64_t);
-HalfFn choose_from_float16() {
-#ifdef ENGRAM_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return from_float16_f16c;
-#endif
-  return from_float16_plain;
-}
-const HalfFn from_float16 = choose_from_float16();
-
-ENGRAM_CLONES void from_int8(const int8_t* __restrict row, float scale, float* __restrict out, int64_t dim) {
-  for (int64_t i = 0; i < dim; ++i) out[i] = static_cast<float>(row[i]) * scale;
-}
-
-// e4m3fn: bias 7, subnormals in steps of 2^-9, no infinities, NaN where all magnitude bits are set.
-void from_float8_plain(const uint8_t* row, const uint8_t* scales, float* out, int64_t dim) {
-  for (int64_t block = 0; block < dim; block += 32) {
-    const float scale = power_of_two(scales[block / 32]);
-    const int64_t end = std::min<int64_t>(dim, block + 32);
-    for (int64_t i = block; i < end; ++i) {
-      const uint32_t code = row[i], magnitude = code & 0x7f;
-      const float normal = from_bits((magnitude << 20) + (120u << 23));
-      const float small = static_cast<float>(magnitude) * 0.001953125f;
-      const float value = (magnitude < 8 ? small : magnitude == 0x7f ? from_bits(0x7fc00000) : normal) * scale;
-      out[i] = code & 0x80 ? -value : value;
-    }
-  }
-}
-
-#ifdef ENGRAM_X86
-// Shifted into the fields of a half, whose exponent bias is 8 more, the eight bits are the same number times 2^-8, subnormals included.
-__attribute__((target("avx2,f16c"))) void from_float8_f16c(const uint8_t* row, const uint8_t* scales, float* out, int64_t dim) {
-  const __m128i sign = _mm_set1_epi16(0x80), magnitude = _mm_set1_epi16(0x7f);
-  int64_t block = 0;
-  for (; block + 32 <= dim; block += 32) {
-    const __m256 scale = _mm256_set1_ps(power_of_two(scales[block / 32])), shift = _mm256_set1_ps(256.0f);
-    for (int64_t i = block; i < block + 32; i += 8) {
-      const __m128i code = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + i)));
-      const __m128i bits = _mm_and_si128(code, magnitude);
-      const __m128i nan = _mm_cmpeq_epi16(bits, magnitude);
-      const __m128i half = _mm_or_si128(_mm_slli_epi16(_mm_and_si128(code, sign), 8), _mm_slli_epi16(bits, 7));
-      const __m128i whole = _mm_or_si128(half, _mm_and_si128(nan, _mm_set1_epi16(0x7e00)));
-      _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtph_ps(whole), shift), scale));
-    }
-  }
-  from_float8_plain(row + block, scales + block / 32, out + block, dim - block);
-}
-#endif
-
-using Float8Fn = void (*)(const uint8_t*, const uint8_t*, float*, int64_t);
-Float8Fn choose_from_float8() {
-#ifdef ENGRAM_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return from_float8_f16c;
-#endif
-  return from_float8_plain;
-}
-const Float8Fn from_float8 = choose_from_float8();
-
-ENGRAM_CLONES void from_int4(const uint8_t* __restrict row, float scale, float* __restrict out, int64_t dim) {
-  for (int64_t i = 0; i < dim / 2; ++i) {
-    out[2 * i] = static_cast<float>(static_cast<int8_t>(row[i] << 4) >> 4) * scale;
-    out[2 * i + 1] = static_cast<float>(static_cast<int8_t>(row[i]) >> 4) * scale;
-  }
-}
-
-inline float row_scale(const Rows& rows, int64_t row) {
+// The scale of a row, or of a block of 32 of its values.
+inline float scale_of(const Rows& rows, int64_t row, int64_t block) {
+  const uint8_t* scales = rows.scales + row * scale_bytes(rows);
+  if (rows.format == RowFormat::kFloat8) return power_of_two(scales[block]);
   float scale;
-  std::memcpy(&scale, rows.scales + row * 4, 4);
+  std::memcpy(&scale, scales, 4);
   return scale;
 }
 
-// Stores past the cache; `bytes` and both ends must be multiples of 32.
-#ifdef ENGRAM_X86
-__attribute__((target("avx2"))) void stream(const uint8_t* from, uint8_t* to, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 32)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + at), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at)));
+// Value i of a row. This is what the formats mean; the loops below do the same to eight values at a time.
+inline float value_at(const Rows& rows, const uint8_t* data, int64_t row, int64_t i) {
+  uint16_t half;
+  switch (rows.format) {
+    case RowFormat::kBfloat16: std::memcpy(&half, data + 2 * i, 2); return from_bits(static_cast<uint32_t>(half) << 16);
+    case RowFormat::kFloat16: std::memcpy(&half, data + 2 * i, 2); return half_to_float(half);
+    case RowFormat::kInt8: return static_cast<float>(static_cast<int8_t>(data[i])) * scale_of(rows, row, 0);
+    case RowFormat::kFloat8: return eight_bits_to_float(data[i]) * scale_of(rows, row, i / 32);
+    case RowFormat::kInt4: {
+      const int8_t low_or_high = static_cast<int8_t>(i % 2 ? data[i / 2] : data[i / 2] << 4);
+      return static_cast<float>(low_or_high >> 4) * scale_of(rows, row, 0);
+    }
+    case RowFormat::kCopy: break;
+  }
+  return 0.0f;
 }
-inline bool can_stream() { return __builtin_cpu_supports("avx2"); }
-inline void finish_streams() { _mm_sfence(); }
-#else
-void stream(const uint8_t* from, uint8_t* to, int64_t bytes) { std::memcpy(to, from, bytes); }
-inline bool can_stream() { return false; }
-inline void finish_streams() {}
+
+// Every loop returns -1, or the first position whose row number is out of range.
+int64_t gather_plain(const Part& part) {
+  const Rows& rows = part.rows;
+  for (int64_t i = part.begin; i < part.end; ++i) {
+    prefetch(part, i + kAhead);
+    if (!part.has(i)) return i;
+    const uint8_t* data = part.row(i);
+    if (rows.format == RowFormat::kCopy) {
+      std::memcpy(part.out + i * rows.row_bytes, data, rows.row_bytes);
+      continue;
+    }
+    float* to = reinterpret_cast<float*>(part.out) + i * rows.dim;
+    for (int64_t j = 0; j < rows.dim; ++j) to[j] = value_at(rows, data, part.row_ids[i], j);
+  }
+  return -1;
+}
+
+#ifdef ENGRAM_X86
+#define ENGRAM_AVX2 __attribute__((target("avx2,f16c")))
+#define ENGRAM_INLINE __attribute__((always_inline, target("avx2,f16c"))) inline
+
+// kStream: past the cache, to places that are multiples of 32.
+template <bool kStream>
+ENGRAM_INLINE void put(float* to, __m256 values) {
+  if (kStream) _mm256_stream_ps(to, values);
+  else _mm256_storeu_ps(to, values);
+}
+
+template <bool kStream>
+ENGRAM_INLINE void copy_row(const uint8_t* from, uint8_t* to, int64_t bytes) {
+  int64_t at = 0;
+  for (; at + 32 <= bytes; at += 32) {
+    const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at));
+    if (kStream) _mm256_stream_si256(reinterpret_cast<__m256i*>(to + at), values);
+    else _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + at), values);
+  }
+  if (at < bytes) std::memcpy(to + at, from + at, bytes - at);  // never when streaming
+}
+
+ENGRAM_INLINE __m128i load8(const uint8_t* from) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)); }
+ENGRAM_INLINE __m128i load16(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+
+// Eight e4m3fn codes, without their scale. Shifted into the fields of a half, whose exponent bias is 8 more, the eight bits are the same
+// number times 2^-8, subnormals included.
+ENGRAM_INLINE __m256 from_eight_bits(const uint8_t* from) {
+  const __m128i code = _mm_cvtepu8_epi16(load8(from)), magnitude = _mm_set1_epi16(0x7f);
+  const __m128i bits = _mm_and_si128(code, magnitude), nan = _mm_cmpeq_epi16(bits, magnitude);
+  const __m128i half = _mm_or_si128(_mm_slli_epi16(_mm_and_si128(code, _mm_set1_epi16(0x80)), 8), _mm_slli_epi16(bits, 7));
+  const __m128i whole = _mm_or_si128(half, _mm_and_si128(nan, _mm_set1_epi16(0x7e00)));
+  return _mm256_mul_ps(_mm256_cvtph_ps(whole), _mm256_set1_ps(256.0f));
+}
+
+// Whole groups of eight (int4: sixteen) values of a row; returns how many values that were.
+template <RowFormat kFormat, bool kStream>
+ENGRAM_INLINE int64_t convert_row(const Rows& rows, const uint8_t* from, int64_t row, float* to) {
+  int64_t i = 0;
+  if (kFormat == RowFormat::kBfloat16) {
+    for (; i + 8 <= rows.dim; i += 8)
+      put<kStream>(to + i, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(from + 2 * i)), 16)));
+  } else if (kFormat == RowFormat::kFloat16) {
+    for (; i + 8 <= rows.dim; i += 8) put<kStream>(to + i, _mm256_cvtph_ps(load16(from + 2 * i)));
+  } else if (kFormat == RowFormat::kInt8) {
+    const __m256 scale = _mm256_set1_ps(scale_of(rows, row, 0));
+    for (; i + 8 <= rows.dim; i += 8)
+      put<kStream>(to + i, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load8(from + i))), scale));
+  } else if (kFormat == RowFormat::kFloat8) {
+    while (i + 8 <= rows.dim) {
+      const __m256 scale = _mm256_set1_ps(scale_of(rows, row, i / 32));
+      for (const int64_t end = std::min(rows.dim - 7, i / 32 * 32 + 32); i < end; i += 8)
+        put<kStream>(to + i, _mm256_mul_ps(from_eight_bits(from + i), scale));
+    }
+  } else if (kFormat == RowFormat::kInt4) {
+    const __m256 scale = _mm256_set1_ps(scale_of(rows, row, 0));
+    for (; i + 16 <= rows.dim; i += 16) {
+      const __m128i pairs = _mm_cvtepu8_epi16(load8(from + i / 2));
+      const __m128i low = _mm_srai_epi16(_mm_slli_epi16(pairs, 12), 12), high = _mm_srai_epi16(_mm_slli_epi16(pairs, 8), 12);
+      put<kStream>(to + i, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_unpacklo_epi16(low, high))), scale));
+      put<kStream>(to + i + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_unpackhi_epi16(low, high))), scale));
+    }
+  }
+  return i;
+}
+
+template <RowFormat kFormat, bool kStream>
+ENGRAM_AVX2 int64_t gather_avx2(const Part& part) {
+  const Rows& rows = part.rows;
+  for (int64_t i = part.begin; i < part.end; ++i) {
+    prefetch(part, i + kAhead);
+    if (!part.has(i)) return i;
+    const uint8_t* data = part.row(i);
+    if (kFormat == RowFormat::kCopy) {
+      copy_row<kStream>(data, part.out + i * rows.row_bytes, rows.row_bytes);
+    } else {
+      float* to = reinterpret_cast<float*>(part.out) + i * rows.dim;
+      for (int64_t j = convert_row<kFormat, kStream>(rows, data, part.row_ids[i], to); j < rows.dim; ++j)
+        to[j] = value_at(rows, data, part.row_ids[i], j);
+    }
+  }
+  if (kStream) _mm_sfence();
+  return -1;
+}
+
+template <bool kStream>
+int64_t gather_x86(const Part& part) {
+  switch (part.rows.format) {
+    case RowFormat::kCopy: return gather_avx2<RowFormat::kCopy, kStream>(part);
+    case RowFormat::kBfloat16: return gather_avx2<RowFormat::kBfloat16, kStream>(part);
+    case RowFormat::kFloat16: return gather_avx2<RowFormat::kFloat16, kStream>(part);
+    case RowFormat::kInt8: return gather_avx2<RowFormat::kInt8, kStream>(part);
+    case RowFormat::kFloat8: return gather_avx2<RowFormat::kFloat8, kStream>(part);
+    case RowFormat::kInt4: return gather_avx2<RowFormat::kInt4, kStream>(part);
+  }
+  return -1;
+}
+
+// Reads the rows of a part and makes a number of them.
+ENGRAM_AVX2 int64_t scan_avx2(const Part& part) {
+  __m256i sums = _mm256_setzero_si256();
+  int64_t rest = 0;
+  for (int64_t i = part.begin; i < part.end; ++i) {
+    prefetch(part, i + kAhead);
+    if (!part.has(i)) continue;
+    const uint8_t* row = part.row(i);
+    int64_t at = 0;
+    for (; at + 32 <= part.rows.row_bytes; at += 32)
+      sums = _mm256_xor_si256(sums, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + at)));
+    for (; at < part.rows.row_bytes; ++at) rest ^= static_cast<int64_t>(row[at]) << at % 8 * 8;
+  }
+  alignas(32) int64_t parts[4];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(parts), sums);
+  return parts[0] ^ parts[1] ^ parts[2] ^ parts[3] ^ rest;
+}
+
+bool has_avx2() {
+  static const bool found = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  return found && std::strcmp(instruction_set(), "portable") != 0;
+}
 #endif
+
+int64_t scan_plain(const Part& part) {
+  int64_t sum = 0;
+  for (int64_t i = part.begin; i < part.end; ++i) {
+    if (!part.has(i)) continue;
+    const uint8_t* row = part.row(i);
+    for (int64_t at = 0; at < part.rows.row_bytes; ++at) sum ^= static_cast<int64_t>(row[at]) << at % 8 * 8;
+  }
+  return sum;
+}
 
 constexpr int64_t kPage = 4096, kSampled = 256;
 
@@ -180,62 +272,43 @@ bool looks_resident(const uint8_t* data, int64_t rows, int64_t row_bytes, const 
   return true;
 }
 
-void convert(const Rows& rows, int64_t row, float* out) {
-  const uint8_t* data = rows.data + row * rows.row_bytes;
-  switch (rows.format) {
-    case RowFormat::kBfloat16: return from_bfloat16(reinterpret_cast<const uint16_t*>(data), out, rows.dim);
-    case RowFormat::kFloat16: return from_float16(reinterpret_cast<const uint16_t*>(data), out, rows.dim);
-    case RowFormat::kInt8: return from_int8(reinterpret_cast<const int8_t*>(data), row_scale(rows, row), out, rows.dim);
-    case RowFormat::kFloat8: return from_float8(data, rows.scales + row * scale_bytes(rows), out, rows.dim);
-    case RowFormat::kInt4: return from_int4(data, row_scale(rows, row), out, rows.dim);
-    case RowFormat::kCopy: break;
-  }
-}
-
-int64_t gather_part(const Rows& rows, const int64_t* row_ids, int64_t begin, int64_t end, int64_t n, uint8_t* out, bool streaming) {
-  const bool copy = rows.format == RowFormat::kCopy;
-  const int64_t out_bytes = copy ? rows.row_bytes : rows.dim * 4;
-  alignas(64) float staged[1024];
-  const bool stage = streaming && !copy && rows.dim <= 1024;
-  for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < n && static_cast<uint64_t>(row_ids[i + kAhead]) < static_cast<uint64_t>(rows.rows))
-      prefetch(rows, row_ids[i + kAhead]);
-    const int64_t row = row_ids[i];
-    if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(rows.rows)) return i;
-    uint8_t* to = out + i * out_bytes;
-    if (copy) {
-      const uint8_t* from = rows.data + row * rows.row_bytes;
-      if (streaming) stream(from, to, out_bytes);
-      else std::memcpy(to, from, out_bytes);
-    } else if (stage) {
-      convert(rows, row, staged);
-      stream(reinterpret_cast<const uint8_t*>(staged), to, out_bytes);
-    } else {
-      convert(rows, row, reinterpret_cast<float*>(to));
-    }
-  }
-  if (streaming) finish_streams();
-  return -1;
-}
-
 }  // namespace
 
 int64_t gather_rows(const Rows& rows, const int64_t* row_ids, int64_t n, uint8_t* out, int64_t threads) {
+  using Loop = int64_t (*)(const Part&);
+  Loop loop = gather_plain;
+#ifdef ENGRAM_X86
   const int64_t out_bytes = rows.format == RowFormat::kCopy ? rows.row_bytes : rows.dim * 4;
-  const bool streaming =
-      can_stream() && n * out_bytes >= kStreamBytes && out_bytes % 32 == 0 && reinterpret_cast<uintptr_t>(out) % 32 == 0;
+  const int64_t whole = rows.format == RowFormat::kInt4 ? 64 : 32;  // bytes that a loop writes at a time
+  const bool streaming = n * out_bytes >= kStreamBytes && out_bytes % whole == 0 && reinterpret_cast<uintptr_t>(out) % 32 == 0;
+  if (has_avx2()) loop = streaming ? gather_x86<true> : gather_x86<false>;
+#endif
   std::atomic<int64_t> bad{-1};
   parallel_for(n, kGrain, threads, [&](int64_t begin, int64_t end) {
-    const int64_t wrong = gather_part(rows, row_ids, begin, end, n, out, streaming);
+    const int64_t wrong = loop({rows, row_ids, begin, end, n, out});
     if (wrong != -1) bad = wrong;
   });
   return bad;
 }
 
+int64_t scan_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const int64_t* row_ids, int64_t n, int64_t threads) {
+  const Rows all{data, nullptr, rows, row_bytes, row_bytes, RowFormat::kCopy};
+  std::atomic<int64_t> total{0};
+  parallel_for(n, kGrain, threads, [&](int64_t begin, int64_t end) {
+    const Part part{all, row_ids, begin, end, n, nullptr};
+#ifdef ENGRAM_X86
+    total ^= has_avx2() ? scan_avx2(part) : scan_plain(part);
+#else
+    total ^= scan_plain(part);
+#endif
+  });
+  return total;
+}
+
 int64_t touch_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const int64_t* row_ids, int64_t n, int64_t threads, bool count) {
   if (!count && looks_resident(data, rows, row_bytes, row_ids, n)) return n;
   std::atomic<int64_t> warm{0};
-  parallel_for(n, 64, threads, [&](int64_t begin, int64_t end) {
+  parallel_wait(n, 64, threads, [&](int64_t begin, int64_t end) {
     int64_t resident = 0;
     volatile uint8_t sink = 0;
     for (int64_t i = begin; i < end; ++i) {
@@ -249,27 +322,6 @@ int64_t touch_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const i
     warm += resident;
   });
   return warm;
-}
-
-int64_t scan_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const int64_t* row_ids, int64_t n, int64_t threads) {
-  std::atomic<int64_t> total{0};
-  const Rows all{data, nullptr, rows, row_bytes, row_bytes, RowFormat::kCopy};
-  parallel_for(n, kGrain, threads, [&](int64_t begin, int64_t end) {
-    int64_t sum = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      if (i + kAhead < n && static_cast<uint64_t>(row_ids[i + kAhead]) < static_cast<uint64_t>(rows)) prefetch(all, row_ids[i + kAhead]);
-      if (static_cast<uint64_t>(row_ids[i]) >= static_cast<uint64_t>(rows)) continue;
-      const uint8_t* row = data + row_ids[i] * row_bytes;
-      int64_t at = 0;
-      for (int64_t word; at + 8 <= row_bytes; at += 8) {
-        std::memcpy(&word, row + at, 8);
-        sum ^= word;
-      }
-      for (; at < row_bytes; ++at) sum ^= row[at];
-    }
-    total ^= sum;
-  });
-  return total;
 }
 
 }  // namespace engram

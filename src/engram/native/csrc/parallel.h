@@ -1,21 +1,22 @@
-// Work shared between a few short-lived threads. Small inputs stay on the caller's thread: starting a thread costs tens of microseconds,
-// and a pool kept alive would not survive fork().
+// Work shared between threads. Small inputs stay on the caller's thread.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
 namespace engram {
 
-// Calls fn(begin, end) on parts of [0, count), each at least `grain` long, on at most `threads` threads.
+// Calls fn(begin, end) on parts of [0, count), each at least `grain` long, on at most `threads` threads of its own: for work that waits (for
+// a disk), where there may be more threads than cores.
 template <class Fn>
-void parallel_for(int64_t count, int64_t grain, int64_t threads, const Fn& fn) {
+void parallel_wait(int64_t count, int64_t grain, int64_t threads, const Fn& fn) {
   const int64_t parts = std::max<int64_t>(1, std::min(threads, count / std::max<int64_t>(grain, 1)));
-  if (parts == 1) {
-    fn(int64_t{0}, count);
-    return;
-  }
   std::vector<std::thread> others;
   others.reserve(parts - 1);
   int64_t begin = 0;
@@ -33,6 +34,46 @@ void parallel_for(int64_t count, int64_t grain, int64_t threads, const Fn& fn) {
     begin = end;
   }
   for (auto& other : others) other.join();
+}
+
+// The entry of the OpenMP library that PyTorch has loaded for everybody, or null. Its threads spin for a while after each of PyTorch's
+// operations: a thread of our own would fight them for the core, whereas one of theirs begins at once.
+using OpenMpEntry = void (*)(void (*)(void*), void*, unsigned, unsigned);
+inline OpenMpEntry shared_pool() {
+#if defined(__linux__)
+  static const OpenMpEntry found = reinterpret_cast<OpenMpEntry>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+#else
+  return nullptr;
+#endif
+}
+
+// As parallel_wait, for work that computes: on PyTorch's own threads where they can be had.
+template <class Fn>
+void parallel_for(int64_t count, int64_t grain, int64_t threads, const Fn& fn) {
+  const int64_t parts = std::max<int64_t>(1, std::min(threads, count / std::max<int64_t>(grain, 1)));
+  if (parts == 1) {
+    fn(int64_t{0}, count);
+    return;
+  }
+  const OpenMpEntry pool = shared_pool();
+  if (!pool) {
+    parallel_wait(count, grain, threads, fn);
+    return;
+  }
+  struct Shared {
+    const Fn& fn;
+    int64_t count, parts;
+    std::atomic<int64_t> next;
+  } shared{fn, count, parts, {0}};
+  pool(
+      [](void* data) {
+        Shared& work = *static_cast<Shared*>(data);
+        // However many threads have come: nested calls, for one, get a single one.
+        for (int64_t part; (part = work.next.fetch_add(1)) < work.parts;)
+          work.fn(work.count * part / work.parts, work.count * (part + 1) / work.parts);
+      },
+      &shared, static_cast<unsigned>(parts), 0);
 }
 
 }  // namespace engram

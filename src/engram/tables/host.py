@@ -22,7 +22,7 @@ from engram.tables.rowfile import RowFile
 
 __all__ = ["HostTable", "MmapTable"]
 
-_COLD_READERS = 32
+_COLD_READERS = 64
 """Threads that touch rows of a file: reads from a disk wait, they do not compute."""
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 

@@ -12,6 +12,17 @@ from engram import EngramConfig, EngramTrainer, EngramTrainingArguments, get_eng
 from engram.data.corpus import CorpusRecipe, build_corpus, held_out_standard_library
 from engram.data.packing import pack
 
+LEARNING_RATE = 3e-3
+FULL = {"hidden": 128, "steps": 500, "batch": 16, "length": 128, "rows": 25_000, "held_out": 256}
+QUICK = {"hidden": 32, "steps": 3, "batch": 2, "length": 32, "rows": 500, "held_out": 8}
+
+
+def corpus(tokenizer, sizes, quick):
+    """Training documents and packed held-out blocks."""
+    recipe = CorpusRecipe(standard_library=True, test_percent=0)
+    documents = held_out_standard_library(recipe) if quick else build_corpus(recipe, RESULTS).train
+    return documents, pack(held_out_standard_library(recipe), tokenizer, sizes["length"], sizes["held_out"], seed=0)
+
 
 def build(tokenizer, hidden):
     return LlamaForCausalLM(
@@ -37,7 +48,7 @@ def held_out_loss(model, blocks, batch=16):
     return total / len(blocks)
 
 
-def run(kind, seed, tokenizer, train, held_out, sizes, lr):
+def trained(kind, seed, tokenizer, train, sizes, lr):
     set_seed(seed)
     model = build(tokenizer, sizes["hidden"])
     common = {
@@ -70,7 +81,7 @@ def run(kind, seed, tokenizer, train, held_out, sizes, lr):
             EngramTrainer(model, EngramTrainingArguments(folder, train_backbone=True, **common), train_dataset=train).train()
         else:
             Trainer(model, TrainingArguments(folder, **common), train_dataset=train).train()
-    return held_out_loss(model, held_out)
+    return model
 
 
 def main():
@@ -79,20 +90,15 @@ def main():
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--out", default=RESULTS / "joint_training.json")
     args = parser.parse_args()
-    sizes = {"hidden": 128, "steps": args.steps, "batch": 16, "length": 128, "rows": 25_000, "held_out": 256}
-    seeds, lr = [0, 1, 2], 3e-3
-    if args.quick:
-        sizes |= {"hidden": 32, "steps": 3, "batch": 2, "length": 32, "rows": 500, "held_out": 8}
-        seeds = [0]
+    sizes = {**(QUICK if args.quick else FULL), **({} if args.quick else {"steps": args.steps})}
+    seeds, lr = [0] if args.quick else [0, 1, 2], LEARNING_RATE
     _, tokenizer = load_bundled()
-    recipe = CorpusRecipe(standard_library=True, test_percent=0)
-    documents = held_out_standard_library(recipe) if args.quick else build_corpus(recipe, RESULTS).train
-    held_out = pack(held_out_standard_library(recipe), tokenizer, sizes["length"], sizes["held_out"], seed=0)
+    documents, held_out = corpus(tokenizer, sizes, args.quick)
     losses = {"dense": [], "engram": []}
     for seed in seeds:
         train = pack(documents, tokenizer, sizes["length"], sizes["steps"] * sizes["batch"], seed)
         for kind in losses:
-            losses[kind].append(run(kind, seed, tokenizer, train, held_out, sizes, lr))
+            losses[kind].append(held_out_loss(trained(kind, seed, tokenizer, train, sizes, lr), held_out))
             print(f"seed {seed} {kind}: held-out loss {losses[kind][-1]:.4f}", flush=True)
     gains = [dense - engram for dense, engram in zip(losses["dense"], losses["engram"])]
     result = {

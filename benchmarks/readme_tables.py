@@ -252,6 +252,120 @@ def _step_cell(entry):
     return f"{entry['seconds']['median']:.2f} s (x{entry['to_smallest_sparse']:.2f}, x{entry['mean_to_smallest_sparse']:.2f})"
 
 
+def train_step_peer():
+    result = load("train_step_peer")
+    rows = []
+    for entry in result["entries"]:
+        ours, theirs = entry["engram"], entry["peer"]
+        peaks = f"{ours['peak_bytes'] / 1e9:.1f} and {theirs['peak_bytes'] / 1e9:.1f} GB (x{entry['memory']:.2f})"
+        seconds = f"{ours['seconds']['median']:.2f} and {theirs['seconds']['median']:.2f} s"
+        rows.append((f"{entry['rows_per_layer']:,}", entry["mode"], seconds, f"x{entry['speed_up']:.2f}", peaks))
+    header = ("rows per layer", "loop", "step: engram, engram-peft", "engram is faster by", "peak memory: engram, engram-peft")
+    return table(header, rows) + source(result)
+
+
+def bench(name):
+    """One benchmark of `engram bench`: a row per alternative, a column per setting."""
+    result = load("bench")
+    settings = result["benchmarks"][name]["settings"]
+    names = list(dict.fromkeys(variant for setting in settings for variant in setting["variants"]))
+    unit = result["benchmarks"][name]["unit"]
+    rows = []
+    for variant in names:
+        measured = [setting["variants"].get(variant) for setting in settings]
+        rows.append((variant, *("" if m is None else _speed(m) for m in measured)))
+    text = table((f"M {unit} per second", *(setting["label"] for setting in settings)), rows)
+    note = f"\n\nMedians of {result['rounds']} rounds in which all take turns; in brackets times as fast as the first line."
+    for limit, meaning in result["benchmarks"][name]["notes"].items():
+        note += f" {limit[0].upper()}{limit[1:]}: {meaning}."
+    return text + note + source(result)
+
+
+def _speed(measured):
+    return f"{measured['per_second'] / 1e6:.3g} (x{measured['speedup']['median']:.2f})"
+
+
+def bench_hash():
+    return bench("hash")
+
+
+def bench_gather():
+    result = load("bench")["benchmarks"]["gather"]["settings"]
+    parts = []
+    for setting in result:
+        rows = [(name, f"{m['per_second'] / 1e6:.1f}", f"x{m['speedup']['median']:.2f}") for name, m in setting["variants"].items()]
+        parts.append(table((setting["label"], "M rows per second", "times as fast as the first line"), rows))
+    note = "\n\nLimit: every byte of the rows read and summed, many loads in flight, nothing written. In fresh outputs of this size (33 MB) "
+    note += "the first touch of their pages costs more than anything else."
+    return "\n\n".join(parts) + note + source(load("bench"))
+
+
+def bench_tiers():
+    return bench("tiers")
+
+
+def bench_cold():
+    return bench("cold")
+
+
+def bench_layer():
+    result = load("bench")
+    settings = result["benchmarks"]["layer"]["settings"]
+    names = list(settings[0]["variants"])
+    rows = [(name, *(f"{1e6 * s['variants'][name]['seconds']['median']:,.0f}" for s in settings)) for name in names]
+    note = "\n\nHidden size 576, d_mem 1280, orders 2 and 3 with 8 heads, a convolution; the hash covers one layer."
+    return table(("microseconds", *(s["label"] for s in settings)), rows) + note + source(result)
+
+
+def decode():
+    result = load("decode")
+    variants = result["variants"]
+    rows = []
+    for name, entry in variants.items():
+        if name == "base":
+            rows.append((name, f"{1e3 * entry['seconds']['median']:.1f} ms", ""))
+        elif name == "base again":
+            noise = 100 * entry["overhead_paired"]
+        else:
+            rows.append((name, f"{1e3 * entry['seconds']['median']:.1f} ms", f"{100 * entry['overhead_paired']:+.1f} %"))
+    note = "\n\nLlama of 30 layers, hidden size 576, 135M parameters; Engram: d_mem 1280, orders 2 and 3, M = 1, a convolution. Medians of the "
+    note += f"ratios token by token; the base against a copy of itself: {noise:+.1f} %. engram-peft 1.2.7 runs beside its own copy of the base."
+    return table(("", "per token", "overhead"), rows) + note + source(result)
+
+
+def formats():
+    result = load("formats")
+    runs = result["runs"]
+    rows = []
+    for name, first in runs[0]["joint"].items():
+        joint = [run["joint"] for run in runs]
+        change = [100 * (j[name]["held_out_loss"] / j["float32"]["held_out_loss"] - 1) for j in joint]
+        worst = max(change, key=abs)
+        exact = min(run["taught"][name]["exact"] for run in runs)
+        size = first["bytes"] / runs[0]["joint"]["float32"]["bytes"]
+        error = max(j[name]["relative_error"] for j in joint)
+        facts = f"{exact} of {runs[0]['taught'][name]['facts']}"
+        rows.append((name, f"x{size:.2f}", f"{error:.4f}", f"{worst:+.3f} %", facts))
+    header = ("rows", "size", "relative RMS error", "held-out loss, jointly trained", "taught facts exact")
+    note = f"\n\n{len(runs)} seeds, the worst of each; joint training for {result['sizes']['steps']} steps."
+    return table(header, rows) + note + source(result)
+
+
+def larger_than_memory():
+    result = load("larger_than_memory")
+    rows = []
+    for entry in result["variants"]:
+        bound = "none" if entry["resident_bytes"] is None else f"{entry['resident_bytes'] / 2**20:.0f} MB"
+        speeds = entry["rows_per_second"]
+        per_second = [f"{speeds[k]:,.0f}" for k in ("looked up at random", "trained at random", "walked in order")]
+        rows.append((bound, *per_second, f"{entry['peak_bytes'] / 2**20:.0f} MB"))
+    first = result["variants"][0]
+    header = ("`resident_bytes`", "rows per second: random look-ups", "training steps", "in order", "peak memory")
+    note = f"\n\nA table of {first['table_bytes'] / 2**30:.0f} GB in a process that is given {first['memory_limit_bytes'] / 2**20:.0f} MB "
+    note += "(control group), from disk."
+    return table(header, rows) + note + source(result)
+
+
 def base_model():
     result = load("base_model")
     rows = [

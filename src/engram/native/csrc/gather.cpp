@@ -242,7 +242,7 @@ int64_t scan_plain(const Part& part) {
   return sum;
 }
 
-constexpr int64_t kPage = 4096, kSampled = 256;
+constexpr int64_t kPage = 4096, kSampled = 64;
 
 // Whether all pages of a row are in memory; where the system does not say, they count as being there.
 bool is_resident(const uint8_t* row, int64_t bytes) {

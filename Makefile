@@ -38,6 +38,11 @@ figures: $(VENV)/.developer
 	$(BIN)/python benchmarks/readers.py
 	$(BIN)/python benchmarks/routing.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/train_step.py --rows 100000 10000000 --kinds frozen sparse --out results/train_step_rows.json
+	$(BIN)/engram bench --json results/bench.json
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/formats.py
+	$(BIN)/python benchmarks/larger_than_memory.py
 	$(BIN)/python benchmarks/joint_training.py
 	$(BIN)/python benchmarks/readme_tables.py
 	$(BIN)/python benchmarks/pictures.py

@@ -4,10 +4,18 @@ import json
 from pathlib import Path
 
 from engram.evaluation import wilson_interval
-from engram.plots import plot_capacity, plot_gates, plot_shares
+from engram.plots import plot_bench, plot_capacity, plot_gates, plot_shares, plot_steps
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "pictures"
+
+
+STEPS = {
+    "frozen": "tables frozen",
+    "sparse": "row-sparse Adam",
+    "dense_fused": "dense gradients, fused AdamW",
+    "dense": "dense gradients, AdamW",
+}
 
 
 def load(name):
@@ -34,6 +42,9 @@ def main():
     points = load("capacity")["points"]
     for tags in (True, False):
         plot_capacity([p for p in points if p["tags"] == tags], PICTURES / f"capacity_{'tags' if tags else 'no_tags'}.png")
+    bench = load("bench")
+    plot_bench({"benchmarks": {name: bench["benchmarks"][name] for name in ("hash", "tiers")}}, PICTURES)
+    plot_steps(load("train_step")["entries"], STEPS, PICTURES / "train_step.png")
     plot_gates({"11,413 facts": load("knowledge")["runs"][0]["everything"]["gates"]}, PICTURES / "gates.png")
 
 

@@ -229,7 +229,15 @@ def joint_training():
 
 
 def train_step():
-    result = load("train_step")
+    return _train_step("train_step")
+
+
+def train_step_rows():
+    return _train_step("train_step_rows")
+
+
+def _train_step(file):
+    result = load(file)
     names = {
         "frozen": "tables frozen",
         "sparse": "row-sparse Adam (EngramAdamW)",
@@ -240,10 +248,12 @@ def train_step():
     rows = []
     for kind, name in names.items():
         cells = {e["rows_per_layer"]: e for e in result["entries"] if e["kind"] == kind}
+        if not cells:
+            continue
         peak = cells[counts[-1]]["peak_bytes"] / 1e9
         rows.append((name, *(_step_cell(cells[n]) for n in counts), f"{peak:.1f} GB"))
-    note = "\n\nMedian seconds; in brackets median and mean as multiples of row-sparse Adam at the smallest size (its rare steps that grow "
-    note += "the moment buffers are long, which a median hides). Tables are random and every step reads new rows."
+    note = "\n\nMedian seconds; in brackets median and mean as multiples of row-sparse Adam at the smallest size. Tables are random and every "
+    note += "step reads new rows."
     header = ("rows per layer", *(f"{n:,}" for n in counts), f"peak memory at {counts[-1]:,}")
     return table(header, rows) + note + source(result)
 
@@ -293,7 +303,9 @@ def bench_gather():
     result = load("bench")["benchmarks"]["gather"]["settings"]
     parts = []
     for setting in result:
-        rows = [(name, f"{m['per_second'] / 1e6:.1f}", f"x{m['speedup']['median']:.2f}") for name, m in setting["variants"].items()]
+        rows = [
+            (name, f"{m['per_second'] / 1e6:.1f}", f"x{m['speedup']['median']:.2f}") for name, m in setting["variants"].items()
+        ]
         parts.append(table((setting["label"], "M rows per second", "times as fast as the first line"), rows))
     note = "\n\nLimit: every byte of the rows read and summed, many loads in flight, nothing written. In fresh outputs of this size (33 MB) "
     note += "the first touch of their pages costs more than anything else."

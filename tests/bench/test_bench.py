@@ -6,7 +6,7 @@ import pytest
 from engram import ConfigError
 from engram.bench import BENCHMARKS, Benchmark, Setting, run_benchmark, run_benchmarks, take_turns
 from engram.errors import BenchError
-from engram.plots import plot_bench
+from engram.plots import plot_bench, plot_steps
 
 
 def setting(**changes):
@@ -81,3 +81,9 @@ def test_unknown_names_are_refused():
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         setting().label = "other"
+
+
+def test_steps_can_be_drawn(tmp_path):
+    seconds = {"median": 1.0, "min": 0.9, "max": 1.2}
+    entries = [{"kind": "sparse", "rows_per_layer": rows, "seconds": seconds} for rows in (100, 1000)]
+    assert plot_steps(entries, {"sparse": "row-sparse Adam"}, tmp_path / "s.png").stat().st_size > 1000

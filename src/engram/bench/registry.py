@@ -23,16 +23,19 @@ class Benchmark:
     """What a call's ``amount`` counts."""
     settings: Callable[[bool], Iterator[Setting]]
     """Makes the settings, large ones or (True) quick ones, one at a time: the next is made when the last is done with."""
+    size: str = "tokens per call"
+    """What a setting's ``size`` counts."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """What the names of limits mean."""
 
 
+_TABLE = "rows of the table"
 _READ_LIMIT = {"limit: random read": "every byte of the rows read and summed, many loads in flight, nothing written"}
 
 BENCHMARKS: dict[str, Benchmark] = {
     "hash": Benchmark("n-gram hash, 2 layers x 16 heads, orders 2 and 3", "tokens", hash_settings),
-    "gather": Benchmark("rows by number, as stored and turned into float32", "rows", gather_settings, _READ_LIMIT),
-    "tiers": Benchmark("look-up through every tier, by table size", "rows", tier_settings, _READ_LIMIT),
-    "cold": Benchmark("a mapped file that is not in memory", "rows", cold_settings),
+    "gather": Benchmark("rows by number, as stored and turned into float32", "rows", gather_settings, _TABLE, _READ_LIMIT),
+    "tiers": Benchmark("look-up through every tier, by table size", "rows", tier_settings, _TABLE, _READ_LIMIT),
+    "cold": Benchmark("a mapped file that is not in memory", "rows", cold_settings, _TABLE),
     "layer": Benchmark("an Engram layer's parts beside one transformer block", "tokens", layer_settings),
 }

@@ -51,7 +51,8 @@ def run_benchmark(name: str, benchmark: Benchmark, rounds: int, quick: bool, rep
         entries.append(entry)
         if report is not None:
             report(name, entry)
-    return {"title": benchmark.title, "unit": benchmark.unit, "notes": dict(benchmark.notes), "settings": entries}
+    described = {"title": benchmark.title, "unit": benchmark.unit, "size": benchmark.size, "notes": dict(benchmark.notes)}
+    return {**described, "settings": entries}
 
 
 def take_turns(setting: Setting, rounds: int) -> dict[str, list[float]]:

@@ -1,7 +1,7 @@
 """Floor 6: pictures, from result files alone."""
 
-from engram.plots.bench import plot_bench
+from engram.plots.bench import plot_bench, plot_steps
 from engram.plots.evaluation import plot_capacity, plot_evaluation, plot_gates, plot_shares
 from engram.plots.report import render_report
 
-__all__ = ["plot_bench", "plot_capacity", "plot_evaluation", "plot_gates", "plot_shares", "render_report"]
+__all__ = ["plot_bench", "plot_capacity", "plot_evaluation", "plot_gates", "plot_shares", "plot_steps", "render_report"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engram.plots.figure import COLOURS, new_figure, save_figure
 
-__all__ = ["plot_bench"]
+__all__ = ["plot_bench", "plot_steps"]
 
 
 def plot_bench(result: Mapping[str, Any], folder: str | Path) -> list[Path]:
@@ -18,6 +18,29 @@ def plot_bench(result: Mapping[str, Any], folder: str | Path) -> list[Path]:
         ConfigError: matplotlib is missing.
     """
     return [_draw(name, benchmark, Path(folder) / f"bench_{name}.png") for name, benchmark in result["benchmarks"].items()]
+
+
+def plot_steps(entries: Sequence[Mapping[str, Any]], names: Mapping[str, str], path: str | Path) -> Path:
+    """Seconds of a training step against the rows of a table, one line per kind of step.
+
+    Args:
+        entries: each with ``kind``, ``rows_per_layer`` and ``seconds`` (``median``, ``min``, ``max``).
+        names: what to call the kinds; others are left out.
+        path: PNG file.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    figure, (axis,) = new_figure(1, width=6.0)
+    for number, (kind, name) in enumerate(names.items()):
+        line = sorted((e for e in entries if e["kind"] == kind), key=lambda e: e["rows_per_layer"])
+        rows, colour = [e["rows_per_layer"] for e in line], COLOURS[number % len(COLOURS)]
+        axis.plot(rows, [e["seconds"]["median"] for e in line], marker="o", ms=3, color=colour, label=name)
+        low, high = ([e["seconds"][key] for e in line] for key in ("min", "max"))
+        axis.fill_between(rows, low, high, color=colour, alpha=0.15, lw=0)
+    axis.set(xscale="log", yscale="log", xlabel="rows per layer", ylabel="seconds per step")
+    axis.legend(frameon=False, fontsize=8)
+    return save_figure(figure, Path(path))
 
 
 def _draw(name: str, benchmark: Mapping[str, Any], path: Path) -> Path:
@@ -41,7 +64,7 @@ def _lines(axis: Any, benchmark: Mapping[str, Any]) -> None:
         axis.plot(sizes, [n / t["median"] for _, n, t in present], style, marker="o", ms=3, color=colour, label=name)
         low, high = ([n / t[key] for _, n, t in present] for key in ("high", "low"))
         axis.fill_between(sizes, low, high, color=colour, alpha=0.15, lw=0)
-    axis.set(xscale="log", yscale="log", xlabel="size", ylabel=f"{benchmark['unit']} per second")
+    axis.set(xscale="log", yscale="log", xlabel=benchmark["size"], ylabel=f"{benchmark['unit']} per second")
     axis.legend(frameon=False, fontsize=8)
 
 

@@ -219,6 +219,9 @@ class TableConfig:
     saved memory where it lies, from its own file, which cannot be trained, and ``hybrid`` keeps rows in host memory."""
     hot_rows: int | None = None
     """For ``hybrid``: rows per layer that may be copied to the device (``HybridTable.rebalance`` and ``engram place`` choose them)."""
+    changed_rows: Literal["refuse", "keep", "refill"] = "refuse"
+    """For row files in ``path`` that do not hold the saved rows: trained since, or another memory's. ``refuse``: an error; ``keep``: take them
+    as they are (and save, to make them the memory's); ``refill``: write the saved rows over them."""
     resident_bytes: int | None = None
     """For row files: about how many bytes of them the process may have mapped in at a time, all layers together; the rest is the system's
     to keep or drop. None leaves that to the system altogether."""
@@ -240,6 +243,8 @@ class TableConfig:
         if (self.tier == "hybrid") != (self.hot_rows is not None):
             expected = "a number of rows when tier is 'hybrid'" if self.tier == "hybrid" else "None unless tier is 'hybrid'"
             raise ConfigError(f"TableConfig.hot_rows: got {self.hot_rows!r}, expected {expected}.")
+        if self.changed_rows not in ("refuse", "keep", "refill"):
+            raise ConfigError(f"TableConfig.changed_rows: got {self.changed_rows!r}, expected 'refuse', 'keep' or 'refill'.")
         for field in ("hot_rows", "resident_bytes"):
             value = getattr(self, field)
             if value is not None and not (_is_int(value) and value >= 1):

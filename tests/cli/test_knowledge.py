@@ -3,10 +3,12 @@
 import copy
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from engram.checkpoint import lock_store
+from engram.errors import CheckpointError
 from engram.testing import tiny_model, tiny_tokenizer
 from tests.cli.test_cli import invoke
 
@@ -167,8 +169,11 @@ def test_mistakes_get_one_clear_line(engram, world, arguments, code, message):
 
 
 def test_a_locked_memory_is_refused(engram, taught):
-    with lock_store(taught):
+    with ThreadPoolExecutor(1) as other:
+        held = lock_store(taught)
+        other.submit(held.__enter__).result()
         code, _, err = engram("teach", "two.yaml", "--memory", taught)
+        other.submit(held.__exit__, None, None, None).result()
     assert code == 1
     assert "locked: another process" in err
 
@@ -260,6 +265,13 @@ def test_a_memory_is_converted_and_compared(engram, taught, world, tmp_path, dty
     assert engram("ask", "KEY:beta 20", "--memory", tmp_path / "small")[1] == "7319\n"
 
 
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
 def test_lost_facts_are_listed_and_missing_models_are_no_obstacle(engram, taught, tmp_path, monkeypatch):
     from engram.editing import MemoryEditor
 
@@ -270,8 +282,11 @@ def test_lost_facts_are_listed_and_missing_models_are_no_obstacle(engram, taught
     assert (code, "2 of 2 before, 1 after" in out) == (1, True)
     assert "not exact any more: beta; choose a format with more bits" in err
     code, out, err = engram("convert", taught, "--dtype", "int8", "--out", tmp_path / "b", "--model", "./nowhere")
-    assert code == 0
-    assert "not verified: cannot load model" in err
+    assert (code, "cannot load model './nowhere'" in err) == (1, True)  # said before the work
+    assert not (tmp_path / "b").exists()
+    monkeypatch.setattr("engram.models.load_model", raising(CheckpointError("cannot load model 'bundled'")))
+    code, out, err = engram("convert", taught, "--dtype", "int8", "--out", tmp_path / "b")
+    assert (code, "not verified: cannot load model" in err) == (0, True)
     assert "int8" in out
     code, out, err = engram("convert", taught, "--dtype", "int8", "--out", tmp_path / "c", "--no-verify")
     assert (code, "facts exact" in out) == (0, False)

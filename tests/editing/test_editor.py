@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -278,14 +281,16 @@ def test_bad_lessons_are_refused(tmp_path):
 
 
 def test_two_processes_cannot_write_one_memory(tmp_path):
-    with (
-        lock_store(tmp_path / "m"),
-        pytest.raises(CheckpointError, match="locked: another process"),
-        lock_store(tmp_path / "m"),
-    ):
-        pass
+    script = "import sys; from engram.checkpoint import lock_store\nwith lock_store(sys.argv[1]): print('mine')"
+    other = [sys.executable, "-c", script, str(tmp_path / "m")]
     with lock_store(tmp_path / "m"):
-        pass
+        with lock_store(tmp_path / "m"):  # who holds it may take it again
+            pass
+        done = subprocess.run(other, capture_output=True, text=True, check=False)
+        assert "locked: another process" in done.stderr
+        with ThreadPoolExecutor(1) as thread, pytest.raises(CheckpointError, match="locked: another process"):
+            thread.submit(lock_store(tmp_path / "m").__enter__).result()
+    assert subprocess.run(other, capture_output=True, text=True, check=True).stdout == "mine\n"
 
 
 def keyed(text, ids, answer):
@@ -441,8 +446,14 @@ def test_what_somebody_else_saved_is_not_lost(tmp_path):
     theirs.save(tmp_path / "m")
     with pytest.raises(CheckpointError, match="would lose what they did"):
         mine.save(tmp_path / "m")
-    with lock_store(tmp_path / "m"), pytest.raises(CheckpointError, match="locked"):
+    with lock_store(tmp_path / "m"), ThreadPoolExecutor(1) as thread, pytest.raises(CheckpointError, match="locked"):
+        thread.submit(theirs.save, tmp_path / "m").result()
+    description = tmp_path / "m" / "engram.json"
+    whole = description.read_text()
+    description.write_text(whole[:50])
+    with pytest.raises(CheckpointError, match="cannot read"):
         theirs.save(tmp_path / "m")
+    description.write_text(whole)
     with pytest.raises(CheckpointError, match="overwrite=True"):
         make_editor().save(tmp_path / "m")
     mine.save(tmp_path / "m", overwrite=True)
@@ -468,3 +479,23 @@ def test_preferences_are_a_or_b(tmp_path):
     editor.save(tmp_path / "m")
     with pytest.raises(ConfigError, match="expected 'a', 'b' or None"):
         editor.merge(tmp_path / "m", prefer="x")
+
+
+def test_half_precision_says_nothing_against_a_base(tmp_path):
+    editor = make_editor()
+    editor.teach(FACTS[:1])
+    editor.save(tmp_path / "m")
+    same_base = tiny_model(hidden_size=64, intermediate_size=96)
+    MemoryEditor.load(same_base.to(torch.float16), tmp_path / "m", tiny_tokenizer()).memory.unload()
+
+
+def test_replacing_asks_whoever_leant_on_what_leaves(monkeypatch):
+    editor = make_editor()
+    editor.teach(FACTS)
+    before = tensors(editor)
+    leaning = editor._ledger["door"]
+    monkeypatch.setattr(editor, "_leaning_on", lambda rows: [leaning])
+    monkeypatch.setattr(editor, "_not_exact", lambda facts, *_: [fact.id for fact in facts if fact is leaning])
+    with pytest.raises(TeachError, match="'KEY:alpha 18'"):
+        editor.teach([Fact(FACTS[1].prompts, "other", id="beta")], replace_answers=True)
+    assert same(tensors(editor), before)

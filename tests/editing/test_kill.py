@@ -51,7 +51,7 @@ for number in range(kills):
                     merge_memories(target, folder + "/other", target)
                 else:
                     editor.teach([extra], quick)
-                    editor.save(target, locked=True)
+                    editor.save(target)
         finally:
             time.sleep(9)
             os._exit(1)

@@ -85,6 +85,31 @@ def test_serves_few_positions_without_gradients_only(calls):
 
 
 @needs_core
+def test_adapters_hooks_and_other_types_are_not_passed_by(calls):
+    hidden, hash_ids = torch.randn(1, 1, 24), torch.randint(200, (1, 1, HEADS))
+
+    class Doubled(nn.Linear):
+        def forward(self, rows):
+            return 2 * super().forward(rows)
+
+    def adapted(change):
+        layer = randomise(make_layer())
+        change(layer)
+        expected = layer(hidden, hash_ids=hash_ids).detach()
+        with torch.no_grad():
+            assert torch.equal(layer(hidden, hash_ids=hash_ids), expected)
+
+    def subclass(layer):
+        layer.value_proj.__class__ = Doubled
+
+    adapted(subclass)
+    adapted(lambda layer: layer.key_projs[0].register_forward_hook(lambda module, args, out: out + 1))
+    adapted(lambda layer: layer.norm1[0].register_forward_pre_hook(lambda module, args: (3 * args[0],)))
+    adapted(lambda layer: layer.norm2[0].register_forward_hook(lambda module, args, out: -out))
+    assert not calls
+
+
+@needs_core
 def test_extreme_values_come_out_as_from_the_tensor_operations():
     layer = randomise(make_layer())
     hash_ids = torch.randint(200, (1, 1, HEADS))
@@ -124,6 +149,7 @@ def lie_side_by_side(layer):
 
 def test_projections_lie_side_by_side_whatever_happens_to_the_layer(tmp_path):
     layer = randomise(make_layer(4))
+    assert not lie_side_by_side(make_layer(1))  # two products are as good as one
     others = [
         copy.deepcopy(layer),
         pickle.loads(pickle.dumps(layer)),

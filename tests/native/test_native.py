@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import os
 import subprocess
 import sys
 
@@ -244,3 +245,31 @@ def test_scanning_refuses_other_tensors():
         native.scan_rows(rows.T, torch.arange(5))
     with pytest.raises(ValueError, match="scan_rows"):
         native.scan_rows(rows, torch.arange(5).int())
+
+
+def test_indices_and_touching_refuse_other_types():
+    flags = torch.ones(1, dtype=torch.bool)
+    for row_ids, tags in ((torch.zeros(3).short(), torch.zeros(3).int()), (torch.zeros(3).long(), torch.zeros(2).int())):
+        with pytest.raises(ValueError, match="RowIndex"):
+            native.RowIndex(row_ids, tags, flags)
+    for row_ids in (torch.arange(3).int(), torch.arange(6)[::2]):
+        with pytest.raises(ValueError, match="touch_rows"):
+            native.touch_rows(torch.zeros(9, 4), row_ids, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_gathers_on_threads_of_its_own():
+    script = """
+import os, sys, torch
+from engram import native
+torch.set_num_threads(2)
+table, row_ids, out = torch.randn(1000, 64), torch.randint(1000, (50_000,)), torch.empty(50_000, 64)
+native.gather_rows(table, row_ids, out)
+child = os.fork()
+if child == 0:
+    again = torch.empty(50_000, 64)
+    native.gather_rows(table, row_ids, again)
+    os._exit(0 if again[-1].equal(table[row_ids[-1]]) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -50,16 +50,17 @@ _CHECKED_BYTES = 256 << 20
 
 @contextmanager
 def lock_store(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the folder ``path`` for changing what is saved in it; the lock goes with the process, however it ends.
+    """Hold the folder ``path`` for changing what is saved in it; the lock goes with the process, however it ends. A thread that holds it may
+    take it again.
 
     Raises:
-        CheckpointError: somebody else holds it, or the folder cannot be written.
+        CheckpointError: another process or thread holds it, or the folder cannot be written.
     """
     folder = Path(path)
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / _LOCK_NAME)
+        lock = FileLock(folder.resolve() / _LOCK_NAME, is_singleton=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise CheckpointError(
@@ -106,7 +107,17 @@ def stream_store(
     ledger: Mapping[str, Any] | None = None,
 ) -> None:
     """As ``write_store``, for tensors that come in parts (see ``write_tensors``) and are never in memory whole."""
-    folder = Path(path)
+    with lock_store(path):  # two savers would clear each other's files away
+        _write_locked(Path(path), specs, parts, description, ledger)
+
+
+def _write_locked(
+    folder: Path,
+    specs: Mapping[str, TensorSpec],
+    parts: Iterable[tuple[str, Tensor]],
+    description: Mapping[str, Any],
+    ledger: Mapping[str, Any] | None,
+) -> None:
     name = f"{_WEIGHTS_PREFIX}{secrets.token_hex(6)}"
     weights, account = folder / f"{name}{_WEIGHTS_SUFFIX}", folder / f"{name}{_LEDGER_SUFFIX}"
     temporary = folder / f".{weights.name}{_TEMPORARY_SUFFIX}"
@@ -168,10 +179,19 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def saved_version(path: str | os.PathLike[str]) -> str | None:
-    """A name that every save gives anew, or None if there is no readable memory in the folder ``path``."""
-    with suppress(CheckpointError, KeyError, TypeError):
+    """A name that every save gives anew, or None if there is no memory in the folder ``path``.
+
+    Raises:
+        CheckpointError: there is one that cannot be read.
+    """
+    if not (Path(path) / DESCRIPTION_NAME).exists():
+        return None
+    try:
         return str(read_description(path)["weights"]["file"])
-    return None
+    except (KeyError, TypeError):
+        raise CheckpointError(
+            f"{path}/{DESCRIPTION_NAME} is malformed. Restore it from a backup or choose another folder."
+        ) from None
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engram.errors import CheckpointError
 
-__all__ = ["TensorReader", "TensorSpec", "as_parts", "read_header", "write_tensors"]
+__all__ = ["TensorReader", "TensorSpec", "as_parts", "read_header", "type_code", "write_tensors"]
 
 _NAMES = {
     "F64": torch.float64,
@@ -58,6 +58,11 @@ class TensorSpec:
     def of(cls, tensor: Tensor) -> Self:
         """Of a tensor in memory."""
         return cls(tensor.dtype, tuple(tensor.shape))
+
+
+def type_code(dtype: torch.dtype) -> str:
+    """A type's name in a safetensors file."""
+    return _CODES[dtype]
 
 
 def as_parts(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from engram.cli.outputs import check_folder, check_writable
+
 __all__ = ["bench_command"]
 
 
@@ -28,12 +30,13 @@ def bench_command(
         for name, benchmark in BENCHMARKS.items():
             print(f"{name:8} {benchmark.title}")
         return
+    check_writable(json_out)
+    check_folder(plots)
     result = run_benchmarks(names or list(BENCHMARKS), rounds or (5 if quick else 21), quick, _show)
     given = [*(names or []), *(["--quick"] if quick else []), *([f"--rounds {rounds}"] if rounds else [])]
     result = {"command": " ".join(["engram bench", *given]), **result}
     print(f"{result['hardware']}; kernels: {result['instruction_set'] or 'PyTorch alone'}")
     if json_out is not None:
-        json_out.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomically(json_out, result)
     if plots is not None:
         from engram.plots import plot_bench

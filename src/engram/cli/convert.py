@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engram.cli.outputs import check_writable
+
 if TYPE_CHECKING:
     from engram.checkpoint import ConversionReport
 
@@ -32,8 +34,12 @@ def convert_command(
     """Save a memory with its rows in another format, block by block, and report what that changed; exit code 1 if a fact was lost."""
     from engram.checkpoint import convert_memory, lock_store, write_json_atomically
     from engram.checkpoint.convert import check_target
+    from engram.models.bundled import load_tokenizer
 
     check_dtype(dtype)
+    check_writable(json_out)
+    if model is not None and verify:
+        load_tokenizer(model)  # a name that is wrong shows before the work
     held_out = None if text is None else read_text(text)
     check_target(memory, out)
     with lock_store(out):
@@ -45,7 +51,6 @@ def convert_command(
     if verify or held_out is not None:
         fields |= _compare(memory, out, model, held_out)
     if json_out is not None:
-        json_out.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomically(json_out, fields)
     if fields.get("facts", {}).get("lost"):
         raise typer.Exit(1)

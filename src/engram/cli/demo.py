@@ -50,7 +50,7 @@ def demo_command(
     demo = _Demo(base, tokenizer, taught, seed, console, knows_capitals=model == "bundled")
     demo.run()
     with lock_store(out / "memory"):
-        demo.editor.save(out / "memory", overwrite=True, locked=True)  # a demo may be shown again
+        demo.editor.save(out / "memory", overwrite=True)  # a demo may be shown again
     result = demo.result(
         command=_command(facts, model, seed), model=model, seed=seed, seconds=round(time.monotonic() - started)
     )

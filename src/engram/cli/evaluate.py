@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from engram._version import __version__
+from engram.cli.outputs import check_writable
 
 __all__ = ["eval_command"]
 
@@ -44,7 +45,7 @@ def eval_command(
     from engram.models import EngramRouter
 
     for file in (json_out, markdown):
-        _check_writable(file)
+        check_writable(file)
     asked = load_facts(facts)
     other = load_texts(texts or _BUNDLED / "none_of_its_business.yaml")
     editor = _open_existing(memory, model)
@@ -73,20 +74,6 @@ def eval_command(
         from engram.plots import plot_evaluation
 
         plot_evaluation({memory.name: fields}, plots)
-
-
-def _check_writable(file: Path | None) -> None:
-    """Find out before an evaluation of minutes that its result has no place."""
-    if file is None:
-        return
-    if file.is_dir():
-        raise typer.BadParameter(f"got {file}, which is a folder; expected a file to write")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise typer.BadParameter(f"cannot write {file}: {error.strerror}; choose another place") from None
 
 
 def _provenance(memory: Path, facts: Path, route: bool) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def teach_command(
                 part = lessons[start : start + _SAVE_EVERY]
                 show = partial(_shift, bar, done)
                 report = editor.teach(part, None, facts.name, checksum, replace, show, _report_conflicts)
-                editor.save(memory, locked=True)
+                editor.save(memory)
                 done += sum(len(fact.prompts) for fact in part)
                 bar(done)
                 taught, known = taught + len(report.taught), known + len(report.already_known)
@@ -197,7 +197,7 @@ def forget_command(
         by_prompt = {prompt.text: fact.id for fact in editor.facts for prompt in fact.prompts}
         known = {fact.id for fact in editor.facts}  # an id is meant as one, even if it is some other fact's prompt too
         report = editor.forget([name if name in known else by_prompt.get(name, name) for name in fact_ids])
-        editor.save(memory, locked=True)
+        editor.save(memory)
     shared = f", {report.rows_shared} rows stay because other facts own them too" if report.rows_shared else ""
     print(f"forgot {len(report.forgotten)} facts, {report.rows_removed} rows{shared}; {len(editor.facts)} facts remain")
     if report.no_longer_exact:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -110,21 +110,20 @@ class MemoryEditor:
         """What the memory holds, in the order in which it was taught."""
         return list(self._ledger)
 
-    def save(self, path: str | os.PathLike[str], overwrite: bool = False, locked: bool = False) -> None:
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Save memory and ledger into a folder, atomically, under the folder's lock.
 
         Args:
             path: the folder.
-            overwrite: replace a memory that was neither read nor written here.
-            locked: the caller holds ``lock_store(path)``.
+            overwrite: replace a memory that was neither read nor written here, or that cannot be read.
 
         Raises:
             CheckpointError: another process is changing the folder, or has changed it since it was read here, or it cannot be
                 written; what was saved before is intact.
         """
-        with nullcontext() if locked else lock_store(path):
-            version = saved_version(path)
-            if version is not None and version not in self.memory.known_versions and not overwrite:
+        with lock_store(path):
+            version = None if overwrite else saved_version(path)
+            if version is not None and version not in self.memory.known_versions:
                 raise CheckpointError(
                     f"{path} holds a memory that was changed, or made, by somebody else since; saving over it would lose what they did. "
                     "Load it and teach again, choose another folder, or pass overwrite=True."
@@ -322,8 +321,7 @@ class MemoryEditor:
             raise _contradicted(found.contradictions)
         report = TeachReport(already_known=found.already_known, replaced=found.contradictions, joined=found.joined)
         leaving = list(dict.fromkeys(fact_id for ids in found.leaving.values() for fact_id in ids))
-        if leaving:
-            self._forget(leaving)
+        deleted, _ = self._take_out(leaving) if leaving else ({}, 0)
         entries = self._encode(list(found.new.values()), settings, *origin)
         if entries:
             conflicts = self._row_conflicts(entries)
@@ -334,6 +332,13 @@ class MemoryEditor:
         lost = {given: why for new, why in report.not_exact.items() if found.leaving[new] for given in found.given[new]}
         if lost:
             raise _WouldBeLostError(lost)
+        broken = self._not_exact(self._leaning_on(deleted)) if deleted else []
+        if broken:
+            names = ", ".join(repr(self._ledger[fact_id].prompts[0].text) for fact_id in broken[:_SHOWN])
+            raise TeachError(
+                f"{len(broken)} other answer(s) lean on what would be replaced: {names}. Nothing was written. Teach those again together "
+                "with the new facts."
+            )
         return report
 
     def _encode(self, facts: Sequence[Fact], settings: TeachSettings, source: str, checksum: str) -> list[LedgerFact]:
@@ -403,10 +408,14 @@ class MemoryEditor:
         return list(dict.fromkeys(found))
 
     def _forget(self, fact_ids: list[str]) -> ForgetReport:
-        gone = [self._ledger.remove(fact_id) for fact_id in fact_ids]
-        only_theirs, shared = self._delete_rows(gone, self.facts)
+        only_theirs, shared = self._take_out(fact_ids)
         broken = self._not_exact(self._leaning_on(only_theirs))
         return ForgetReport(fact_ids, sum(len(planned[0]) for planned in only_theirs.values()), shared, broken)
+
+    def _take_out(self, fact_ids: Sequence[str]) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+        """Strike facts out of the ledger and delete their rows; as ``_delete_rows``."""
+        gone = [self._ledger.remove(fact_id) for fact_id in fact_ids]
+        return self._delete_rows(gone, self.facts)
 
     def _delete_rows(
         self, gone: Sequence[LedgerFact], keepers: Sequence[LedgerFact]

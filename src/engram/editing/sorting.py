@@ -21,43 +21,66 @@ class SortedFacts:
     """For each of those, the facts of the memory that make way for it: contradicted, or taught again with more phrasings."""
     given: dict[str, list[str]] = field(default_factory=dict)
     """For each of those, the ids of the lesson's facts in it."""
+    joined: dict[str, str] = field(default_factory=dict)
+    """Ids that will name nothing, and the id under which their prompts will stand."""
     already_known: list[str] = field(default_factory=list)
     contradictions: list[str] = field(default_factory=list)
     """One line each."""
 
-    @property
-    def joined(self) -> dict[str, str]:
-        """Ids that will name nothing, and the id under which their prompts will stand."""
-        return {
-            other: kept
-            for kept, fact in self.new.items()
-            for other in [*self.given[kept], *self.leaving[kept]]
-            if other != kept and other not in self.new
-        }
-
 
 def sort_out(ledger: Ledger, facts: Sequence[Fact]) -> SortedFacts:
-    """Compare a lesson with what a memory holds."""
-    found = SortedFacts()
-    for fact in facts:
-        owners = [ledger.owner_of_prompt(prompt) for prompt in fact.prompts]
-        holders = {holder.id: holder for holder in owners if holder is not None}
-        if fact.id in ledger:
-            holders[fact.id] = ledger[fact.id]
-        opposed = [holder for holder in holders.values() if holder.answer != fact.answer]
-        agreeing = [holder.to_fact() for holder in holders.values() if holder.answer == fact.answer]
-        found.contradictions += [_contradiction(holder, fact) for holder in opposed]
-        if any(set(fact.prompts) <= set(holder.prompts) for holder in agreeing):
-            found.already_known.append(fact.id)
+    """Compare a lesson with what a memory holds.
+
+    A fact of the memory that any fact of the lesson contradicts leaves as a whole. Facts of one answer that share a prompt or an id, be it
+    by way of others, are one fact, under the id of the first that the memory holds.
+    """
+    found, relatives = SortedFacts(), [_relatives(ledger, fact) for fact in facts]
+    said = {prompt for fact in facts for prompt in fact.prompts}
+    opposed = [[holder for holder in holders if holder.answer != fact.answer] for fact, holders in zip(facts, relatives)]
+    found.contradictions = [_contradiction(holder, fact, said) for fact, holders in zip(facts, opposed) for holder in holders]
+    gone = {holder.id for holders in opposed for holder in holders}
+    agreeing = [[h for h in holders if h.id not in gone] for holders in relatives]
+    for group in _connected(agreeing):
+        holders = {holder.id: holder for number in group for holder in agreeing[number]}
+        members = [facts[number] for number in group]
+        making_way = [holder.id for number in group for holder in opposed[number]]
+        known = all(any(set(fact.prompts) <= set(h.to_fact().prompts) for h in holders.values()) for fact in members)
+        if known and not making_way:
+            found.already_known += [fact.id for fact in members]
             continue
-        joined = _joined([*agreeing, fact])
-        found.new[joined.id] = _joined([found.new[joined.id], joined]) if joined.id in found.new else joined
-        found.given.setdefault(joined.id, []).append(fact.id)
-        found.leaving.setdefault(joined.id, []).extend([holder.id for holder in opposed] + [holder.id for holder in agreeing])
+        joined = _joined([*(holder.to_fact() for holder in holders.values()), *members])
+        found.new[joined.id] = joined
+        found.given[joined.id] = [fact.id for fact in members]
+        found.leaving[joined.id] = [*making_way, *holders]
+        found.joined |= {name: joined.id for name in [*found.given[joined.id], *holders] if name != joined.id}
+    found.joined = {name: kept for name, kept in found.joined.items() if name not in found.new}
     return found
 
 
-def _contradiction(held: LedgerFact, fact: Fact) -> str:
+def _relatives(ledger: Ledger, fact: Fact) -> list[LedgerFact]:
+    """Facts of the memory that have a prompt or the id of this one."""
+    owners = [ledger.owner_of_prompt(prompt) for prompt in fact.prompts]
+    if fact.id in ledger:
+        owners.append(ledger[fact.id])
+    return list({owner.id: owner for owner in owners if owner is not None}.values())
+
+
+def _connected(holders: Sequence[Sequence[LedgerFact]]) -> list[list[int]]:
+    """Numbers of the facts of the lesson, those together that share holders."""
+    groups: list[tuple[list[int], set[str]]] = []
+    for number, own in enumerate(holders):
+        members, ids = [number], {holder.id for holder in own}
+        apart = []
+        for other in groups:
+            if other[1] & ids:
+                members, ids = other[0] + members, other[1] | ids
+            else:
+                apart.append(other)
+        groups = [*apart, (members, ids)]
+    return [members for members, _ in groups]
+
+
+def _contradiction(held: LedgerFact, fact: Fact, said: set[str]) -> str:
     texts = [prompt.text for prompt in held.prompts]
     shared = next((text for text in texts if text in fact.prompts), None)
     if shared is None:
@@ -65,7 +88,7 @@ def _contradiction(held: LedgerFact, fact: Fact) -> str:
             f"the id {fact.id!r} names {texts[0]!r} -> {held.answer!r} in the memory, "
             f"{fact.prompts[0]!r} -> {fact.answer!r} now (ids must differ)"
         )
-    others = [repr(text) for text in texts if text not in fact.prompts]
+    others = [repr(text) for text in texts if text not in said]
     also = f"; {', '.join(others)} would leave with it" if others else ""
     return f"{shared!r} is {held.answer!r} in the memory (fact {held.id}), {fact.answer!r} now{also}"
 

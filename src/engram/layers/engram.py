@@ -16,7 +16,7 @@ from engram.errors import CheckpointError, ConfigError
 from engram.hashing import NgramHashMapping
 from engram.layers.conv import ShortConv
 from engram.layers.embedding import MultiHeadEmbedding
-from engram.layers.joined import join_projections, project_together
+from engram.layers.joined import are_plain, join_projections, project_together
 from engram.layers.reader import seeded_signs
 from engram.layers.state import EngramState
 from engram.native.read import read_streams
@@ -66,7 +66,7 @@ class Engram(nn.Module):
             nn.init.zeros_(self.value_proj.bias)
         if config.reader == "seeded":
             self._seed_reader()
-        join_projections(self._projections)
+        self._join()
 
     @property
     def _projections(self) -> list[nn.Linear]:
@@ -75,13 +75,29 @@ class Engram(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        join_projections(self._projections)
+        self._join()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and pickles have their projections side by side too."""
         super().__setstate__(state)
-        join_projections(self._projections)
+        self._join()
+
+    def _join(self) -> None:
+        """With several streams, have all projections side by side: five small matrix products cost three times one. Two do not, and
+        weights that share memory are refused by some ways of saving a module.
+        """
+        if self.branches > 1:
+            join_projections(self._projections)
+
+    def _short_way(self, streams: Tensor) -> bool:
+        """Whether ``_read_few`` gives what the tensor operations would."""
+        return (
+            few_positions_serve(streams, self.value_proj.weight)
+            and are_plain(self._projections, nn.Linear)
+            and are_plain([*self.norm1, *self.norm2, *(self.short_conv.norms if self.short_conv else ())], nn.RMSNorm)
+            and (self.short_conv is None or are_plain([self.short_conv.conv], nn.Conv1d))
+        )
 
     @torch.no_grad()
     def _seed_reader(self) -> None:
@@ -135,7 +151,7 @@ class Engram(nn.Module):
                 f"hash_ids: got {list(hash_ids.shape)}, expected {[*hidden_states.shape[:2], self.config.num_heads]}."
             )
         rows = self.multi_head_embedding(hash_ids, self.value_proj.weight.dtype, fetched)
-        if trace is None and few_positions_serve(streams, self.value_proj.weight):
+        if trace is None and self._short_way(streams):
             return self._read_few(streams, rows, attention_mask, state).reshape(hidden_states.shape)
         gate, value = self._gated_value(streams, rows)
         if attention_mask is not None:

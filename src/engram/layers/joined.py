@@ -8,15 +8,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["join_projections", "project_together"]
+__all__ = ["are_plain", "join_projections", "project_together"]
+
+
+def are_plain(modules: Sequence[nn.Module], kind: type[nn.Module]) -> bool:
+    """Whether modules do what their class and float32 weights say and nothing more: no adapter, hook, parametrisation or sharding."""
+    return all(
+        type(module) is kind
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and type(module.weight) is nn.Parameter
+        and type(module.weight.data) is Tensor
+        and module.weight.dtype == torch.float32
+        for module in modules
+    )
 
 
 @torch.no_grad()
 def join_projections(projections: Sequence[nn.Linear]) -> None:
-    """Move the weights, and the biases, of several projections into one piece of memory each; they stay parameters of their own."""
+    """Move the weights, and the biases, of several projections into one piece of memory each; they stay parameters of their own.
+
+    Nothing is done where they lie so already.
+    """
     for name in ("weight", "bias"):
         parts = [getattr(projection, name) for projection in projections]
-        if any(part is None for part in parts):
+        if any(part is None for part in parts) or len({part.dtype for part in parts}) > 1 or _side_by_side(parts) is not None:
             continue
         joined = torch.cat([part.detach() for part in parts])
         for part, place in zip(parts, joined.split([len(part) for part in parts])):

@@ -35,10 +35,6 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
         CheckpointError: it cannot be loaded; the message carries the loader's own reason.
     """
     path = str(BUNDLED_MODEL) if name == BUNDLED_NAME else name
-    if _is_path(path) and not Path(path).is_dir():  # a hub would be asked for it again and again
-        raise CheckpointError(
-            f"cannot load model {name!r}: there is no such folder. Expected one with config.json and weights."
-        )
     with _readable_errors(name):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -59,6 +55,10 @@ def load_tokenizer(name: str) -> Any:
 
 @contextmanager
 def _readable_errors(name: str) -> Iterator[None]:
+    if name != BUNDLED_NAME and _is_path(name) and not Path(name).is_dir():  # a hub would be asked for it again and again
+        raise CheckpointError(
+            f"cannot load model {name!r}: there is no such folder. Expected one with config.json and weights."
+        )
     try:
         yield
     except (OSError, ValueError, KeyError) as error:

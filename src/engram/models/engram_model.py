@@ -244,12 +244,12 @@ class EngramModel(nn.Module):
             CheckpointError, FingerprintError, ConfigError, AttachError: see ``load_memory`` and ``get_engram_model``; the model is
                 left as it was.
         """
-        from engram.models.files import check_memory
+        from engram.models.files import check_memory, load_memory
 
         mapping, placement = check_memory(model, path, tokenizer, allow_other_base, table_config)
         memory = cls(model, mapping.config, tokenizer, placement, rollback_window, mapping)
         try:
-            memory.load_memory(path, allow_other_base)
+            load_memory(memory, path, allow_other_base, placement.changed_rows)
         except BaseException:
             memory.unload()
             raise

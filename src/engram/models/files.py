@@ -22,6 +22,7 @@ from engram.checkpoint import (
     tensor_offsets,
     write_store,
 )
+from engram.checkpoint.stream import type_code
 from engram.config import EngramConfig, TableConfig
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping
@@ -54,7 +55,14 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
     if memory.engram_config.reader == "seeded":
         description["reader_sha256"] = _reader_digest(memory)
     write_store(path, _tensors(memory), description, memory.ledger)
-    memory.known_versions.add(saved_version(path))
+    version = saved_version(path)
+    memory.known_versions.add(version)
+    for layer_id, engram in memory.engrams.items():  # row files hold what was saved
+        table = engram.multi_head_embedding.embedding
+        cold = table.cold if isinstance(table, HybridTable) else table
+        if isinstance(cold, MmapTable) and cold.mode == "r+":
+            cold.flush()
+            stamp_rows(cold.path, row_stamp(str(version), layer_id, table.format_name))
 
 
 def check_memory(
@@ -102,8 +110,10 @@ def _in_place(
     return replace(placement, files={layer: offsets[name] for layer, name in names.items()})
 
 
-def load_memory(memory: EngramModel, path: str | os.PathLike[str], allow_other_base: bool = False) -> None:
-    """Fill ``memory`` from the folder ``path``; every check comes before the first write."""
+def load_memory(
+    memory: EngramModel, path: str | os.PathLike[str], allow_other_base: bool = False, changed_rows: str = "refill"
+) -> None:
+    """Fill ``memory`` from the folder ``path``; every check comes before the first write. ``changed_rows``: see ``TableConfig``."""
     description = read_description(path)
     saved = _config_of(description, path)
     if saved != memory.engram_config:
@@ -132,7 +142,7 @@ def load_memory(memory: EngramModel, path: str | os.PathLike[str], allow_other_b
                 with TensorReader(
                     Path(path) / description["weights"]["file"]
                 ) as reader:  # its pages do not count as the process's own
-                    _fill_tables(memory, reader, saved_dtype)
+                    _fill_tables(memory, reader, saved_dtype, changed_rows)
                 _promote_rows(memory, tensors)
             for name, tensor in own.items():
                 tensor.copy_(tensors.get_tensor(name))
@@ -181,12 +191,23 @@ def _check_tensors(
             raise CheckpointError(
                 f"{path}: {name} has shape {list(shape)}, expected {['any' if n == -1 else n for n in wanted]}."
             )
+    form = row_format(saved_dtype)
+    types = {"row_ids": torch.int64, "tags": torch.int32, "weight": form.dtype, "scales": form.scale_dtype}
+    for name in _table_shapes(memory, saved_dtype):
+        code, expected_type = tensors.get_slice(name).get_dtype(), types[name.removeprefix(name[: name.index(_TABLE)] + _TABLE)]
+        if expected_type is not None and code != type_code(expected_type):
+            raise CheckpointError(
+                f"{path}: {name} is of type {code}, expected {type_code(expected_type)}. Copy the file again."
+            )
 
 
-def _fill_tables(memory: EngramModel, tensors: TensorReader, saved_dtype: str) -> None:
+def _fill_tables(memory: EngramModel, tensors: TensorReader, saved_dtype: str, changed_rows: str) -> None:
     """Rows of every layer, block by block, turned from the saved format into the table's.
 
     Those mapped where they lie are left, and row files that hold the rows of this very file, unchanged.
+
+    Raises:
+        CheckpointError: a row file holds other rows, and nobody said what to do with them (``TableConfig.changed_rows``).
     """
     form = row_format(saved_dtype)
     for layer_id, engram in memory.engrams.items():
@@ -195,6 +216,13 @@ def _fill_tables(memory: EngramModel, tensors: TensorReader, saved_dtype: str) -
         stamp = row_stamp(tensors.file.name, layer_id, table.format_name)
         if isinstance(cold, MmapTable) and (cold.mode == "r" or rows_are(cold.path, stamp)):
             continue
+        if isinstance(cold, MmapTable) and not cold.is_new and changed_rows != "refill":
+            if changed_rows == "keep":
+                continue
+            raise CheckpointError(
+                f"{cold.path} holds other rows than {tensors.file}: they were trained or edited and not saved, or are another memory's. "
+                "Choose another path, or TableConfig(changed_rows='keep') to go on with them, 'refill' to write the saved rows over them."
+            )
         for start in range(0, table.rows, _ROWS_AT_ONCE):
             stop = start + _ROWS_AT_ONCE
             block = tensors.read(f"{prefix}weight", start, stop)

@@ -18,8 +18,8 @@ _COMPARED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "em
 def base_identity(model: nn.Module) -> dict[str, Any]:
     """Name, sizes, a checksum of a corner of the input embeddings and one of a sample of every weight.
 
-    Checksums are taken in bfloat16, so that loading the same weights in another precision gives the same identity. LoRA adapters on the
-    model do not count: they come and go.
+    Checksums are taken in bfloat16, so that the same weights loaded as float32 or bfloat16 have the same identity; those of float16 weights
+    say nothing about the others, which they round otherwise. LoRA adapters on the model do not count: they come and go.
     """
     config: Any = model.config
     return {
@@ -28,6 +28,7 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
         "vocab_size": int(config.vocab_size),
         "hidden_size": int(config.hidden_size),
         "num_hidden_layers": int(config.num_hidden_layers),
+        "float16": model.get_input_embeddings().weight.dtype == torch.float16,  # type: ignore[operator]
         "embedding_sha256": _embedding_digest(model),
         "weights_sha256": _weights_digest(model),
     }
@@ -35,10 +36,14 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
 
 def identity_mismatch(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """Fields in which two identities differ, as ``field: saved ... , present ...``; names and unknown checksums do not count."""
+    comparable = bool(saved.get("float16")) == bool(present.get("float16"))
     return [
         f"{field}: saved with {saved.get(field)!r}, this model has {present.get(field)!r}"
         for field in _COMPARED
-        if saved.get(field) is not None and present.get(field) is not None and saved[field] != present[field]
+        if (comparable or not field.endswith("sha256"))
+        and saved.get(field) is not None
+        and present.get(field) is not None
+        and saved[field] != present[field]
     ]
 
 

@@ -229,7 +229,11 @@ def place_memory(
     if placement.path is not None:
         placement = replace(placement, path=str(Path(placement.path).resolve()))
         _check_row_files(source, placement.path or "")
-    fields = {name: value for name, value in asdict(placement).items() if value is not None and name not in ("dtype", "files")}
+    fields = {
+        name: value
+        for name, value in asdict(placement).items()
+        if value is not None and name not in ("dtype", "files", "changed_rows")
+    }
     tensors = {f"placement.{layer_id}.hot_ids": rows for layer_id, rows in (hot or {}).items()}
     report = convert_memory(source, out, placement.dtype, progress, {"placement": fields}, tensors)
     if placement.path is not None:
@@ -238,6 +242,8 @@ def place_memory(
 
 
 def _check_row_files(source: str | os.PathLike[str], folder: str) -> None:
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ConfigError(f"path: got {folder}, which is a file; expected a folder for the row files.")
     for place in layer_places(source):
         if row_file(folder, place.layer_id).exists():
             raise ConfigError(f"{row_file(folder, place.layer_id)} exists already; choose another folder for the row files.")

@@ -144,6 +144,10 @@ class RowIndex:
     """
 
     def __init__(self, row_ids: Tensor, tags: Tensor, order_used: Tensor) -> None:
+        if row_ids.dtype != torch.int64 or tags.dtype != torch.int32 or row_ids.dim() != 1 or row_ids.shape != tags.shape:
+            raise ValueError(
+                f"RowIndex: got {row_ids.dtype} {list(row_ids.shape)} and {tags.dtype} {list(tags.shape)}, expected int64 [n] and int32 [n]."
+            )
         self._row_ids, self._tags = row_ids.contiguous(), tags.contiguous()
         self._order_used = order_used.to(torch.uint8).contiguous()
         size = 1 << max(4, (2 * len(row_ids)).bit_length())  # at most half full
@@ -216,6 +220,8 @@ def touch_rows(data: Tensor, row_ids: Tensor, threads: int, count: bool = False)
     """
     if _core is None:
         return 0
+    if not all(t.is_contiguous() and t.device.type == "cpu" for t in (data, row_ids)) or row_ids.dtype != torch.int64:
+        raise ValueError("touch_rows: expected contiguous CPU tensors and int64 row numbers.")
     row_bytes = data.shape[1] * data.element_size()
     return _core.touch_rows(data.data_ptr(), data.shape[0], row_bytes, row_ids.data_ptr(), row_ids.numel(), threads, count)
 

@@ -143,11 +143,16 @@ class MmapTable(HostTable):
         self.weight.requires_grad_(mode == "r+")
         if mode == "r+":
             file = self._file  # an optimiser's step follows, which would die of a truncated file
-            self.weight.register_post_accumulate_grad_hook(lambda _: file.check())
+            self.weight.register_post_accumulate_grad_hook(lambda _: file.changing())
 
     def _allocate(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         count = self.rows * self.dim
         return torch.frombuffer(self._file.map, dtype=dtype, count=count, offset=self.offset).view(self.rows, self.dim)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the file was made for this table, all zero."""
+        return self._file.created
 
     @property
     def tier(self) -> str:
@@ -212,7 +217,7 @@ class MmapTable(HostTable):
         """Have rows, numbered on the CPU, read from the file into memory if they are not there."""
         self._file.check()
         if row_ids.numel():
-            warm = touch_rows(self.weight.detach(), row_ids.contiguous(), _COLD_READERS, self.count_cold)
+            warm = touch_rows(self.weight.detach(), row_ids.long().contiguous(), _COLD_READERS, self.count_cold)
             if self.count_cold:
                 self.warm_rows += warm
                 self.cold_rows += row_ids.numel() - warm
@@ -262,7 +267,7 @@ class MmapTable(HostTable):
         """
         if self.mode == "r":
             raise TableError(f"{self.path} is mapped read-only; open it with mode='r+' to change rows.")
-        self._file.check()
+        self._file.changing()
         super().update_rows(row_ids, fn)
         self._file.touched(row_ids.numel(), self._row_bytes)
 
@@ -274,7 +279,7 @@ class MmapTable(HostTable):
         """
         if self.mode == "r":
             raise TableError(f"{self.path} is mapped read-only; open it with mode='r+' to change rows.")
-        self._file.check()
+        self._file.changing()
         super().load_rows(start, rows)
         self._file.touched(rows.shape[0], self._row_bytes, in_order=True)
 

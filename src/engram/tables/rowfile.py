@@ -44,8 +44,10 @@ class RowFile:
     def __init__(self, path: Path, end: int, mode: Literal["r", "r+"], resident_bytes: int | None = None) -> None:
         self.path, self.end, self.mode, self.resident_bytes = path, end, mode, resident_bytes
         self._unseen, self._before = 0, _resident() or 0
+        self.created = mode == "r+" and not path.exists()
+        """Whether the file is new, all zero."""
         try:
-            if mode == "r+" and not path.exists():
+            if self.created:
                 _create(path, end)
             with open(path, "rb" if mode == "r" else "r+b") as file:
                 self._check_size(os.fstat(file.fileno()).st_size)
@@ -71,10 +73,21 @@ class RowFile:
         """
         self._check_size(self.map.size())
 
+    def changing(self) -> None:
+        """Check, and withdraw the note of what the file holds: not every file system's times tell of writes through a map.
+
+        Raises:
+            TableError: the file was truncated.
+        """
+        self.check()
+        with suppress(OSError):
+            os.unlink(_note_of(self.path))
+
     def _check_size(self, size: int) -> None:
         if size < self.end:
             raise TableError(
-                f"{self.path}: got {size:,} bytes, expected at least {self.end:,}; the file was truncated. Copy it again and reload."
+                f"{self.path}: got {size:,} bytes, expected at least {self.end:,}; the file was truncated, or is another table's. "
+                "Copy it again and reload."
             )
 
     def rows_at_once(self, row_bytes: int) -> int | None:

@@ -8,6 +8,7 @@
 
 #if defined(__linux__)
 #include <dlfcn.h>
+#include <pthread.h>
 #endif
 
 namespace engram {
@@ -41,8 +42,12 @@ void parallel_wait(int64_t count, int64_t grain, int64_t threads, const Fn& fn) 
 using OpenMpEntry = void (*)(void (*)(void*), void*, unsigned, unsigned);
 inline OpenMpEntry shared_pool() {
 #if defined(__linux__)
-  static const OpenMpEntry found = reinterpret_cast<OpenMpEntry>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return found;
+  static std::atomic<bool> forked{false};  // a child has the pool's memory, but not its threads, and would wait for them
+  static const OpenMpEntry found = [] {
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+    return reinterpret_cast<OpenMpEntry>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  }();
+  return forked ? nullptr : found;
 #else
   return nullptr;
 #endif

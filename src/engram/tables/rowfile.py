@@ -64,6 +64,8 @@ class RowFile:
             raise TableError(f"cannot map {path}: {error.strerror}; check the path and the space on its disk.") from error
         with suppress(OSError, AttributeError):
             self.map.madvise(mmap.MADV_RANDOM)
+            if resident_bytes is not None:  # one touch of a file in huge pages would bring in two megabytes
+                self.map.madvise(mmap.MADV_NOHUGEPAGE)
 
     def check(self) -> None:
         """Raise if the file was truncated since it was mapped: touching pages past its end would kill the process.

@@ -25,11 +25,17 @@ def cpu_name():
 
 def provenance(seed):
     return {
-        "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *_arguments()]),
         "seed": seed,
         "hardware": f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _arguments():
+    """As they were given, but for the place of somebody's environment."""
+    before = [None, *sys.argv[1:]]
+    return ["PYTHON" if flag == "--peer-python" else argument for flag, argument in zip(before, sys.argv[1:])]
 
 
 def spread(values):

@@ -1,8 +1,6 @@
 """What every benchmark records beside its figures."""
 
 import json
-import os
-import platform
 import statistics
 import sys
 from pathlib import Path
@@ -11,23 +9,16 @@ import torch
 import transformers
 
 from engram import __version__
+from engram.bench import machine
 
 RESULTS = Path(__file__).parents[1] / "results"
-
-
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def provenance(seed):
     return {
         "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *_arguments()]),
         "seed": seed,
-        "hardware": f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "hardware": machine()["hardware"],
         "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 

@@ -4,7 +4,7 @@ import sys
 import tempfile
 
 from engram_peft import EngramConfig, EngramDataCollator, EngramTrainer, get_engram_model
-from protocol import FULL, HEADS, QUICK, Channel, Documents, StepOnCommand, backbone, batches, serve, trainer_options
+from protocol import FULL, HEADS, QUICK, Channel, Documents, StepOnCommand, backbone, serve_plain_loop, trainer_options
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, TrainingArguments
@@ -41,16 +41,8 @@ def main():
                 callbacks=[StepOnCommand(channel, tables)],
             ).train()
         return
-    optimizer, data = model.create_optimizer(base_learning_rate=1e-3), batches(sizes)
-    model.train()
-
-    def step():
-        ids = next(data)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    serve(channel, step, tables)
+    optimizer = model.create_optimizer(base_learning_rate=1e-3)
+    serve_plain_loop(channel, model, optimizer, sizes, tables)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from protocol import FULL, QUICK, Channel, Documents, StepOnCommand, batches, serve, trainer_options
+from protocol import FULL, QUICK, Channel, Documents, StepOnCommand, serve_plain_loop, trainer_options
 
 from engram import EngramAdamW, EngramTrainer, EngramTrainingArguments
 from engram.optim import build_param_groups
@@ -37,16 +37,7 @@ def main():
             ).train()
         return
     optimizer = EngramAdamW(build_param_groups(model, model.engrams, lr=1e-3), lr=1e-3, row_state=args.tables)
-    data = batches(sizes)
-    model.train()
-
-    def step():
-        ids = next(data)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    serve(channel, step, tables)
+    serve_plain_loop(channel, model, optimizer, sizes, tables)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,20 @@ class Channel:
         return False
 
 
+def serve_plain_loop(channel, model, optimizer, sizes, tables):
+    """Serve training steps of a plain loop over the batches."""
+    data = batches(sizes)
+    model.train()
+
+    def step():
+        ids = next(data)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    serve(channel, step, tables)
+
+
 def serve(channel, step, rows):
     """Take a step whenever asked."""
     channel.reply(rows=rows)

@@ -14,18 +14,10 @@ from safetensors.torch import load_file
 from engram import CheckpointError, ConfigError, EngramConfig, EngramModel, TableError
 from engram.checkpoint import TensorSpec, convert_memory, read_description, stream_store
 from engram.tables import FORMATS
-from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
+from engram.testing import tiny_model, tiny_tokenizer
 
 WEIGHT = "layers.0.multi_head_embedding.embedding.weight"
 IDS = torch.randint(2, 300, (2, 9), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def saved(tmp_path):
-    memory = tiny_memory()
-    memory.save_pretrained(tmp_path / "memory")
-    memory.unload()
-    return tmp_path / "memory"
 
 
 def files(folder):

@@ -15,14 +15,6 @@ from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from engram.training.tokenizer import train_tokenizer
 
 
-@pytest.fixture
-def saved(tmp_path):
-    memory = tiny_memory()
-    memory.save_pretrained(tmp_path / "memory")
-    memory.unload()
-    return tmp_path / "memory"
-
-
 def description(path):
     return json.loads((path / DESCRIPTION_NAME).read_text())
 

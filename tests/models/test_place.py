@@ -9,19 +9,11 @@ from engram import CheckpointError, ConfigError, EngramModel, FingerprintError, 
 from engram.checkpoint import read_description
 from engram.models.place import check_fit, count_rows_read, layer_places, place_memory, placement_costs
 from engram.tables import FORMATS, DeviceTable, HybridTable, MmapTable
-from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
+from engram.testing import tiny_config, tiny_model, tiny_tokenizer
 from engram.training.tokenizer import train_tokenizer
 
 IDS = torch.randint(2, 300, (2, 9), generator=torch.Generator().manual_seed(1))
 TEXT = "The memory is addressed by the last tokens. The memory is addressed by the first tokens."
-
-
-@pytest.fixture
-def saved(tmp_path):
-    memory = tiny_memory()
-    memory.save_pretrained(tmp_path / "memory")
-    memory.unload()
-    return tmp_path / "memory"
 
 
 def load(folder, placement=None):

@@ -10,6 +10,7 @@ import typer
 from engram._version import __version__
 from engram.cli.bench import bench_command
 from engram.cli.convert import convert_command
+from engram.cli.corpus import corpus_command
 from engram.cli.demo import demo_command
 from engram.cli.evaluate import eval_command
 from engram.cli.generate import generate_command
@@ -49,6 +50,7 @@ app.command("place")(place_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("trace")(trace_command)
+app.command("corpus")(corpus_command)
 app.command("pretrain")(pretrain_command)
 app.command("bench")(bench_command)
 

@@ -103,12 +103,12 @@ class EngramMuon(EngramAdamW):
             if p.grad is not None:
                 update = self._momentum_update(group, p)
                 stacks[(*update.shape[1:], update.dtype, update.device)].append((p, update))
-        lr = float(group["lr"])
+        lr, dtype = float(group["lr"]), _DTYPES[group["ns_dtype"]]
         for (rows, columns, *_), members in stacks.items():
             scale = lr * update_scale(rows, columns)
             for part in _in_portions(members):
-                whole = part[0][1] if len(part) == 1 else torch.cat([update for _, update in part])
-                steps = orthogonalize(whole, group["ns_steps"], _DTYPES[group["ns_dtype"]])
+                whole = torch.cat([update.to(dtype) for _, update in part])
+                steps = orthogonalize(whole, group["ns_steps"], dtype)
                 for (p, _), step in zip(part, steps.split([u.shape[0] for _, u in part])):
                     p.mul_(1 - lr * group["weight_decay"])
                     p.add_(step.reshape(p.shape), alpha=scale if group["maximize"] else -scale)

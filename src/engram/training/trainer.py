@@ -85,6 +85,7 @@ class EngramTrainer(SafeTrainer):
         self._introspect_base(self.backbone)
 
     _signature_columns: Any
+    _gate_mean: torch.Tensor | None = None
     label_smoother: Any
 
     def _introspect_base(self, base: Any) -> None:
@@ -154,7 +155,32 @@ class EngramTrainer(SafeTrainer):
         return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        return clip_grad_norm_(model.parameters(), float("inf")) if grad_norm is None else grad_norm
+        return super()._get_grad_norm(
+            model, clip_grad_norm_(model.parameters(), float("inf")) if grad_norm is None else grad_norm
+        )
+
+    def _get_learning_rate(self) -> float:
+        """The base learning rate: tables, which come first, have a multiple of it."""
+        groups = self.optimizer.param_groups
+        return float(next((group for group in groups if group.get("name") != "tables"), groups[0])["lr"])
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """As ``SafeTrainer.training_step``; before a log entry the gates are recorded."""
+        every = max(1, self.state.logging_steps)
+        if not isinstance(self.model, EngramModel) or self.model.is_recording or (self.state.global_step + 1) % every:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self.model.record() as traces:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        gates = [trace["gate"].float().mean() for trace in traces.values() if "gate" in trace]
+        self._gate_mean = torch.stack(gates).mean() if gates else None
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As ``SafeTrainer.log``; with a memory, a training loss comes with ``gate_mean``, over the layers and positions of a batch."""
+        if "loss" in logs and self._gate_mean is not None:
+            logs["gate_mean"] = round(float(self._gate_mean), 4)
+            self._gate_mean = None
+        super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

@@ -1,0 +1,1 @@
+"""Experiments: budgets, sweeps and what they say."""

@@ -118,13 +118,16 @@ class HeldOutBlocks(Dataset[dict[str, Tensor]]):
         store: where the ids are.
         seq_len: tokens per block.
         limit: about how many blocks: whole documents are taken while they fit (one at least). All documents if None.
+        part: ``(n, of)``: every ``of``-th document from the ``n``-th on, so that settings are chosen by other text than what reports.
 
     Raises:
         DataError: nothing is held out.
         ConfigError: a number is impossible.
     """
 
-    def __init__(self, store: TokenStore, seq_len: int, limit: int | None = None) -> None:
+    def __init__(self, store: TokenStore, seq_len: int, limit: int | None = None, part: tuple[int, int] = (0, 1)) -> None:
+        if not 0 <= part[0] < part[1]:
+            raise ConfigError(f"HeldOutBlocks.part: got {part}, expected (n, of) with 0 <= n < of.")
         if seq_len < 2 or (limit is not None and limit < 1):
             raise ConfigError(f"HeldOutBlocks: got seq_len {seq_len} and limit {limit}, expected at least 2 and at least 1.")
         documents = store.split("held_out")
@@ -132,6 +135,9 @@ class HeldOutBlocks(Dataset[dict[str, Tensor]]):
             raise DataError(f"{store.folder} holds nothing out; raise held_out_percent or add text files of weight 1.")
         self.store, self.seq_len = store, seq_len
         documents = documents[epoch_order(_HELD_OUT_SEED, 0, len(documents))]  # so that the first of them are of all kinds
+        documents = documents[part[0] :: part[1]]
+        if not len(documents):
+            raise DataError(f"{store.folder} holds too few documents out for {part[1]} parts; raise held_out_percent.")
         if limit is not None:
             ends = np.cumsum(store.documents["length"][documents])
             documents = documents[: max(1, int(np.searchsorted(ends, limit * (seq_len - 1) + 1, side="right")))]

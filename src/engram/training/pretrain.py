@@ -31,6 +31,7 @@ from engram.data.packing import pack
 from engram.data.recipe import build_fields, parse_corpus, read_yaml
 from engram.errors import CheckpointError, ConfigError
 from engram.evaluation.bits_per_byte import bits_per_byte
+from engram.training.progress import LiveProgress
 from engram.training.safe_trainer import SafeTrainer, last_checkpoint
 from engram.training.tokenizer import train_tokenizer
 
@@ -143,7 +144,7 @@ def pretrain(
         model=model,
         args=_training_arguments(recipe, checkpoints),
         train_dataset=pack(corpus.train, tokenizer, recipe.seq_len, recipe.steps * recipe.batch_size, recipe.seed),
-        callbacks=[_Measure(run)],
+        callbacks=[_Measure(run), LiveProgress()],
     )
     trainer.train(resume_from_checkpoint=str(last) if last and resume else None)
     if trainer.interrupt.interrupted:

@@ -32,7 +32,9 @@ class Engram(nn.Module):
     """The memory of one decoder block. Parameter names are those of the paper's public demo.
 
     ``EngramConfig.fuse`` and ``branch_gates`` decide which of ``key_projs``, ``norm1`` (of the key), ``norm2`` (of the hidden state) and
-    ``concat_projs`` have members: M of each that is used, one with ``branch_gates=False``, none of those that are not.
+    ``concat_projs`` have members: M of each that is used, one with ``branch_gates=False``, none of those that are not. Beside
+    ``value_proj``, table and convolution, which all have, that makes with G = M, or 1 with ``branch_gates=False``: ``gate``
+    ``G (d_mem d + d + 2 d)`` parameters (the bias d only with ``use_bias``), ``add`` none, ``concat`` ``G (2 d d + d)``.
 
     Args:
         config: the memory's identity; ``hidden_size`` must be set, ``hc_mult`` None counts as 1.

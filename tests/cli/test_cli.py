@@ -40,6 +40,7 @@ COMMANDS = [
     "eval",
     "generate",
     "trace",
+    "look",
     "pretrain",
     "bench",
 ]

@@ -51,7 +51,7 @@ def look_command(
     json_out: Annotated[Path | None, typer.Option("--json", help="Another file for the result.")] = None,
 ) -> None:
     """Look inside: gates, logit lens, similarity of layers, memory off, rows, caches, n-grams; one page, pictures and JSON."""
-    from engram.analysis import look
+    from engram.analysis import ANALYSES, look
     from engram.checkpoint import write_json_atomically
     from engram.data.texts import load_documents, standard_texts
     from engram.plots import plot_look, render_look
@@ -62,6 +62,9 @@ def look_command(
     for file in (json_out, out / "look.json", out / "look.html"):
         check_writable(file)
     names = None if what is None else [name.strip() for name in what.split(",") if name.strip()]
+    unknown = [name for name in names or () if name not in ANALYSES]
+    if unknown or names == []:
+        raise typer.BadParameter(f"got {', '.join(unknown) or 'nothing'}, expected some of {_WHAT}", param_hint="--what")
     read = load_documents(texts) if texts is not None else standard_texts()
     subject, tokenizer = _open(memory, model)
     second = None if against is None else _open_second(against)

@@ -47,7 +47,7 @@ def look_command(
     ] = None,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens of text run through the models.")] = 6000,
     row_tokens: Annotated[int, typer.Option(min=16, help="Tokens of text that are only hashed, for rows and zipf.")] = 60_000,
-    length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 256,
+    length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 128,
     json_out: Annotated[Path | None, typer.Option("--json", help="Another file for the result.")] = None,
 ) -> None:
     """Look inside: gates, logit lens, similarity of layers, memory off, rows, caches, n-grams; one page, pictures and JSON."""

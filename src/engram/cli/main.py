@@ -24,6 +24,7 @@ from engram.cli.knowledge import (
     teach_command,
     why_command,
 )
+from engram.cli.look import look_command
 from engram.cli.place import place_command
 from engram.cli.pretrain import pretrain_command
 from engram.cli.sweep import sweep_command
@@ -53,6 +54,7 @@ app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("trace")(trace_command)
 app.command("corpus")(corpus_command)
+app.command("look")(look_command)
 app.command("pretrain")(pretrain_command)
 app.command("budget")(budget_command)
 app.command("sweep")(sweep_command)

@@ -118,12 +118,34 @@ class PointRecipe:
         allocation = allocate(self.backbone, engram, self.budget.total, self.budget.active, self.budget.rho)
         return dataclasses.replace(self, backbone=allocation.backbone, engram=allocation.engram, budget=None)
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, JSON-ready: fields that are not at their defaults, so that options added later change no identity."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: _identity(value) for name, value in fields.items() if name not in _WITHOUT_EFFECT}
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         fields = dataclasses.asdict(self)
         fields["engram"] = None if self.engram is None else self.engram.to_dict()
         fields["data"]["corpus"] = self.data.corpus.to_dict()
         return fields
+
+
+_WITHOUT_EFFECT = ("keep_model", "curve_points", "save_steps")
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, CorpusRecipe):
+        return value.to_dict()
+    if not dataclasses.is_dataclass(value):
+        return value
+    changed = {}
+    for f in dataclasses.fields(value):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        inner = getattr(value, f.name)
+        if inner != default or isinstance(default, type(dataclasses.MISSING)):
+            changed[f.name] = list(inner) if isinstance(inner, tuple) else _identity(inner)
+    return changed
 
 
 def _positive(recipe: Any, name: str) -> None:

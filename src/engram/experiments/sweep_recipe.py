@@ -60,7 +60,7 @@ class Point:
     @property
     def digest(self) -> str:
         """Identity of the run: two points of one digest give one result."""
-        fields = json.dumps(self.recipe.to_dict(), sort_keys=True)
+        fields = json.dumps(self.recipe.identity(), sort_keys=True)
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
     @property

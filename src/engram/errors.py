@@ -15,6 +15,7 @@ __all__ = [
     "MergeConflictError",
     "TableError",
     "TeachError",
+    "TrainingError",
 ]
 
 
@@ -52,6 +53,10 @@ class DataError(EngramError, ValueError):
 
 class TeachError(EngramError, RuntimeError):
     """Teaching could not do what was asked."""
+
+
+class TrainingError(EngramError, RuntimeError):
+    """A training run cannot go on: its loss or gradient is no number any more."""
 
 
 class BenchError(EngramError, RuntimeError):

@@ -40,6 +40,7 @@ COMMANDS = [
     "eval",
     "generate",
     "trace",
+    "corpus",
     "pretrain",
     "bench",
 ]

@@ -9,7 +9,9 @@ import typer
 
 from engram._version import __version__
 from engram.cli.bench import bench_command
+from engram.cli.budget import budget_command
 from engram.cli.convert import convert_command
+from engram.cli.corpus import corpus_command
 from engram.cli.demo import demo_command
 from engram.cli.evaluate import eval_command
 from engram.cli.generate import generate_command
@@ -24,6 +26,7 @@ from engram.cli.knowledge import (
 )
 from engram.cli.place import place_command
 from engram.cli.pretrain import pretrain_command
+from engram.cli.sweep import sweep_command
 from engram.cli.trace import trace_command
 from engram.errors import ConfigError, DataError, EngramError
 
@@ -49,7 +52,10 @@ app.command("place")(place_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("trace")(trace_command)
+app.command("corpus")(corpus_command)
 app.command("pretrain")(pretrain_command)
+app.command("budget")(budget_command)
+app.command("sweep")(sweep_command)
 app.command("bench")(bench_command)
 
 

@@ -7,9 +7,13 @@ from typing import Any
 from torch import nn
 
 from engram.errors import ConfigError
+from engram.optim.matrices import matrices_per_parameter
 from engram.tables import EmbeddingTable
 
-__all__ = ["build_param_groups"]
+__all__ = ["BACKBONE_OPTIMIZERS", "build_param_groups"]
+
+BACKBONE_OPTIMIZERS = ("adamw", "muon")
+"""What may step the matrices of hidden layers."""
 
 
 def build_param_groups(
@@ -20,11 +24,17 @@ def build_param_groups(
     weight_decay: float = 0.0,
     table_weight_decay: float = 0.0,
     backbone_lr: float | None = None,
+    backbone_optimizer: str = "adamw",
 ) -> list[dict[str, Any]]:
     """Groups for an optimiser: ``tables``, ``reader`` and ``backbone``, the latter two split by whether they decay.
 
     Tables take five times the base learning rate and no weight decay unless told otherwise (paper, training details). Matrices of the
     reader and the backbone decay; norms and biases (fewer than two dimensions) do not. Frozen parameters and empty groups are left out.
+
+    With ``backbone_optimizer="muon"`` the matrices of hidden layers (``matrices_per_parameter``) come in groups of their own,
+    ``backbone_muon`` and ``reader_muon``, marked for ``EngramMuon``; a number after the name says how many matrices each parameter
+    holds. The reader's projections W_K and W_V are among them: they are linear maps into the residual stream like any other, and
+    the paper keeps Adam for embeddings alone.
 
     Args:
         model: everything that may be trained.
@@ -34,11 +44,14 @@ def build_param_groups(
         weight_decay: of matrices.
         table_weight_decay: of table rows (touched rows only).
         backbone_lr: of the base model; None means ``lr``.
+        backbone_optimizer: ``adamw`` or ``muon``; the latter needs ``EngramMuon``.
 
     Raises:
         ConfigError: nothing is trainable, ``memory`` has parameters that ``model`` has not, or a trainable parameter is shared between
-            two kinds and so belongs to no one group.
+            two kinds and so belongs to no one group; or the optimiser is unknown.
     """
+    if backbone_optimizer not in BACKBONE_OPTIMIZERS:
+        raise ConfigError(f"backbone_optimizer: got {backbone_optimizer!r}, expected one of {', '.join(BACKBONE_OPTIMIZERS)}.")
     kinds = _kinds_of_parameters(model, memory)
     base_lr = lr if backbone_lr is None else backbone_lr
     settings = {
@@ -48,6 +61,7 @@ def build_param_groups(
         "backbone": {"lr": base_lr, "weight_decay": weight_decay},
         "backbone_no_decay": {"lr": base_lr, "weight_decay": 0.0},
     }
+    matrices = matrices_per_parameter(model) if backbone_optimizer == "muon" else {}
     members: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -57,11 +71,20 @@ def build_param_groups(
             raise ConfigError(
                 f"build_param_groups: {name} is shared between {kind} and {', '.join(others)}, expected one of them; untie it or freeze it."
             )
-        members[kind if kind == "tables" or p.dim() >= 2 else f"{kind}_no_decay"].append(p)
+        if kind != "tables" and id(p) in matrices:
+            group = _muon_group(kind, matrices[id(p)])
+            settings.setdefault(group["name"], {**settings[kind], **group})
+            members.setdefault(group["name"], []).append(p)
+        else:
+            members[kind if kind == "tables" or p.dim() >= 2 else f"{kind}_no_decay"].append(p)
     groups = [{"name": name, "params": members[name], **settings[name]} for name in settings if members[name]]
     if not groups:
         raise ConfigError("build_param_groups: no parameter is trainable; set requires_grad on the parts to train.")
     return groups
+
+
+def _muon_group(kind: str, parts: int) -> dict[str, Any]:
+    return {"name": f"{kind}_muon" + (f"_{parts}" if parts > 1 else ""), "algorithm": "muon", "parts": parts}
 
 
 def _kinds_of_parameters(model: nn.Module, memory: nn.Module | None) -> dict[int, set[str]]:

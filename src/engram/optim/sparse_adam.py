@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram.errors import CheckpointError, ConfigError
+from engram.errors import ConfigError
 from engram.native import rows as native_rows
 from engram.optim.rounding import ROUNDED_DTYPES, draw_seed
 from engram.optim.row_rules import StepNumbers, step_rows
 from engram.optim.row_state import RowMoments, check_row_state
+from engram.optim.saved_state import check_optimizer_state
 
 __all__ = ["EngramAdamW"]
 
@@ -41,9 +42,13 @@ class EngramAdamW(torch.optim.AdamW):
     torch's global CPU generator, one number for each table and step.
 
     Raises:
-        ConfigError: unknown ``row_state``; or, at a step, a gradient cannot be handled (sparse with ``amsgrad``, ``differentiable`` or
-            more than one sparse dimension; dense and sparse in turn with a ``row_state`` other than ``adam``).
+        ConfigError: unknown ``row_state``, a ``stochastic_rounding`` that is neither True nor False, a group for Muon; or, at a step, a
+            gradient cannot be handled (sparse with ``amsgrad``, ``differentiable`` or more than one sparse dimension; dense and
+            sparse in turn with a ``row_state`` other than ``adam``).
     """
+
+    _options_of_groups: tuple[str, ...] = ("row_state", "stochastic_rounding")
+    _algorithms: tuple[str, ...] = ("adamw",)
 
     def __init__(
         self,
@@ -58,7 +63,7 @@ class EngramAdamW(torch.optim.AdamW):
         stochastic_rounding: bool = False,
         **options: Any,
     ) -> None:
-        check_row_state(row_state)
+        _check_row_group({"row_state": row_state, "stochastic_rounding": stochastic_rounding})
         super().__init__(params, lr, betas, eps, 1e-2 if weight_decay is None else weight_decay, amsgrad, **options)
         # With fused=True torch's AdamW undoes a gradient scaler's scale itself; the row path would not, so the scaler shall.
         self._step_supports_amp_scaling = False
@@ -72,8 +77,18 @@ class EngramAdamW(torch.optim.AdamW):
                 group["decay_rows"] = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; remembers whether the group asks for weight decay or merely inherits torch's default."""
-        check_row_state(param_group.get("row_state", "adam"))
+        """As torch's; remembers whether the group asks for weight decay or merely inherits torch's default.
+
+        Raises:
+            ConfigError: an option of the group is impossible.
+        """
+        _check_row_group(param_group)
+        algorithm = param_group.get("algorithm", "adamw")
+        if algorithm not in self._algorithms:
+            raise ConfigError(
+                f"{type(self).__name__}: got a group with algorithm={algorithm!r}, expected {' or '.join(map(repr, self._algorithms))}"
+                + ("; use EngramMuon." if algorithm == "muon" else ".")
+            )
         param_group.setdefault("decay_rows", "weight_decay" in param_group or self.defaults.get("decay_rows", False))
         super().add_param_group(param_group)
 
@@ -152,26 +167,21 @@ class EngramAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore exactly; torch alone would cast the row numbers to the table's floating type.
 
-        Options of rows that the saved groups do not know (they are older) stay as they are.
+        Options that the saved groups do not know (they are older) stay as they are.
 
         Raises:
-            CheckpointError: the state of a table is malformed, of another ``row_state``, or belongs to a table of another shape;
+            CheckpointError: the state is malformed or another optimiser's, or that of a parameter is of another shape or ``row_state``;
                 nothing is changed then.
         """
+        check_optimizer_state(state_dict, self.param_groups)
         saved_groups = [
-            {**{name: group[name] for name in ("row_state", "stochastic_rounding")}, **saved}
+            {**{name: group[name] for name in self._options_of_groups if name in group}, **saved}
             for saved, group in zip(state_dict["param_groups"], self.param_groups)
-        ] + state_dict["param_groups"][len(self.param_groups) :]  # torch complains of groups that do not fit
-        for number, (saved, group) in enumerate(zip(saved_groups, self.param_groups)):
-            if saved["row_state"] != group["row_state"]:
-                raise CheckpointError(
-                    f"optimiser state: got row_state {saved['row_state']!r} for group {number}, expected {group['row_state']!r}; "
-                    "make the optimiser with the row_state it was saved with."
-                )
+        ]
         parameters = [(p, group["row_state"]) for group in self.param_groups for p in group["params"]]
         compact = {}
         for index, entry in state_dict["state"].items():
-            if "row_moments" in entry and int(index) < len(parameters):
+            if "row_moments" in entry:
                 compact[int(index)] = RowMoments(*parameters[int(index)])
                 compact[int(index)].load_state_dict(entry["row_moments"])
         plain = {index: {k: v for k, v in entry.items() if k != "row_moments"} for index, entry in state_dict["state"].items()}
@@ -203,6 +213,14 @@ def _step_natively(table: Tensor, grad: Tensor, moments: RowMoments, numbers: St
     kind, *scalars, seed = dataclasses.astuple(numbers)
     native_rows.step_rows(table, groups, grad._values(), kind, slots, moments.buffers, tuple(scalars), seed)
     torch.autograd.graph.increment_version(table)  # autograd cannot see that the core wrote into the table
+
+
+def _check_row_group(group: dict[str, Any]) -> None:
+    """Refuse impossible options for rows; what a group does not say is not checked."""
+    check_row_state(group.get("row_state", "adam"))
+    rounding = group.get("stochastic_rounding", False)
+    if not isinstance(rounding, bool):
+        raise ConfigError(f"EngramAdamW: got stochastic_rounding={rounding!r}, expected True or False.")
 
 
 def _check_row_options(group: dict[str, Any], grad: Tensor, state: dict[str, Any]) -> None:

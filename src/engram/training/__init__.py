@@ -1,5 +1,6 @@
 """Floor 5: training memories and base models."""
 
+from engram.training.progress import LiveProgress
 from engram.training.trainer import EngramTrainer, EngramTrainingArguments
 
-__all__ = ["EngramTrainer", "EngramTrainingArguments"]
+__all__ = ["EngramTrainer", "EngramTrainingArguments", "LiveProgress"]

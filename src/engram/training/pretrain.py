@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch.utils.data import SequentialSampler
 from transformers import (
     LlamaConfig,
@@ -27,10 +26,12 @@ from transformers import __version__ as transformers_version
 
 from engram._version import __version__
 from engram.checkpoint import write_json_atomically
-from engram.data.corpus import Corpus, CorpusRecipe, TextSource, build_corpus
+from engram.data.corpus import Corpus, CorpusRecipe, build_corpus
 from engram.data.packing import pack
-from engram.errors import CheckpointError, ConfigError, DataError
+from engram.data.recipe import build_fields, parse_corpus, read_yaml
+from engram.errors import CheckpointError, ConfigError
 from engram.evaluation.bits_per_byte import bits_per_byte
+from engram.training.progress import LiveProgress
 from engram.training.safe_trainer import SafeTrainer, last_checkpoint
 from engram.training.tokenizer import train_tokenizer
 
@@ -81,6 +82,11 @@ class PretrainRecipe:
                 f"PretrainRecipe: warmup_steps + decay_steps = {self.warmup_steps + self.decay_steps}, expected at most steps = {self.steps}."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields, as they come back from a file."""
+        fields = {**dataclasses.asdict(self), "corpus": self.corpus.to_dict()}
+        return json.loads(json.dumps(fields))
+
 
 def read_recipe(path: str | os.PathLike[str]) -> PretrainRecipe:
     """Read a recipe file.
@@ -89,36 +95,11 @@ def read_recipe(path: str | os.PathLike[str]) -> PretrainRecipe:
         DataError: the file is missing or not YAML.
         ConfigError: a key is unknown or a value impossible.
     """
-    try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"recipe {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from None
+    fields = read_yaml(path)
     if not isinstance(fields, dict) or not isinstance(fields.get("corpus"), dict):
         raise ConfigError(f"recipe {path}: expected a mapping with a 'corpus' mapping in it.")
-    corpus = dict(fields["corpus"])
-    texts = corpus.pop("texts", [])
-    if not isinstance(texts, list) or not all(isinstance(t, (str, dict)) for t in texts):
-        raise ConfigError(
-            f"recipe {path}: corpus.texts: got {texts!r}, expected a list of paths or of {{path: ..., weight: ...}}."
-        )
-    sources = tuple(_build(TextSource, {"path": t} if isinstance(t, str) else t, "corpus.texts") for t in texts)
-    for name in ("exclude_parts",):
-        if name in corpus:
-            corpus[name] = tuple(corpus[name])
-    return _build(PretrainRecipe, {**fields, "corpus": _build(CorpusRecipe, {**corpus, "texts": sources}, "corpus")}, str(path))
-
-
-def _build(cls: type, fields: dict[str, Any], where: str) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(fields) - known)
-    if unknown:
-        raise ConfigError(f"{where}: unknown key(s) {', '.join(unknown)}; expected some of {', '.join(sorted(known))}.")
-    try:
-        return cls(**fields)
-    except TypeError as error:  # a missing key, or a value that cannot be compared
-        raise ConfigError(f"{where}: {error}.") from None
+    corpus = parse_corpus(fields["corpus"], f"recipe {path}")
+    return build_fields(PretrainRecipe, {**fields, "corpus": corpus}, str(path))
 
 
 @dataclass
@@ -163,7 +144,7 @@ def pretrain(
         model=model,
         args=_training_arguments(recipe, checkpoints),
         train_dataset=pack(corpus.train, tokenizer, recipe.seq_len, recipe.steps * recipe.batch_size, recipe.seed),
-        callbacks=[_Measure(run)],
+        callbacks=[_Measure(run), LiveProgress()],
     )
     trainer.train(resume_from_checkpoint=str(last) if last and resume else None)
     if trainer.interrupt.interrupted:
@@ -243,7 +224,7 @@ def _training_arguments(recipe: PretrainRecipe, checkpoints: Path) -> TrainingAr
 
 def _claim_folder(out: Path, recipe: PretrainRecipe, last: Path | None, fresh: bool) -> None:
     """One folder holds one recipe: refuse to mix two runs or to overwrite one."""
-    file, present = out / "recipe.json", json.loads(json.dumps(dataclasses.asdict(recipe)))
+    file, present = out / "recipe.json", recipe.to_dict()
     if fresh and last_checkpoint(out / "checkpoints"):
         raise CheckpointError(f"{out} holds checkpoints of an earlier run; resume it or choose another folder.")
     if last is not None and file.is_file() and json.loads(file.read_text(encoding="utf-8")) != present:
@@ -260,7 +241,7 @@ def _finish(run: _Run, trainer: SafeTrainer, losses: list[dict[str, float]], tar
     held_out = [doc.text for doc in run.corpus.held_out]
     curve = [entry for entry in trainer.state.log_history if "bits_per_byte" in entry]
     report = {
-        "recipe": json.loads(json.dumps(dataclasses.asdict(run.recipe))),
+        "recipe": run.recipe.to_dict(),
         "parameters": model.num_parameters(),
         "train_documents": len(run.corpus.train),
         "train_bytes": sum(len(doc.text.encode()) for doc in run.corpus.train),

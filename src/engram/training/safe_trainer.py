@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` that keeps its state without pickle and stops cleanly on Ctrl-C."""
+"""A `transformers.Trainer` that keeps its state without pickle, stops cleanly on Ctrl-C and at once where nothing can be learnt."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging as hf_logging
 
 from engram.checkpoint import load_tree, save_tree, write_json_atomically
-from engram.errors import CheckpointError
+from engram.errors import CheckpointError, TrainingError
+from engram.training.guards import check_reports, is_complete, last_checkpoint, no_number, weights_are_finite, whole_or_removed
+from engram.training.progress import LiveProgress
+from engram.training.throughput import Throughput
 
 __all__ = ["SafeTrainer", "SaveOnInterrupt", "last_checkpoint"]
 
 _OPTIMIZER, _SCHEDULER, _RANDOM, _SCALER = "optimizer", "scheduler", "random_state", "scaler"
-
-
-def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint in ``folder``; one that a kill cut short has no ``trainer_state.json`` and does not count."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if (p / TRAINER_STATE_NAME).is_file()]
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
 class SaveOnInterrupt(TrainerCallback):
@@ -76,12 +74,20 @@ class SafeTrainer(Trainer):
     """Trainer whose checkpoints are safetensors and JSON, for one process.
 
     Optimiser, scheduler and random generators are restored exactly, so a resumed run has the losses the first would have had.
+    A loss or gradient norm that is NaN or infinite ends the run before the step is taken; a checkpoint that cannot be written is removed and
+    those before it stay. Logs have ``tokens_per_second`` (positions, padding included; evaluation and saving do not count).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_reports(kwargs["args"] if "args" in kwargs else args[1] if len(args) > 1 else None)
         super().__init__(*args, **kwargs)
+        self.throughput = Throughput()
+        self.args.logging_nan_inf_filter = False  # a loss that is no number never gets that far, and asking costs a wait
         self.interrupt = SaveOnInterrupt()
         self.add_callback(self.interrupt)
+        if self._displays():
+            for plain in (ProgressCallback, PrinterCallback):
+                self.remove_callback(plain)
 
     optimizer: Any
     lr_scheduler: Any
@@ -95,17 +101,68 @@ class SafeTrainer(Trainer):
             **kwargs: as for ``transformers.Trainer``.
 
         Raises:
-            CheckpointError: there is no complete checkpoint to resume from.
+            CheckpointError: there is no complete checkpoint to resume from, or one could not be written.
+            TrainingError: the loss, the gradient norm or the weights became NaN or infinite.
         """
-        with _interrupt_handler_given_back():
-            return super().train(_complete_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+        self.throughput.reset()
+        try:
+            with _interrupt_handler_given_back():
+                return super().train(_complete_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+        finally:
+            for display in self._displays():
+                display.close()
+
+    def _displays(self) -> list[LiveProgress]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, LiveProgress)]
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """As ``transformers.Trainer.training_step``, counted.
+
+        Raises:
+            TrainingError: the loss is NaN or infinite.
+        """
+        self.throughput.start()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        ids = inputs.get("input_ids")
+        if isinstance(ids, torch.Tensor):
+            self.throughput.add(ids.numel())
+        if not torch.isfinite(loss):
+            raise self._no_number("the loss", float(loss))
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        # In float16 the gradient scaler looks for infinities, leaves the step out and lowers its scale.
+        if getattr(self.accelerator, "scaler", None) is None and norm is not None and not torch.isfinite(torch.as_tensor(norm)):
+            raise self._no_number("the gradient norm", float(norm))
+        return norm
+
+    def _no_number(self, what: str, value: float, step: int | None = None) -> TrainingError:
+        step = self.state.global_step + 1 if step is None else step
+        return no_number(what, value, step, self._get_learning_rate(), str(self.args.output_dir))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As ``transformers.Trainer.evaluate``."""
+        with self.throughput.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As ``transformers.Trainer.log``; a training loss comes with tokens per second."""
+        if "loss" in logs and (rate := self.throughput.read()) is not None:
+            logs["tokens_per_second"] = round(rate, 1)
+        super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # The state file, written last, marks a checkpoint as complete. One of an earlier run in the same folder must not vouch for
         # files that a kill cuts short now.
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        assert self.model is not None
+        with self.throughput.paused():
+            if not weights_are_finite(self.model):
+                raise self._no_number("a weight", float("nan"), self.state.global_step)
+            with whole_or_removed(folder), _no_bars_for_files():
+                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+                super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_tree(os.path.join(output_dir, _OPTIMIZER), self.optimizer.state_dict())
@@ -155,6 +212,18 @@ class SafeTrainer(Trainer):
         self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder)
 
 
+@contextmanager
+def _no_bars_for_files() -> Iterator[None]:
+    """transformers draws a bar for every file it writes, over whatever shows the run's own progress."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """A scheduler's state without the lambdas it was built from; the trainer builds those again from its arguments."""
     return {key: value for key, value in state.items() if key != "lr_lambdas"} | {
@@ -173,9 +242,10 @@ def _complete_checkpoint(asked: str | bool | None, output_dir: str | None) -> st
                 f"{output_dir} holds no complete checkpoint to resume from; train without resume_from_checkpoint."
             )
         return str(found)
-    if not Path(asked, TRAINER_STATE_NAME).is_file():
+    if not is_complete(Path(asked)):
         raise CheckpointError(
-            f"{asked} is no complete checkpoint ({TRAINER_STATE_NAME} is missing); resume from an earlier one, or pass True for the newest."
+            f"{asked} is no complete checkpoint ({TRAINER_STATE_NAME} is missing or cut short); "
+            "resume from an earlier one, or pass True for the newest."
         )
     return str(asked)
 

@@ -1,4 +1,4 @@
-"""Training a memory (and, if wanted, its backbone) with `transformers.Trainer`."""
+"""Training a memory, a memory and its backbone, or a backbone alone with `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
 from engram.errors import CheckpointError, ConfigError
 from engram.models import EngramModel
-from engram.optim import EngramAdamW, build_param_groups, clip_grad_norm_
+from engram.optim import BACKBONE_OPTIMIZERS, EngramAdamW, EngramMuon, build_param_groups, clip_grad_norm_
 from engram.training.safe_trainer import SafeTrainer
 
 __all__ = ["EngramTrainer", "EngramTrainingArguments"]
@@ -51,28 +51,41 @@ class EngramTrainingArguments(TrainingArguments):
     backbone_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the base model; the base one if not given."}
     )
+    backbone_optimizer: str = field(
+        default="adamw",
+        metadata={"help": "What steps the matrices of hidden layers when the base model is trained: adamw or muon (paper)."},
+    )
 
 
 class EngramTrainer(SafeTrainer):
-    """Trainer for an ``EngramModel``, in one process.
+    """Trainer for an ``EngramModel``, in one process; or, with ``train_backbone``, for a plain model, which makes it a fair baseline:
+    parameter groups, optimiser, clipping and checkpoints are the same code, and only what belongs to the memory is missing.
 
     Tables get their own learning rate and a row-sparse Adam, gradient clipping includes the sparse part, checkpoints hold the memory
-    as ``save_pretrained`` writes it (and the backbone, when that is trained), and resuming is exact.
+    as ``save_pretrained`` writes it (and the backbone, when that is trained), and resuming is exact. A plain model's checkpoint is a
+    folder that ``from_pretrained`` reads.
 
     Raises:
-        ConfigError: the model is not an ``EngramModel``, or nothing would be trained.
+        ConfigError: the model is neither, the arguments are not ``EngramTrainingArguments`` or contradict each other, or nothing would be
+            trained.
     """
 
-    def __init__(self, model: EngramModel, args: EngramTrainingArguments, **kwargs: Any) -> None:
-        if not isinstance(model, EngramModel):
-            raise ConfigError(f"EngramTrainer: got a {type(model).__name__}, expected an EngramModel (get_engram_model).")
+    def __init__(self, model: EngramModel | PreTrainedModel, args: EngramTrainingArguments, **kwargs: Any) -> None:
         if not isinstance(args, EngramTrainingArguments):
             raise ConfigError(f"EngramTrainer: got {type(args).__name__}, expected EngramTrainingArguments.")
+        plain = isinstance(model, PreTrainedModel) and args.train_backbone
+        if not plain and not isinstance(model, EngramModel):
+            raise ConfigError(
+                f"EngramTrainer: got a {type(model).__name__}, expected an EngramModel (get_engram_model), or a PreTrainedModel together "
+                "with train_backbone=True."
+            )
+        _check_arguments(args)
         _set_trainable(model, args)
         super().__init__(model=model, args=args, **kwargs)
-        self._introspect_base(model.base_model)
+        self._introspect_base(self.backbone)
 
     _signature_columns: Any
+    _gate_mean: torch.Tensor | None = None
     label_smoother: Any
 
     def _introspect_base(self, base: Any) -> None:
@@ -88,11 +101,22 @@ class EngramTrainer(SafeTrainer):
 
     @property
     def memory(self) -> EngramModel:
-        """The model that is trained."""
-        return cast(EngramModel, self.model)
+        """The model that is trained.
+
+        Raises:
+            ConfigError: it is a plain model without a memory.
+        """
+        if not isinstance(self.model, EngramModel):
+            raise ConfigError("EngramTrainer.memory: this trainer's model has no memory.")
+        return self.model
+
+    @property
+    def backbone(self) -> Any:
+        """The base model: that of the memory, or the plain model itself."""
+        return self.model.base_model if isinstance(self.model, EngramModel) else self.model
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """``EngramAdamW`` over ``build_param_groups``, unless an optimiser was given.
+        """``EngramAdamW`` or, with ``backbone_optimizer="muon"``, ``EngramMuon`` over ``build_param_groups``, unless an optimiser was given.
 
         Raises:
             ConfigError: the arguments ask for another optimiser than AdamW.
@@ -106,15 +130,17 @@ class EngramTrainer(SafeTrainer):
                     "both, its dense part fused or not), or pass optimizers=(yours, None)."
                 )
             groups = build_param_groups(
-                self.memory,
-                self.memory.engrams,
+                cast(torch.nn.Module, self.model),
+                self.model.engrams if isinstance(self.model, EngramModel) else None,
                 lr=args.learning_rate,
                 table_lr_multiplier=args.table_lr_multiplier,
                 weight_decay=args.weight_decay,
                 table_weight_decay=args.table_weight_decay,
                 backbone_lr=args.backbone_lr,
+                backbone_optimizer=args.backbone_optimizer,
             )
-            self.optimizer = EngramAdamW(
+            kind = EngramMuon if args.backbone_optimizer == "muon" else EngramAdamW
+            self.optimizer = kind(
                 groups,
                 lr=args.learning_rate,
                 betas=(args.adam_beta1, args.adam_beta2),
@@ -129,36 +155,81 @@ class EngramTrainer(SafeTrainer):
         return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        return clip_grad_norm_(model.parameters(), float("inf")) if grad_norm is None else grad_norm
+        return super()._get_grad_norm(
+            model, clip_grad_norm_(model.parameters(), float("inf")) if grad_norm is None else grad_norm
+        )
+
+    def _get_learning_rate(self) -> float:
+        """The base learning rate: tables, which come first, have a multiple of it."""
+        groups = self.optimizer.param_groups
+        return float(next((group for group in groups if group.get("name") != "tables"), groups[0])["lr"])
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """As ``SafeTrainer.training_step``; before a log entry the gates are recorded."""
+        every = max(1, self.state.logging_steps)
+        if not isinstance(self.model, EngramModel) or self.model.is_recording or (self.state.global_step + 1) % every:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self.model.record() as traces:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        gates = [trace["gate"].float().mean() for trace in traces.values() if "gate" in trace]
+        self._gate_mean = torch.stack(gates).mean() if gates else None
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As ``SafeTrainer.log``; with a memory, a training loss comes with ``gate_mean``, over the layers and positions of a batch."""
+        if "loss" in logs and self._gate_mean is not None:
+            logs["gate_mean"] = round(float(self._gate_mean), 4)
+            self._gate_mean = None
+        super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            names = list(inspect.signature(self.memory.base_model.forward).parameters)
+            names = list(inspect.signature(self.backbone.forward).parameters)
             self._signature_columns = [*names, "engram_input_ids", "label", "label_ids", *self.label_names]
 
     def _save_weights(self, folder: Path) -> None:
-        self.memory.save_pretrained(folder)
+        if isinstance(self.model, EngramModel):
+            self.model.save_pretrained(folder)
         if self.args.train_backbone:  # type: ignore[attr-defined]
             # One file under the module's own names, so that load_model finds them again; from_pretrained reads it as well. The
             # original format renames and splits the experts of MoE models.
-            self.memory.base_model.save_pretrained(folder / _BACKBONE, save_original_format=False, max_shard_size="1000TB")
+            self.backbone.save_pretrained(self._backbone_folder(folder), save_original_format=False, max_shard_size="1000TB")
+
+    def _backbone_folder(self, checkpoint: Path) -> Path:
+        return checkpoint / _BACKBONE if isinstance(self.model, EngramModel) else checkpoint
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         if self.args.train_backbone:  # type: ignore[attr-defined]
-            _load_backbone(self.memory.base_model, folder / _BACKBONE / "model.safetensors")
-        self.memory.load_memory(folder)
+            _load_backbone(self.backbone, self._backbone_folder(folder) / "model.safetensors")
+        if isinstance(self.model, EngramModel):
+            self.model.load_memory(folder)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def _set_trainable(model: EngramModel, args: EngramTrainingArguments) -> None:
+def _check_arguments(args: EngramTrainingArguments) -> None:
     if not (args.train_tables or args.train_reader or args.train_backbone):
         raise ConfigError(
             "EngramTrainingArguments: train_tables, train_reader and train_backbone are all False; nothing to train."
         )
+    if args.backbone_optimizer not in BACKBONE_OPTIMIZERS:
+        raise ConfigError(
+            f"EngramTrainingArguments.backbone_optimizer: got {args.backbone_optimizer!r}, expected one of {', '.join(BACKBONE_OPTIMIZERS)}."
+        )
+    if args.backbone_optimizer == "muon" and not args.train_backbone:
+        raise ConfigError(
+            "EngramTrainingArguments.backbone_optimizer: got 'muon' with train_backbone=False; "
+            "a frozen base model needs no optimiser: set train_backbone or leave this at 'adamw'."
+        )
+
+
+def _set_trainable(model: EngramModel | PreTrainedModel, args: EngramTrainingArguments) -> None:
+    if not isinstance(model, EngramModel):
+        model.requires_grad_(True)
+        return
     tables = {id(p) for engram in model.engrams.values() for p in engram.multi_head_embedding.parameters()}
     for parameter in model.engrams.parameters():
         parameter.requires_grad_(args.train_tables if id(parameter) in tables else args.train_reader)

@@ -1,0 +1,137 @@
+"""`engram corpus`: a token store from a recipe, and what is in it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from engram.cli.outputs import check_writable
+
+if TYPE_CHECKING:
+    from engram.data.contamination import Contamination
+    from engram.data.store import TokenStore
+
+__all__ = ["corpus_command"]
+
+_PIPED_WIDTH = 120
+_LISTED = 5
+
+
+def corpus_command(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe with a 'corpus' mapping; recipes/corpus_python.yaml is one.")],
+    out: Annotated[Path, typer.Option(help="Folder of the token store; one made of the same things is used again.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Tokenizer: a folder or hub name; the bundled one if neither this nor --vocab-size is given."),
+    ] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Train a tokenizer of so many tokens on the corpus.")] = None,
+    contamination: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens per n-gram of the contamination count; may be given several times (13)."),
+    ] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="File for counts and contamination.")] = None,
+) -> None:
+    """Turn text files into a token store to train on: deduplicated, split by file, counted, held-out text checked for contamination."""
+    from engram.checkpoint import write_json_atomically
+    from engram.data.contamination import measure_contamination
+    from engram.data.recipe import read_corpus_recipe
+
+    if tokenizer is not None and vocab_size is not None:
+        raise typer.BadParameter("--tokenizer and --vocab-size exclude each other: take a tokenizer or train one")
+    check_writable(json_out)
+    read = read_corpus_recipe(recipe)
+    with _progress() as show:
+        store = _store(read, recipe.parent, out, tokenizer, vocab_size, show)
+        found = [measure_contamination(store, n, _named(show, f"{n}-grams")) for n in contamination or [13]]
+    _print_counts(store)
+    for entry in found:
+        _print_contamination(entry)
+    if json_out is not None:
+        fields = {
+            name: store.description[name] for name in ("counts", "duplicates", "skipped_files", "vocab_size", "fingerprint")
+        }
+        write_json_atomically(json_out, {"store": str(out), **fields, "contamination": [entry.to_dict() for entry in found]})
+
+
+def _store(
+    recipe: Any, folder: Path, out: Path, tokenizer: str | None, vocab_size: int | None, show: Callable[[str, int, int], None]
+) -> TokenStore:
+    if vocab_size is not None:
+        from engram.training.token_store import prepare_store
+
+        return prepare_store(recipe, folder, out, vocab_size, show)
+    from engram.data.store import build_store
+    from engram.models.bundled import BUNDLED_NAME, load_tokenizer
+
+    return build_store(recipe, load_tokenizer(tokenizer or BUNDLED_NAME), folder, out, _named(show, "tokens"))
+
+
+def _named(show: Callable[[str, int, int], None], what: str) -> Callable[[int, int], None]:
+    return lambda done, total: show(what, done, total)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars with a rate on standard error, one per pass; called with (pass, done, in all)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:10}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[rate]}"),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total, rate="")
+            task = bar.tasks[tasks[what]]
+            speed = task.finished_speed or task.speed
+            unit = "tokens" if what.endswith("grams") else "B"
+            rate = "" if speed is None else f"{speed / 1e6:.1f} M{unit if unit == 'B' else ' tokens'}/s"
+            bar.update(tasks[what], completed=done, total=total, rate=rate)
+
+        yield show
+
+
+def _print_counts(store: TokenStore) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{store.folder}: vocabulary of {store.vocab_size:,}", title_justify="left")
+    for heading in ("split", "kind", "documents", "bytes", "tokens", "bytes/token"):
+        table.add_column(heading, justify="left" if heading in ("split", "kind") else "right")
+    for split, kinds in store.counts.items():
+        whole = {name: sum(sizes[name] for sizes in kinds.values()) for name in ("documents", "bytes", "tokens")}
+        for kind, sizes in [*kinds.items(), ("all", whole)]:
+            numbers = [f"{sizes[name]:,}" for name in ("documents", "bytes", "tokens")]
+            table.add_row(split, kind, *numbers, f"{sizes['bytes'] / sizes['tokens']:.2f}" if sizes["tokens"] else "")
+    _console().print(table)
+    removed, skipped = store.description["duplicates"], store.description["skipped_files"]
+    print(f"duplicates left out: {removed['exact']:,} exact, {removed['near']:,} near")
+    if skipped:
+        print("files left out: " + ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()))
+
+
+def _print_contamination(entry: Contamination) -> None:
+    fields = entry.to_dict(_LISTED)
+    kinds = ", ".join(f"{kind} {100 * share:.2f} %" for kind, share in fields["share_by_kind"].items())
+    print(
+        f"contamination: {100 * fields['share']:.2f} % of {fields['ngrams']:,} held-out {entry.n}-grams occur in the training text"
+        + (f" ({kinds})" if kinds else "")
+    )
+    for worst in fields["most_contaminated"]:
+        print(f"  {100 * worst['share']:5.1f} % of {worst['ngrams']:,} in {worst['document']}")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)

@@ -1,0 +1,196 @@
+"""Training and held-out blocks out of a token store, each computed from its number alone: a resumed run sees what the first would have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from engram.data.recipe import KINDS
+from engram.data.store import TokenStore
+from engram.errors import ConfigError, DataError
+
+__all__ = ["IGNORED", "HeldOutBlocks", "TrainingBlocks", "epoch_order"]
+
+IGNORED = -100
+"""Label of a position that is not to be predicted (PyTorch's own number for it)."""
+_HELD_OUT_SEED = 0
+_KEPT_ORDERS = 2  # a block may lie across two epochs
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """A seeded order of ``count`` things, int64 ``[count]``. Of NumPy only PCG64's raw stream is promised to stay, so that alone is used."""
+    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    return np.argsort(keys, kind="stable")
+
+
+class _Sequence:
+    """Some documents of a store, one after another in a given order, read anywhere without copying the rest."""
+
+    def __init__(self, store: TokenStore, documents: np.ndarray) -> None:
+        self.store, self.documents = store, documents
+        self.ends = np.cumsum(store.documents["length"][documents])
+
+    def read(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and document numbers of positions ``start`` to ``end`` (as far as there are any), both int64."""
+        first = int(np.searchsorted(self.ends, start, side="right"))
+        ids: list[np.ndarray] = []
+        numbers: list[np.ndarray] = []
+        while start < end and first < len(self.documents):
+            document = int(self.documents[first])
+            whole = self.store.ids(document)
+            begin = start - (int(self.ends[first]) - len(whole))
+            piece = whole[begin : begin + end - start]
+            ids.append(piece.astype(np.int64))
+            numbers.append(np.full(len(piece), document))
+            start, first = start + len(piece), first + 1
+        return np.concatenate(ids), np.concatenate(numbers)
+
+
+class TrainingBlocks(Dataset[dict[str, Tensor]]):
+    """``blocks`` blocks of the store's training documents: epoch after epoch, each in its own seeded order, cut to equal lengths.
+
+    A document comes as often per epoch as its weight says, led by the begin token. Nothing is materialised but one epoch's order, so block
+    n costs the same whether or not those before it were read. ``training_stream`` in `reference.py` is the definition.
+
+    Args:
+        store: where the ids are.
+        seq_len: tokens per block.
+        blocks: how many.
+        seed: of the orders.
+
+    Raises:
+        ConfigError: a number is impossible.
+    """
+
+    def __init__(self, store: TokenStore, seq_len: int, blocks: int, seed: int) -> None:
+        for name, value, least in (("seq_len", seq_len, 1), ("blocks", blocks, 1), ("seed", seed, 0)):
+            if value < least:
+                raise ConfigError(f"TrainingBlocks.{name}: got {value}, expected at least {least}.")
+        self.store, self.seq_len, self.blocks, self.seed = store, seq_len, blocks, seed
+        train = store.split("train")
+        self._copies = np.repeat(train, store.documents["weight"][train])
+        self.tokens_per_epoch = int(store.documents["length"][self._copies].sum())
+        """Tokens until every training document was seen as often as its weight says."""
+        self._orders: dict[int, _Sequence] = {}
+
+    @property
+    def epochs(self) -> float:
+        """How many epochs all blocks together are."""
+        return self.blocks * self.seq_len / self.tokens_per_epoch
+
+    def __len__(self) -> int:
+        return self.blocks
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """``input_ids`` and ``labels``, int64 ``[seq_len]`` each and equal: the model shifts them."""
+        if not -self.blocks <= index < self.blocks:
+            raise IndexError(f"block {index}: there are {self.blocks}")
+        start = index % self.blocks * self.seq_len
+        end, pieces = start + self.seq_len, []
+        while start < end:
+            epoch, offset = divmod(start, self.tokens_per_epoch)
+            ids, _ = self._epoch(epoch).read(offset, min(self.tokens_per_epoch, offset + end - start))
+            pieces.append(ids)
+            start += len(ids)
+        block = torch.from_numpy(np.concatenate(pieces))
+        return {"input_ids": block, "labels": block.clone()}
+
+    def _epoch(self, epoch: int) -> _Sequence:
+        if epoch not in self._orders:
+            if len(self._orders) >= _KEPT_ORDERS:
+                del self._orders[next(iter(self._orders))]
+            order = epoch_order(self.seed, epoch, len(self._copies))
+            self._orders[epoch] = _Sequence(self.store, self._copies[order])
+        return self._orders[epoch]
+
+
+class HeldOutBlocks(Dataset[dict[str, Tensor]]):
+    """Held-out documents in one fixed order, as blocks that overlap by one token, so that every token is predicted exactly once.
+
+    ``labels`` are the ids (the model shifts them), ``IGNORED`` at begin tokens, which no text predicts, and where the last block is filled
+    up. ``kinds(index)`` tells whose loss is whose.
+
+    Args:
+        store: where the ids are.
+        seq_len: tokens per block.
+        limit: about how many blocks: whole documents are taken while they fit (one at least). All documents if None.
+        part: ``(n, of)``: every ``of``-th document from the ``n``-th on, so that settings are chosen by other text than what reports.
+
+    Raises:
+        DataError: nothing is held out.
+        ConfigError: a number is impossible.
+    """
+
+    def __init__(self, store: TokenStore, seq_len: int, limit: int | None = None, part: tuple[int, int] = (0, 1)) -> None:
+        if not 0 <= part[0] < part[1]:
+            raise ConfigError(f"HeldOutBlocks.part: got {part}, expected (n, of) with 0 <= n < of.")
+        if seq_len < 2 or (limit is not None and limit < 1):
+            raise ConfigError(f"HeldOutBlocks: got seq_len {seq_len} and limit {limit}, expected at least 2 and at least 1.")
+        documents = store.split("held_out")
+        if not len(documents):
+            raise DataError(f"{store.folder} holds nothing out; raise held_out_percent or add text files of weight 1.")
+        self.store, self.seq_len = store, seq_len
+        documents = documents[epoch_order(_HELD_OUT_SEED, 0, len(documents))]  # so that the first of them are of all kinds
+        documents = documents[part[0] :: part[1]]
+        if not len(documents):
+            raise DataError(f"{store.folder} holds too few documents out for {part[1]} parts; raise held_out_percent.")
+        if limit is not None:
+            ends = np.cumsum(store.documents["length"][documents])
+            documents = documents[: max(1, int(np.searchsorted(ends, limit * (seq_len - 1) + 1, side="right")))]
+        self.documents = documents
+        """Numbers of the documents measured, in their order."""
+        self._sequence = _Sequence(store, documents)
+        self._tokens = int(self._sequence.ends[-1])
+
+    @property
+    def bytes_by_kind(self) -> dict[str, int]:
+        """UTF-8 bytes of the documents measured: summed losses of a kind over these and ln 2 are its bits per byte."""
+        records = self.store.documents[self.documents]
+        sums = {kind: int(records["bytes"][records["kind"] == number].sum()) for number, kind in enumerate(KINDS)}
+        return {kind: size for kind, size in sums.items() if size}
+
+    def __len__(self) -> int:
+        return max(1, -(-(self._tokens - 1) // (self.seq_len - 1)))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """``input_ids`` and ``labels``, int64 ``[seq_len]`` each."""
+        ids, _ = self._read(index)
+        block = torch.full((self.seq_len,), self.store.begin_id)
+        block[: len(ids)] = torch.from_numpy(ids)
+        labels = block.masked_fill(self.kinds(index) < 0, IGNORED)
+        return {"input_ids": block, "labels": labels}
+
+    def kinds(self, index: int) -> Tensor:
+        """Number in ``KINDS`` of each position's document, int64 ``[seq_len]``; -1 where the label is ignored."""
+        ids, numbers = self._read(index)
+        kinds = np.full(self.seq_len, -1)
+        kinds[: len(ids)] = self.store.documents["kind"][numbers]
+        begins = self._sequence.ends - self.store.documents["length"][self.documents] - index * (self.seq_len - 1)
+        kinds[begins[(begins >= 0) & (begins < self.seq_len)]] = -1
+        return torch.from_numpy(kinds)
+
+    def sum_by_kind(self, losses: Sequence[Tensor], indices: Sequence[int]) -> dict[str, tuple[float, int]]:
+        """Sum of losses and number of tokens by kind.
+
+        Args:
+            losses: for each block, the loss of predicting positions 1, 2, ..., ``[seq_len - 1]``.
+            indices: which blocks those are.
+        """
+        sums = np.zeros(len(KINDS))
+        tokens = np.zeros(len(KINDS), dtype=np.int64)
+        for loss, index in zip(losses, indices, strict=True):
+            kinds = self.kinds(index)[1:].numpy()
+            predicted = kinds >= 0
+            sums += np.bincount(kinds[predicted], loss.double().cpu().numpy()[predicted], minlength=len(KINDS))
+            tokens += np.bincount(kinds[predicted], minlength=len(KINDS))
+        return {kind: (float(sums[n]), int(tokens[n])) for n, kind in enumerate(KINDS) if tokens[n]}
+
+    def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index}: there are {len(self)}")
+        start = index * (self.seq_len - 1)
+        return self._sequence.read(start, min(self._tokens, start + self.seq_len))

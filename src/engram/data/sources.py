@@ -1,0 +1,255 @@
+"""Where documents come from: files of the user's, and what every machine with Python has."""
+
+from __future__ import annotations
+
+import ast
+import glob
+import hashlib
+import os
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import distributions
+from pathlib import Path, PurePosixPath
+
+from engram.data.html_text import html_to_text
+from engram.data.recipe import CorpusRecipe, FolderSource, TextSource
+from engram.errors import DataError
+
+__all__ = ["DOCUMENT_SEPARATOR", "Document", "Source", "UnfitSource", "bucket", "list_sources", "standard_library_sources"]
+
+DOCUMENT_SEPARATOR = "<|doc|>"
+"""A line that holds just this separates documents inside a text file."""
+
+_MIN_CHARACTERS = 40
+_MAX_MEAN_LINE = 120  # longer on average: a generated table, not prose or code
+_DOCUMENTATION_SUFFIXES = (".rst", ".txt", ".md", ".html")
+_PROSE_SUFFIXES = (*_DOCUMENTATION_SUFFIXES, ".htm", ".tex", ".org", "")
+_OURSELVES = "engram-memory"  # a corpus must not change with every line of our own description
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with a stable name."""
+
+    name: str
+    text: str
+    weight: int = 1
+    kind: str = "prose"
+
+
+class UnfitSource(Exception):  # not an error: a reason to go on without it
+    """A source has nothing for a corpus; the message is the reason it is counted under."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or another text, from which documents are made. All of it goes to one side of the split."""
+
+    name: str
+    load: Callable[[], bytes]
+    """Its bytes. Raises: DataError where the user named it; UnfitSource otherwise."""
+    parse: Callable[[str], Iterator[Document]]
+    """Documents of its text. Raises: as ``load``."""
+    required_path: str | None = None
+    """Set where the user named it: text that is not UTF-8 is an error then."""
+
+    def documents(self, content: bytes) -> Iterator[Document]:
+        """Documents in ``content``.
+
+        Raises:
+            DataError: the user named this file and it cannot be used.
+            UnfitSource: nothing to use in it.
+        """
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if self.required_path is None:
+                raise UnfitSource("not UTF-8") from None
+            raise DataError(f"corpus: {self.required_path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
+        yield from self.parse(text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def list_sources(recipe: CorpusRecipe, folder: Path) -> Iterator[Source]:
+    """All sources of a recipe, always in the same order: texts, folders, the standard library, documentation.
+
+    Raises:
+        DataError: a named file or folder is missing.
+    """
+    for text in recipe.texts:
+        yield from _text_sources(text, folder)
+    for source in recipe.folders:
+        yield from _folder_sources(source, folder)
+    if recipe.standard_library:
+        yield from standard_library_sources(recipe)
+    if recipe.documentation:
+        yield from _documentation_sources(recipe)
+
+
+def bucket(name: str) -> int:
+    """A stable number 0..99 for a name."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:4], "big") % 100
+
+
+def _text_sources(source: TextSource, folder: Path) -> Iterator[Source]:
+    files = sorted(glob.glob(str(folder / source.path), recursive=True))
+    if not files:
+        raise DataError(f"corpus: no file matches {source.path!r} in {folder}; check the recipe's 'texts'.")
+    for file in files:
+        name = Path(file).name
+        yield Source(name, partial(_load_named, file), partial(_split_text, file, name, source.weight), required_path=file)
+
+
+def _load_named(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise DataError(f"corpus: cannot read {file}: {error.strerror}.") from None
+
+
+def _split_text(file: str, name: str, weight: int, text: str) -> Iterator[Document]:
+    parts = [part.strip("\n") for part in f"\n{text}\n".split(f"\n{DOCUMENT_SEPARATOR}\n")]
+    parts = [part for part in parts if part.strip()]
+    if not parts:
+        raise DataError(f"corpus: {file} is empty.")
+    for number, part in enumerate(parts):
+        yield Document(f"{name}#{number}", part, weight)
+
+
+def _folder_sources(source: FolderSource, folder: Path) -> Iterator[Source]:
+    root = Path(os.path.abspath(folder / source.path))
+    if not root.is_dir():
+        raise DataError(f"corpus: {root} is not a folder; check the recipe's 'folders'.")
+    files = [file for file in _files_below(root, source.exclude) if file.name.endswith(source.suffixes)]
+    if not files:
+        raise DataError(f"corpus: no file in {root} ends in {', '.join(source.suffixes)}; check the recipe's 'folders'.")
+    for file in files:
+        # '#' would be read as the end of a file's name (see ``split_of``); undecodable bytes of a name cannot be written.
+        relative = file.relative_to(root).as_posix().replace("#", "%23").encode("utf-8", "replace").decode()
+        kind = source.kind or _kind_of(PurePosixPath(relative))
+        yield Source(
+            f"{root.name}/{relative}",
+            partial(_load_some, file, source.max_bytes),
+            partial(_whole_file, f"{root.name}/{relative}", kind),
+        )
+
+
+def _files_below(root: Path, exclude: tuple[str, ...]) -> list[Path]:
+    def wanted(name: str) -> bool:
+        return not name.startswith(".") and name not in exclude
+
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if wanted(name)]
+        found += [Path(folder, name) for name in files if wanted(name)]
+    return sorted(found, key=lambda file: file.relative_to(root).as_posix())
+
+
+def _load_some(file: Path, max_bytes: int | None = None) -> bytes:
+    """A file that nobody named: left out where it cannot be read (broken links, pipes, no permission)."""
+    try:
+        if not file.is_file():
+            raise UnfitSource("not a file")
+        if max_bytes is not None and file.stat().st_size > max_bytes:
+            raise UnfitSource("too large")
+        return file.read_bytes()
+    except OSError:
+        raise UnfitSource("unreadable") from None
+
+
+def _kind_of(relative: PurePosixPath) -> str:
+    if relative.suffix.lower() in _PROSE_SUFFIXES:
+        return "prose"
+    return "test" if {"test", "tests"} & set(relative.parts) or re.match(r"test_|.*_test\.", relative.name) else "code"
+
+
+def _whole_file(name: str, kind: str, text: str) -> Iterator[Document]:
+    if name.lower().endswith((".html", ".htm")):
+        text = html_to_text(text)
+    _check(text)
+    yield Document(name, text, kind=kind)
+
+
+def _check(text: str) -> None:
+    if len(text) < _MIN_CHARACTERS:
+        raise UnfitSource("too short")
+    if len(text) / (text.count("\n") + 1) > _MAX_MEAN_LINE:
+        raise UnfitSource("long lines")
+
+
+def standard_library_sources(recipe: CorpusRecipe, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Source]:
+    """Source files of the running Python's standard library in which ``wanted`` sees a fitting name, and `pydoc` topics."""
+    for file, parts in _standard_library_files(recipe, (".py",)):
+        name = "stdlib/" + "/".join(parts)
+        if not wanted(name):
+            continue
+        is_test = any(part in ("test", "tests") for part in parts)
+        if is_test and bucket("test share " + name) >= recipe.test_percent:
+            continue
+        yield Source(name, partial(_load_some, file), partial(_python_file, name, is_test))
+    yield from (source for source in _topic_sources() if wanted(source.name))
+
+
+def _standard_library_files(recipe: CorpusRecipe, suffixes: tuple[str, ...]) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for file in sorted(file for file in root.rglob("*") if file.suffix in suffixes):
+        parts = file.relative_to(root).parts
+        if not any(part in recipe.exclude_parts for part in parts):
+            yield file, parts
+
+
+def _python_file(name: str, is_test: bool, text: str) -> Iterator[Document]:
+    _check(text)
+    yield Document(name, text, kind="test" if is_test else "code")
+    if not is_test:
+        yield from _docstrings(name, text)
+
+
+def _docstrings(name: str, source: str) -> Iterator[Document]:
+    """Module and class docstrings as prose of their own."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return
+    for number, node in enumerate(ast.walk(tree)):
+        if isinstance(node, (ast.Module, ast.ClassDef)):
+            text = ast.get_docstring(node)
+            if text and len(text) >= 4 * _MIN_CHARACTERS:
+                yield Document(f"{name}#doc{number}", text, kind="documentation")
+
+
+def _topic_sources() -> Iterator[Source]:
+    from pydoc_data.topics import topics
+
+    for topic, text in sorted(topics.items()):
+        yield Source(f"topics/{topic}", text.encode, partial(_as_it_is, f"topics/{topic}"))
+
+
+def _as_it_is(name: str, text: str) -> Iterator[Document]:
+    yield Document(name, text, kind="documentation")
+
+
+def _documentation_sources(recipe: CorpusRecipe) -> Iterator[Source]:
+    if not recipe.standard_library:
+        yield from _topic_sources()
+    for file, parts in _standard_library_files(recipe, _DOCUMENTATION_SUFFIXES):
+        if not {"test", "tests"} & set(parts):  # data of tests, some of it broken on purpose
+            name = "stdlib/" + "/".join(parts)
+            yield Source(name, partial(_load_some, file), partial(_whole_file, name, "documentation"))
+    for distribution, text in sorted(_descriptions().items()):
+        name = f"distributions/{distribution}"
+        yield Source(name, text.encode, partial(_whole_file, name, "documentation"))
+
+
+def _descriptions() -> dict[str, str]:
+    """What installed distributions say about themselves, by canonical name (PEP 503); the first on the path counts."""
+    found: dict[str, str] = {}
+    for distribution in distributions():
+        fields = distribution.metadata.json if distribution.metadata else {}
+        name = re.sub(r"[-_.]+", "-", str(fields.get("name", ""))).lower()
+        text = fields.get("description")
+        if name and name != _OURSELVES and isinstance(text, str):
+            found.setdefault(name, text.encode("utf-8", "replace").decode())
+    return found

@@ -1,0 +1,384 @@
+"""A corpus as token ids on disk: written once in bounded memory, then mapped by every run that trains on it.
+
+A store is a folder: ``tokens.bin`` (ids of all documents, one after another, each document led by the begin token), ``documents.npy`` (where
+each document lies, its bytes, weight, kind and side), ``names.jsonl``, the tokenizer, and ``store.json``, which says what all this was made of.
+The folder gets its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from engram.checkpoint import write_json_atomically
+from engram.data.corpus import SPLITS, DocumentStream, SourceDigest, split_of
+from engram.data.recipe import KINDS, CorpusRecipe
+from engram.data.sources import Document
+from engram.errors import CheckpointError, ConfigError, DataError, FingerprintError
+
+__all__ = ["STORE_NAME", "TokenStore", "begin_token", "build_store", "tokenizer_digest"]
+
+STORE_NAME = "store.json"
+FORMAT_VERSION = 1
+_TOKENS, _DOCUMENTS, _NAMES, _TOKENIZER = "tokens.bin", "documents.npy", "names.jsonl", "tokenizer"
+_RECORD = np.dtype([("start", "<i8"), ("length", "<i8"), ("bytes", "<i8"), ("weight", "<i4"), ("kind", "u1"), ("split", "u1")])
+_BATCH_CHARACTERS = 1 << 18
+_BATCH_DOCUMENTS = 64
+
+
+class TokenStore:
+    """A finished store, its ids mapped and not read.
+
+    Args:
+        folder: what ``build_store`` wrote.
+
+    Raises:
+        CheckpointError: there is none, or it is truncated or malformed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.description = _read_description(self.folder)
+        try:
+            self.fingerprint: str = self.description["fingerprint"]
+            self.vocab_size: int = self.description["vocab_size"]
+            self.begin_id: int = self.description["begin_id"]
+            self.counts: dict[str, dict[str, dict[str, int]]] = self.description["counts"]
+            """Documents, UTF-8 bytes and tokens by split and kind."""
+            tokens, documents = self.description["tokens"], self.description["documents"]
+            self.tokens: np.ndarray = np.memmap(self.folder / _TOKENS, dtype=self.description["dtype"], mode="r")
+            """Ids of all documents, ``[tokens]``, uint16 or uint32."""
+            self.documents: np.ndarray = np.load(self.folder / _DOCUMENTS, mmap_mode="r", allow_pickle=False)
+            """One record per document, ``[documents]``: start, length (tokens), bytes, weight, kind (of ``KINDS``), split (of ``SPLITS``)."""
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _broken(self.folder, f"it cannot be read ({type(error).__name__}: {error})") from None
+        self._check(tokens, documents)
+        self._names: list[str] | None = None
+
+    def _check(self, tokens: int, documents: int) -> None:
+        records = self.documents
+        if records.dtype != _RECORD or records.shape != (documents,) or self.tokens.shape != (tokens,):
+            raise _broken(
+                self.folder, f"expected {tokens} tokens of {documents} documents, got {len(self.tokens)} of {len(records)}"
+            )
+        ends = records["start"] + records["length"]
+        followed = (
+            len(records) and records["start"][0] == 0 and ends[-1] == tokens and np.array_equal(ends[:-1], records["start"][1:])
+        )
+        if not followed or records["length"].min() < 1 or records["weight"].min() < 1:
+            raise _broken(self.folder, f"{_DOCUMENTS} does not describe {_TOKENS}")
+        if records["kind"].max() >= len(KINDS) or records["split"].max() >= len(SPLITS):
+            raise _broken(self.folder, f"{_DOCUMENTS} names unknown kinds")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}  # workers map the files themselves
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        TokenStore.__init__(self, state["folder"])
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def split(self, name: str) -> np.ndarray:
+        """Numbers of the documents on one side, ``"train"`` or ``"held_out"``, in the store's order."""
+        if name not in SPLITS:
+            raise ConfigError(f"split: got {name!r}, expected one of {', '.join(SPLITS)}.")
+        return np.flatnonzero(self.documents["split"] == SPLITS.index(name))
+
+    def ids(self, document: int) -> np.ndarray:
+        """Token ids of one document, begin token first, ``[length]``; a view of the file."""
+        record = self.documents[document]
+        return self.tokens[record["start"] : record["start"] + record["length"]]
+
+    def kind(self, document: int) -> str:
+        """Kind of one document, one of ``KINDS``."""
+        return KINDS[self.documents[document]["kind"]]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all documents, read when first asked for."""
+        if self._names is None:
+            try:
+                lines = (self.folder / _NAMES).read_text(encoding="utf-8").splitlines()
+                self._names = [json.loads(line) for line in lines]
+            except (OSError, ValueError) as error:
+                raise _broken(self.folder, f"{_NAMES} cannot be read ({error})") from None
+            if len(self._names) != len(self):
+                raise _broken(self.folder, f"{_NAMES} has {len(self._names)} names, expected {len(self)}")
+        return self._names
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer that made the ids."""
+        from engram.models.bundled import load_tokenizer
+
+        return load_tokenizer(str(self.folder / _TOKENIZER))
+
+
+def build_store(
+    recipe: CorpusRecipe,
+    tokenizer: Any,
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    show: Callable[[int, int], None] = lambda done, total: None,
+    note: Mapping[str, Any] | None = None,
+) -> TokenStore:
+    """Read, deduplicate, split and tokenise a corpus into the folder ``out``; or open what is there, if it was made of the same things.
+
+    Memory holds one file, one batch of its documents and some bytes for every document, never the text.
+
+    Args:
+        recipe: the sources.
+        tokenizer: a Hugging Face tokenizer with a beginning- or end-of-text token.
+        folder: what the recipe's paths are relative to.
+        out: folder of the store; made if missing.
+        show: called with bytes read so far and in all.
+        note: JSON-ready fields for ``store.json`` that do not enter the fingerprint.
+
+    Raises:
+        DataError: a source cannot be used, changed while it was read, or nothing is left to train on.
+        FingerprintError: ``out`` holds a store made of something else.
+        CheckpointError: ``out`` holds something else or a broken store, cannot be written, or another process is building it.
+    """
+    out = Path(out)
+    stream = DocumentStream(recipe, Path(folder))
+    sources = stream.digest()
+    identity = _identity(recipe, tokenizer, sources)
+    if (out / STORE_NAME).exists():
+        return _open_same(out, identity)
+    _refuse_other_files(out)
+    with _sole_builder(out):
+        if (out / STORE_NAME).exists():  # somebody else was faster
+            return _open_same(out, identity)
+        with _appearing_whole(out) as temporary:
+            _write(temporary, stream, tokenizer, identity, sources, show, note or {})
+    return TokenStore(out)
+
+
+def begin_token(tokenizer: Any) -> int:
+    """The id that leads every document: the beginning-of-text token, or else the end-of-text token.
+
+    Raises:
+        ConfigError: the tokenizer has neither.
+    """
+    found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if found is None:
+        raise ConfigError(
+            "tokenizer: got one without a beginning- or end-of-text token, expected one of them to lead documents."
+        )
+    return int(found)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of what decides how a tokenizer encodes plain text; settings of single calls (padding, truncation) do not count."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not hasattr(backend, "to_str"):
+        content: dict[str, Any] = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    else:
+        content = json.loads(backend.to_str())
+        for name in ("padding", "truncation", "post_processor"):  # the last one adds special tokens, which are not asked for
+            content.pop(name, None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _identity(recipe: CorpusRecipe, tokenizer: Any, sources: SourceDigest) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "recipe": json.loads(json.dumps(recipe.to_dict())),
+        "tokenizer": {"sha256": tokenizer_digest(tokenizer), "begin_id": begin_token(tokenizer)},
+        "source_files": asdict(sources),
+    }
+
+
+def _fingerprint(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _open_same(out: Path, identity: Mapping[str, Any]) -> TokenStore:
+    store = TokenStore(out)
+    if store.fingerprint != _fingerprint(identity):
+        there = store.description.get("identity", {})
+        differing = [name.replace("_", " ") for name in identity if there.get(name) != identity[name]]
+        raise FingerprintError(
+            f"{out} holds a token store made with another {' and another '.join(differing)}; choose another folder, or delete this one "
+            "if nothing needs it any more."
+        )
+    return store
+
+
+def _refuse_other_files(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not a token store; choose a folder that is new or empty.")
+
+
+@contextmanager
+def _sole_builder(out: Path) -> Iterator[None]:
+    """Lock the name ``out``, and remove what builds that were killed have left beside it."""
+    lock_file = out.parent / f".{out.name}.lock"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(lock_file)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(f"another process is building {out}; wait until it is done, then try again.") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {out.parent}: {error.strerror}; choose another folder.") from None
+    try:
+        for left in out.parent.glob(f".{_escaped(out.name)}.*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        lock.release()
+
+
+def _escaped(name: str) -> str:
+    import glob
+
+    return glob.escape(name)
+
+
+@contextmanager
+def _appearing_whole(out: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``out`` at the end, or nothing."""
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        if out.is_dir():
+            out.rmdir()  # empty, as was checked
+        temporary.rename(out)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"cannot write the token store {out}: {error.strerror or error}. Nothing was left behind; free space or choose another folder."
+        ) from None
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write(
+    folder: Path,
+    stream: DocumentStream,
+    tokenizer: Any,
+    identity: Mapping[str, Any],
+    sources: SourceDigest,
+    show: Callable[[int, int], None],
+    note: Mapping[str, Any],
+) -> None:
+    vocab_size, begin = len(tokenizer), identity["tokenizer"]["begin_id"]
+    dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
+    chunks: list[np.ndarray] = []
+    start = 0
+    with open(folder / _TOKENS, "wb") as tokens, open(folder / _NAMES, "w", encoding="utf-8") as names:
+        for batch in _batches(stream):
+            texts = [document.text for document in batch]
+            # Text that looks like a special token is text: nothing in a file may fake the start of a document.
+            encoded = tokenizer(texts, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
+            records = np.zeros(len(batch), dtype=_RECORD)
+            for record, document, ids in zip(records, batch, encoded):
+                tokens.write(np.asarray([begin, *ids], dtype=dtype).tobytes())
+                names.write(json.dumps(document.name) + "\n")
+                _fill(record, document, stream.recipe, start, len(ids) + 1)
+                start += len(ids) + 1
+            chunks.append(records)
+            show(stream.bytes_read, sources.bytes)
+        for file in (tokens, names):
+            file.flush()
+            os.fsync(file.fileno())
+    if stream.read != sources:
+        raise DataError("corpus: files changed while they were read; run it again when nothing writes to them.")
+    records = np.concatenate(chunks) if chunks else np.zeros(0, dtype=_RECORD)
+    if not (records["split"] == SPLITS.index("train")).any():
+        raise DataError("corpus: no documents to train on; name more text files in the recipe.")
+    show(sources.bytes, sources.bytes)
+    with open(folder / _DOCUMENTS, "wb") as file:
+        _save_array(file, records)
+    tokenizer.save_pretrained(folder / _TOKENIZER)
+    write_json_atomically(
+        folder / STORE_NAME,
+        {
+            "fingerprint": _fingerprint(identity),
+            "identity": identity,
+            "dtype": dtype,
+            "vocab_size": vocab_size,
+            "begin_id": begin,
+            "documents": len(records),
+            "tokens": start,
+            "counts": _counts(records),
+            "duplicates": {"exact": stream.duplicates, "near": stream.near_duplicates},
+            "skipped_files": dict(sorted(stream.skipped.items())),
+            **note,
+        },
+    )
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _fill(record: Any, document: Document, recipe: CorpusRecipe, start: int, length: int) -> None:
+    record["start"], record["length"], record["bytes"] = start, length, len(document.text.encode())
+    record["weight"], record["kind"] = document.weight, KINDS.index(document.kind)
+    record["split"] = SPLITS.index(split_of(document, recipe))
+
+
+def _save_array(file: BinaryIO, records: np.ndarray) -> None:
+    np.lib.format.write_array(file, records, allow_pickle=False)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _counts(records: np.ndarray) -> dict[str, dict[str, dict[str, int]]]:
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for number, split in enumerate(SPLITS):
+        counts[split] = {}
+        for kind_number, kind in enumerate(KINDS):
+            chosen = records[(records["split"] == number) & (records["kind"] == kind_number)]
+            if len(chosen):
+                sizes = {"documents": len(chosen), "bytes": int(chosen["bytes"].sum()), "tokens": int(chosen["length"].sum())}
+                counts[split][kind] = sizes
+    return counts
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    file = folder / STORE_NAME
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"no token store in {folder}: {STORE_NAME} is missing; make one with `engram corpus`.") from None
+    except (OSError, ValueError) as error:
+        raise _broken(folder, f"{STORE_NAME} cannot be read ({error})") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("identity"), dict):
+        raise _broken(folder, f"{STORE_NAME} does not describe one")
+    version = fields["identity"].get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file}: got format version {version!r}, expected {FORMAT_VERSION}; upgrade engram or build it again."
+        )
+    return fields
+
+
+def _broken(folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"the token store {folder} is damaged: {reason}. Delete the folder and build it again.")

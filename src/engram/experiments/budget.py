@@ -1,0 +1,142 @@
+"""Dividing a budget: from total and active parameters and rho to a model (paper, section 3.1).
+
+The number of experts takes rho's share of the sparse parameters, the width of the leading dense block takes up what readers and routers
+cost, so that every rho has the same active parameters, and table rows take the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from engram.config import EngramConfig
+from engram.errors import ConfigError
+from engram.experiments.backbone import BackboneConfig
+from engram.experiments.counts import Counts, predict_counts, predict_flops
+
+__all__ = ["TOLERANCE", "Allocation", "allocate"]
+
+TOLERANCE = 0.005
+"""Largest accepted mismatch of total parameters, active parameters and operations."""
+
+_WIDTH_STEP = 4
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One way to spend a budget."""
+
+    backbone: BackboneConfig
+    engram: EngramConfig | None
+    counts: Counts
+    asked_rho: float
+
+    def to_dict(self, seq_len: int, tokens: int | None = None) -> dict[str, Any]:
+        """JSON-ready figures; with ``tokens`` also the operations of the training run (three times the forward pass)."""
+        flops = predict_flops(self.backbone, self.engram, seq_len)
+        figures = {
+            **self.counts.to_dict(),
+            "asked_rho": self.asked_rho,
+            "experts": self.backbone.n_routed_experts if self.backbone.has_experts else 0,
+            "dense_width": self.backbone.intermediate_size,
+            "table_rows": self.counts.rows // self.engram.head_dim if self.engram else 0,
+            "rows_per_head": list(self.engram.engram_vocab_size) if self.engram else [],  # type: ignore[arg-type]
+            "flops_per_token": flops,
+        }
+        return figures if tokens is None else {**figures, "training_flops": 3 * flops * tokens}
+
+
+def allocate(backbone: BackboneConfig, engram: EngramConfig, total: int, active: int, rho: float) -> Allocation:
+    """The model that spends ``total`` and ``active`` parameters (embeddings and head excluded) with a share ``rho`` of experts.
+
+    Args:
+        backbone: everything but ``n_routed_experts`` and ``intermediate_size``, which are chosen here.
+        engram: everything but ``engram_vocab_size``, which is chosen here (the same for all orders); left away at ``rho = 1``.
+        total: parameters.
+        active: parameters per token.
+        rho: share of ``total - active`` given to experts, above 0 and at most 1.
+
+    Raises:
+        ConfigError: the budget cannot be met within ``TOLERANCE``; the message says what is missing.
+    """
+    _check(backbone, total, active, rho)
+    memory = engram if rho < 1 else None
+    expert = 3 * backbone.hidden_size * backbone.moe_intermediate_size
+    idle = round(rho * (total - active) / (backbone.expert_blocks * expert))
+    backbone = backbone.replace(n_routed_experts=max(idle, 0) + backbone.num_experts_per_tok)
+    backbone = _fit_width(backbone, memory, active)
+    if memory is not None:
+        room = total - active - predict_counts(backbone).idle_experts
+        memory = _fit_rows(memory, room, rho)
+    allocation = Allocation(backbone, memory, predict_counts(backbone, memory), rho)
+    for name, wanted, got in (("total", total, allocation.counts.total), ("active", active, allocation.counts.active)):
+        if abs(got - wanted) > TOLERANCE * wanted:
+            raise ConfigError(
+                f"budget: got {name} parameters {wanted:,} at rho {rho:g}, but the nearest model has {got:,} "
+                f"({100 * (got / wanted - 1):+.2f} %); expected at most {100 * TOLERANCE:g} % off. "
+                f"{_advice(name, expert * backbone.expert_blocks)}"
+            )
+    return allocation
+
+
+def _check(backbone: BackboneConfig, total: int, active: int, rho: float) -> None:
+    if backbone.architecture != "deepseek_v3" or not backbone.expert_blocks or not backbone.first_k_dense_replace:
+        raise ConfigError(
+            f"budget: got a {backbone.architecture} backbone with {backbone.expert_blocks} blocks of experts, expected deepseek_v3 with "
+            "blocks of both kinds: experts are counted out and a dense block takes up the difference."
+        )
+    if not 0 < active < total:
+        raise ConfigError(f"budget: got total {total:,} and active {active:,}, expected 0 < active < total.")
+    if not 0 < rho <= 1:
+        raise ConfigError(f"budget: got rho {rho!r}, expected a number above 0 and at most 1.")
+
+
+def _fit_width(backbone: BackboneConfig, memory: EngramConfig | None, active: int) -> BackboneConfig:
+    """The width of the dense blocks at which active parameters are as asked."""
+    per_width = 3 * backbone.hidden_size * backbone.first_k_dense_replace
+    least = backbone.replace(intermediate_size=_WIDTH_STEP)
+    missing = active - predict_counts(least, memory).active if memory is None else active - _active_without_rows(least, memory)
+    width = _WIDTH_STEP + _WIDTH_STEP * round(missing / per_width / _WIDTH_STEP)
+    if width < _WIDTH_STEP:
+        raise ConfigError(
+            f"budget: got active parameters {active:,}, but everything except the dense feed-forward takes {active - missing:,}; "
+            "expected more active parameters, fewer blocks, narrower experts or a smaller d_mem."
+        )
+    return backbone.replace(intermediate_size=width)
+
+
+def _active_without_rows(backbone: BackboneConfig, memory: EngramConfig) -> int:
+    """Active parameters do not depend on table sizes, which are not known yet and would take time to lay out."""
+    return predict_counts(backbone, memory.replace(engram_vocab_size=2)).active
+
+
+def _fit_rows(memory: EngramConfig, room: int, rho: float) -> EngramConfig:
+    """Rows per head that fill ``room`` values; heads get primes just above, which is corrected for."""
+    per_row = memory.num_heads * len(memory.layer_ids) * memory.head_dim
+    floor = room // per_row
+    for _ in range(4):
+        if floor < 2:
+            raise ConfigError(
+                f"budget: at rho {rho:g} only {max(room, 0):,} values are left for tables, fewer than two rows for each of "
+                f"{memory.num_heads * len(memory.layer_ids)} heads; expected a smaller rho, or rho 1 for none."
+            )
+        fitted = memory.replace(engram_vocab_size=int(floor))
+        excess = _values(fitted) - room
+        if abs(excess) < per_row:
+            break
+        floor -= round(excess / per_row)
+    return fitted
+
+
+def _values(memory: EngramConfig) -> int:
+    from engram.hashing.layout import prime_layout
+
+    return sum(prime for layer in prime_layout(memory).values() for order in layer for prime in order) * memory.head_dim
+
+
+def _advice(name: str, step: int) -> str:
+    if name == "active":
+        return "Change the number or width of blocks."
+    return (
+        f"One more expert per block is {step:,} parameters: choose the total so that rho = 1 meets it, or give tables a share."
+    )

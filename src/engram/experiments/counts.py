@@ -1,0 +1,122 @@
+"""What a model is made of: parameters by kind and the arithmetic of one token, from sizes alone and from a model that exists.
+
+Definitions (paper, section 3.1; SPEC section 5). Embeddings and the head are left out everywhere. ``total``: all other parameters, table rows
+included. ``active``: those a token is multiplied with: everything but experts that were not chosen and table rows (which are fetched, not
+multiplied). ``sparse = total - active``. ``rho``: the share of ``sparse`` that is experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from engram.config import EngramConfig
+from engram.experiments.backbone import BackboneConfig, build_backbone
+from engram.hashing.layout import prime_layout
+from engram.models import EngramModel
+
+__all__ = ["Counts", "count_model", "count_reader", "predict_counts", "predict_flops"]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of one model, by kind."""
+
+    embedding: int
+    """Token embeddings and head (one matrix where they are tied); in no other number."""
+    idle_experts: int
+    """Parameters of the experts that one token does not choose."""
+    rows: int
+    """Values in Engram tables."""
+    active: int
+    """Everything else."""
+    active_matrices: int
+    """The part of ``active`` in matrices, each of which costs two operations per value and token."""
+
+    @property
+    def sparse(self) -> int:
+        """``idle_experts + rows``."""
+        return self.idle_experts + self.rows
+
+    @property
+    def total(self) -> int:
+        """``active + sparse``."""
+        return self.active + self.sparse
+
+    @property
+    def rho(self) -> float:
+        """Share of the sparse parameters that is experts; 1 for a model that has none."""
+        return self.idle_experts / self.sparse if self.sparse else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, derived numbers included."""
+        return {**asdict(self), "sparse": self.sparse, "total": self.total, "rho": self.rho}
+
+
+def count_model(model: nn.Module, experts_per_token: int | None = None) -> Counts:
+    """Counts taken from a model that exists.
+
+    Args:
+        model: a causal language model, or an ``EngramModel`` on one.
+        experts_per_token: routed experts a token chooses; read off the model's config if not given.
+    """
+    memory = model if isinstance(model, EngramModel) else None
+    base: Any = memory.base_model if memory else model
+    outside = {id(p) for m in (base.get_input_embeddings(), base.get_output_embeddings()) for p in m.parameters()}
+    chosen = int(experts_per_token or getattr(base.config, "num_experts_per_tok", None) or 1)
+    idle = active = matrices = 0
+    routed = {id(p) for m in base.modules() if hasattr(m, "num_experts") and hasattr(m, "down_proj") for p in m.parameters()}
+    tables = {id(p) for e in memory.engrams.values() for p in e.multi_head_embedding.parameters()} if memory else set()
+    for p in model.parameters():
+        if id(p) in outside or id(p) in tables:
+            continue
+        unused = p.numel() * (len(p) - chosen) // len(p) if id(p) in routed else 0
+        idle += unused
+        active += p.numel() - unused
+        matrices += p.numel() - unused if p.dim() >= 2 else 0
+    embedding = sum(p.numel() for p in base.parameters() if id(p) in outside)
+    rows = sum(e.multi_head_embedding.embedding.rows * e.config.head_dim for e in memory.engrams.values()) if memory else 0
+    return Counts(embedding, idle, rows, active, matrices)
+
+
+@lru_cache(maxsize=256)
+def _count_backbone(config: BackboneConfig) -> Counts:
+    with torch.device("meta"):  # sizes without memory
+        return count_model(build_backbone(config), config.num_experts_per_tok)
+
+
+def count_reader(config: EngramConfig, hidden_size: int, streams: int = 1) -> tuple[int, int]:
+    """Parameters of all layers' projections, norms and convolutions (equations 3 to 5), and the part of them in matrices."""
+    d, everything, matrices = hidden_size, 0, 0
+    for _ in config.layer_ids:
+        projections = (1 + streams) * config.d_mem * d
+        taps = streams * d * config.kernel_size if config.use_conv else 0
+        vectors = 2 * streams * d + (streams * d if config.use_conv else 0) + ((1 + streams) * d if config.use_bias else 0)
+        matrices += projections + taps
+        everything += projections + taps + vectors
+    return everything, matrices
+
+
+def predict_counts(backbone: BackboneConfig, engram: EngramConfig | None = None) -> Counts:
+    """Counts of a model that need not exist."""
+    counts = _count_backbone(backbone)
+    if engram is None:
+        return counts
+    streams = backbone.hc_mult if backbone.architecture == "deepseek_v4" else 1
+    reader, matrices = count_reader(engram, backbone.hidden_size, streams)
+    rows = sum(prime for layer in prime_layout(engram).values() for order in layer for prime in order) * engram.head_dim
+    return Counts(counts.embedding, counts.idle_experts, rows, counts.active + reader, counts.active_matrices + matrices)
+
+
+def predict_flops(backbone: BackboneConfig, engram: EngramConfig | None, seq_len: int) -> int:
+    """Operations of one token's forward pass in matrix products, head excluded; training takes three times as many.
+
+    Two per value of an active matrix, and attention over ``seq_len`` positions, masked ones included (as torch's ``FlopCounterMode``
+    counts). Norms, softmax, gates and the mixing of residual streams are left out.
+    """
+    attention = 2 * 2 * backbone.num_hidden_layers * backbone.num_attention_heads * backbone.head_dim * seq_len
+    return 2 * predict_counts(backbone, engram).active_matrices + attention

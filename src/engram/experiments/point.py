@@ -1,0 +1,188 @@
+"""Training and measuring one point of an experiment."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, TrainerCallback, set_seed
+
+from engram.checkpoint import write_json_atomically
+from engram.errors import CheckpointError
+from engram.experiments.backbone import build_backbone
+from engram.experiments.counts import count_model, predict_flops
+from engram.experiments.data import PreparedData
+from engram.experiments.held_out import measure
+from engram.experiments.recipe import PointRecipe
+from engram.models import EngramModel, get_engram_model
+from engram.training import EngramTrainer, EngramTrainingArguments
+from engram.training.balance import BalanceCallback, find_routers
+from engram.training.safe_trainer import SafeTrainer, last_checkpoint
+
+__all__ = ["RESULT", "build_model", "run_point"]
+
+RESULT = "result.json"
+"""File of a finished point; where it is, nothing is run again."""
+
+_RECIPE = "recipe.json"
+
+
+def build_model(recipe: PointRecipe, tokenizer: Any) -> PreTrainedModel | EngramModel:
+    """A fresh model of a solved recipe, with its memory if it has one, everything trainable."""
+    set_seed(recipe.seed)
+    model = build_backbone(recipe.backbone, tokenizer)
+    if recipe.engram is None:
+        return model
+    config = recipe.engram.replace(pad_id=tokenizer.pad_token_id, seed=recipe.seed)
+    memory = get_engram_model(model, config, tokenizer)
+    return memory.requires_grad_(True)
+
+
+def run_point(recipe: PointRecipe, data: PreparedData, out: Path) -> dict[str, Any]:
+    """Train, measure and write ``out/result.json``; a finished point is read back, an interrupted one goes on exactly.
+
+    Raises:
+        CheckpointError: ``out`` holds another recipe.
+        ConfigError: the budget cannot be met.
+    """
+    present = json.loads(json.dumps(recipe.to_dict()))
+    _claim(out, present)
+    if (out / RESULT).is_file():
+        return json.loads((out / RESULT).read_text(encoding="utf-8"))
+    solved = recipe.solved()
+    model = build_model(solved, data.tokenizer)
+    curve = _Curve(solved, data)
+    trainer = _trainer(solved, data, model, out / "checkpoints", curve)
+    last = last_checkpoint(out / "checkpoints")
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if trainer.interrupt.interrupted:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
+    result = _result(solved, data, model, trainer, time.monotonic() - started)
+    if recipe.keep_model:
+        _keep(model, data, out)
+    write_json_atomically(out / RESULT, {**result, "recipe": present})
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return json.loads((out / RESULT).read_text(encoding="utf-8"))
+
+
+def _claim(out: Path, recipe: dict[str, Any]) -> None:
+    file = out / _RECIPE
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != recipe:
+        raise CheckpointError(f"{out} holds a run of another recipe; choose another folder (nothing was overwritten).")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(file, recipe)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from None
+
+
+class _InOrder:
+    """Reads blocks in order: the stream is shuffled already, and a resumed run must see what the first would have seen."""
+
+    train_dataset: Any
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+class _Trainer(_InOrder, EngramTrainer):
+    """For models with and without a memory alike."""
+
+
+class _Curve(TrainerCallback):
+    """Validation loss on the way, on a sixteenth of the half."""
+
+    def __init__(self, recipe: PointRecipe, data: PreparedData) -> None:
+        self.every = max(1, recipe.steps // recipe.curve_points)
+        self.blocks = data.held_out["validation"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Measure now and then."""
+        if state.global_step % self.every == 0:
+            loss = measure(model, self.blocks, every=16)["loss"]
+            state.log_history.append({"step": state.global_step, "validation_loss": round(loss, 4)})
+
+
+def _trainer(recipe: PointRecipe, data: PreparedData, model: Any, checkpoints: Path, curve: TrainerCallback) -> SafeTrainer:
+    arguments: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "max_steps": recipe.steps,
+        "per_device_train_batch_size": recipe.batch_size,
+        "learning_rate": recipe.learning_rate,
+        "adam_beta2": 0.95,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": recipe.min_lr_ratio},
+        "warmup_steps": round(recipe.warmup_share * recipe.steps),
+        "bf16": recipe.bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": max(1, recipe.steps // 50),
+        "save_steps": recipe.save_steps,
+        "save_total_limit": 1,
+        "seed": recipe.seed,
+        "report_to": [],
+        "train_backbone": True,
+        "backbone_optimizer": recipe.optimizer,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    if isinstance(model, EngramModel):
+        arguments["table_lr_multiplier"] = recipe.table_lr_multiplier
+    callbacks: list[TrainerCallback] = [curve]
+    if find_routers(model):
+        callbacks.append(BalanceCallback(model, recipe.balance_rate))
+    return _Trainer(
+        model=model,
+        args=EngramTrainingArguments(**arguments),
+        train_dataset=data.train(recipe.steps * recipe.batch_size, recipe.seed),
+        callbacks=callbacks,
+    )
+
+
+def _result(recipe: PointRecipe, data: PreparedData, model: Any, trainer: SafeTrainer, seconds: float) -> dict[str, Any]:
+    history = trainer.state.log_history
+    dataset: Any = trainer.train_dataset
+    losses = [(entry["step"], round(entry["loss"], 4)) for entry in history if "loss" in entry]
+    if not losses or not all(math.isfinite(loss) for _, loss in losses):
+        raise CheckpointError(f"training loss is not finite ({losses[-1:]}); lower the learning rate. No result was written.")
+    loads = [entry["expert_load_max"] for entry in history if "expert_load_max" in entry]
+    tokens = recipe.steps * recipe.batch_tokens
+    flops = predict_flops(recipe.backbone, recipe.engram, recipe.data.seq_len)
+    return {
+        "counts": {
+            **count_model(model).to_dict(),
+            "experts": recipe.backbone.n_routed_experts if recipe.backbone.has_experts else 0,
+            "dense_width": recipe.backbone.intermediate_size,
+            "table_rows": sum(e.multi_head_embedding.embedding.rows for e in model.engrams.values())
+            if isinstance(model, EngramModel)
+            else 0,
+            "rows_per_head": list(recipe.engram.engram_vocab_size) if recipe.engram else [],  # type: ignore[arg-type]
+            "flops_per_token": flops,
+            "training_flops": 3 * flops * tokens,
+        },
+        "held_out": {half: measure(model, blocks) for half, blocks in data.held_out.items()},
+        "tokens": tokens,
+        "epochs": round(dataset.epochs, 3),
+        "steps": recipe.steps,
+        "training_loss": losses,
+        "curve": [(e["step"], e["validation_loss"]) for e in history if "validation_loss" in e],
+        "expert_load_max": loads[-1] if loads else None,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _keep(model: Any, data: PreparedData, out: Path) -> None:
+    """``out/model`` with its tokenizer and, if there is one, ``out/memory``."""
+    base = model.base_model if isinstance(model, EngramModel) else model
+    base.save_pretrained(out / "model")
+    data.tokenizer.save_pretrained(out / "model")
+    if isinstance(model, EngramModel):
+        model.save_pretrained(out / "memory")

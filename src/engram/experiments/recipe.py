@@ -1,0 +1,157 @@
+"""What decides one training run of an experiment: a point."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from engram.config import EngramConfig
+from engram.data.recipe import CorpusRecipe, parse_corpus
+from engram.data.recipe import build_fields as build_flat
+from engram.errors import ConfigError
+from engram.experiments.backbone import BackboneConfig
+from engram.experiments.budget import allocate
+
+__all__ = ["BudgetRecipe", "DataRecipe", "PointRecipe", "build_fields"]
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Text and how it is cut; all points of a sweep share it.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    corpus: CorpusRecipe
+    vocab_size: int = 2048
+    """Tokens of the byte-level tokenizer that is trained on the training text."""
+    seq_len: int = 128
+    held_out_tokens: int = 131_072
+    """At most so many tokens are measured in each of the two held-out halves: ``validation``, which settings are chosen by, and ``test``,
+    which reports."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "seq_len", "held_out_tokens"):
+            _positive(self, name)
+
+
+@dataclass(frozen=True)
+class BudgetRecipe:
+    """Parameters to spend, embeddings and head left out (``engram.experiments.counts``)."""
+
+    total: int
+    active: int
+    rho: float
+
+
+@dataclass(frozen=True)
+class PointRecipe:
+    """One training run; every key is a key in YAML.
+
+    Raises:
+        ConfigError: a value is impossible, or the budget cannot be met.
+    """
+
+    data: DataRecipe
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    engram: EngramConfig | None = None
+    budget: BudgetRecipe | None = None
+    """With a budget, experts, dense width and table rows follow from it, and a rho of 1 means no memory."""
+    tokens: int = 1_500_000
+    batch_size: int = 16
+    """Sequences per step."""
+    learning_rate: float = 3e-3
+    optimizer: str = "adamw"
+    """``adamw`` or ``muon`` for the backbone's matrices."""
+    table_lr_multiplier: float = 5.0
+    weight_decay: float = 0.1
+    warmup_share: float = 0.05
+    min_lr_ratio: float = 0.1
+    """Where the cosine ends, as a share of the learning rate."""
+    balance_rate: float = 1e-3
+    """What a router's bias moves by per step."""
+    seed: int = 0
+    """Of weights, order of documents and hash multipliers."""
+    bf16: bool = True
+    keep_model: bool = False
+    """Whether the trained model and memory are kept beside the result."""
+    curve_points: int = 8
+    """How often the validation half is measured on the way (on a sixteenth of it)."""
+    save_steps: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_size", "learning_rate", "table_lr_multiplier", "save_steps"):
+            _positive(self, name)
+        if self.optimizer not in ("adamw", "muon"):
+            raise ConfigError(f"PointRecipe.optimizer: got {self.optimizer!r}, expected 'adamw' or 'muon'.")
+        for name in ("warmup_share", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"PointRecipe.{name}: got {getattr(self, name)!r}, expected 0 to 1.")
+        if self.backbone.vocab_size != self.data.vocab_size:
+            object.__setattr__(self, "backbone", self.backbone.replace(vocab_size=self.data.vocab_size))
+        if self.backbone.max_position_embeddings < self.data.seq_len:
+            raise ConfigError(
+                f"PointRecipe: got data.seq_len {self.data.seq_len}, expected at most backbone.max_position_embeddings = "
+                f"{self.backbone.max_position_embeddings}."
+            )
+        if self.steps < 1:
+            raise ConfigError(f"PointRecipe.tokens: got {self.tokens}, expected at least one batch, {self.batch_tokens}.")
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens per step."""
+        return self.batch_size * self.data.seq_len
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return self.tokens // self.batch_tokens
+
+    def solved(self) -> PointRecipe:
+        """The same point with its budget turned into sizes."""
+        if self.budget is None:
+            return self
+        engram = self.engram or EngramConfig(layer_ids=(1,))
+        allocation = allocate(self.backbone, engram, self.budget.total, self.budget.active, self.budget.rho)
+        return dataclasses.replace(self, backbone=allocation.backbone, engram=allocation.engram, budget=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        fields = dataclasses.asdict(self)
+        fields["engram"] = None if self.engram is None else self.engram.to_dict()
+        fields["data"]["corpus"] = self.data.corpus.to_dict()
+        return fields
+
+
+def _positive(recipe: Any, name: str) -> None:
+    value = getattr(recipe, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ConfigError(f"{type(recipe).__name__}.{name}: got {value!r}, expected a positive number.")
+
+
+_NESTED: dict[str, type] = {"data": DataRecipe, "backbone": BackboneConfig, "budget": BudgetRecipe, "corpus": CorpusRecipe}
+
+
+def build_fields(cls: type, fields: Mapping[str, Any], where: str) -> Any:
+    """An instance of one of the recipe classes from plain values, nested ones included.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value impossible; the message says where.
+    """
+    values = {name: _build_value(name, value, f"{where}.{name}") for name, value in fields.items()}
+    return build_flat(cls, values, where)
+
+
+def _build_value(name: str, value: Any, where: str) -> Any:
+    if name not in _NESTED and name != "engram":
+        return value
+    if value is None or dataclasses.is_dataclass(value):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: got {value!r}, expected a mapping.")
+    if name == "corpus":
+        return parse_corpus(value, where)
+    return EngramConfig.from_dict(value) if name == "engram" else build_fields(_NESTED[name], value, where)

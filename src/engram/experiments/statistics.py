@@ -1,0 +1,74 @@
+"""Intervals for few repetitions, and fits with intervals from resampled seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["bootstrap", "fit_line", "fit_parabola", "mean_interval", "student_t"]
+
+_RESAMPLES = 2000
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom (any statistics table); 1.96 beyond.
+_T95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def student_t(degrees: int) -> float:
+    """Two-sided 95 % quantile of Student's t."""
+    return _T95[degrees - 1] if degrees <= len(_T95) else 1.96
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean with its 95 % interval (Student's t); the interval is None for a single value."""
+    mean = sum(values) / len(values)
+    entry: dict[str, Any] = {"mean": mean, "n": len(values), "min": min(values), "max": max(values), "low": None, "high": None}
+    if len(values) > 1:
+        deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        half = student_t(len(values) - 1) * deviation / math.sqrt(len(values))
+        entry |= {"low": mean - half, "high": mean + half}
+    return entry
+
+
+def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Slope and intercept by least squares."""
+    slope, intercept = np.polyfit(x, y, 1)
+    return float(slope), float(intercept)
+
+
+def fit_parabola(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
+    """Coefficients of ``a x^2 + b x + c`` by least squares."""
+    a, b, c = np.polyfit(x, y, 2)
+    return float(a), float(b), float(c)
+
+
+def bootstrap(
+    groups: Sequence[Sequence[float]], statistic: Callable[[list[float]], float | None], seed: int = 0
+) -> tuple[float, float] | None:
+    """95 % interval of a statistic of group means, by drawing members of each group with replacement.
+
+    Args:
+        groups: repeated measurements of each setting.
+        statistic: of one mean per group; None where it does not exist for a draw.
+        seed: of the draws.
+
+    Returns:
+        The 2.5 % and 97.5 % quantiles; None where the statistic exists for fewer than half of the draws or nothing was repeated.
+    """
+    if all(len(group) < 2 for group in groups):
+        return None
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(_RESAMPLES):
+        means = [float(np.mean(rng.choice(group, len(group)))) for group in groups]
+        value = statistic(means)
+        if value is not None and math.isfinite(value):
+            values.append(value)
+    if 2 * len(values) < _RESAMPLES:
+        return None
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)

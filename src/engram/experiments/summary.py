@@ -1,0 +1,158 @@
+"""What a sweep answers: curves, slopes and differences with their intervals, all from test losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from engram.experiments.statistics import bootstrap, fit_line, fit_parabola, mean_interval
+
+__all__ = ["summarise"]
+
+Entries = Sequence[Mapping[str, Any]]
+
+
+def summarise(question: str, entries: Entries) -> dict[str, Any]:
+    """The answer to a sweep's question from the points there are.
+
+    Args:
+        question: ``allocation``, ``slots``, ``ablation`` or ``comparison``.
+        entries: points as a sweep's result holds them.
+    """
+    if not entries:
+        return {}
+    return _SUMMARIES[question](entries)
+
+
+def _loss(entry: Mapping[str, Any]) -> float:
+    return entry["test"]["loss"]
+
+
+def _by(entries: Entries, key: Callable[[Mapping[str, Any]], Any]) -> dict[Any, list[Mapping[str, Any]]]:
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault(key(entry), []).append(entry)
+    return groups
+
+
+def paired(entries: Entries, others: Entries) -> dict[str, Any] | None:
+    """Mean of the differences ``entries - others``, seed by seed, with its interval; None without a common seed."""
+    losses = {e["seed"]: _loss(e) for e in others}
+    differences = [_loss(e) - losses[e["seed"]] for e in entries if e["seed"] in losses]
+    return mean_interval(differences) if differences else None
+
+
+def _others(entry: Mapping[str, Any], dimension: str) -> str:
+    """The labels of all other dimensions, as one name."""
+    return ", ".join(label for name, label in entry["labels"].items() if name != dimension) or "all"
+
+
+def _allocation(entries: Entries) -> dict[str, Any]:
+    """By budget: the loss at every rho, a parabola through it, its lowest point, and the gain of the best rho over experts alone."""
+    return {budget: _curve(group) for budget, group in _by(entries, lambda e: _others(e, "rho")).items()}
+
+
+def _curve(entries: Entries) -> dict[str, Any]:
+    arms = _by(entries, lambda e: e["labels"]["rho"])
+    rows = []
+    for label, group in arms.items():
+        counts = group[0]["counts"]
+        rows.append(
+            {
+                "label": label,
+                "rho": counts["rho"],
+                "loss": mean_interval([_loss(e) for e in group]),
+                **{k: counts[k] for k in ("total", "active", "experts", "dense_width", "rows_per_head", "flops_per_token")},
+            }
+        )
+    rows.sort(key=lambda row: row["rho"])
+    pure = next((arms[row["label"]] for row in rows if row["rho"] == 1), None)
+    for row in rows:
+        row["against_experts_alone"] = None if pure is None or row["rho"] == 1 else paired(arms[row["label"]], pure)
+    summary: dict[str, Any] = {"curve": rows}
+    if len(rows) >= 4:
+        summary["parabola"] = _parabola([r["rho"] for r in rows], [[_loss(e) for e in arms[r["label"]]] for r in rows])
+    # The best rho is named by validation loss and reported by test loss, so that the choice does not flatter the report.
+    best = min((r for r in rows if r["rho"] < 1), key=lambda r: _validation(arms[r["label"]]), default=None)
+    if best is not None:
+        summary["best"] = {"rho": best["rho"], "label": best["label"], "gain": best["against_experts_alone"]}
+    return summary
+
+
+def _validation(entries: Entries) -> float:
+    return sum(e["validation"]["loss"] for e in entries) / len(entries)
+
+
+def _parabola(rho: Sequence[float], losses: Sequence[Sequence[float]]) -> dict[str, Any]:
+    def lowest(means: list[float]) -> float | None:
+        a, b, _ = fit_parabola(rho, means)
+        return -b / (2 * a) if a > 0 else None
+
+    def curvature(means: list[float]) -> float:
+        return fit_parabola(rho, means)[0]
+
+    means = [sum(group) / len(group) for group in losses]
+    a, b, c = fit_parabola(rho, means)
+    residual = math.sqrt(sum((a * x * x + b * x + c - y) ** 2 for x, y in zip(rho, means)) / len(rho))
+    return {
+        "coefficients": [a, b, c],
+        "curvature_interval": bootstrap(losses, curvature),
+        "lowest": lowest(means),
+        "lowest_interval": bootstrap(losses, lowest),
+        "residual": residual,
+    }
+
+
+def _slots(entries: Entries) -> dict[str, Any]:
+    """The loss at every table size, the slope per decade of rows, and the gain over no memory."""
+    arms = _by(entries, lambda e: e["labels"]["rows"])
+    without = next((group for group in arms.values() if not group[0]["counts"]["rows_per_head"]), None)
+    rows = [
+        {
+            "label": label,
+            "rows_per_head": max(group[0]["counts"]["rows_per_head"]),
+            "slots": group[0]["counts"]["table_rows"],
+            "loss": mean_interval([_loss(e) for e in group]),
+            "against_none": None if without is None else paired(group, without),
+        }
+        for label, group in arms.items()
+        if group is not without
+    ]
+    rows.sort(key=lambda row: row["slots"])
+    summary: dict[str, Any] = {"curve": rows, "none": mean_interval([_loss(e) for e in without]) if without else None}
+    if len(rows) >= 3:
+        x = [math.log10(row["slots"]) for row in rows]
+        groups = [[_loss(e) for e in arms[row["label"]]] for row in rows]
+        slope, intercept = fit_line(x, [sum(g) / len(g) for g in groups])
+        summary["line"] = {
+            "slope_per_decade": slope,
+            "slope_interval": bootstrap(groups, lambda means: fit_line(x, means)[0]),
+            "intercept": intercept,
+        }
+    return summary
+
+
+def _ablation(entries: Entries) -> dict[str, Any]:
+    """By setting: the loss of every arm, and its difference to the arm ``reference``, seed by seed."""
+    summary = {}
+    for setting, group in _by(entries, lambda e: _others(e, "arm")).items():
+        arms = _by(group, lambda e: e["labels"]["arm"])
+        reference = arms.get("reference")
+        summary[setting] = {
+            label: {
+                "loss": mean_interval([_loss(e) for e in members]),
+                "against_reference": None if reference is None or members is reference else paired(members, reference),
+                **{k: members[0]["counts"][k] for k in ("total", "active", "flops_per_token")},
+            }
+            for label, members in arms.items()
+        }
+    return summary
+
+
+_SUMMARIES: dict[str, Callable[[Entries], dict[str, Any]]] = {
+    "allocation": _allocation,
+    "slots": _slots,
+    "ablation": _ablation,
+    "comparison": _ablation,
+}

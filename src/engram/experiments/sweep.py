@@ -1,0 +1,252 @@
+"""Running a sweep: every point in a process and a folder of its own, finished ones skipped, the rest resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engram.checkpoint import write_json_atomically
+from engram.data.store import TokenStore
+from engram.errors import CheckpointError, DataError
+from engram.experiments.data import prepare_data
+from engram.experiments.point import RESULT
+from engram.experiments.summary import summarise
+from engram.experiments.sweep_recipe import Point, SweepRecipe
+
+__all__ = ["SweepRun", "run_sweep"]
+
+_FAILED = "failed.json"
+_TASK = "task.json"
+Show = Callable[[str], None]
+
+
+@dataclass
+class SweepRun:
+    """A sweep under way.
+
+    Args:
+        recipe: what to run.
+        folder: what paths of the recipe are relative to.
+        out: run folder: ``data``, and a folder for each point.
+        known: a result of this sweep made before, whose points need not be run again.
+        workers: points at a time.
+        threads: threads of each.
+        show: told about every point.
+        save: given the result so far after every point.
+    """
+
+    recipe: SweepRecipe
+    folder: Path
+    out: Path
+    known: Mapping[str, Any] = field(default_factory=dict)
+    workers: int = 1
+    threads: int = 1
+    show: Show = print
+    save: Callable[[dict[str, Any]], None] = lambda result: None
+
+    def __post_init__(self) -> None:
+        self._children: set[subprocess.Popen] = set()
+        self._stopping = threading.Event()
+        self._known = {entry["digest"]: entry for entry in self.known.get("points", []) + self.known.get("tuning", [])}
+        self.failures: list[dict[str, Any]] = []
+
+    def run(self, tuning_only: bool = False, limit: int | None = None) -> dict[str, Any]:
+        """Prepare the data, choose learning rates, run the points; returns the sweep's result so far.
+
+        Args:
+            tuning_only: stop when learning rates are chosen.
+            limit: start at most so many points.
+
+        Raises:
+            CheckpointError: ``out`` or ``known`` hold another sweep, or the disk is full.
+            DataError: the corpus cannot be used.
+        """
+        store = self._prepare()
+        groups = self.recipe.tuning_points()
+        tried = [point for points in groups.values() for point in points]
+        tuning = self._run_all(tried, limit, lambda done: self._collect(store, done, {}, [], {}))
+        rates = {key: rate for key, points in groups.items() if (rate := _choose(points, tuning)) is not None}
+        undecided = len(tuning) + len(self.failures) < len({p.digest for p in tried})  # cut short by a limit
+        if tuning_only or undecided or len(rates) < len(groups):
+            return self._collect(store, tuning, rates, [], {})
+        points = self.recipe.points(rates)
+        done = self._run_all(points, limit, lambda done: self._collect(store, tuning, rates, points, done))
+        return self._collect(store, tuning, rates, points, done)
+
+    def _prepare(self) -> TokenStore:
+        first = self.recipe.recipe_of(next(self.recipe.combinations()), self.recipe.seeds[0])
+        data = prepare_data(first.data, self.folder, self.out / "data")
+        other = self.known.get("data", {}).get("fingerprint")
+        fingerprint = data.store.description["fingerprint"]
+        if other is not None and other != fingerprint:
+            raise DataError(
+                f"the given result was made with other text (fingerprint {other[:12]}, here {fingerprint[:12]}): another version of "
+                "Python or changed files. Use that text, or begin a result of its own."
+            )
+        return data.store
+
+    def _run_all(
+        self, points: Sequence[Point], limit: int | None, collect: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        """Results by digest; points that failed are missing and noted. What ``collect`` makes of them is saved after each."""
+        results = {p.digest: self._known[p.digest] for p in points if p.digest in self._known}
+        todo = [p for p in {p.digest: p for p in points}.values() if p.digest not in results]
+        finished = [p for p in todo if (self._folder(p) / RESULT).is_file()]
+        results |= {p.digest: self._read(p) for p in finished}
+        todo = [p for p in todo if p.digest not in results][:limit]
+        self.show(f"{self.recipe.name}: {len(results)} of {len(points)} points are finished, {len(todo)} to run")
+        self.save(collect(results))
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            waiting: dict[Future, Point] = {pool.submit(self._run_one, p): p for p in todo}
+            try:
+                while waiting:
+                    ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                    for future in ended:
+                        self._note(waiting.pop(future), future.result(), results, len(points))
+                        self.save(collect(results))
+            except BaseException:
+                self._stop(waiting)
+                raise
+        return results
+
+    def _note(self, point: Point, error: dict[str, Any] | None, results: dict[str, Any], total: int) -> None:
+        if error is None:
+            entry = results[point.digest] = self._read(point)
+            self.show(
+                f"[{len(results)}/{total}] {point.role} {point.name}: validation {entry['validation']['loss']:.4f}, "
+                f"test {entry['test']['loss']:.4f}, {entry['seconds']:.0f} s"
+            )
+        elif error.get("fatal"):
+            raise CheckpointError(error["error"])
+        else:
+            self.failures.append({"point": point.name, "digest": point.digest, **error})
+            self.show(f"{point.role} {point.name} failed: {error['error']}")
+
+    def _run_one(self, point: Point) -> dict[str, Any] | None:
+        """None if the point finished, else what went wrong."""
+        if self._stopping.is_set():
+            return {"error": "not started"}
+        folder = self._folder(point)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _FAILED).unlink(missing_ok=True)
+        task = {"recipe": point.recipe.to_dict(), "data": str((self.out / "data").resolve()), "threads": self.threads}
+        write_json_atomically(folder / _TASK, task)
+        with open(folder / "log.txt", "ab") as log:
+            environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+            command = [sys.executable, "-m", "engram.experiments.worker", str(folder)]
+            child = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+            )
+            self._children.add(child)
+            code = child.wait()
+            self._children.discard(child)
+        if code == 0:
+            return None
+        if (folder / _FAILED).is_file():
+            return json.loads((folder / _FAILED).read_text(encoding="utf-8"))
+        return {"error": f"ended with code {code}; see {folder / 'log.txt'}"}
+
+    def _stop(self, waiting: Mapping[Future, Point]) -> None:
+        """Let running points save a checkpoint and end."""
+        self._stopping.set()
+        for child in list(self._children):
+            child.send_signal(signal.SIGINT)
+        wait(waiting)
+
+    def _folder(self, point: Point) -> Path:
+        return self.out / ("tuning" if point.role == "tuning" else "points") / f"{point.name}-{point.digest[:6]}"
+
+    def _read(self, point: Point) -> dict[str, Any]:
+        """What the sweep's result keeps of a point."""
+        result = json.loads((self._folder(point) / RESULT).read_text(encoding="utf-8"))
+        held_out = result.pop("held_out")
+        kept = {name: result[name] for name in ("counts", "tokens", "epochs", "steps", "curve", "expert_load_max", "seconds")}
+        return {
+            "labels": dict(point.labels),
+            "seed": point.seed,
+            "digest": point.digest,
+            "learning_rate": point.recipe.learning_rate,
+            **held_out,
+            **kept,
+        }
+
+    def _collect(
+        self,
+        store: TokenStore,
+        tuning: Mapping[str, Any],
+        rates: Mapping[str, float],
+        points: Sequence[Point],
+        done: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        entries = [done[p.digest] for p in points if p.digest in done]
+        learning_rates = [
+            {"group": json.loads(key)[0], "at": json.loads(key)[1], "learning_rate": rate, "edge": self._at_edge(rate)}
+            for key, rate in rates.items()
+        ]
+        return {
+            "sweep": self.recipe.name,
+            "question": self.recipe.question,
+            "recipe": self.recipe.to_dict(),
+            "data": {"fingerprint": store.description["fingerprint"], "counts": store.counts},
+            "expected_points": len(list(self.recipe.combinations())) * len(self.recipe.seeds),
+            "learning_rates": learning_rates,
+            "tuning": list(tuning.values()),
+            "points": entries,
+            "failures": self.failures,
+            "summary": summarise(self.recipe.question, entries),
+        }
+
+    def _at_edge(self, rate: float) -> bool:
+        grid = sorted(float(lr) for lr in self.recipe.tune.learning_rate) if self.recipe.tune else []
+        return len(grid) > 1 and rate in (grid[0], grid[-1])
+
+
+def _choose(points: Sequence[Point], results: Mapping[str, Any]) -> float | None:
+    """The learning rate with the lowest mean validation loss; None while one of the runs is missing and none has failed for good."""
+    losses: dict[float, list[float]] = {}
+    for point in points:
+        entry = results.get(point.digest)
+        losses.setdefault(point.recipe.learning_rate, []).append(entry["validation"]["loss"] if entry else float("inf"))
+    means = {rate: sum(values) / len(values) for rate, values in losses.items()}
+    best = min(means, key=lambda rate: means[rate])
+    return best if means[best] < float("inf") else None
+
+
+def run_sweep(
+    recipe: SweepRecipe,
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    known: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    threads: int = 1,
+    show: Show = print,
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Run what is missing of a sweep; see ``SweepRun``.
+
+    Raises:
+        CheckpointError, DataError: as for ``SweepRun.run``.
+    """
+    out = Path(out)
+    if known and known.get("sweep") != recipe.name:
+        raise CheckpointError(
+            f"the given result is of sweep {known.get('sweep')!r}, expected {recipe.name!r}; choose another file."
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from None
+    if shutil.disk_usage(out).free < 1 << 26:
+        raise CheckpointError(f"{out}: less than 64 MiB are free on this disk; make room first. Finished points are kept.")
+    return SweepRun(recipe, Path(folder), out, known or {}, workers, threads, show, save).run(**options)

@@ -1,0 +1,236 @@
+"""What a sweep is: a base point, named variants of it, seeds, and how learning rates are chosen."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from engram.config import EngramConfig
+from engram.data.recipe import build_fields as build_flat
+from engram.data.recipe import read_yaml
+from engram.errors import ConfigError
+from engram.experiments.backbone import BackboneConfig
+from engram.experiments.recipe import PointRecipe, build_fields
+
+__all__ = ["Point", "SweepRecipe", "TuneGroup", "TuneRecipe", "read_base", "read_sweep"]
+
+QUESTIONS = ("allocation", "slots", "ablation", "comparison")
+
+
+@dataclass(frozen=True)
+class TuneGroup:
+    """Points that share a learning rate, and the one of them it is chosen at."""
+
+    at: Mapping[str, str]
+    """Variant by dimension; a dimension left out is tuned separately for each of its variants."""
+    where: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Variants by dimension that belong to the group; a dimension left out allows all."""
+
+    def holds(self, labels: Mapping[str, str]) -> bool:
+        """Whether a point belongs to the group."""
+        return all(labels.get(dimension) in variants for dimension, variants in self.where.items())
+
+
+@dataclass(frozen=True)
+class TuneRecipe:
+    """How learning rates are chosen: by validation loss, with seeds that report nothing."""
+
+    learning_rate: Sequence[float]
+    groups: Sequence[TuneGroup]
+    seeds: Sequence[int] = (1000,)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    labels: Mapping[str, str]
+    seed: int
+    recipe: PointRecipe
+    role: str = "point"
+    """``point`` or ``tuning``."""
+
+    @property
+    def digest(self) -> str:
+        """Identity of the run: two points of one digest give one result."""
+        fields = json.dumps(self.recipe.to_dict(), sort_keys=True)
+        return hashlib.sha256(fields.encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """Readable and usable as the name of a folder."""
+        parts = [f"{dimension}={label}" for dimension, label in self.labels.items()]
+        if self.role == "tuning":
+            parts.append(f"lr={self.recipe.learning_rate:g}")
+        text = ",".join([*parts, f"seed={self.seed}"])
+        return "".join(c if c.isalnum() or c in "=,.+-" else "_" for c in text)
+
+
+@dataclass(frozen=True)
+class SweepRecipe:
+    """A sweep, read from YAML.
+
+    Raises:
+        ConfigError: a variant changes what does not exist, or a value is impossible.
+    """
+
+    name: str
+    question: str
+    """What the summary answers: ``allocation`` (a curve over ``rho``), ``slots`` (a slope over ``rows``), ``ablation`` (differences to the
+    variant ``reference`` of ``arm``) or ``comparison`` (variants side by side)."""
+    base: Mapping[str, Any]
+    """Fields of ``PointRecipe``."""
+    variants: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    """By dimension and label: fields to change, nested ones with dots (``engram.use_conv: false``). Points are all combinations."""
+    seeds: Sequence[int] = (0, 1, 2)
+    tune: TuneRecipe | None = None
+
+    def __post_init__(self) -> None:
+        if self.question not in QUESTIONS:
+            raise ConfigError(f"sweep.question: got {self.question!r}, expected one of {', '.join(QUESTIONS)}.")
+        if not self.variants or not all(isinstance(v, Mapping) and v for v in self.variants.values()):
+            raise ConfigError("sweep.variants: expected at least one dimension with at least one variant each.")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ConfigError(f"sweep.seeds: got {list(self.seeds)}, expected at least one, none twice.")
+        if self.tune and set(self.tune.seeds) & set(self.seeds):
+            raise ConfigError("sweep.tune.seeds: settings must be chosen with other seeds than those that report.")
+        for group in self.tune.groups if self.tune else ():
+            for dimension, label in [*group.at.items(), *((d, v) for d, vs in group.where.items() for v in vs)]:
+                if label not in self.variants.get(dimension, {}):
+                    raise ConfigError(f"sweep.tune.groups: {dimension} {label!r} is not one of the variants.")
+
+    def combinations(self) -> Iterator[dict[str, str]]:
+        """Labels of all points, seeds aside."""
+        for labels in itertools.product(*self.variants.values()):
+            yield dict(zip(self.variants, labels))
+
+    def recipe_of(self, labels: Mapping[str, str], seed: int, **changes: Any) -> PointRecipe:
+        """The recipe of a point.
+
+        Raises:
+            ConfigError: as for ``PointRecipe``.
+        """
+        fields = copy.deepcopy(dict(self.base))
+        for dimension, label in labels.items():
+            for key, value in self.variants[dimension][label].items():
+                _change(fields, key, value, f"sweep.variants.{dimension}.{label}")
+        return build_fields(PointRecipe, {**fields, "seed": seed, **changes}, f"sweep {self.name}: {dict(labels)}")
+
+    def points(self, learning_rates: Mapping[str, float]) -> list[Point]:
+        """All points that report, at the learning rates chosen (by ``tuning_key``)."""
+        found = []
+        for labels in self.combinations():
+            key = self.tuning_key(labels)
+            changes = {"learning_rate": learning_rates[key]} if key in learning_rates else {}
+            found += [Point(labels, seed, self.recipe_of(labels, seed, **changes)) for seed in self.seeds]
+        return found
+
+    def tuning_key(self, labels: Mapping[str, str]) -> str:
+        """Name of the choice of learning rate that a point depends on; empty if none is made."""
+        for number, group in enumerate(self.tune.groups if self.tune else ()):
+            if group.holds(labels):
+                return json.dumps([number, self._tuned_at(group, labels)])
+        return ""
+
+    def _tuned_at(self, group: TuneGroup, labels: Mapping[str, str]) -> dict[str, str]:
+        return {dimension: group.at.get(dimension, label) for dimension, label in labels.items()}
+
+    def tuning_points(self) -> dict[str, list[Point]]:
+        """By choice, the points that are tried for it."""
+        found: dict[str, list[Point]] = {}
+        for labels in self.combinations():
+            key = self.tuning_key(labels)
+            if key and key not in found:
+                assert self.tune is not None
+                at = json.loads(key)[1]
+                found[key] = [
+                    Point(at, seed, self.recipe_of(at, seed, learning_rate=float(lr)), "tuning")
+                    for lr in self.tune.learning_rate
+                    for seed in self.tune.seeds
+                ]
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=dict))
+
+
+def read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> SweepRecipe:
+    """Read a sweep, and check that every point of it can be built.
+
+    Args:
+        path: YAML file. Its ``data.corpus`` may name another recipe file with a ``corpus`` in it, relative to this one.
+        changes: fields of the base to change, dotted (``tokens``, ``data.seq_len``).
+
+    Raises:
+        DataError: the file is missing or not YAML.
+        ConfigError: a key is unknown, a value impossible, or a budget cannot be met.
+    """
+    fields = _mapping(path)
+    tune = fields.pop("tune", None)
+    if tune is not None:
+        groups = [build_flat(TuneGroup, group, f"sweep {path}: tune.groups") for group in tune.get("groups", [])]
+        tune = build_flat(TuneRecipe, {**tune, "groups": groups}, f"sweep {path}: tune")
+    base = copy.deepcopy(dict(fields.pop("base", {})))
+    _insert_corpus(base, path)
+    for key, value in (changes or {}).items():
+        _change(base, key, value, "--set")
+    recipe = build_flat(SweepRecipe, {**fields, "base": base, "tune": tune}, f"sweep {path}")
+    for labels in recipe.combinations():
+        recipe.recipe_of(labels, recipe.seeds[0]).solved()
+    return recipe
+
+
+def read_base(path: str | os.PathLike[str]) -> tuple[BackboneConfig, EngramConfig]:
+    """Backbone and memory of a sweep's base.
+
+    Raises:
+        DataError, ConfigError: as for ``read_sweep``; or there is no memory in it.
+    """
+    base = _mapping(path).get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("engram"), dict):
+        raise ConfigError(f"recipe {path}: expected a 'base' mapping with an 'engram' mapping in it.")
+    backbone = build_fields(BackboneConfig, base.get("backbone", {}), f"recipe {path}: base.backbone")
+    vocab_size = base.get("data", {}).get("vocab_size", backbone.vocab_size)
+    return backbone.replace(vocab_size=vocab_size), EngramConfig.from_dict(base["engram"])
+
+
+def _mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    fields = read_yaml(path)
+    if not isinstance(fields, dict):
+        raise ConfigError(f"recipe {path}: got {type(fields).__name__}, expected a mapping.")
+    return dict(fields)
+
+
+def _insert_corpus(base: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    data = base.get("data")
+    if isinstance(data, dict) and isinstance(data.get("corpus"), str):
+        if os.path.basename(data["corpus"]) != data["corpus"]:
+            raise ConfigError(
+                f"sweep {path}: data.corpus: got {data['corpus']!r}, expected the name of a recipe in the same folder, since the paths in "
+                "both are relative to it; or write the corpus out here."
+            )
+        other = os.path.join(os.path.dirname(path), data["corpus"])
+        found = read_yaml(other)
+        if not isinstance(found, dict) or not isinstance(found.get("corpus"), dict):
+            raise ConfigError(f"recipe {other}: expected a mapping with a 'corpus' mapping in it.")
+        base["data"] = {**data, "corpus": found["corpus"]}
+
+
+def _change(fields: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set a dotted key. Values that are mappings replace or make a whole part; None takes it away."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = fields.get(parent)
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{where}: got {key!r}, but the base has no mapping {parent!r} to change something in.")
+        fields[parent] = inner = dict(inner)
+        fields = inner
+    fields[last] = value

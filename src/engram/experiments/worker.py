@@ -1,0 +1,41 @@
+"""One point of a sweep, in a process of its own: ``python -m engram.experiments.worker FOLDER``."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+
+from engram.checkpoint import write_json_atomically
+from engram.errors import EngramError
+
+__all__ = ["main"]
+
+
+def main(folder: Path) -> int:
+    """Run the task in ``FOLDER/task.json``; an error of ours is left in ``FOLDER/failed.json``."""
+    import torch
+
+    from engram.experiments.data import load_data
+    from engram.experiments.point import run_point
+    from engram.experiments.recipe import PointRecipe, build_fields
+
+    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    torch.set_num_threads(task["threads"])
+    try:
+        recipe = build_fields(PointRecipe, task["recipe"], "task")
+        run_point(recipe, load_data(recipe.data, Path(task["data"])), folder)
+    except (EngramError, OSError) as error:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        print(f"engram: {error}", file=sys.stderr)
+        write_json_atomically(folder / "failed.json", {"error": str(error), "fatal": full})
+        return 1
+    except KeyboardInterrupt as stopped:
+        print(f"engram: {stopped}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

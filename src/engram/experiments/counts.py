@@ -16,7 +16,7 @@ from torch import nn
 
 from engram.config import EngramConfig
 from engram.experiments.backbone import BackboneConfig, build_backbone
-from engram.hashing.layout import prime_layout, primes_read
+from engram.hashing.layout import prime_layout
 from engram.models import EngramModel
 
 __all__ = ["Counts", "count_model", "count_reader", "count_rows", "predict_counts", "predict_flops"]
@@ -116,8 +116,7 @@ def predict_counts(backbone: BackboneConfig, engram: EngramConfig | None = None)
 
 def count_rows(config: EngramConfig) -> int:
     """Rows of all tables of a memory."""
-    layout = primes_read(config, prime_layout(config))
-    return sum(prime for layer in layout.values() for order in layer for prime in order)
+    return sum(prime for layer in prime_layout(config).values() for order in layer for prime in order)
 
 
 def predict_flops(backbone: BackboneConfig, engram: EngramConfig | None, seq_len: int) -> int:

@@ -41,6 +41,7 @@ COMMANDS = [
     "generate",
     "trace",
     "corpus",
+    "look",
     "pretrain",
     "bench",
 ]

@@ -23,6 +23,7 @@ from engram.cli.knowledge import (
     teach_command,
     why_command,
 )
+from engram.cli.look import look_command
 from engram.cli.place import place_command
 from engram.cli.pretrain import pretrain_command
 from engram.cli.trace import trace_command
@@ -51,6 +52,7 @@ app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("trace")(trace_command)
 app.command("corpus")(corpus_command)
+app.command("look")(look_command)
 app.command("pretrain")(pretrain_command)
 app.command("bench")(bench_command)
 

@@ -1,4 +1,4 @@
-"""Texts that a memory has no business with, by kind."""
+"""Texts to measure on, by kind: a user's, and those that every installation has."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from pathlib import Path
 
 import yaml
 
+from engram.data.corpus import DOCUMENT_SEPARATOR, held_out_standard_library
+from engram.data.facts import load_facts
 from engram.errors import DataError
 
-__all__ = ["load_texts"]
+__all__ = ["load_documents", "load_texts", "standard_texts"]
+
+_BUNDLED = Path(__file__).parent.parent / "bundled"
 
 
 def load_texts(path: str | os.PathLike[str]) -> dict[str, list[str]]:
@@ -29,3 +33,41 @@ def load_texts(path: str | os.PathLike[str]) -> dict[str, list[str]]:
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise DataError(f"{path}, {kind!r}: expected a list of texts, none of them empty.")
     return {str(kind): texts for kind, texts in kinds.items()}
+
+
+def load_documents(path: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """Texts by kind: of a YAML file as ``load_texts`` reads it; any other file is text of one kind, named after the file.
+
+    Lines that hold just ``<|doc|>`` separate documents, as in a corpus.
+
+    Raises:
+        DataError: the file is missing, not UTF-8, empty or malformed.
+    """
+    file = Path(path)
+    if file.suffix in (".yaml", ".yml"):
+        return load_texts(file)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read texts {path}: {error}. Expected a text file in UTF-8, or YAML.") from None
+    parts = [part.strip("\n") for part in f"\n{text}\n".split(f"\n{DOCUMENT_SEPARATOR}\n")]
+    documents = [part for part in parts if part.strip()]
+    if not documents:
+        raise DataError(f"{path}: the file is empty; expected text.")
+    return {file.stem: documents}
+
+
+def standard_texts() -> dict[str, list[str]]:
+    """Texts of several kinds that the bundled model was not trained on: code, docstrings and manual pages of the running Python's
+    standard library (its held-out part), prose and stories; and sentences of facts that it was trained on, capitals.
+    """
+    texts: dict[str, list[str]] = {}
+    for document in held_out_standard_library():
+        if document.name.endswith("#doc0"):  # a module's docstring: the beginning of its code
+            continue
+        kind = "manual" if document.name.startswith("topics/") else "docstrings" if "#doc" in document.name else "code"
+        texts.setdefault(kind, []).append(document.text)
+    other = load_texts(_BUNDLED / "none_of_its_business.yaml")
+    texts |= {kind: other[kind] for kind in ("prose", "story")}
+    capitals = [fact for fact in load_facts(_BUNDLED / "capitals.yaml") if fact.category == "sentence"]
+    return texts | {"facts": [f"{fact.prompts[0]} {fact.answer}" for fact in capitals]}

@@ -12,8 +12,8 @@ __all__ = ["COLOURS", "new_figure", "save_figure"]
 COLOURS = ["#8c8c8c", "#c62f2d", "#2f6db5", "#e0a030", "#4f9d69", "#7b5ea7", "#333333"]
 
 
-def new_figure(count: int, width: float | None = None) -> tuple[Any, Any]:
-    """A figure with ``count`` axes side by side, ``width`` inches wide.
+def new_figure(count: int, width: float | None = None, height: float = 3.6, stacked: bool = False) -> tuple[Any, Any]:
+    """A figure with ``count`` axes side by side, or one below the other if ``stacked``; width and height in inches.
 
     Raises:
         ConfigError: matplotlib is missing.
@@ -25,8 +25,8 @@ def new_figure(count: int, width: float | None = None) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     del matplotlib
-    figure = Figure(figsize=(width or 5.0 * count, 3.6), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0]
+    figure = Figure(figsize=(width or 5.0 * count, height), layout="constrained")
+    axes = figure.subplots(*((count, 1) if stacked else (1, count)), squeeze=False).flatten()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes

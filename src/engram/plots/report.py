@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-__all__ = ["gate_colour", "render_report"]
+__all__ = ["gate_colour", "heat_map", "html_page", "render_report"]
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}
 table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.25rem .7rem;text-align:left;border-bottom:1px solid #ddd;vertical-align:top}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+img{max-width:100%}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 .bar{display:inline-block;height:.75rem;vertical-align:middle;border-radius:2px}.was{background:#bbb}.is{background:#c62f2d}
 .track{display:inline-block;width:14rem;background:#f3f3f3;border-radius:2px}
 .tok{display:inline-block;padding:.05rem .12rem;margin:.06rem 0;border:1px solid #eee;white-space:pre;font:13px/1.5 ui-monospace,monospace}
@@ -43,10 +43,15 @@ def render_report(result: Mapping[str, Any]) -> str:
         _examples(result["examples"]),
         "<h2>Gates, token by token</h2>",
         "<p class=quiet>White: closed (0), or only empty rows are read. Dark red: open (1). Underlined: a row that was written is read.</p>",
-        *(_heat_map(trace) for trace in result["traces"]),
+        *(heat_map(trace) for trace in result["traces"]),
     ]
+    return html_page("engram demo", sections)
+
+
+def html_page(title: str, sections: Sequence[str]) -> str:
+    """A page of its own from sections that are HTML already."""
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
     body = "\n".join(sections)
-    head = f'<meta charset="utf-8"><title>engram demo</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
 
 
@@ -93,7 +98,8 @@ def _examples(examples: Sequence[Mapping[str, str]]) -> str:
     return f"<table><tr><th>prompt</th><th>memory off</th><th>memory on</th></tr>{rows}</table>"
 
 
-def _heat_map(trace: Mapping[str, Any]) -> str:
+def heat_map(trace: Mapping[str, Any]) -> str:
+    """Tokens coloured by their gates (mean over streams), one line per layer: ``{tokens: [{token, layers: [{layer_id, gate, written}]}]}``."""
     lines = []
     for index, layer in enumerate(trace["tokens"][0]["layers"]):
         spans = []

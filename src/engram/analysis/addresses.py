@@ -1,0 +1,74 @@
+"""Which n-grams stand where in a sample, and which rows they read.
+
+Shape legend: T positions of all windows together, H hash heads, N largest order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from engram.analysis.sample import Sample
+from engram.tables import ABSENT
+
+__all__ = ["NOTHING", "found_orders", "ngram_codes", "rows_read"]
+
+NOTHING = -1
+"""In place of a row: nothing is read here (verified rows)."""
+
+
+def ngram_codes(memory: Any, sample: Sample) -> dict[int, np.ndarray]:
+    """For each order a number per position, int64 ``[T]``: equal numbers are equal n-grams of canonical ids.
+
+    Positions before a window count as padding, as they do in the hash.
+    """
+    mapping = memory.mapping
+    canonical, reach = np.asarray(mapping.compressed_tokenizer.lookup_table), memory.engram_config.max_ngram_size - 1
+    padding = np.full(reach, mapping.pad_id, dtype=np.int64)
+    pieces, real = [], []
+    for window in sample.windows:
+        pieces += [padding, canonical[list(window.ids)].astype(np.int64)]
+        real += [np.zeros(reach, dtype=bool), np.ones(len(window.ids), dtype=bool)]
+    ids, kept = np.concatenate(pieces), np.concatenate(real)
+    unique, code = np.unique(ids, return_inverse=True)
+    last, codes = code, {}
+    for order in memory.engram_config.orders:  # an n-gram is the one before it that is shorter by one, and its own last id
+        before = np.concatenate([[0], code[:-1]])
+        _, code = np.unique(before * len(unique) + last, return_inverse=True)
+        codes[order] = np.unique(code[kept], return_inverse=True)[1]
+    return codes
+
+
+def rows_read(memory: Any, sample: Sample) -> dict[int, np.ndarray]:
+    """Rows that positions read in each layer, int64 ``[T, H]``, heads side by side in one numbering.
+
+    Of verified rows only those found count, by the place where they are stored; elsewhere stands ``NOTHING``.
+    """
+    read: dict[int, list[np.ndarray]] = {layer: [] for layer in memory.engram_config.layer_ids}
+    for window in sample.windows:
+        ids = torch.tensor([window.ids])
+        hashed = {} if memory.engram_config.verify_rows else memory.mapping.hash(ids)
+        for layer in read:
+            engram = memory.engrams[str(layer)]
+            if memory.engram_config.verify_rows:
+                slots = engram.find(ids)
+                slots = engram.no_slots(*ids.shape) if slots is None else slots
+                read[layer].append(torch.where(slots == ABSENT, NOTHING, slots)[0].cpu().numpy())
+            else:
+                read[layer].append((hashed[layer] + engram.multi_head_embedding.offsets.cpu())[0].numpy())
+    return {layer: np.concatenate(parts) for layer, parts in read.items()}
+
+
+def found_orders(memory: Any, sample: Sample) -> np.ndarray:
+    """The largest order read at each position, int64 ``[T]``: N for ordinary rows; for verified ones what was found, 0 for nothing."""
+    config = memory.engram_config
+    positions = sum(len(window.ids) for window in sample.windows)
+    if not config.verify_rows:
+        return np.full(positions, config.max_ngram_size)
+    largest = np.zeros(positions, dtype=np.int64)
+    for rows in rows_read(memory, sample).values():
+        by_order = (rows != NOTHING).reshape(positions, -1, config.n_head_per_ngram).any(axis=-1)
+        largest = np.maximum(largest, (by_order * np.array(config.orders)).max(axis=-1))
+    return largest

@@ -1,0 +1,106 @@
+"""Hidden states of every block, and what a model makes of them before it speaks.
+
+Shape legend: B batch, T positions, n tokens, M residual streams, d hidden size, L blocks, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engram.analysis.subject import Subject
+from engram.errors import AttachError
+from engram.models import find_decoder
+
+__all__ = ["Lens", "record_blocks"]
+
+_VALUES_AT_ONCE = 1 << 21  # 8 MB in float32
+_TOLERANCE = 1e-3
+
+
+@contextmanager
+def record_blocks(subject: Subject) -> Iterator[list[Tensor]]:
+    """Inside this context the list holds the blocks' outputs of the last forward pass: ``[B, T, d]`` or ``[B, T, M, d]`` each."""
+    decoder = find_decoder(subject.base)
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append((output[0] if isinstance(output, tuple) else output).detach())
+
+    handles = [decoder.module.register_forward_pre_hook(lambda module, args: outputs.clear())]
+    handles += [block.register_forward_hook(keep) for block in decoder.blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Lens:
+    """The logit lens: a model's own last steps applied to the output of any block (nostalgebraist, 2020).
+
+    Those steps are found by watching which modules of the decoder run after its last block: a norm, and in DeepSeek-V4 before it
+    the head that joins the residual streams. Where streams are joined by no module, their mean is taken.
+
+    Raises:
+        AttachError: the last block's output does not give the model's own logits in this way.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self._tail, self._mean_first = _modules_after_last_block(subject)
+        self._head = subject.base.get_output_embeddings()
+        self._softcap = getattr(subject.base.config.get_text_config(), "final_logit_softcapping", None)
+        self.chunk = max(16, _VALUES_AT_ONCE // subject.vocab_size)
+        """How many tokens' logits are to be computed at once."""
+        self._check(subject)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits ``[n, V]`` of hidden states ``[n, d]`` or ``[n, M, d]``."""
+        hidden = hidden.mean(dim=-2) if self._mean_first else hidden
+        hidden = hidden.unsqueeze(0)
+        for module in self._tail:
+            hidden = module(hidden)
+        logits = self._head(hidden[0]).float()
+        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+
+    @torch.no_grad()
+    def _check(self, subject: Subject) -> None:
+        ids = torch.arange(4)[None] % subject.vocab_size
+        with record_blocks(subject) as blocks:
+            expected = subject.logits(ids, torch.ones_like(ids))[0]
+        got = self.logits(blocks[-1][0])
+        if not torch.allclose(got, expected, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max())):
+            raise AttachError(
+                f"logit lens: {type(subject.base).__name__} does more to its last block's output than its norm and head "
+                f"(logits differ by {float((got - expected).abs().max()):.3g}); leave logit_lens out for this model."
+            )
+
+
+@torch.no_grad()
+def _modules_after_last_block(subject: Subject) -> tuple[list[nn.Module], bool]:
+    """Children of the decoder in the order in which they run after its last block, and whether streams are joined before them."""
+    decoder = find_decoder(subject.base)
+    tail: list[nn.Module] = []
+    dims: list[int] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        tail.append(module)
+        dims.append(args[0].dim())
+
+    def start(module: nn.Module, args: Any, output: Any) -> None:
+        tail.clear()
+        dims.clear()
+
+    children = [child for child in decoder.module.children() if child is not decoder.blocks]
+    handles = [decoder.blocks[-1].register_forward_hook(start), *(child.register_forward_hook(note) for child in children)]
+    try:
+        ids = torch.arange(4)[None] % subject.vocab_size
+        subject.logits(ids, torch.ones_like(ids))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tail, decoder.streams > 1 and bool(dims) and dims[0] == 3

@@ -1,0 +1,60 @@
+"""What is looked at: a model, with its memory on or off, or without any."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from engram.models import EngramModel, find_decoder
+
+__all__ = ["Subject"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A causal language model under a name."""
+
+    name: str
+    model: Any
+    """An ``EngramModel``, or a Hugging Face model without a memory."""
+    memory_on: bool = True
+    """Whether the memory, if there is one, takes part."""
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether there is a memory at all, on or off."""
+        return isinstance(self.model, EngramModel)
+
+    @property
+    def base(self) -> Any:
+        """The Hugging Face model."""
+        return self.model.base_model if self.has_memory else self.model
+
+    @property
+    def device(self) -> Any:
+        """Where token ids go."""
+        return self.base.get_input_embeddings().weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits."""
+        return int(self.base.get_input_embeddings().weight.shape[0])
+
+    def logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Float32 logits ``[B, T, V]`` of right-padded ids and their mask, both ``[B, T]``."""
+        with self._memory_as_said():
+            output = self.base(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False)
+        return output.logits.float()
+
+    def run(self, ids: Tensor, mask: Tensor) -> None:
+        """Run the decoder without its head, for what hooks and recordings see of it."""
+        with self._memory_as_said():
+            find_decoder(self.base).module(
+                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
+            )
+
+    def _memory_as_said(self) -> AbstractContextManager[None]:
+        return self.model.disable_engram() if self.has_memory and not self.memory_on else nullcontext()

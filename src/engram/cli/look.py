@@ -1,0 +1,170 @@
+"""`engram look`: looks inside a model and its memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from engram._version import __version__
+from engram.cli.outputs import check_folder, check_writable
+
+if TYPE_CHECKING:
+    from engram.analysis import Subject
+
+__all__ = ["look_command"]
+
+_WHAT = "gates, logit_lens, cka, memory_off, rows, zipf, gains"
+
+
+def look_command(
+    memory: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A saved memory, or a run folder with 'model' and 'memory' in it; without it the model alone is looked at."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for look.json, pictures and look.html (needs matplotlib).")] = Path("look"),
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model: a folder, a hub name or 'bundled'. The one the memory was made for if not given."),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML (kind: [texts]) or a text file (documents apart by lines of <|doc|>); held-out texts of several kinds if not given."
+        ),
+    ] = None,
+    what: Annotated[str | None, typer.Option(help=f"Some of {_WHAT}, with commas; all that fit if not given.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="A second model of the same tokenizer, for logit_lens and cka: as --model, or a run folder."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens of text run through the models.")] = 6000,
+    row_tokens: Annotated[int, typer.Option(min=16, help="Tokens of text that are only hashed, for rows and zipf.")] = 60_000,
+    length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 256,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Another file for the result.")] = None,
+) -> None:
+    """Look inside: gates, logit lens, similarity of layers, memory off, rows, caches, n-grams; one page, pictures and JSON."""
+    from engram.analysis import look
+    from engram.checkpoint import write_json_atomically
+    from engram.data.texts import load_documents, standard_texts
+    from engram.plots import plot_look, render_look
+    from engram.plots.figure import new_figure
+
+    new_figure(1)  # before minutes of work: is matplotlib there
+    check_folder(out)
+    for file in (json_out, out / "look.json", out / "look.html"):
+        check_writable(file)
+    names = None if what is None else [name.strip() for name in what.split(",") if name.strip()]
+    read = load_documents(texts) if texts is not None else standard_texts()
+    subject, tokenizer = _open(memory, model)
+    second = None if against is None else _open_second(against)
+    with _bars() as start:
+        result = look(subject, tokenizer, read, names, second, tokens, row_tokens, length, start)
+    result["texts"] = "held-out standard texts" if texts is None else texts.name
+    result["provenance"] = _provenance(memory, model, texts, what, against, tokens, row_tokens, length)
+    for file in (out / "look.json", json_out):
+        if file is not None:
+            write_json_atomically(file, result)
+    page = out / "look.html"
+    page.write_text(render_look(result, plot_look(result, out)), encoding="utf-8")
+    capped = "" if result["text"]["complete"] else " (a part of the text; --tokens takes more)"
+    print(f"looked at {result['text']['tokens']:,} tokens{capped}: {page}")
+    for name, reason in result["skipped"].items():
+        print(f"left out: {name}: {reason}")
+
+
+def _open(memory: Path | None, model: str | None) -> tuple[Subject, Any]:
+    """The model to look at, with its memory if one is given, and its tokenizer."""
+    from engram.analysis import Subject
+    from engram.checkpoint import DESCRIPTION_NAME, read_description
+    from engram.errors import CheckpointError
+    from engram.models import EngramModel, load_model
+
+    if memory is None:
+        return _open_second(model or "bundled")
+    if not (memory / DESCRIPTION_NAME).exists() and (memory / "memory" / DESCRIPTION_NAME).exists():
+        memory = memory / "memory"
+    description = read_description(memory)
+    beside = memory.parent / "model"
+    named = (description.get("base_model") or {}).get("name_or_path") or "bundled"
+    name = model or (str(beside) if (beside / "config.json").is_file() else named)
+    try:
+        base, tokenizer = load_model(name)
+    except CheckpointError as error:
+        hint = "" if model else f" The memory in {memory} names it as its base; if that has moved, say where with --model."
+        raise CheckpointError(f"{error}{hint}") from error
+    return Subject(_short(memory), EngramModel.from_pretrained(base, memory, tokenizer).eval()), tokenizer
+
+
+def _open_second(name: str) -> tuple[Subject, Any]:
+    """A model by name, or that of a run folder with the memory that was trained with it."""
+    from engram.analysis import Subject
+    from engram.checkpoint import DESCRIPTION_NAME
+    from engram.models import EngramModel, load_model
+
+    run = Path(name)
+    if not (run / "model" / "config.json").is_file():
+        base, tokenizer = load_model(name)
+        return Subject(_short(run), base), tokenizer
+    base, tokenizer = load_model(str(run / "model"))
+    if not (run / "memory" / DESCRIPTION_NAME).is_file():
+        return Subject(_short(run), base), tokenizer
+    return Subject(_short(run), EngramModel.from_pretrained(base, run / "memory", tokenizer).eval()), tokenizer
+
+
+def _short(folder: Path) -> str:
+    """What to call a model: the last folder, or of ``run/memory`` and ``run/model`` the run."""
+    return folder.parent.name if folder.name in ("memory", "model") and folder.parent.name else folder.name
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Progress on standard error: one bar per analysis, in tokens."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:11}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+
+        def start(name: str, total: int) -> Callable[[int], None]:
+            task = progress.add_task(name, total=total)
+            return lambda done: progress.advance(task, done)
+
+        yield start
+
+
+def _provenance(
+    memory: Path | None,
+    model: str | None,
+    texts: Path | None,
+    what: str | None,
+    against: str | None,
+    tokens: int,
+    row_tokens: int,
+    length: int,
+) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    options = {"model": model, "texts": texts, "what": what, "against": against}
+    given = "".join(f" --{name} {value}" for name, value in options.items() if value is not None)
+    command = f"engram look{'' if memory is None else f' {memory}'}{given}"
+    return {
+        "command": f"{command} --tokens {tokens} --row-tokens {row_tokens} --length {length}",
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }

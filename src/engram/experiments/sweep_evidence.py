@@ -34,13 +34,20 @@ def _sweeps(results: Results, question: str) -> Iterator[tuple[str, Mapping[str,
             yield name if done >= wanted else f"{name} ({done} of {wanted} points)", result
 
 
+def _points(result: Mapping[str, Any], dimension: str, setting: str) -> list[Mapping[str, Any]]:
+    """Points whose labels, ``dimension`` aside, are those that the summary calls ``setting``."""
+
+    def others(labels: Mapping[str, str]) -> str:
+        return ", ".join(label for name, label in labels.items() if name != dimension) or "all"
+
+    return [p for p in result["points"] if others(p["labels"]) == setting]
+
+
 def _budgets(results: Results) -> Iterator[tuple[str, Mapping[str, Any], list[Mapping[str, Any]]]]:
     """Every budget of every allocation sweep: where, its summary, its points."""
     for name, result in _sweeps(results, "allocation"):
         for budget, summary in result["summary"].items():
-            points = [
-                p for p in result["points"] if budget == (", ".join(v for k, v in p["labels"].items() if k != "rho") or "all")
-            ]
+            points = _points(result, "rho", budget)
             yield name if budget == "all" else f"{name}, {budget}", summary, points
 
 
@@ -146,9 +153,7 @@ def _settings(results: Results) -> Iterator[tuple[str, Mapping[str, Any], Mappin
     """Every setting of every ablation: where, arms of its summary, recipe, points."""
     for name, result in _sweeps(results, "ablation"):
         for setting, arms in result["summary"].items():
-            points = [
-                p for p in result["points"] if setting == (", ".join(v for k, v in p["labels"].items() if k != "arm") or "all")
-            ]
+            points = _points(result, "arm", setting)
             yield name if setting == "all" else f"{name}, {setting}", arms, result["recipe"], points
 
 

@@ -1,0 +1,120 @@
+"""Pictures of any result file, by its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from engram.errors import DataError
+from engram.plots.bench import plot_bench
+from engram.plots.evaluation import plot_evaluation, plot_shares
+from engram.plots.figure import Picture, new_figure, save_figure
+from engram.plots.look import plot_look
+from engram.plots.marks import colour_of
+from engram.plots.results import SWEEPS, ResultFile
+from engram.plots.sweep import plot_sweep
+
+__all__ = ["draw_result", "plot_recall", "plot_throughput", "variant_name"]
+
+_LOOKS = {
+    "gates": "How far the memory is let in, by token and layer, and how often how far by kind of text. White: closed. Dark red: open.",
+    "logit_lens": "Divergence of what the model would say after each block from what it says in the end, with 95 % intervals over documents.",
+    "cka": "Similarity of layers (linear CKA, unbiased); dashed: the soft alignment index.",
+    "memory_off": "Losses with the trained memory on and off, and what is kept, by kind of text and of token.",
+    "rows": "What each head of each layer read; black marks: what an even hash would give.",
+    "zipf": "Accesses by rank of a row, and hit rates of caches of every size.",
+    "gains": "The n-grams after which most bits were won and lost.",
+}
+
+
+def draw_result(file: ResultFile, folder: Path, paper: Mapping[str, Any] | None = None) -> list[Picture]:
+    """Draw one result into a folder.
+
+    Args:
+        file: the result.
+        folder: of the pictures; those of looks and evaluations are below it, in one named as the result.
+        paper: what the paper measured, to be drawn beside sweeps.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+        DataError: the result lacks something that its kind has.
+    """
+    if file.is_sweep:
+        return _checked(file, lambda: plot_sweep(file.data, folder, file.name, paper))
+    return _checked(file, lambda: _DRAWERS[file.kind](file, folder))
+
+
+def _checked(file: ResultFile, draw: Callable[[], list[Picture]]) -> list[Picture]:
+    try:
+        return draw()
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"result {file.name}: malformed for {'a sweep' if file.kind in SWEEPS else 'its kind'}, {file.kind} ({told}); write it again "
+            "with the command that made it."
+        ) from error
+
+
+def plot_recall(results: Mapping[str, Mapping[str, Any]], path: Path) -> Picture:
+    """Exact answers by kind of question and length of text, one colour per model, with Wilson's intervals.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    systems = {
+        name: {f"{s['kind']}, {s['length']}": s for s in result["scores"] if s["depth"] is None}
+        for name, result in results.items()
+    }
+    plot_shares(systems, path, "exact answers in long text, by question and tokens")
+    return Picture(path, "Exact answers in long text with 95 % intervals.")
+
+
+def plot_throughput(result: Mapping[str, Any], path: Path) -> Picture:
+    """Seconds per training step by variant, medians with the range over rounds.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    variants = result.get("variants") or result["entries"]
+    figure, (axis,) = new_figure(1, width=7.5, height=1.2 + 0.4 * len(variants))
+    for place, variant in enumerate(reversed(variants)):
+        seconds = variant["seconds"]
+        axis.barh(place, seconds["median"], 0.6, color=colour_of(1))
+        if "min" in seconds and "max" in seconds:
+            axis.plot([seconds["min"], seconds["max"]], [place, place], "-", lw=1.5, color="#333333")
+    axis.set_yticks(range(len(variants)), [variant_name(v) for v in reversed(variants)], fontsize=8)
+    axis.set(xlabel="seconds per step")
+    return Picture(save_figure(figure, path), "Seconds of a training step: median, and the range over rounds.")
+
+
+def variant_name(variant: Mapping[str, Any]) -> str:
+    """What a timed variant is called, with its table size if it has one."""
+    name = next((str(variant[key]) for key in ("name", "variant", "label", "kind") if key in variant), "?")
+    rows = variant.get("rows_per_layer")
+    return f"{name}, {rows:,} rows per layer" if isinstance(rows, int) else name
+
+
+def _look(file: ResultFile, folder: Path) -> list[Picture]:
+    drawn = plot_look(file.data, folder / file.name)
+    return [Picture(path, _LOOKS.get(name, name)) for name, paths in drawn.items() for path in paths]
+
+
+def _bench(file: ResultFile, folder: Path) -> list[Picture]:
+    return [
+        Picture(path, benchmark["title"])
+        for path, benchmark in zip(plot_bench(file.data, folder), file.data["benchmarks"].values())
+    ]
+
+
+def _evaluation(file: ResultFile, folder: Path) -> list[Picture]:
+    return [Picture(path, path.stem.replace("_", " ")) for path in plot_evaluation({file.name: file.data}, folder / file.name)]
+
+
+_DRAWERS: dict[str, Callable[[ResultFile, Path], list[Picture]]] = {
+    "bench": _bench,
+    "eval": _evaluation,
+    "look": _look,
+    "long_context": lambda file, folder: [plot_recall(file.data, folder / f"{file.name}.png")],
+    "throughput": lambda file, folder: [plot_throughput(file.data, folder / f"{file.name}.png")],
+}

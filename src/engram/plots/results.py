@@ -1,0 +1,114 @@
+"""Result files: what kind each is, told by what is in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engram.errors import DataError
+
+__all__ = ["SWEEPS", "ResultFile", "group_results", "read_result", "recognise"]
+
+SWEEPS = ("allocation", "slots", "ablation", "comparison")
+"""Questions of sweeps; each is a kind of result."""
+
+_KINDS: dict[str, tuple[str, ...]] = {
+    "bench": ("benchmarks", "hardware"),
+    "eval": ("recall", "categories", "harm", "gates"),
+    "look": ("model", "against", "text", "skipped"),
+}
+"""Kinds that are told by their keys."""
+
+_SWEEP_KEYS = (
+    "sweep",
+    "question",
+    "recipe",
+    "data",
+    "expected_points",
+    "learning_rates",
+    "tuning",
+    "points",
+    "failures",
+    "summary",
+)
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """A result and what it is."""
+
+    name: str
+    """The file's name without its ending."""
+    kind: str
+    data: Mapping[str, Any]
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it is a sweep's."""
+        return self.kind in SWEEPS
+
+
+def recognise(data: Any) -> str | None:
+    """The kind of a result; None if it is of no kind that is known here."""
+    if not isinstance(data, Mapping):
+        return None
+    if "sweep" in data and data.get("question") in SWEEPS:
+        return data["question"]
+    kind = next((kind for kind, keys in _KINDS.items() if all(key in data for key in keys)), None)
+    if kind is not None:
+        return kind
+    if data and all(isinstance(entry, Mapping) and isinstance(entry.get("scores"), list) for entry in data.values()):
+        return "long_context"
+    return "throughput" if _timed_variants(data) else None
+
+
+def _timed_variants(data: Mapping[str, Any]) -> bool:
+    """A list of variants with seconds per step; the files of ``benchmarks/train_step.py`` itself have pictures of their own."""
+    variants = data.get("variants", data.get("entries"))
+    return (
+        isinstance(variants, list)
+        and bool(variants)
+        and all(isinstance(v, Mapping) and isinstance(v.get("seconds"), Mapping) for v in variants)
+        and not any("to_smallest_sparse" in v for v in variants)
+    )
+
+
+def read_result(path: Path, strict: bool = True) -> ResultFile | None:
+    """Read a result file.
+
+    Args:
+        path: JSON file.
+        strict: whether a kind that is not known is an error; else it is None.
+
+    Raises:
+        DataError: the file is missing, no JSON, of no known kind, or lacks what its kind has.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"result {path}: {error.strerror}; expected a JSON file that engram wrote.") from None
+    except ValueError as error:
+        raise DataError(f"result {path}: not JSON ({error}); write it again with the command that made it.") from None
+    kind = recognise(data)
+    if kind is None:
+        if not strict:
+            return None
+        raise DataError(
+            f"result {path}: of no kind that can be drawn; expected a result of engram sweep, bench, eval, look or recall, or a list of "
+            "variants with seconds per step."
+        )
+    missing = [key for key in _SWEEP_KEYS if kind in SWEEPS and key not in data]
+    if missing:
+        raise DataError(f"result {path}: lacks {', '.join(missing)}, which every sweep's result has; run engram sweep again.")
+    return ResultFile(path.stem, kind, data)
+
+
+def group_results(files: Iterable[ResultFile]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Results by kind and name."""
+    groups: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for file in files:
+        groups.setdefault(file.kind, {})[file.name] = file.data
+    return groups

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         FingerprintError,
         TableError,
         TeachError,
+        TrainingError,
     )
     from engram.hashing import CompressedTokenizer, NgramHashMapping
     from engram.layers import Engram, EngramState
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
         load_bundled,
         register_architecture,
     )
-    from engram.optim import EngramAdamW
+    from engram.optim import EngramAdamW, EngramMuon
     from engram.tables import EmbeddingTable
-    from engram.training import EngramTrainer, EngramTrainingArguments
+    from engram.training import EngramTrainer, EngramTrainingArguments, LiveProgress
 
 _HOMES = {
     "AttachError": "engram.errors",
@@ -50,6 +51,7 @@ _HOMES = {
     "EngramConfig": "engram.config",
     "EngramError": "engram.errors",
     "EngramModel": "engram.models",
+    "EngramMuon": "engram.optim",
     "EngramRouter": "engram.models",
     "EngramState": "engram.layers",
     "EngramTrainer": "engram.training",
@@ -58,6 +60,7 @@ _HOMES = {
     "FingerprintError": "engram.errors",
     "ForgetReport": "engram.editing",
     "LearnedRouter": "engram.models",
+    "LiveProgress": "engram.training",
     "MemoryEditor": "engram.editing",
     "NgramHashMapping": "engram.hashing",
     "TableConfig": "engram.config",
@@ -65,6 +68,7 @@ _HOMES = {
     "TeachError": "engram.errors",
     "TeachReport": "engram.editing",
     "TeachSettings": "engram.editing",
+    "TrainingError": "engram.errors",
     "get_engram_model": "engram.models",
     "load_bundled": "engram.models",
     "load_facts": "engram.data",

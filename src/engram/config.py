@@ -18,6 +18,7 @@ __all__ = ["EngramConfig", "TableConfig"]
 Gate = Literal["signed_sqrt", "plain"]
 TableInit = Literal["zero", "normal"]
 Reader = Literal["trained", "seeded"]
+Fuse = Literal["gate", "add", "concat"]
 
 
 def _require(condition: bool, field: str, got: object, expected: str) -> None:
@@ -27,6 +28,25 @@ def _require(condition: bool, field: str, got: object, expected: str) -> None:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _layer_orders(given: Any, layers: tuple[int, ...], largest: int) -> tuple[tuple[int, tuple[int, ...]], ...] | None:
+    """Pairs (layer, ascending orders) of the layers that do not read all orders, in the order of ``layers``; None if all do."""
+    if given is None:
+        return None
+    try:
+        pairs = [(layer, tuple(orders)) for layer, orders in (given.items() if isinstance(given, Mapping) else given)]
+        # JSON has no keys but strings
+        read = {int(layer) if isinstance(layer, str) and layer.isdecimal() else layer: orders for layer, orders in pairs}
+    except (TypeError, ValueError):
+        pairs, read = [], {"no mapping": ()}
+    expected = f"{{layer: orders}} with layers among layer_ids {list(layers)}, each once"
+    _require(len(read) == len(pairs) and set(read) <= set(layers), "layer_orders", given, expected)
+    expected = f"for every layer named at least one order from 2 to max_ngram_size = {largest}, none twice"
+    for orders in read.values():
+        possible = all(_is_int(n) and 2 <= n <= largest for n in orders)
+        _require(possible and 0 < len(orders) == len(set(orders)), "layer_orders", given, expected)
+    return tuple((i, tuple(sorted(read[i]))) for i in layers if i in read and len(read[i]) < largest - 1) or None
 
 
 @dataclass(frozen=True)
@@ -83,6 +103,19 @@ class EngramConfig:
     reader: Reader = "trained"
     """``trained``: projections are ordinary parameters, saved with the memory. ``seeded``: they are random signs that follow from
     ``seed``, frozen and never saved."""
+    fuse: Fuse = "gate"
+    """How a value enters the residual streams. ``gate``: equations 3 and 4. ``add``: as it is, v~ = W_V e, the paper's "without gating";
+    the layer then has no ``key_projs``, ``norm1`` and ``norm2``. ``concat``: v~_m = W_C [RMSNorm(h_m) ; W_V e] with W_C of shape
+    ``[d, 2d]``, without bias; the layer then has ``concat_projs`` and ``norm2`` (of h), but no ``key_projs`` and ``norm1``. W_C starts as
+    ``[0 ; I]``, so that ``concat`` starts as ``add``: with rows and W_C both zero neither would ever get a gradient."""
+    branch_gates: bool = True
+    """Whether every residual stream has a key projection and norms of its own (with ``concat``: W_C and norm). False: all M streams share
+    one of each, the paper's "without branch-specific gates"; a stream is still gated by its own hidden state. The norms in front of the
+    convolution are not part of a gate and stay one per stream. With one stream both are the same."""
+    layer_orders: Mapping[int, Sequence[int]] | Sequence[tuple[int, Sequence[int]]] | None = None
+    """Orders that single layers read, ``{layer id: orders}``; layers not named read all of 2..``max_ngram_size``. Rows, projections and
+    d_mem of a layer follow; primes, multipliers and the convolution's dilation do not: every n-gram that is still read is read at the
+    address it has when all are (``engram.hashing.layout.prime_layout``). Kept as pairs, without layers that read everything."""
 
     def __post_init__(self) -> None:
         _require(
@@ -122,7 +155,8 @@ class EngramConfig:
         _require(self.gate in ("signed_sqrt", "plain"), "gate", self.gate, "'signed_sqrt' or 'plain'")
         _require(self.table_init in ("zero", "normal"), "table_init", self.table_init, "'zero' or 'normal'")
         _require(self.reader in ("trained", "seeded"), "reader", self.reader, "'trained' or 'seeded'")
-        for field in ("use_bias", "use_conv", "verify_rows", "longest_only"):
+        _require(self.fuse in ("gate", "add", "concat"), "fuse", self.fuse, "'gate', 'add' or 'concat'")
+        for field in ("use_bias", "use_conv", "verify_rows", "longest_only", "branch_gates"):
             _require(isinstance(getattr(self, field), bool), field, getattr(self, field), "True or False")
         _require(self.norm_eps is None or self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number or None")
         _require(self.conv_norm_eps > 0, "conv_norm_eps", self.conv_norm_eps, "a positive number")
@@ -132,6 +166,20 @@ class EngramConfig:
         _require(self.verify_rows or not self.longest_only, "longest_only", True, "False unless verify_rows is on")
         plain = not (self.use_bias or self.use_conv)
         _require(self.reader == "trained" or plain, "reader", self.reader, "'trained' unless use_bias and use_conv are off")
+        object.__setattr__(self, "layer_orders", _layer_orders(self.layer_orders, layers, self.max_ngram_size))
+        self._check_variants()
+
+    def _check_variants(self) -> None:
+        """Refuse combinations in which a variant of the layer would mean nothing."""
+        _require(self.fuse != "add" or self.branch_gates, "branch_gates", False, "True when fuse is 'add', which has no gates")
+        # Taught memories say nothing where nothing was written, and give each token of an answer the order it needs.
+        _require(not self.verify_rows or self.fuse != "concat", "fuse", self.fuse, "'gate' or 'add' when verify_rows is on")
+        _require(
+            self.reader == "trained" or self.fuse != "concat", "fuse", self.fuse, "'gate' or 'add' when reader is 'seeded'"
+        )
+        _require(
+            not self.verify_rows or self.layer_orders is None, "layer_orders", self.layer_orders, "None when verify_rows is on"
+        )
 
     @classmethod
     def for_teaching(cls, **changes: Any) -> Self:
@@ -161,6 +209,19 @@ class EngramConfig:
         """The n-gram orders that are looked up, 2..N."""
         return range(2, self.max_ngram_size + 1)
 
+    def orders_of(self, layer_id: int) -> tuple[int, ...]:
+        """The orders that one layer looks up, ascending."""
+        fewer: Any = dict(self.layer_orders or ())
+        return tuple(fewer.get(layer_id, self.orders))
+
+    def num_heads_of(self, layer_id: int) -> int:
+        """Rows that one layer reads per token, all its orders together."""
+        return len(self.orders_of(layer_id)) * self.n_head_per_ngram
+
+    def d_mem_of(self, layer_id: int) -> int:
+        """Width of the rows that one layer concatenates."""
+        return len(self.orders_of(layer_id)) * self.n_embed_per_ngram
+
     @property
     def head_dim(self) -> int:
         """Values in one row."""
@@ -168,12 +229,12 @@ class EngramConfig:
 
     @property
     def num_heads(self) -> int:
-        """Rows read per token and layer, all orders together."""
+        """Rows read per token by a layer that reads all orders."""
         return (self.max_ngram_size - 1) * self.n_head_per_ngram
 
     @property
     def d_mem(self) -> int:
-        """Width of the concatenated rows, ``(N - 1) * n_embed_per_ngram``."""
+        """Width of the concatenated rows of a layer that reads all orders, ``(N - 1) * n_embed_per_ngram``."""
         return (self.max_ngram_size - 1) * self.n_embed_per_ngram
 
     @property
@@ -188,6 +249,8 @@ class EngramConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields; ``from_dict`` gives back an equal config."""
         fields = dataclasses.asdict(self)
+        if self.layer_orders is not None:
+            fields["layer_orders"] = {str(layer): list(orders) for layer, orders in dict(self.layer_orders).items()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod

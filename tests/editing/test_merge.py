@@ -1,7 +1,10 @@
+import json
+
 import pytest
 import torch
 
 from engram import ConfigError, Fact, FingerprintError
+from engram.checkpoint import DESCRIPTION_NAME
 from engram.editing import diff_memories, merge_memories
 from engram.editing.merge import StoredMemory
 from engram.errors import MergeConflictError
@@ -111,6 +114,20 @@ def test_what_does_not_fit_is_refused(two):
     tiny_memory().save_pretrained(tmp_path / "dense")
     with pytest.raises(ConfigError, match="not taught facts"):
         diff_memories(tmp_path / "a", tmp_path / "dense")
+
+
+def test_a_memory_saved_before_a_field_existed_is_the_same_kind(two):
+    _, _, tmp_path = two
+    file = tmp_path / "a" / DESCRIPTION_NAME
+    fields = json.loads(file.read_text())
+    for name in ("fuse", "branch_gates", "layer_orders"):
+        del fields["engram_config"][name]
+    file.write_text(json.dumps(fields))
+    assert merge_memories(tmp_path / "a", tmp_path / "b", tmp_path / "c").facts == 4
+    fields["engram_config"]["gate"] = "plain"
+    file.write_text(json.dumps(fields))
+    with pytest.raises(FingerprintError, match="differ in engram_config:"):
+        merge_memories(tmp_path / "a", tmp_path / "b", tmp_path / "d")
 
 
 def test_rows_by_fact_agree_with_the_editor(two):

@@ -222,6 +222,16 @@ def test_decoding_as_a_graph(kernels, tier, mode):
     _check_graph(memory, IDS.cuda())
 
 
+@pytest.mark.parametrize("changes", [{"fuse": "add"}, {"fuse": "concat"}, {"layer_orders": {0: [3], 2: [2]}}])
+def test_variants_as_a_graph(kernels, changes):
+    memory = tiny_memory(tiny_model(), **changes)
+    with torch.no_grad():
+        expected = memory(input_ids=IDS, use_cache=False).logits
+        memory.to("cuda")
+        assert_close(memory(input_ids=IDS.cuda(), use_cache=False).logits.cpu(), expected, 1e-4)
+    _check_graph(memory, IDS.cuda())
+
+
 @torch.no_grad()
 def _check_graph(memory, ids):
     """Steps of one captured graph against whole passes without a cache."""

@@ -35,12 +35,15 @@ def cases(draw):
     size = draw(st.integers(2, 60))
     order = draw(st.integers(2, 8))
     texts = draw(st.lists(st.text(min_size=1, max_size=3), min_size=size, max_size=size))
+    layers = draw(st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True))
+    some = st.sets(st.integers(2, order), min_size=1)
     config = EngramConfig(
         engram_vocab_size=draw(st.lists(SIZES, min_size=order - 1, max_size=order - 1)),
         max_ngram_size=order,
         n_embed_per_ngram=8,
         n_head_per_ngram=draw(st.sampled_from([1, 2, 4, 8])),
-        layer_ids=draw(st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True)),
+        layer_ids=layers,
+        layer_orders=draw(st.none() | st.dictionaries(st.sampled_from(layers), some)),
         pad_id=draw(st.integers(0, size - 1)),
         seed=draw(st.integers(0, 2**31)),
     )
@@ -140,6 +143,22 @@ def make_mapping(**changes):
         "pad_id": 1,
     }
     return NgramHashMapping(EngramConfig(**{**fields, **changes}), CompressedTokenizer(tiny_tokenizer()))
+
+
+def test_an_order_left_out_of_a_layer_moves_no_other_address():
+    full, fewer = make_mapping(), make_mapping(layer_orders={1: [3]})
+    assert fewer.vocab_size_across_layers[1] == [[], [701, 709, 719, 727]]
+    assert fewer.vocab_size_across_layers[15] == full.vocab_size_across_layers[15]
+    assert fewer.head_sizes(1) == [701, 709, 719, 727]
+    ids = np.random.default_rng(0).integers(0, 300, (2, 20))
+    for arguments in ((ids,), (ids[:, 4:], ids[:, :4], ids[:, 4:] > 30)):
+        every, some = full.hash(*arguments), fewer.hash(*arguments)
+        assert list(some) == list(every)
+        np.testing.assert_array_equal(some[1], every[1][..., 4:])
+        np.testing.assert_array_equal(some[15], every[15])
+    other = make_mapping(layer_orders={1: [2]}), make_mapping(layer_orders={15: [3]})
+    assert len({mapping.fingerprint for mapping in (full, fewer, *other)}) == 4
+    assert make_mapping(layer_orders={1: [3, 2]}).fingerprint == full.fingerprint
 
 
 def test_chunks_with_history_equal_the_whole():

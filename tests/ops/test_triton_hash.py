@@ -26,9 +26,9 @@ def check(kernel, mapping, ids, history=None, mask=None):
     expected = mapping.hash_with_tags(ids, history, mask)
     for modulus in (None, TAG_MODULUS):
         hashed, tags = kernel(ids, history, mask, *tensors, mapping.config.pad_id, modulus)
-        for layer, rows, number in zip(mapping.config.layer_ids, hashed, range(len(hashed))):
+        for layer, rows in mapping._by_layer(hashed).items():
             assert torch.equal(rows, expected[layer][0])
-            assert tags is None or torch.equal(tags[number], expected[layer][1])
+            assert tags is None or torch.equal(mapping._by_layer(tags)[layer], expected[layer][1])
         assert (tags is None) == (modulus is None)
 
 
@@ -54,6 +54,12 @@ def test_sizes_and_pasts(kernel, orders, heads, size):
 def test_compressed_ids(kernel):
     mapping = build_mapping(tiny_config(), tiny_tokenizer())
     check(kernel, mapping, tiny_tokenizer()(["THE Memory, the memory!"], return_tensors="pt")["input_ids"])
+
+
+def test_layers_that_read_fewer_orders(kernel):
+    mapping = build_mapping(tiny_config(layer_orders={0: [3]}), tiny_tokenizer())
+    ids = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
+    check(kernel, mapping, ids[:, 3:], ids[:, :3])
 
 
 def test_an_unknown_id_reads_no_memory(kernel):

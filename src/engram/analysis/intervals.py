@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["document_mean", "document_statistic"]
+__all__ = ["as_interval", "document_mean", "document_statistic"]
 
 _DRAWS = 2000
 _LEVELS = (2.5, 97.5)
@@ -24,15 +24,17 @@ def document_statistic(
         seed: of the drawings.
 
     Returns:
-        Value, lower and upper end; the ends are None for fewer than two documents.
+        Value, lower and upper end. The ends are None for fewer than two documents, and NaN where the function has no value (a ratio to
+        nothing) for some of the drawings.
     """
-    value = statistic(sums.sum(axis=0)[None])[0]
     documents = len(sums)
-    if documents < 2:
-        return value, None, None
-    weights = np.random.default_rng(seed).multinomial(documents, np.full(documents, 1 / documents), size=_DRAWS)
-    drawn = statistic(np.tensordot(weights.astype(float), sums, axes=1))
-    low, high = np.nanpercentile(drawn, _LEVELS, axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = statistic(sums.sum(axis=0)[None])[0]
+        if documents < 2:
+            return value, None, None
+        weights = np.random.default_rng(seed).multinomial(documents, np.full(documents, 1 / documents), size=_DRAWS)
+        drawn = statistic(np.tensordot(weights.astype(float), sums, axes=1))
+    low, high = np.percentile(np.where(np.isfinite(drawn), drawn, np.nan), _LEVELS, axis=0)
     return value, low, high
 
 
@@ -43,15 +45,14 @@ def document_mean(sums: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
 
 def as_interval(name: str, value: Any, low: Any, high: Any) -> dict[str, Any]:
     """JSON-ready fields: the value under ``name``, ``low`` and ``high``; None where there is no number."""
-    return {name: as_number(value), "low": as_number(low), "high": as_number(high)}
+    return {name: _as_number(value), "low": _as_number(low), "high": _as_number(high)}
 
 
-def as_number(value: Any) -> float | None:
+def _as_number(value: Any) -> float | None:
     """A float, or None for what is none (JSON knows no NaN)."""
     return None if value is None or not np.isfinite(value) else float(value)
 
 
 def _ratio(totals: np.ndarray) -> np.ndarray:
     """First over second of ``[R, 2]``."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return totals[:, 0] / totals[:, 1]
+    return totals[:, 0] / totals[:, 1]

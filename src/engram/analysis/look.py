@@ -46,7 +46,7 @@ def look(
     against: tuple[Subject, Any] | None = None,
     tokens: int = 6000,
     row_tokens: int = 60_000,
-    length: int = 256,
+    length: int = 128,
     start: Start | None = None,
 ) -> dict[str, Any]:
     """Run analyses of a model on texts.

@@ -127,6 +127,5 @@ def _compare(losses: TokenLosses, documents: np.ndarray, chosen: np.ndarray) -> 
         "accuracy_kept": lambda t: t[:, 3] / t[:, 2],
         "gain_kept": lambda t: (ceiling * t[:, 4] - t[:, 1]) / (ceiling * t[:, 4] - t[:, 0]),
     }
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = {name: as_interval("mean", *document_statistic(sums, statistic)) for name, statistic in statistics.items()}
+    found = {name: as_interval("mean", *document_statistic(sums, statistic)) for name, statistic in statistics.items()}
     return {"tokens": int(chosen.sum()), "documents": len(names), **found}

@@ -86,7 +86,7 @@ class Batch:
     """``[B, T]``, zero at padding."""
 
 
-def sample_texts(tokenizer: Any, texts: Mapping[str, Sequence[str]], tokens: int, length: int = 256) -> Sample:
+def sample_texts(tokenizer: Any, texts: Mapping[str, Sequence[str]], tokens: int, length: int = 128) -> Sample:
     """Windows of the texts until ``tokens`` tokens are reached: kinds in equal shares, the beginning of every document first.
 
     Args:

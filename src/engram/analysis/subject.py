@@ -52,9 +52,7 @@ class Subject:
     def run(self, ids: Tensor, mask: Tensor) -> None:
         """Run the decoder without its head, for what hooks and recordings see of it."""
         with self._memory_as_said():
-            find_decoder(self.base).module(
-                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
-            )
+            find_decoder(self.base).module(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False)
 
     def _memory_as_said(self) -> AbstractContextManager[None]:
         return self.model.disable_engram() if self.has_memory and not self.memory_on else nullcontext()

@@ -47,11 +47,11 @@ def look_command(
     ] = None,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens of text run through the models.")] = 6000,
     row_tokens: Annotated[int, typer.Option(min=16, help="Tokens of text that are only hashed, for rows and zipf.")] = 60_000,
-    length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 256,
+    length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 128,
     json_out: Annotated[Path | None, typer.Option("--json", help="Another file for the result.")] = None,
 ) -> None:
     """Look inside: gates, logit lens, similarity of layers, memory off, rows, caches, n-grams; one page, pictures and JSON."""
-    from engram.analysis import look
+    from engram.analysis import ANALYSES, look
     from engram.checkpoint import write_json_atomically
     from engram.data.texts import load_documents, standard_texts
     from engram.plots import plot_look, render_look
@@ -62,6 +62,9 @@ def look_command(
     for file in (json_out, out / "look.json", out / "look.html"):
         check_writable(file)
     names = None if what is None else [name.strip() for name in what.split(",") if name.strip()]
+    unknown = [name for name in names or () if name not in ANALYSES]
+    if unknown or names == []:
+        raise typer.BadParameter(f"got {', '.join(unknown) or 'nothing'}, expected some of {_WHAT}", param_hint="--what")
     read = load_documents(texts) if texts is not None else standard_texts()
     subject, tokenizer = _open(memory, model)
     second = None if against is None else _open_second(against)

@@ -9,6 +9,7 @@ import typer
 
 from engram._version import __version__
 from engram.cli.bench import bench_command
+from engram.cli.budget import budget_command
 from engram.cli.convert import convert_command
 from engram.cli.corpus import corpus_command
 from engram.cli.demo import demo_command
@@ -26,6 +27,7 @@ from engram.cli.knowledge import (
 from engram.cli.look import look_command
 from engram.cli.place import place_command
 from engram.cli.pretrain import pretrain_command
+from engram.cli.sweep import sweep_command
 from engram.cli.trace import trace_command
 from engram.errors import ConfigError, DataError, EngramError
 
@@ -54,6 +56,8 @@ app.command("trace")(trace_command)
 app.command("corpus")(corpus_command)
 app.command("look")(look_command)
 app.command("pretrain")(pretrain_command)
+app.command("budget")(budget_command)
+app.command("sweep")(sweep_command)
 app.command("bench")(bench_command)
 
 

@@ -15,8 +15,8 @@ from engram.errors import ConfigError
 
 __all__ = ["Contamination", "measure_contamination"]
 
-_PART = 1 << 20
-"""Tokens looked at together: some 60 MB at work."""
+_PART = 1 << 18
+"""Tokens looked at together: some 15 MB at work."""
 _KNOWN = 1 << 23
 """Held-out n-grams that are looked for in one pass over the training text: 64 MB of hashes."""
 _MUCH = 0.5

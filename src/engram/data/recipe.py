@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ class CorpusRecipe:
         for name in ("folders", "documentation", "near_duplicates"):
             if not fields[name]:
                 del fields[name]
-        return fields
+        return json.loads(json.dumps(fields))
 
 
 def read_corpus_recipe(path: str | os.PathLike[str]) -> CorpusRecipe:

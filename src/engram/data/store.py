@@ -10,31 +10,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from engram.checkpoint import write_json_atomically
-from engram.data.corpus import SPLITS, DocumentStream, SourceDigest, split_of
+from engram.data.corpus import SPLITS, DocumentStream, SourceDigest
 from engram.data.recipe import KINDS, CorpusRecipe
-from engram.data.sources import Document
-from engram.errors import CheckpointError, ConfigError, DataError, FingerprintError
+from engram.data.store_writer import (
+    DOCUMENTS_NAME,
+    FORMAT_VERSION,
+    NAMES_NAME,
+    RECORD,
+    STORE_NAME,
+    TOKENIZER_NAME,
+    TOKENS_NAME,
+    appearing_whole,
+    fingerprint_of,
+    sole_builder,
+    write_store_files,
+)
+from engram.errors import CheckpointError, ConfigError, FingerprintError
 
 __all__ = ["STORE_NAME", "TokenStore", "begin_token", "build_store", "tokenizer_digest"]
-
-STORE_NAME = "store.json"
-FORMAT_VERSION = 1
-_TOKENS, _DOCUMENTS, _NAMES, _TOKENIZER = "tokens.bin", "documents.npy", "names.jsonl", "tokenizer"
-_RECORD = np.dtype([("start", "<i8"), ("length", "<i8"), ("bytes", "<i8"), ("weight", "<i4"), ("kind", "u1"), ("split", "u1")])
-_BATCH_CHARACTERS = 1 << 18
-_BATCH_DOCUMENTS = 64
 
 
 class TokenStore:
@@ -57,9 +57,9 @@ class TokenStore:
             self.counts: dict[str, dict[str, dict[str, int]]] = self.description["counts"]
             """Documents, UTF-8 bytes and tokens by split and kind."""
             tokens, documents = self.description["tokens"], self.description["documents"]
-            self.tokens: np.ndarray = np.memmap(self.folder / _TOKENS, dtype=self.description["dtype"], mode="r")
+            self.tokens: np.ndarray = np.memmap(self.folder / TOKENS_NAME, dtype=self.description["dtype"], mode="r")
             """Ids of all documents, ``[tokens]``, uint16 or uint32."""
-            self.documents: np.ndarray = np.load(self.folder / _DOCUMENTS, mmap_mode="r", allow_pickle=False)
+            self.documents: np.ndarray = np.load(self.folder / DOCUMENTS_NAME, mmap_mode="r", allow_pickle=False)
             """One record per document, ``[documents]``: start, length (tokens), bytes, weight, kind (of ``KINDS``), split (of ``SPLITS``)."""
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _broken(self.folder, f"it cannot be read ({type(error).__name__}: {error})") from None
@@ -68,7 +68,7 @@ class TokenStore:
 
     def _check(self, tokens: int, documents: int) -> None:
         records = self.documents
-        if records.dtype != _RECORD or records.shape != (documents,) or self.tokens.shape != (tokens,):
+        if records.dtype != RECORD or records.shape != (documents,) or self.tokens.shape != (tokens,):
             raise _broken(
                 self.folder, f"expected {tokens} tokens of {documents} documents, got {len(self.tokens)} of {len(records)}"
             )
@@ -77,9 +77,9 @@ class TokenStore:
             len(records) and records["start"][0] == 0 and ends[-1] == tokens and np.array_equal(ends[:-1], records["start"][1:])
         )
         if not followed or records["length"].min() < 1 or records["weight"].min() < 1:
-            raise _broken(self.folder, f"{_DOCUMENTS} does not describe {_TOKENS}")
+            raise _broken(self.folder, f"{DOCUMENTS_NAME} does not describe {TOKENS_NAME}")
         if records["kind"].max() >= len(KINDS) or records["split"].max() >= len(SPLITS):
-            raise _broken(self.folder, f"{_DOCUMENTS} names unknown kinds")
+            raise _broken(self.folder, f"{DOCUMENTS_NAME} names unknown kinds")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}  # workers map the files themselves
@@ -110,19 +110,19 @@ class TokenStore:
         """Names of all documents, read when first asked for."""
         if self._names is None:
             try:
-                lines = (self.folder / _NAMES).read_text(encoding="utf-8").splitlines()
+                lines = (self.folder / NAMES_NAME).read_text(encoding="utf-8").splitlines()
                 self._names = [json.loads(line) for line in lines]
             except (OSError, ValueError) as error:
-                raise _broken(self.folder, f"{_NAMES} cannot be read ({error})") from None
+                raise _broken(self.folder, f"{NAMES_NAME} cannot be read ({error})") from None
             if len(self._names) != len(self):
-                raise _broken(self.folder, f"{_NAMES} has {len(self._names)} names, expected {len(self)}")
+                raise _broken(self.folder, f"{NAMES_NAME} has {len(self._names)} names, expected {len(self)}")
         return self._names
 
     def load_tokenizer(self) -> Any:
         """The tokenizer that made the ids."""
         from engram.models.bundled import load_tokenizer
 
-        return load_tokenizer(str(self.folder / _TOKENIZER))
+        return load_tokenizer(str(self.folder / TOKENIZER_NAME))
 
 
 def build_store(
@@ -150,18 +150,18 @@ def build_store(
         FingerprintError: ``out`` holds a store made of something else.
         CheckpointError: ``out`` holds something else or a broken store, cannot be written, or another process is building it.
     """
-    out = Path(out)
+    out = Path(os.path.abspath(out))  # a name of its own, for "." too
     stream = DocumentStream(recipe, Path(folder))
     sources = stream.digest()
     identity = _identity(recipe, tokenizer, sources)
     if (out / STORE_NAME).exists():
         return _open_same(out, identity)
     _refuse_other_files(out)
-    with _sole_builder(out):
+    with sole_builder(out):
         if (out / STORE_NAME).exists():  # somebody else was faster
             return _open_same(out, identity)
-        with _appearing_whole(out) as temporary:
-            _write(temporary, stream, tokenizer, identity, sources, show, note or {})
+        with appearing_whole(out) as temporary:
+            write_store_files(temporary, stream, tokenizer, identity, sources, show, note or {})
     return TokenStore(out)
 
 
@@ -194,19 +194,15 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def _identity(recipe: CorpusRecipe, tokenizer: Any, sources: SourceDigest) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
-        "recipe": json.loads(json.dumps(recipe.to_dict())),
+        "recipe": recipe.to_dict(),
         "tokenizer": {"sha256": tokenizer_digest(tokenizer), "begin_id": begin_token(tokenizer)},
         "source_files": asdict(sources),
     }
 
 
-def _fingerprint(identity: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
 def _open_same(out: Path, identity: Mapping[str, Any]) -> TokenStore:
     store = TokenStore(out)
-    if store.fingerprint != _fingerprint(identity):
+    if store.fingerprint != fingerprint_of(identity):
         there = store.description.get("identity", {})
         differing = [name.replace("_", " ") for name in identity if there.get(name) != identity[name]]
         raise FingerprintError(
@@ -219,147 +215,6 @@ def _open_same(out: Path, identity: Mapping[str, Any]) -> TokenStore:
 def _refuse_other_files(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not a token store; choose a folder that is new or empty.")
-
-
-@contextmanager
-def _sole_builder(out: Path) -> Iterator[None]:
-    """Lock the name ``out``, and remove what builds that were killed have left beside it."""
-    lock_file = out.parent / f".{out.name}.lock"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(lock_file)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise CheckpointError(f"another process is building {out}; wait until it is done, then try again.") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {out.parent}: {error.strerror}; choose another folder.") from None
-    try:
-        for left in out.parent.glob(f".{_escaped(out.name)}.*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
-    finally:
-        lock.release()
-
-
-def _escaped(name: str) -> str:
-    import glob
-
-    return glob.escape(name)
-
-
-@contextmanager
-def _appearing_whole(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``out`` at the end, or nothing."""
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.mkdir()
-        yield temporary
-        if out.is_dir():
-            out.rmdir()  # empty, as was checked
-        temporary.rename(out)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"cannot write the token store {out}: {error.strerror or error}. Nothing was left behind; free space or choose another folder."
-        ) from None
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _write(
-    folder: Path,
-    stream: DocumentStream,
-    tokenizer: Any,
-    identity: Mapping[str, Any],
-    sources: SourceDigest,
-    show: Callable[[int, int], None],
-    note: Mapping[str, Any],
-) -> None:
-    vocab_size, begin = len(tokenizer), identity["tokenizer"]["begin_id"]
-    dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
-    chunks: list[np.ndarray] = []
-    start = 0
-    with open(folder / _TOKENS, "wb") as tokens, open(folder / _NAMES, "w", encoding="utf-8") as names:
-        for batch in _batches(stream):
-            texts = [document.text for document in batch]
-            # Text that looks like a special token is text: nothing in a file may fake the start of a document.
-            encoded = tokenizer(texts, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
-            records = np.zeros(len(batch), dtype=_RECORD)
-            for record, document, ids in zip(records, batch, encoded):
-                tokens.write(np.asarray([begin, *ids], dtype=dtype).tobytes())
-                names.write(json.dumps(document.name) + "\n")
-                _fill(record, document, stream.recipe, start, len(ids) + 1)
-                start += len(ids) + 1
-            chunks.append(records)
-            show(stream.bytes_read, sources.bytes)
-        for file in (tokens, names):
-            file.flush()
-            os.fsync(file.fileno())
-    if stream.read != sources:
-        raise DataError("corpus: files changed while they were read; run it again when nothing writes to them.")
-    records = np.concatenate(chunks) if chunks else np.zeros(0, dtype=_RECORD)
-    if not (records["split"] == SPLITS.index("train")).any():
-        raise DataError("corpus: no documents to train on; name more text files in the recipe.")
-    show(sources.bytes, sources.bytes)
-    with open(folder / _DOCUMENTS, "wb") as file:
-        _save_array(file, records)
-    tokenizer.save_pretrained(folder / _TOKENIZER)
-    write_json_atomically(
-        folder / STORE_NAME,
-        {
-            "fingerprint": _fingerprint(identity),
-            "identity": identity,
-            "dtype": dtype,
-            "vocab_size": vocab_size,
-            "begin_id": begin,
-            "documents": len(records),
-            "tokens": start,
-            "counts": _counts(records),
-            "duplicates": {"exact": stream.duplicates, "near": stream.near_duplicates},
-            "skipped_files": dict(sorted(stream.skipped.items())),
-            **note,
-        },
-    )
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _fill(record: Any, document: Document, recipe: CorpusRecipe, start: int, length: int) -> None:
-    record["start"], record["length"], record["bytes"] = start, length, len(document.text.encode())
-    record["weight"], record["kind"] = document.weight, KINDS.index(document.kind)
-    record["split"] = SPLITS.index(split_of(document, recipe))
-
-
-def _save_array(file: BinaryIO, records: np.ndarray) -> None:
-    np.lib.format.write_array(file, records, allow_pickle=False)
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _counts(records: np.ndarray) -> dict[str, dict[str, dict[str, int]]]:
-    counts: dict[str, dict[str, dict[str, int]]] = {}
-    for number, split in enumerate(SPLITS):
-        counts[split] = {}
-        for kind_number, kind in enumerate(KINDS):
-            chosen = records[(records["split"] == number) & (records["kind"] == kind_number)]
-            if len(chosen):
-                sizes = {"documents": len(chosen), "bytes": int(chosen["bytes"].sum()), "tokens": int(chosen["length"].sum())}
-                counts[split][kind] = sizes
-    return counts
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from engram.tables import RowFormat, StoredRows, row_format
 
 __all__ = ["MemoryDiff", "MergeReport", "StoredMemory", "diff_memories", "merge_memories"]
 
-_IDENTITY = ("engram_config", "fingerprint", "reader_sha256")
+_IDENTITY = ("fingerprint", "reader_sha256")
 _SHOWN = 10
 Side = Literal["a", "b"]
 
@@ -235,6 +235,8 @@ def _planner(memory: StoredMemory) -> Callable[[list[LedgerFact]], dict[int, tup
 def _both(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> tuple[StoredMemory, StoredMemory]:
     first, second = StoredMemory(a), StoredMemory(b)
     differing = [name for name in _IDENTITY if first.description.get(name) != second.description.get(name)]
+    if first.config != second.config:  # read, not as written: fields that an older version did not know have their defaults
+        differing.insert(0, "engram_config")
     bases = [memory.description.get("base_model") or {} for memory in (first, second)]
     if identity_mismatch(*bases):
         differing.append("base_model")

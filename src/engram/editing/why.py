@@ -25,7 +25,7 @@ class Hit:
     rows: list[int]
     """Rows read, one per head."""
     gate: list[float]
-    """Gate of every residual stream, 0 to 1."""
+    """Gate of every residual stream, 0 to 1; 1 where values are added without one (``EngramConfig.fuse``)."""
     facts: list[str]
     """Ids of the facts that own the rows."""
 

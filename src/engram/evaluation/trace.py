@@ -22,7 +22,7 @@ class LayerTrace:
     rows: list[int]
     """Physical row read by every head, order-major."""
     gate: list[float]
-    """Gate of every residual stream, 0 to 1."""
+    """Gate of every residual stream, 0 to 1; 1 where values are added or concatenated without one (``EngramConfig.fuse``)."""
     value_norm: float
     """Norm of what was added to the residual stream before the convolution (largest stream)."""
     written: bool
@@ -38,7 +38,7 @@ class TokenTrace:
     token: str
     canonical_id: int
     ngrams: dict[int, str]
-    """Text of the n-gram of each order that ends here."""
+    """Text of the n-gram of each order that ends here and that any layer reads."""
     layers: list[LayerTrace]
 
 
@@ -64,19 +64,20 @@ def trace_text(memory: EngramModel, tokenizer: Any, text: str) -> Trace:
     device = memory.get_input_embeddings().weight.device
     with memory.record() as recorded:
         logits = memory(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
-    canonical = memory.mapping.compressed_tokenizer.lookup_table
+    canonical, config = memory.mapping.compressed_tokenizer.lookup_table, memory.engram_config
+    orders = sorted({order for layer_id in config.layer_ids for order in config.orders_of(layer_id)})
     tokens = [
         TokenTrace(
             position=t,
             token_id=token,
             token=tokenizer.decode([token]),
             canonical_id=int(canonical[token]),
-            ngrams={n: tokenizer.decode(ids[t - n + 1 : t + 1]) for n in memory.engram_config.orders if t - n + 1 >= 0},
-            layers=[_layer_trace(memory, layer_id, recorded[layer_id], t) for layer_id in memory.engram_config.layer_ids],
+            ngrams={n: tokenizer.decode(ids[t - n + 1 : t + 1]) for n in orders if t - n + 1 >= 0},
+            layers=[_layer_trace(memory, layer_id, recorded[layer_id], t) for layer_id in config.layer_ids],
         )
         for t, token in enumerate(ids)
     ]
-    tables = {i: memory.engrams[str(i)].multi_head_embedding.embedding for i in memory.engram_config.layer_ids}
+    tables = {i: memory.engrams[str(i)].multi_head_embedding.embedding for i in config.layer_ids}
     places = {
         i: f"{table.rows:,} rows x {table.dim} {str(table.dtype).removeprefix('torch.')} on {table.location}"
         for i, table in tables.items()

@@ -20,6 +20,7 @@ TOLERANCE = 0.005
 """Largest accepted mismatch of total parameters, active parameters and operations."""
 
 _WIDTH_STEP = 4
+"""Widths are multiples of this where the tolerance allows it."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,11 @@ def _check(backbone: BackboneConfig, total: int, active: int, rho: float) -> Non
 def _fit_width(backbone: BackboneConfig, memory: EngramConfig | None, active: int) -> BackboneConfig:
     """The width of the dense blocks at which active parameters are as asked."""
     per_width = 3 * backbone.hidden_size * backbone.first_k_dense_replace
-    least = backbone.replace(intermediate_size=_WIDTH_STEP)
+    least = backbone.replace(intermediate_size=1)
     missing = active - predict_counts(least, memory).active if memory is None else active - _active_without_rows(least, memory)
-    width = _WIDTH_STEP + _WIDTH_STEP * round(missing / per_width / _WIDTH_STEP)
-    if width < _WIDTH_STEP:
+    step = _WIDTH_STEP if _WIDTH_STEP * per_width <= TOLERANCE * active else 1
+    width = step * round((1 + missing / per_width) / step)
+    if width < 1:
         raise ConfigError(
             f"budget: got active parameters {active:,}, but everything except the dense feed-forward takes {active - missing:,}; "
             "expected more active parameters, fewer blocks, narrower experts or a smaller d_mem."

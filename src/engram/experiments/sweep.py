@@ -42,6 +42,7 @@ class SweepRun:
         workers: points at a time.
         threads: threads of each.
         show: told about every point.
+        save: given the result so far after every point.
     """
 
     recipe: SweepRecipe
@@ -51,6 +52,7 @@ class SweepRun:
     workers: int = 1
     threads: int = 1
     show: Show = print
+    save: Callable[[dict[str, Any]], None] = lambda result: None
 
     def __post_init__(self) -> None:
         self._children: set[subprocess.Popen] = set()
@@ -71,13 +73,14 @@ class SweepRun:
         """
         store = self._prepare()
         groups = self.recipe.tuning_points()
-        tuning = self._run_all([point for points in groups.values() for point in points], limit)
+        tried = [point for points in groups.values() for point in points]
+        tuning = self._run_all(tried, limit, lambda done: self._collect(store, done, {}, [], {}))
         rates = {key: rate for key, points in groups.items() if (rate := _choose(points, tuning)) is not None}
-        result = self._collect(store, tuning, rates, [], {})
+        undecided = len(tuning) + len(self.failures) < len({p.digest for p in tried})  # cut short by a limit
+        if tuning_only or undecided or len(rates) < len(groups):
+            return self._collect(store, tuning, rates, [], {})
         points = self.recipe.points(rates)
-        if tuning_only or any(self.recipe.tuning_key(p.labels) not in {"", *rates} for p in points):
-            return result
-        done = self._run_all(points, limit)
+        done = self._run_all(points, limit, lambda done: self._collect(store, tuning, rates, points, done))
         return self._collect(store, tuning, rates, points, done)
 
     def _prepare(self) -> TokenStore:
@@ -92,14 +95,17 @@ class SweepRun:
             )
         return data.store
 
-    def _run_all(self, points: Sequence[Point], limit: int | None) -> dict[str, dict[str, Any]]:
-        """Results by digest; points that failed are missing and noted."""
+    def _run_all(
+        self, points: Sequence[Point], limit: int | None, collect: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        """Results by digest; points that failed are missing and noted. What ``collect`` makes of them is saved after each."""
         results = {p.digest: self._known[p.digest] for p in points if p.digest in self._known}
         todo = [p for p in {p.digest: p for p in points}.values() if p.digest not in results]
         finished = [p for p in todo if (self._folder(p) / RESULT).is_file()]
         results |= {p.digest: self._read(p) for p in finished}
         todo = [p for p in todo if p.digest not in results][:limit]
         self.show(f"{self.recipe.name}: {len(results)} of {len(points)} points are finished, {len(todo)} to run")
+        self.save(collect(results))
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             waiting: dict[Future, Point] = {pool.submit(self._run_one, p): p for p in todo}
             try:
@@ -107,6 +113,7 @@ class SweepRun:
                     ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
                     for future in ended:
                         self._note(waiting.pop(future), future.result(), results, len(points))
+                        self.save(collect(results))
             except BaseException:
                 self._stop(waiting)
                 raise
@@ -223,6 +230,7 @@ def run_sweep(
     workers: int = 1,
     threads: int = 1,
     show: Show = print,
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
     **options: Any,
 ) -> dict[str, Any]:
     """Run what is missing of a sweep; see ``SweepRun``.
@@ -241,4 +249,4 @@ def run_sweep(
         raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from None
     if shutil.disk_usage(out).free < 1 << 26:
         raise CheckpointError(f"{out}: less than 64 MiB are free on this disk; make room first. Finished points are kept.")
-    return SweepRun(recipe, Path(folder), out, known or {}, workers, threads, show).run(**options)
+    return SweepRun(recipe, Path(folder), out, known or {}, workers, threads, show, save).run(**options)

@@ -12,12 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from engram.config import EngramConfig
 from engram.data.recipe import build_fields as build_flat
 from engram.data.recipe import read_yaml
 from engram.errors import ConfigError
+from engram.experiments.backbone import BackboneConfig
 from engram.experiments.recipe import PointRecipe, build_fields
 
-__all__ = ["Point", "SweepRecipe", "TuneGroup", "TuneRecipe", "read_sweep"]
+__all__ = ["Point", "SweepRecipe", "TuneGroup", "TuneRecipe", "read_base", "read_sweep"]
 
 QUESTIONS = ("allocation", "slots", "ablation", "comparison")
 
@@ -171,10 +173,7 @@ def read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
         DataError: the file is missing or not YAML.
         ConfigError: a key is unknown, a value impossible, or a budget cannot be met.
     """
-    fields = read_yaml(path)
-    if not isinstance(fields, dict):
-        raise ConfigError(f"sweep {path}: got {type(fields).__name__}, expected a mapping.")
-    fields = dict(fields)
+    fields = _mapping(path)
     tune = fields.pop("tune", None)
     if tune is not None:
         groups = [build_flat(TuneGroup, group, f"sweep {path}: tune.groups") for group in tune.get("groups", [])]
@@ -187,6 +186,27 @@ def read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
     for labels in recipe.combinations():
         recipe.recipe_of(labels, recipe.seeds[0]).solved()
     return recipe
+
+
+def read_base(path: str | os.PathLike[str]) -> tuple[BackboneConfig, EngramConfig]:
+    """Backbone and memory of a sweep's base.
+
+    Raises:
+        DataError, ConfigError: as for ``read_sweep``; or there is no memory in it.
+    """
+    base = _mapping(path).get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("engram"), dict):
+        raise ConfigError(f"recipe {path}: expected a 'base' mapping with an 'engram' mapping in it.")
+    backbone = build_fields(BackboneConfig, base.get("backbone", {}), f"recipe {path}: base.backbone")
+    vocab_size = base.get("data", {}).get("vocab_size", backbone.vocab_size)
+    return backbone.replace(vocab_size=vocab_size), EngramConfig.from_dict(base["engram"])
+
+
+def _mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    fields = read_yaml(path)
+    if not isinstance(fields, dict):
+        raise ConfigError(f"recipe {path}: got {type(fields).__name__}, expected a mapping.")
+    return dict(fields)
 
 
 def _insert_corpus(base: dict[str, Any], path: str | os.PathLike[str]) -> None:

@@ -1,6 +1,8 @@
 """The fast path of the n-gram hash: all layers, positions and heads at once, on any device.
 
 Shape legend: B batch, T new positions, H history, L layers, N largest order, K heads per order.
+
+Kernels compute all orders for all layers, a rectangle; layers that read fewer take their columns out of it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 from engram.config import EngramConfig
 from engram.errors import ConfigError
 from engram.hashing.compression import CompressedTokenizer, ExactTokenizer, check_id_range, unknown_id
-from engram.hashing.layout import layer_multipliers, prime_layout
+from engram.hashing.layout import layer_multipliers, prime_layout, primes_read
 from engram.hashing.spec import get_hash_spec
 from engram.native import HashKernel, RowIndex, core
 from engram.native.optional import triton_kernel
@@ -55,7 +57,8 @@ class NgramHashMapping:
 
     Attributes:
         layer_multipliers: ``{layer_id: int64 [N]}``, the odd multipliers.
-        vocab_size_across_layers: ``{layer_id: [[K primes of order 2], [K primes of order 3], ...]}``.
+        vocab_size_across_layers: ``{layer_id: [[K primes of order 2], [K primes of order 3], ...]}``; no primes in an order that the
+            layer does not read.
         pad_id: canonical id of ``config.pad_id``.
 
     Raises:
@@ -74,7 +77,8 @@ class NgramHashMapping:
             )
         self.pad_id = int(table[config.pad_id])
         self.layer_multipliers = layer_multipliers(config, len(compressed_tokenizer))
-        self.vocab_size_across_layers = prime_layout(config)
+        self._primes_of_all_orders = prime_layout(config)
+        self.vocab_size_across_layers = primes_read(config, self._primes_of_all_orders)
         self._constants: dict[torch.device, _HashConstants] = {}
         self._kernel: HashKernel | None = None
 
@@ -119,7 +123,8 @@ class NgramHashMapping:
             attention_mask: ``[B, T]``, zero at padding, which then counts as ``pad_id`` in every n-gram.
 
         Returns:
-            ``{layer_id: int64 [B, T, (N - 1) * K]}``, in the kind and on the device of ``input_ids``.
+            ``{layer_id: int64 [B, T, (N - 1) * K]}``, in the kind and on the device of ``input_ids``; of a layer that reads fewer orders
+            the columns of those alone.
 
         Raises:
             ConfigError: a shape or an id is impossible.
@@ -133,10 +138,10 @@ class NgramHashMapping:
                 hashed = kernel.hash(input_ids, history, attention_mask, False)[0]
             except IndexError as error:
                 raise self._unknown_id(error) from None
-            return dict(zip(self.config.layer_ids, hashed.unbind(0)))
+            return self._by_layer(hashed)
         launched = self._launch(input_ids, history, attention_mask, None)
         if launched is not None:
-            return dict(zip(self.config.layer_ids, launched[0].unbind(0)))
+            return self._by_layer(launched[0])
         return self.hash_plain(input_ids, history, attention_mask)
 
     def _hash_arrays(
@@ -144,7 +149,8 @@ class NgramHashMapping:
     ) -> dict[int, np.ndarray]:
         """``hash`` for arrays; plain int64 ids alone, which the demo's users have, go the shortest way."""
         kernel = self._kernel
-        if history is None and attention_mask is None and kernel is not None and core() is not None:
+        alone = history is None and attention_mask is None and self.config.layer_orders is None
+        if alone and kernel is not None and core() is not None:
             try:
                 return dict(zip(self.config.layer_ids, kernel.hash_array(input_ids)))
             except IndexError as error:
@@ -160,7 +166,15 @@ class NgramHashMapping:
         """What ``hash`` gives, by tensor operations on any device."""
         mixes_LBTO, primes_LOK = self._mixes(input_ids, history, attention_mask)
         hashed_LBTH = (mixes_LBTO.unsqueeze(-1) % primes_LOK).flatten(-2)
-        return dict(zip(self.config.layer_ids, hashed_LBTH.unbind(0)))
+        return self._by_layer(hashed_LBTH)
+
+    def _by_layer(self, values_LBTH: Tensor) -> dict[int, Tensor]:
+        """Every layer's own columns of what was computed for all orders."""
+        by_layer = dict(zip(self.config.layer_ids, values_LBTH.unbind(0)))
+        for layer, orders in dict(self.config.layer_orders or ()).items():
+            of_order_BTK = by_layer[layer].split(self.config.n_head_per_ngram, dim=-1)
+            by_layer[layer] = torch.cat([of_order_BTK[order - 2] for order in orders], dim=-1)
+        return by_layer
 
     def hash_with_tags(
         self, input_ids: Tensor, history: Tensor | None = None, attention_mask: Tensor | None = None
@@ -173,6 +187,15 @@ class NgramHashMapping:
         Returns:
             ``{layer_id: (indices int64 [B, T, H], tags int32 [B, T, H])}``; tags are at least 1.
         """
+        hashed, tags = (
+            self._by_layer(values_LBTH) for values_LBTH in self._hashed_and_tags(input_ids, history, attention_mask)
+        )
+        return {layer: (hashed[layer], tags[layer]) for layer in self.config.layer_ids}
+
+    def _hashed_and_tags(
+        self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Head indices and tags of all orders, ``[L, B, T, (N - 1) * K]`` both."""
         kernel = self.kernel_for(input_ids)
         if kernel is not None:
             self._check_shapes(input_ids, history, attention_mask)
@@ -181,15 +204,15 @@ class NgramHashMapping:
             except IndexError as error:
                 raise self._unknown_id(error) from None
             assert tags is not None
-            return {layer: (hashed[i], tags[i]) for i, layer in enumerate(self.config.layer_ids)}
+            return hashed, tags
         launched = self._launch(input_ids, history, attention_mask, TAG_MODULUS)
         if launched is not None:
-            return {layer: (launched[0][i], launched[1][i]) for i, layer in enumerate(self.config.layer_ids)}
+            return launched
         mixes_LBTO, primes_LOK = self._mixes(input_ids, history, attention_mask)
         quotients_LBTOK = mixes_LBTO.unsqueeze(-1) // primes_LOK
         hashed_LBTH = (mixes_LBTO.unsqueeze(-1) - quotients_LBTOK * primes_LOK).flatten(-2)
         tags_LBTH = (quotients_LBTOK % TAG_MODULUS + 1).int().flatten(-2)
-        return {layer: (hashed_LBTH[i], tags_LBTH[i]) for i, layer in enumerate(self.config.layer_ids)}
+        return hashed_LBTH, tags_LBTH
 
     def _launch(
         self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None, tag_modulus: int | None
@@ -222,7 +245,7 @@ class NgramHashMapping:
             self._kernel = HashKernel(
                 self.compressed_tokenizer.lookup_table,
                 np.stack([self.layer_multipliers[layer] for layer in layers]),
-                np.array([self.head_sizes(layer) for layer in layers]),
+                np.array([self._primes_of_all_orders[layer] for layer in layers]).reshape(len(layers), -1),
                 self.config.n_head_per_ngram,
                 self.config.pad_id,
             )
@@ -300,7 +323,7 @@ class _HashConstants:
         self.lookup_table = torch.from_numpy(mapping.compressed_tokenizer.lookup_table).to(device)
         multipliers_LN = np.stack([mapping.layer_multipliers[layer] for layer in layers])
         self.multipliers = torch.from_numpy(multipliers_LN).to(device)
-        primes_LOK = torch.tensor([mapping.vocab_size_across_layers[layer] for layer in layers], dtype=torch.int64)
+        primes_LOK = torch.tensor([mapping._primes_of_all_orders[layer] for layer in layers], dtype=torch.int64)
         self.primes = primes_LOK.to(device)[:, None, None]
 
 

@@ -25,7 +25,7 @@ def hash_reference(
     Args:
         canonical_ids: int ``[B, T]``, compressed ids.
         multipliers: int64 ``[N]``, odd.
-        primes: per order 2..N, the K primes of its heads.
+        primes: per order 2..N, the K primes of its heads; none for an order that the layer does not read.
         pad: canonical id of ``pad_id``; stands before the start of a sequence and at masked positions.
         history: int ``[B, H]`` compressed ids that precede ``canonical_ids``, any H >= 0.
         attention_mask: ``[B, T]``, zero where a position is padding.

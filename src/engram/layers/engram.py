@@ -1,6 +1,7 @@
-"""The Engram layer: look up, gate, smooth (paper equations 2 to 5; branches as in section 2.4).
+"""The Engram layer: look up, gate, smooth (paper equations 2 to 5; branches as in section 2.4), and the variants without a gate or with
+one for all streams.
 
-Shape legend: B batch, T positions, M residual streams (branches), d hidden size, H hash heads.
+Shape legend: B batch, T positions, M residual streams (branches), d hidden size, H hash heads of this layer.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from engram.errors import CheckpointError, ConfigError
 from engram.hashing import NgramHashMapping
 from engram.layers.conv import ShortConv
 from engram.layers.embedding import MultiHeadEmbedding
+from engram.layers.fuse import concat_projections, fuse_by_concat, fuse_by_gate
 from engram.layers.joined import are_plain, join_projections, project_together
 from engram.layers.reader import seeded_signs
 from engram.layers.state import EngramState
 from engram.native.read import read_streams
-from engram.ops import context_gate, few_positions_serve
+from engram.ops import few_positions_serve
 from engram.tables import ABSENT, RowHandle, RowPrefetcher
 
 __all__ = ["Engram"]
@@ -28,6 +30,11 @@ __all__ = ["Engram"]
 
 class Engram(nn.Module):
     """The memory of one decoder block. Parameter names are those of the paper's public demo.
+
+    ``EngramConfig.fuse`` and ``branch_gates`` decide which of ``key_projs``, ``norm1`` (of the key), ``norm2`` (of the hidden state) and
+    ``concat_projs`` have members: M of each that is used, one with ``branch_gates=False``, none of those that are not. Beside
+    ``value_proj``, table and convolution, which all have, that makes with G = M, or 1 with ``branch_gates=False``: ``gate``
+    ``G (d_mem d + d + 2 d)`` parameters (the bias d only with ``use_bias``), ``add`` none, ``concat`` ``G (2 d d + d)``.
 
     Args:
         config: the memory's identity; ``hidden_size`` must be set, ``hc_mult`` None counts as 1.
@@ -49,14 +56,17 @@ class Engram(nn.Module):
             raise ConfigError(f"layer_id: got {layer_id}, expected one of {list(config.layer_ids)} (EngramConfig.layer_ids).")
         self.config, self.mapping, self.layer_id = config, mapping, layer_id
         self.branches = config.hc_mult or 1
-        d = config.hidden_size
+        d, d_mem = config.hidden_size, config.d_mem_of(layer_id)
+        own = self.branches if config.branch_gates else 1
+        keys, queries, joints = {"gate": (own, own, 0), "add": (0, 0, 0), "concat": (0, own, own)}[config.fuse]
         self.multi_head_embedding = MultiHeadEmbedding(
             mapping.head_sizes(layer_id), config.head_dim, table_config, config.table_init, config.verify_rows, layer_id
         )
-        self.value_proj = nn.Linear(config.d_mem, d, bias=config.use_bias)
-        self.key_projs = nn.ModuleList(nn.Linear(config.d_mem, d, bias=config.use_bias) for _ in range(self.branches))
-        self.norm1 = nn.ModuleList(nn.RMSNorm(d, eps=config.norm_eps) for _ in range(self.branches))  # of the key
-        self.norm2 = nn.ModuleList(nn.RMSNorm(d, eps=config.norm_eps) for _ in range(self.branches))  # of the query
+        self.value_proj = nn.Linear(d_mem, d, bias=config.use_bias)
+        self.key_projs = nn.ModuleList(nn.Linear(d_mem, d, bias=config.use_bias) for _ in range(keys))
+        self.norm1 = nn.ModuleList(nn.RMSNorm(d, eps=config.norm_eps) for _ in range(keys))  # of the key
+        self.norm2 = nn.ModuleList(nn.RMSNorm(d, eps=config.norm_eps) for _ in range(queries))  # of the query
+        self.concat_projs = concat_projections(d, joints)
         self.short_conv = (
             ShortConv(d, self.branches, config.kernel_size, config.max_ngram_size, config.conv_norm_eps)
             if config.use_conv
@@ -67,6 +77,11 @@ class Engram(nn.Module):
         if config.reader == "seeded":
             self._seed_reader()
         self._join()
+
+    @property
+    def num_heads(self) -> int:
+        """Rows read per token, H."""
+        return self.config.num_heads_of(self.layer_id)
 
     @property
     def _projections(self) -> list[nn.Linear]:
@@ -84,16 +99,17 @@ class Engram(nn.Module):
         self._join()
 
     def _join(self) -> None:
-        """With several streams, have all projections side by side: five small matrix products cost three times one. Two do not, and
+        """With several keys, have all projections side by side: five small matrix products cost three times one. Two do not, and
         weights that share memory are refused by some ways of saving a module.
         """
-        if self.branches > 1:
+        if len(self.key_projs) > 1:
             join_projections(self._projections)
 
     def _short_way(self, streams: Tensor) -> bool:
         """Whether ``_read_few`` gives what the tensor operations would."""
         return (
-            few_positions_serve(streams, self.value_proj.weight)
+            self.config.fuse == "gate"
+            and few_positions_serve(streams, self.value_proj.weight)
             and are_plain(self._projections, nn.Linear)
             and are_plain([*self.norm1, *self.norm2, *(self.short_conv.norms if self.short_conv else ())], nn.RMSNorm)
             and (self.short_conv is None or are_plain([self.short_conv.conv], nn.Conv1d))
@@ -128,7 +144,8 @@ class Engram(nn.Module):
             hash_ids: head indices ``[B, T, H]`` computed before (``mapping.hash``), once for all layers.
             state: what came before these positions; it is brought up to date. None means the sequence starts here.
             attention_mask: ``[B, T]``, zero at padding: such positions neither enter n-grams nor contribute.
-            trace: a dict that receives ``gate [B, T, M]``, ``value`` and the incoming ``stream`` (both ``[B, T, M, d]``), detached.
+            trace: a dict that receives ``gate [B, T, M]``, ``value`` (v~) and the incoming ``stream`` (both ``[B, T, M, d]``), detached.
+                Where nothing gates (``fuse`` is ``add`` or ``concat``) the gate is 1.
             slots: for verified rows, what ``find_slots`` gave for these positions; found here if not given.
             fetched: what ``prefetch`` gave for ``hash_ids``; looked up here if not given.
             found: how many positions have slots, if that is known (or a larger number): the host then need not wait for the device.
@@ -146,10 +163,8 @@ class Engram(nn.Module):
             return self._read_verified(streams, slots, state, trace, found).reshape(hidden_states.shape).to(hidden_states.dtype)
         if hash_ids is None:
             hash_ids = self._hash(hidden_states, input_ids, state, attention_mask)
-        elif hash_ids.shape[:2] != hidden_states.shape[:2] or hash_ids.shape[-1] != self.config.num_heads:
-            raise ConfigError(
-                f"hash_ids: got {list(hash_ids.shape)}, expected {[*hidden_states.shape[:2], self.config.num_heads]}."
-            )
+        elif hash_ids.shape[:2] != hidden_states.shape[:2] or hash_ids.shape[-1] != self.num_heads:
+            raise ConfigError(f"hash_ids: got {list(hash_ids.shape)}, expected {[*hidden_states.shape[:2], self.num_heads]}.")
         rows = self.multi_head_embedding(hash_ids, self.value_proj.weight.dtype, fetched)
         if trace is None and self._short_way(streams):
             return self._read_few(streams, rows, attention_mask, state).reshape(hidden_states.shape)
@@ -245,10 +260,17 @@ class Engram(nn.Module):
         return output
 
     def _gated_value(self, streams: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates ``[B, T, M, 1]`` and gated values ``[B, T, M, d]`` (equations 3 and 4)."""
+        """Gates ``[B, T, M, 1]`` and fused values v~ ``[B, T, M, d]`` (equations 3 and 4, or what ``EngramConfig.fuse`` puts there)."""
         rows = rows.to(self.value_proj.weight.dtype)
-        gate = self._gate(streams.to(rows.dtype), rows)
-        return gate, gate * self.value_proj(rows).unsqueeze(2)
+        streams = streams.to(rows.dtype)
+        if self.config.fuse == "gate":
+            gate = fuse_by_gate(streams, rows, self.key_projs, self.norm1, self.norm2, self.config.gate)
+            return gate, gate * self.value_proj(rows).unsqueeze(2)
+        value = self.value_proj(rows).to(rows.dtype)
+        open_gate = value.new_ones((*streams.shape[:3], 1))
+        if self.config.fuse == "add":
+            return open_gate, value.unsqueeze(2).expand(streams.shape)
+        return open_gate, fuse_by_concat(streams, value, self.concat_projs, self.norm2)
 
     def _as_streams(self, hidden_states: Tensor) -> Tensor:
         """``[B, T, M, d]`` view of the hidden states."""
@@ -275,7 +297,7 @@ class Engram(nn.Module):
 
     def no_slots(self, batch: int, length: int) -> Tensor:
         """Slots of positions that read nothing."""
-        return torch.full((batch, length, self.config.num_heads), ABSENT, device=self.multi_head_embedding.offsets.device)
+        return torch.full((batch, length, self.num_heads), ABSENT, device=self.multi_head_embedding.offsets.device)
 
     def _continue(
         self, hidden_states: Tensor, input_ids: Tensor | None, state: EngramState | None, attention_mask: Tensor | None
@@ -291,17 +313,6 @@ class Engram(nn.Module):
         masked = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, self.config.pad_id)
         state.ids.append(masked)
         return input_ids, history
-
-    def _gate(self, streams: Tensor, rows: Tensor) -> Tensor:
-        """Gates ``[B, T, M, 1]``: each stream asks with its own norms and key projection."""
-        gates = [
-            # Under autocast the projection comes in half precision; the norm and the gate stay in the layer's own.
-            context_gate(
-                self.norm2[m](streams[:, :, m]), self.norm1[m](self.key_projs[m](rows).to(rows.dtype)), self.config.gate
-            )
-            for m in range(self.branches)
-        ]
-        return torch.stack(gates, dim=2)
 
     def _smooth(self, value: Tensor, state: EngramState | None) -> Tensor:
         """Add the short convolution (equation 5): ``[B, T, M, d]`` to the same shape."""
@@ -330,7 +341,9 @@ class Engram(nn.Module):
         if missing or unknown or wrong:
             parts = (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
             problems = "; ".join(f"{label}: {', '.join(names)}" for label, names in parts if names)
-            raise CheckpointError(f"demo state dict does not fit this layer: {problems}. Check hc_mult, sizes and use_bias.")
+            raise CheckpointError(
+                f"demo state dict does not fit this layer: {problems}. Check hc_mult, sizes, use_bias, fuse and branch_gates."
+            )
         if not torch.equal(state_dict["multi_head_embedding.offsets"].cpu(), own["multi_head_embedding.offsets"].cpu()):
             raise CheckpointError("demo state dict: head offsets differ; it was made with other table sizes, layers or heads.")
         self.load_state_dict(dict(state_dict))

@@ -26,10 +26,10 @@ def read_streams(
     """Gated values, with the convolution added, of M streams; and the convolution's inputs.
 
     Args:
-        projected: ``[B, T, (1 + M) * d]``: the value, then one key per stream.
+        projected: ``[B, T, (1 + K) * d]``: the value, then K keys: one per stream, or one for all.
         streams: hidden states ``[B, T, M, d]``.
-        key_norms: M weights ``[d]``.
-        query_norms: M weights ``[d]``.
+        key_norms: K weights ``[d]``.
+        query_norms: K weights ``[d]``.
         norm_eps: epsilon of both.
         signed_sqrt: whether the gate's score is squashed by its signed square root.
         conv: weight ``[M * d, kernel]``, dilation, M norm weights ``[d]`` and their epsilon; or None.
@@ -39,13 +39,15 @@ def read_streams(
         ``[B, T, M, d]`` and, with a convolution, ``[B, T, M * d]``.
 
     Raises:
-        ValueError: a tensor is not float32 on the CPU, or of another shape.
+        ValueError: a tensor is not float32 on the CPU, or of another shape, or norms are missing.
     """
     batch, length, branches, dim = streams.shape
     projected, streams = projected.contiguous(), streams.contiguous()
     weights = [*key_norms, *query_norms, *(conv[2] if conv else ())]
-    kernel = conv[0].shape[1] if conv else 0
-    shaped = [(projected, (batch, length, (1 + branches) * dim)), *((weight, (dim,)) for weight in weights)]
+    kernel, keys = conv[0].shape[1] if conv else 0, len(key_norms)
+    if keys not in (1, branches) or len(query_norms) != keys:
+        raise ValueError(f"read_streams: got {keys} key norms and {len(query_norms)} query norms for {branches} streams.")
+    shaped = [(projected, (batch, length, (1 + keys) * dim)), *((weight, (dim,)) for weight in weights)]
     if conv:
         shaped.append((conv[0], (branches * dim, kernel)))
     if past is not None:
@@ -55,11 +57,13 @@ def read_streams(
     out = torch.empty_like(streams)
     normed = streams.new_empty((batch, length, branches * dim)) if conv else None
     for m in range(branches):
-        _core_call(projected, streams, key_norms[m], query_norms[m], norm_eps, signed_sqrt, conv, past, out, normed, m)
+        own = m if keys > 1 else 0
+        key = projected[..., (1 + own) * dim :]
+        _core_call(projected, key, streams, key_norms[own], query_norms[own], norm_eps, signed_sqrt, conv, past, out, normed, m)
     return out, normed
 
 
-def _core_call(projected, streams, key_norm, query_norm, norm_eps, signed_sqrt, conv, past, out, normed, m) -> None:
+def _core_call(projected, key, streams, key_norm, query_norm, norm_eps, signed_sqrt, conv, past, out, normed, m) -> None:
     batch, length, branches, dim = streams.shape
     skip = m * dim * 4  # bytes of the streams before this one
     smoothing = (0,) * 11
@@ -71,7 +75,7 @@ def _core_call(projected, streams, key_norm, query_norm, norm_eps, signed_sqrt, 
         smoothing = (weight.data_ptr() + skip * kernel, kernel, dilation, norms[m].data_ptr(), _bits(eps), *place, *before)
     core().read_stream(
         *(batch, length, dim),
-        *(projected.data_ptr(), projected.data_ptr() + (1 + m) * dim * 4, (1 + branches) * dim),
+        *(projected.data_ptr(), key.data_ptr(), projected.shape[-1]),
         *(streams.data_ptr() + skip, branches * dim),
         *(key_norm.data_ptr(), query_norm.data_ptr(), _bits(norm_eps), signed_sqrt),
         *(out.data_ptr() + skip, branches * dim),

@@ -122,8 +122,10 @@ class EngramMuon(EngramAdamW):
                 "EngramMuon: got a sparse gradient in a Muon group, expected dense ones; put tables in a group without it."
             )
         state = self.state[p]
-        if "momentum_buffer" not in state:
+        if not state:
+            state["step"] = torch.tensor(0.0)  # torch's Adam wants one of every state it loads
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        state["step"] = state["step"] + 1
         momentum = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
         update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         stack = update.shape[0] if update.dim() == 3 else 1

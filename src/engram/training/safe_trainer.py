@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging as hf_logging
 
 from engram.checkpoint import load_tree, save_tree, write_json_atomically
 from engram.errors import CheckpointError, TrainingError
@@ -159,7 +160,7 @@ class SafeTrainer(Trainer):
         with self.throughput.paused():
             if not weights_are_finite(self.model):
                 raise self._no_number("a weight", float("nan"), self.state.global_step)
-            with whole_or_removed(folder):
+            with whole_or_removed(folder), _no_bars_for_files():
                 (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
                 super()._save_checkpoint(model, trial)
 
@@ -209,6 +210,18 @@ class SafeTrainer(Trainer):
 
     def _save_weights(self, folder: Path) -> None:
         self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder)
+
+
+@contextmanager
+def _no_bars_for_files() -> Iterator[None]:
+    """transformers draws a bar for every file it writes, over whatever shows the run's own progress."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

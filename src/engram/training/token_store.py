@@ -58,18 +58,12 @@ def _trained_before(out: Path, training: dict[str, Any]) -> Any | None:
         return None
     store = TokenStore(out)
     made_of = {name: store.description["identity"].get(name) for name in ("recipe", "source_files")}
-    if {**store.description.get("trained_tokenizer", {}), **made_of} != _plain(training):
+    if {**store.description.get("trained_tokenizer", {}), **made_of} != training:
         return None
     try:
         return store.load_tokenizer()
     except EngramError:
         return None
-
-
-def _plain(fields: dict[str, Any]) -> Any:
-    import json
-
-    return json.loads(json.dumps(fields))
 
 
 def _training_texts(stream: DocumentStream, sources: SourceDigest, show: Callable[[int, int], None]) -> Iterator[str]:

@@ -1,0 +1,131 @@
+"""`engram sweep`: many small trainings that answer one question, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from engram.cli.outputs import check_writable
+
+if TYPE_CHECKING:
+    from engram.experiments import SweepRecipe
+
+__all__ = ["sweep_command"]
+
+
+def sweep_command(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe; recipes/sweep_allocation.yaml is one.")],
+    out: Annotated[Path, typer.Option(help="Run folder: data, and a folder for each point; finished points are skipped.")],
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Result file; points that it holds already are not run again.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Points at a time (one per core; one on a GPU).")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each point.")] = 1,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a field of the base, e.g. --set tokens=200000; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Start at most so many points of each stage.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="List the points with their sizes and stop.")] = False,
+    tuning_only: Annotated[bool, typer.Option("--tuning-only", help="Choose learning rates and stop.")] = False,
+) -> None:
+    """Train every point of a sweep, learning rates chosen first, and sum up what they say, with intervals."""
+    from engram.experiments import read_sweep, run_sweep
+
+    sweep = read_sweep(recipe, _changes(changes))
+    if plan:
+        _show_plan(sweep)
+        return
+    known = _known(json_out)
+    check_writable(json_out)
+    result = run_sweep(
+        sweep,
+        recipe.parent,
+        out,
+        known,
+        workers=workers or _workers(),
+        threads=threads,
+        show=lambda line: print(line, file=sys.stderr, flush=True),
+        save=lambda found: _write(json_out or out / "sweep.json", found, recipe),
+        tuning_only=tuning_only,
+        limit=limit,
+    )
+    print(json.dumps(result["summary"], indent=1))
+    print(f"{len(result['points'])} of {result['expected_points']} points; written to {json_out or out / 'sweep.json'}")
+    if result["failures"]:
+        for failure in result["failures"]:
+            print(f"failed: {failure['point']}: {failure['error']}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _workers() -> int:
+    import torch
+
+    return 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+
+
+def _changes(given: list[str] | None) -> dict[str, Any]:
+    import yaml
+
+    changes = {}
+    for text in given or []:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise typer.BadParameter(f"--set: got {text!r}, expected FIELD=VALUE, e.g. tokens=200000")
+        try:
+            changes[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise typer.BadParameter(f"--set: got {text!r}, whose value is not YAML") from None
+    return changes
+
+
+def _known(file: Path | None) -> dict[str, Any]:
+    """The result in a file, if there is one: a damaged file is not written over."""
+    from engram.errors import DataError
+
+    if file is None or not file.is_file() or not file.stat().st_size:
+        return {}
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ValueError):
+        result = None
+    if not isinstance(result, dict) or "sweep" not in result:
+        raise DataError(f"{file} is no result of a sweep; choose another file for --json (nothing was overwritten).")
+    return result
+
+
+def _write(file: Path, result: dict[str, Any], recipe: Path) -> None:
+    from engram.bench import machine
+    from engram.checkpoint import write_json_atomically
+    from engram.experiments import versions
+
+    command = f"engram sweep {recipe} --out RUN --json {file}"
+    provenance = {"command": command, "hardware": machine()["hardware"], "versions": versions()}
+    write_json_atomically(file, {**provenance, **result})
+
+
+def _show_plan(sweep: SweepRecipe) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from engram.experiments import predict_counts, predict_flops
+
+    table = Table(title=f"{sweep.name}: seeds {', '.join(map(str, sweep.seeds))}", title_justify="left")
+    for name in (*sweep.variants, "total", "active", "rho", "experts", "rows per head", "operations/token", "steps", "tokens"):
+        table.add_column(name, justify="left" if name in sweep.variants else "right")
+    for labels in sweep.combinations():
+        point = sweep.recipe_of(labels, sweep.seeds[0]).solved()
+        counts = predict_counts(point.backbone, point.engram)
+        rows = "/".join(f"{n:,}" for n in point.engram.engram_vocab_size) if point.engram else "-"  # type: ignore[union-attr]
+        sizes = (f"{counts.total:,}", f"{counts.active:,}", f"{counts.rho:.3f}")
+        experts = str(point.backbone.n_routed_experts if point.backbone.has_experts else 0)
+        flops = predict_flops(point.backbone, point.engram, point.data.seq_len)
+        table.add_row(*labels.values(), *sizes, experts, rows, f"{flops:,}", f"{point.steps:,}", f"{point.tokens:,}")
+    Console(width=160).print(table)
+    tuning = sum(len(points) for points in sweep.tuning_points().values())
+    points = len(list(sweep.combinations())) * len(sweep.seeds)
+    print(f"{points} points, and {tuning} to choose learning rates")

@@ -1,0 +1,127 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from engram import ConfigError, DataError
+from engram.data.blocks import IGNORED, HeldOutBlocks, TrainingBlocks, epoch_order
+from engram.data.recipe import KINDS
+from engram.data.reference import training_stream
+
+
+@pytest.fixture(scope="module")
+def stores(store, small_store):
+    return [store, small_store]
+
+
+def test_an_epochs_order_never_changes():
+    assert epoch_order(0, 0, 8).tolist() == PINNED
+    for count in (1, 2, 1000):
+        assert sorted(epoch_order(5, 3, count)) == list(range(count))
+    orders = [epoch_order(seed, epoch, 50).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+PINNED = [3, 2, 1, 6, 0, 7, 4, 5]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    which=st.integers(0, 1),
+    seq_len=st.sampled_from([1, 2, 7, 63, 64, 1000]),
+    blocks=st.integers(1, 25),
+    seed=st.integers(0, 1 << 40),
+    data=st.data(),
+)
+def test_blocks_are_the_plain_stream_wherever_reading_starts(stores, which, seq_len, blocks, seed, data):
+    store = stores[which]
+    training = TrainingBlocks(store, seq_len, blocks, seed)
+    stream = training_stream(store, seq_len * blocks, seed)
+    first = data.draw(st.integers(0, blocks - 1))
+    for index in [*range(first, blocks), *range(first)]:  # as a resumed run does, and then from the start
+        block = training[index]
+        assert block["input_ids"].tolist() == stream[index * seq_len : (index + 1) * seq_len]
+        assert torch.equal(block["labels"], block["input_ids"])
+    assert training.epochs == pytest.approx(seq_len * blocks / len_of_epoch(store))
+
+
+def len_of_epoch(store):
+    return sum(len(store.ids(d)) * int(store.documents["weight"][d]) for d in store.split("train"))
+
+
+def test_an_epoch_has_every_document_as_often_as_it_weighs(store):
+    tokens = len_of_epoch(store)
+    ids = TrainingBlocks(store, tokens, 2, seed=3)
+    for epoch in (0, 1):
+        begins = np.flatnonzero(ids[epoch]["input_ids"].numpy() == store.begin_id)
+        pieces = sorted(piece.tobytes() for piece in np.split(ids[epoch]["input_ids"].numpy(), begins[1:]))
+        wanted = [
+            store.ids(d).astype(np.int64).tobytes() for d in store.split("train") for _ in range(store.documents["weight"][d])
+        ]
+        assert pieces == sorted(wanted)
+    assert not torch.equal(ids[0]["input_ids"], ids[1]["input_ids"])
+
+
+def test_loaders_and_copies_see_the_same_blocks(store):
+    training = TrainingBlocks(store, 16, 12, seed=1)
+    alone = torch.stack([training[i]["input_ids"] for i in range(12)])
+    loaded = torch.cat([batch["input_ids"] for batch in DataLoader(training, batch_size=5)])
+    assert torch.equal(alone, loaded)
+    copy = pickle.loads(pickle.dumps(training))
+    assert torch.equal(copy[7]["input_ids"], alone[7])
+    assert torch.equal(training[-1]["input_ids"], alone[11])
+    assert len(list(training)) == 12  # iteration ends
+    with pytest.raises(IndexError, match="there are 12"):
+        training[12]
+
+
+@pytest.mark.parametrize("seq_len", [2, 7, 64, 5000])
+@pytest.mark.parametrize("limit", [None, 1, 5])
+def test_held_out_blocks_predict_every_token_once(store, seq_len, limit):
+    blocks = HeldOutBlocks(store, seq_len, limit)
+    predicted, kinds = [], []
+    for index in range(len(blocks)):
+        block, kind = blocks[index], blocks.kinds(index)
+        assert block["input_ids"].shape == block["labels"].shape == kind.shape == (seq_len,)
+        known = block["labels"] != IGNORED
+        assert torch.equal(known, kind >= 0)
+        assert torch.equal(block["labels"][known], block["input_ids"][known])
+        predicted += block["labels"][1:][known[1:]].tolist()
+        kinds += kind[1:][known[1:]].tolist()
+    documents = blocks.documents
+    assert predicted == [i for d in documents for i in store.ids(d)[1:].tolist()]
+    assert kinds == [int(store.documents["kind"][d]) for d in documents for _ in store.ids(d)[1:]]
+    if limit is None:
+        assert set(documents) == set(store.split("held_out"))
+    else:
+        assert len(documents) == 1 or len(blocks) <= limit
+
+
+def test_losses_are_summed_by_kind(store):
+    blocks = HeldOutBlocks(store, 32)
+    indices = range(len(blocks))
+    losses = [blocks[i]["input_ids"][1:].float() for i in indices]  # a loss that tells which token it belongs to
+    sums = blocks.sum_by_kind(losses, indices)
+    assert set(sums) == {"prose", "code"} == set(blocks.bytes_by_kind)
+    for kind, (total, tokens) in sums.items():
+        own = [d for d in store.split("held_out") if store.kind(d) == kind]
+        assert tokens == sum(len(store.ids(d)) - 1 for d in own)
+        assert total == sum(int(store.ids(d)[1:].sum()) for d in own)
+        assert blocks.bytes_by_kind[kind] == store.counts["held_out"][kind]["bytes"]
+    assert set(sums) <= set(KINDS)
+
+
+def test_impossible_blocks(store, small_store):
+    for wrong in ({"seq_len": 0}, {"blocks": 0}, {"seed": -1}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))}: got"):
+            TrainingBlocks(store, **{"seq_len": 4, "blocks": 2, "seed": 0, **wrong})
+    with pytest.raises(DataError, match="holds nothing out"):
+        HeldOutBlocks(small_store, 8)
+    with pytest.raises(ConfigError, match="expected at least 2"):
+        HeldOutBlocks(store, 1)
+    with pytest.raises(IndexError):
+        HeldOutBlocks(store, 8)[10**6]

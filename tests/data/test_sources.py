@@ -1,0 +1,168 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import engram
+from engram import ConfigError, DataError
+from engram.data.corpus import CorpusRecipe, DocumentStream, FolderSource, TextSource, build_corpus, split_of
+from engram.data.html_text import html_to_text
+from engram.data.near_duplicates import NearDuplicates, estimated_overlap, signature
+from engram.data.recipe import KINDS, parse_corpus, read_corpus_recipe
+
+ROOT = Path(__file__).parents[2]
+LINES = "A line of text that is long enough.\nAnother line of it.\n"
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A folder as users have them: code, tests, prose, pages, and what should not be read."""
+    root = tmp_path / "project"
+    for name, content in {
+        "main.py": f'"""{LINES}"""\n',
+        "tests/test_main.py": f"# {LINES}",
+        "readme.md": f"# Read me\n{LINES}",
+        "docs/c#/page.html": f"<html><head><title>no</title></head><body><h1>Title</h1><p>{LINES}</p></body></html>",
+        "copy.md": f"# Read me\n{LINES}",
+        "short.txt": "short",
+        "wide.txt": "x" * 500,
+        "large.txt": LINES * 100,
+        "latin.txt": LINES.encode() + b"\xe9",
+        ".git/config.txt": LINES,
+        "node_modules/a.txt": LINES,
+        "picture.png": b"\x89PNG",
+    }.items():
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (root / "lost.txt").symlink_to("nowhere")
+    return root
+
+
+def test_a_folder_is_read_by_suffix_and_what_is_left_out_is_counted(mixed):
+    recipe = CorpusRecipe(folders=(FolderSource("project", max_bytes=2000),), held_out_percent=0)
+    stream = DocumentStream(recipe, mixed.parent)
+    documents = list(stream)
+    assert {doc.name: doc.kind for doc in documents} == {
+        "project/copy.md": "prose",
+        "project/docs/c%23/page.html": "prose",
+        "project/main.py": "code",
+        "project/tests/test_main.py": "test",
+    }  # readme.md says the same as copy.md
+    assert [doc.name for doc in documents] == sorted(doc.name for doc in documents)
+    assert stream.duplicates == 1
+    assert stream.skipped == {"too short": 1, "long lines": 1, "too large": 1, "not UTF-8": 1, "not a file": 1}
+    assert documents == list(stream)
+    assert stream.digest() == stream.read
+    first = stream.read
+    (mixed / "readme.md").write_text(LINES)
+    assert stream.digest().sha256 != first.sha256
+    only = FolderSource("project", suffixes=(".md",), kind="documentation")
+    assert {doc.kind for doc in DocumentStream(CorpusRecipe(folders=(only,)), mixed.parent)} == {"documentation"}
+
+
+def test_a_page_reads_like_text():
+    page = "<head><style>p {}</style></head><p>One &amp; <b>two</b>\n three</p><script>x()</script><pre>a\n  b</pre><ul><li>i<li>j</ul>"
+    assert html_to_text(page) == "One & two three\n\na\n  b\n\ni\nj"
+    assert html_to_text("<html><head><title>t</title><body>shown") == ""  # a head never closed hides what follows
+    assert html_to_text("plain < text") == "plain < text"
+
+
+def test_documentation_is_what_the_installation_says_about_itself():
+    documents = list(DocumentStream(CorpusRecipe(documentation=True), ROOT))
+    assert {doc.kind for doc in documents} == {"documentation"}
+    names = {doc.name for doc in documents}
+    assert {"topics/with", "distributions/numpy"} <= names
+    assert "distributions/engram-memory" not in names
+    assert not any("/test/" in name or "site-packages" in name for name in names)
+    assert len(names) == len(documents)
+
+
+def test_near_duplicates_leave_the_first(tmp_path):
+    rng = np.random.default_rng(0)
+    words = [f"w{n}" for n in rng.integers(0, 5000, size=400)]
+
+    def changed(share):
+        return " ".join("new" if rng.random() < share else word for word in words)
+
+    def overlap(one, other):
+        grams = [{tuple(text.split()[i : i + 5]) for i in range(len(text.split()) - 4)} for text in (one, other)]
+        return len(grams[0] & grams[1]) / len(grams[0] | grams[1])
+
+    text = " ".join(words)
+    for share in (0.0, 0.002, 0.01, 0.03, 0.1, 0.5):
+        other = changed(share)
+        assert abs(estimated_overlap(signature(text), signature(other)) - overlap(text, other)) < 0.13
+        similar = NearDuplicates(0.8)
+        assert similar.add_if_new(text)
+        exact = overlap(text, other)
+        assert exact < 0.7 or exact > 0.86, "too near the threshold to be sure"
+        assert similar.add_if_new(other) == (exact < 0.8)
+    for name, content in {"a": text, "b": text.upper().replace(" ", "  "), "c": "few words", "d": "few other", "e": ""}.items():
+        (tmp_path / f"{name}.txt").write_text(f"{content}\n" if content else "few  words\n")
+    one_by_one = tuple(TextSource(f"{name}.txt") for name in "abcde")
+    stream = DocumentStream(CorpusRecipe(texts=one_by_one, near_duplicates=1.0), tmp_path)
+    assert [doc.name for doc in stream] == ["a.txt#0", "c.txt#0", "d.txt#0"]
+    assert (stream.duplicates, stream.near_duplicates) == (0, 2)
+    by_heart = tuple(TextSource(f"{name}.txt", weight=2) for name in "abcde")
+    assert len(list(DocumentStream(CorpusRecipe(texts=by_heart, near_duplicates=1.0), tmp_path))) == 5
+
+
+def test_streaming_and_building_agree(mixed):
+    recipe = CorpusRecipe(texts=(TextSource("project/*.md"),), folders=(FolderSource("project"),), held_out_percent=50)
+    corpus = build_corpus(recipe, mixed.parent)
+    documents = list(DocumentStream(recipe, mixed.parent))
+    assert [doc for doc in documents if split_of(doc, recipe) == "train"] == corpus.train
+    assert [doc for doc in documents if split_of(doc, recipe) == "held_out"] == corpus.held_out
+    assert corpus.train
+    assert corpus.held_out
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_recipe_has_a_corpus(file):
+    recipe = read_corpus_recipe(file)
+    assert parse_corpus(json.loads(json.dumps(recipe.to_dict())), "again") == recipe
+
+
+def test_the_recipe_of_the_bundled_model_means_what_it_meant():
+    file = Path(engram.__file__).parent / "bundled" / "base_model" / "training.json"
+    saved = json.loads(file.read_text())["recipe"]["corpus"]
+    recipe = parse_corpus(saved, "training.json")
+    assert recipe.to_dict() == {**recipe.to_dict(), **saved}
+    assert set(recipe.to_dict()) == set(saved)
+
+
+def test_the_corpus_of_the_experiments_has_all_tests_and_documentation():
+    recipe = read_corpus_recipe(ROOT / "recipes" / "corpus_python.yaml")
+    assert (recipe.standard_library, recipe.test_percent, recipe.documentation) == (True, 100, True)
+    assert "site-packages" in recipe.exclude_parts
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"folders": ["a"], "texts": "b"}, "texts: got 'b'"),
+        ({"folders": [{"suffixes": [".md"]}]}, "path"),
+        ({"folders": [{"path": "a", "suffixes": ".md"}]}, "suffixes: got '.md'"),
+        ({"folders": [{"path": "a", "suffixes": []}]}, "suffixes: got none"),
+        ({"folders": [{"path": "a", "max_bytes": 0}]}, "max_bytes: got 0"),
+        ({"folders": [{"path": "a", "kind": "poem"}]}, "kind: got 'poem', expected one of " + KINDS[0]),
+        ({"texts": [{"path": "a", "weight": 0}]}, "weight: got 0"),
+        ({"standard_library": True, "near_duplicates": 1.5}, "near_duplicates: got 1.5"),
+        ({"standard_library": True, "near_duplicates": True}, "near_duplicates"),
+        ({"documentation": "yes"}, "documentation: got 'yes'"),
+        ({"standard_library": True, "exclude_parts": "a"}, "exclude_parts"),
+        ({1: 2}, "unknown key"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_corpus(fields, "recipe")
+
+
+def test_missing_folders(tmp_path):
+    with pytest.raises(DataError, match="is not a folder"):
+        list(DocumentStream(CorpusRecipe(folders=(FolderSource("none"),)), tmp_path))
+    with pytest.raises(DataError, match=r"ends in \.txt"):
+        list(DocumentStream(CorpusRecipe(folders=(FolderSource(".", suffixes=(".txt",)),)), tmp_path))

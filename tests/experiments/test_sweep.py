@@ -1,0 +1,194 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engram import CheckpointError, ConfigError, DataError
+from engram.experiments import read_sweep, run_point, run_sweep
+from engram.experiments.data import prepare_data
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+TINY = RECIPES / "sweep_tiny.yaml"
+
+
+def tiny(**changes):
+    return read_sweep(TINY, changes)
+
+
+def first_point(sweep):
+    return sweep.recipe_of(next(sweep.combinations()), sweep.seeds[0])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The tiny sweep, run once: its folder, its result and what was said."""
+    out, said = tmp_path_factory.mktemp("sweep"), []
+    result = run_sweep(tiny(), RECIPES, out, workers=2, show=said.append)
+    return out, result, said
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("sweep_*.yaml")), ids=lambda path: path.stem)
+def test_every_sweep_recipe_is_read_and_every_point_can_be_built(recipe):
+    sweep = read_sweep(recipe)
+    assert sweep.points({key: 1e-3 for key in sweep.tuning_points()})
+
+
+@pytest.mark.slow
+def test_a_sweep_tunes_runs_and_sums_up(finished):
+    _, result, _ = finished
+    assert [entry["labels"]["rho"] for entry in result["points"]] == ["1.0", "1.0", "0.6", "0.6"]
+    assert {entry["learning_rate"] for entry in result["tuning"]} == {1e-3, 3e-3}
+    best = min(result["tuning"], key=lambda entry: entry["validation"]["loss"])["learning_rate"]
+    assert {entry["learning_rate"] for entry in result["points"]} == {best}
+    assert not {entry["seed"] for entry in result["tuning"]} & {entry["seed"] for entry in result["points"]}
+    curve = result["summary"]["all"]["curve"]
+    assert [row["loss"]["n"] for row in curve] == [2, 2]
+    assert result["failures"] == []
+    for entry in result["points"]:
+        assert entry["counts"]["total"] == pytest.approx(13728, rel=5e-3)
+        assert entry["test"]["tokens"] == sum(kind["tokens"] for kind in entry["test"]["by_kind"].values())
+        assert entry["test"]["bits_per_byte"] > 0
+        assert entry["curve"][-1][0] == entry["steps"]
+
+
+@pytest.mark.slow
+def test_a_finished_sweep_trains_nothing_again(finished, monkeypatch):
+    out, result, _ = finished
+    monkeypatch.setattr(subprocess, "Popen", None)  # starting a worker would fail
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("result.json")}
+    again = run_sweep(tiny(), RECIPES, out, show=lambda line: None)
+    assert json.loads(json.dumps(again)) == json.loads(json.dumps(result))
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("result.json")} == before
+
+
+@pytest.mark.slow
+def test_points_of_a_result_file_are_not_run_again(finished, tmp_path, monkeypatch):
+    out, result, _ = finished
+    shutil.copytree(out / "data", tmp_path / "data")
+    monkeypatch.setattr(subprocess, "Popen", None)
+    again = run_sweep(tiny(), RECIPES, tmp_path, json.loads(json.dumps(result)), show=lambda line: None)
+    assert again["points"] == json.loads(json.dumps(result["points"]))
+
+
+@pytest.mark.slow
+def test_results_of_other_text_or_of_another_sweep_are_refused(finished, tmp_path):
+    _, result, _ = finished
+    with pytest.raises(CheckpointError, match="another file"):
+        run_sweep(tiny(), RECIPES, tmp_path, {**result, "sweep": "other"}, show=lambda line: None)
+    with pytest.raises(DataError, match="other text"):
+        other = {**result, "data": {"fingerprint": "0" * 64}}
+        run_sweep(tiny(), RECIPES, tmp_path, other, show=lambda line: None)
+
+
+@pytest.mark.slow
+def test_a_killed_point_goes_on_with_the_same_losses_to_the_last_digit(finished, tmp_path):
+    out, _, _ = finished
+    shutil.copytree(out / "data", tmp_path / "data")
+    sweep = tiny(tokens=2560)
+    recipe = sweep.recipe_of({"rho": "0.6"}, 0)
+    data = prepare_data(recipe.data, RECIPES, tmp_path / "data")
+    whole = run_point(recipe, data, tmp_path / "whole")
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    (folder / "task.json").write_text(
+        json.dumps({"recipe": recipe.to_dict(), "data": str(tmp_path / "data"), "threads": 1}), encoding="utf-8"
+    )
+    command = [sys.executable, "-m", "engram.experiments.worker", str(folder)]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(lambda: any(folder.glob("checkpoints/checkpoint-*/trainer_state.json")), child)
+    finally:
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+    assert not (folder / "result.json").exists()
+    resumed = run_point(recipe, data, folder)
+    for name in ("held_out", "training_loss", "curve", "counts"):
+        assert resumed[name] == whole[name]
+
+
+def _wait_for(condition, child, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert child.poll() is None or condition(), "the worker ended early"
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_a_diverging_point_fails_in_words_and_the_others_finish(finished, tmp_path):
+    out, _, _ = finished
+    shutil.copytree(out / "data", tmp_path / "data")
+    fields = yaml.safe_load(TINY.read_text())
+    del fields["tune"]
+    fields["variants"]["rho"]["0.6"] = {"budget.rho": 0.6, "learning_rate": 1e30}
+    fields["seeds"] = [0]
+    (tmp_path / "corpus").symlink_to(RECIPES.parent / "corpus")
+    (tmp_path / "recipes").mkdir()
+    recipe = tmp_path / "recipes" / "sweep.yaml"
+    recipe.write_text(yaml.safe_dump(fields))
+    result = run_sweep(read_sweep(recipe), recipe.parent, tmp_path, show=lambda line: None)
+    assert [entry["labels"]["rho"] for entry in result["points"]] == ["1.0"]
+    [failure] = result["failures"]
+    assert "rho=0.6" in failure["point"]
+    assert "loss" in failure["error"]
+    assert "learning rate" in failure["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"question": "why"}, "question"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [1000]}, "other seeds"),
+        ({"variants": {}}, "variants"),
+        ({"variants": {"rho": {"0.6": {"budjet.rho": 1}}}}, "budjet"),
+        ({"variants": {"rho": {"0.6": {"budget.rho": 2.0}}}}, "rho"),
+        ({"tune": {"learning_rate": [1e-3], "groups": [{"at": {"rho": "0.7"}}]}}, "not one of the variants"),
+        ({"variants": {"rho": {"0.6": {"tokens": 0}}}, "tune": None}, "tokens"),
+        ({"base": {"data": {"corpus": {"texts": ["x"]}}}}, "no mapping 'budget'"),
+        ({"base": {"data": {"corpus": "../elsewhere.yaml"}}}, "same folder"),
+        ({"nonsense": 1}, "nonsense"),
+    ],
+)
+def test_impossible_sweeps_are_refused_before_anything_runs(tmp_path, change, words):
+    fields = {**yaml.safe_load(TINY.read_text()), **change}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(fields))
+    with pytest.raises((ConfigError, DataError), match=words):
+        read_sweep(tmp_path / "sweep.yaml")
+
+
+def test_a_missing_corpus_is_one_clear_error(tmp_path):
+    fields = yaml.safe_load(TINY.read_text())
+    fields["base"]["data"]["corpus"]["texts"] = ["nothing/*.txt"]
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(fields))
+    with pytest.raises(DataError, match="no file matches"):
+        run_sweep(read_sweep(tmp_path / "sweep.yaml"), tmp_path, tmp_path / "out", show=lambda line: None)
+
+
+def test_a_folder_of_another_point_is_refused(tmp_path):
+    recipe = first_point(tiny())
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="another recipe"):
+        run_point(recipe, None, tmp_path)
+    assert (tmp_path / "recipe.json").read_text() == "{}"
+
+
+def test_a_full_disk_ends_the_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(CheckpointError, match="free on this disk"):
+        run_sweep(tiny(), RECIPES, tmp_path)
+
+
+def test_names_of_points_are_names_of_folders():
+    sweep = tiny()
+    names = [point.name for points in sweep.tuning_points().values() for point in points]
+    names += [point.name for point in sweep.points({})]
+    assert len(set(names)) == len(names) == 6
+    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789=.,+-_") for name in names)

@@ -1,0 +1,89 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from engram import CheckpointError, ConfigError
+from engram.optim import EngramAdamW
+
+
+def stepped():
+    """An optimiser over a table and a matrix, after one step."""
+    table, matrix = nn.Embedding(20, 4, sparse=True), nn.Linear(4, 3, bias=False)
+    optimizer = EngramAdamW([{"params": table.parameters()}, {"params": matrix.parameters()}])
+    matrix(table(torch.tensor([1, 3]))).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+def without_groups(state):
+    del state["param_groups"]
+
+
+def without_state(state):
+    state["state"] = None
+
+
+def group_without_params(state):
+    del state["param_groups"][1]["params"]
+
+
+def group_without_rate(state):
+    del state["param_groups"][0]["lr"]
+
+
+def one_group_less(state):
+    state["param_groups"].pop()
+
+
+def unknown_parameter(state):
+    state["state"][7] = state["state"].pop(1)
+
+
+def entry_is_a_number(state):
+    state["state"][1] = 3
+
+
+def other_shape(state):
+    state["state"][1]["exp_avg"] = torch.zeros(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_groups, r"got keys \['state'\]"),
+        (without_state, "expected 'state'"),
+        (group_without_params, "no list 'params'"),
+        (group_without_rate, "no 'lr'"),
+        (one_group_less, r"got parameter groups of \[1\] parameters, expected \[1, 1\]"),
+        (unknown_parameter, "got parameter 7, expected a dict for each of parameters 0 to 1"),
+        (entry_is_a_number, "got a int for parameter 1"),
+        (other_shape, r"got exp_avg of shape \[2, 2\] for parameter 1, expected \[3, 4\]"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(damage, message):
+    state = copy.deepcopy(stepped().state_dict())
+    damage(state)
+    optimizer = stepped()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(CheckpointError, match=message):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert all(torch.equal(after["state"][1][name], value) for name, value in before["state"][1].items())
+
+
+@pytest.mark.parametrize("state", [None, [], {}, {"state": {}}])
+def test_what_is_no_state_at_all_is_refused(state):
+    with pytest.raises(CheckpointError, match="optimiser state: got"):
+        stepped().load_state_dict(state)
+
+
+@pytest.mark.parametrize("rounding", ["yes", 1, None])
+def test_rounding_by_chance_is_true_or_false(rounding):
+    p = nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(ConfigError, match="got stochastic_rounding="):
+        EngramAdamW([p], stochastic_rounding=rounding)
+    with pytest.raises(ConfigError, match="got stochastic_rounding="):
+        EngramAdamW([{"params": [p], "stochastic_rounding": rounding}])

@@ -110,7 +110,12 @@ def ablation(seeds=(0, 1, 2), arms=ARMS, **changes):
     """Arms around a reference; seeds shift all arms, single points a little."""
     offsets, rng = noise(seeds, 0.02), np.random.default_rng(5)
     entries = [
-        entry({"arm": arm}, seed, float(ARM_LOSSES[arm] + offsets[seed] + 0.003 * rng.standard_normal()), slots=0 if arm == "no memory" else 8000)
+        entry(
+            {"arm": arm},
+            seed,
+            float(ARM_LOSSES[arm] + offsets[seed] + 0.003 * rng.standard_normal()),
+            slots=0 if arm == "no memory" else 8000,
+        )
         for arm in arms
         for seed in seeds
     ]
@@ -135,7 +140,19 @@ def long_context():
     def score(kind, share):
         wide = 0.05 if 0 < share < 1 else 0.02
         low, high = max(0.0, share - wide), min(1.0, share + wide)
-        return {"kind": kind, "length": 256, "depth": None, "answers": 256, "exact": round(256 * share), "share": share, "low": low, "high": high, "log_probability": -1.5, "log_probability_error": 0.1, "rank": 3.0}
+        return {
+            "kind": kind,
+            "length": 256,
+            "depth": None,
+            "answers": 256,
+            "exact": round(256 * share),
+            "share": share,
+            "low": low,
+            "high": high,
+            "log_probability": -1.5,
+            "log_probability_error": 0.1,
+            "rank": 3.0,
+        }
 
     def model(needle, queries, tracking):
         scores = [score("needle", needle), score("multi_query", queries), score("tracking", tracking)]
@@ -150,4 +167,9 @@ def throughput():
         {"name": "without memory", "seconds": {"median": 0.50, "min": 0.48, "max": 0.55, "rounds": 15}},
         {"name": "with memory", "seconds": {"median": 0.53, "min": 0.50, "max": 0.60, "rounds": 15}},
     ]
-    return {"command": "python benchmarks/throughput.py", "hardware": "a machine, 2 cores", "versions": {"torch": "2"}, "variants": variants}
+    return {
+        "command": "python benchmarks/throughput.py",
+        "hardware": "a machine, 2 cores",
+        "versions": {"torch": "2"},
+        "variants": variants,
+    }

@@ -43,14 +43,15 @@ def alignment(results: Results) -> Iterator[Evidence]:
 
 
 def recall(kind: str) -> Callable[[Results], Iterator[Evidence]]:
-    """A judge of one kind of question: exact answers with a memory against those without, text length by text length."""
+    """A judge of one kind of question: exact answers of models with a memory against those of the one without, by length of text."""
 
     def judge_kind(results: Results) -> Iterator[Evidence]:
         for name, result in results.get("long_context", {}).items():
-            plain = [n for n in result if _is_control(n)]
-            for other in result if len(plain) == 1 else ():
+            models = result["models"]
+            plain = [n for n in models if _is_control(n)]
+            for other in models if len(plain) == 1 else ():
                 if other not in plain:
-                    yield from _compare_recall(name, other, plain[0], result, kind)
+                    yield from _compare_recall(name, other, plain[0], models, kind)
 
     return judge_kind
 
@@ -60,16 +61,16 @@ def _is_control(name: str) -> bool:
     return bool({"without", "off", "moe", "dense", "plain", "none", "baseline"} & set(words))
 
 
-def _compare_recall(name: str, other: str, plain: str, result: Mapping[str, Any], kind: str) -> Iterator[Evidence]:
-    scores = {
-        n: {s["length"]: s for s in result[n]["scores"] if s["kind"] == kind and s["depth"] is None} for n in (other, plain)
-    }
+def _compare_recall(name: str, other: str, plain: str, models: Mapping[str, Any], kind: str) -> Iterator[Evidence]:
+    scores = {n: {s["length"]: s for s in models[n]["scores"] if s["kind"] == kind} for n in (other, plain)}
     for length in sorted(set(scores[other]) & set(scores[plain])):
         a, b = scores[other][length], scores[plain][length]
         value = a["share"] - b["share"]
         # Newcombe's interval of a difference of shares, from Wilson's of each (Statistics in Medicine 17, 1998, method 10).
         low = value - math.hypot(a["share"] - a["low"], b["high"] - b["share"])
         high = value + math.hypot(a["high"] - a["share"], b["share"] - b["low"])
-        note = f"{other!r} against {plain!r}, {a['answers']} answers each"
-        where = f"{name}, {length} tokens"
-        yield Evidence(sign_verdict(low, high, 1), where, 100 * value, 100 * low, 100 * high, "percentage points", note)
+        verdict, note = sign_verdict(low, high, 1), f"{other!r} against {plain!r}, {a['answers']} answers each"
+        signs = {x > y for x, y in zip(a["by_seed"], b["by_seed"])}
+        if verdict != CANNOT_TELL and len(signs) > 1:
+            verdict, note = CANNOT_TELL, f"{note}; seeds differ in sign"
+        yield Evidence(verdict, f"{name}, {length} tokens", 100 * value, 100 * low, 100 * high, "percentage points", note)

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engram.errors import DataError
 from engram.plots.bench import plot_bench
 from engram.plots.evaluation import plot_evaluation, plot_shares
 from engram.plots.figure import Picture, new_figure, save_figure
 from engram.plots.look import plot_look
 from engram.plots.marks import colour_of
-from engram.plots.results import SWEEPS, ResultFile
+from engram.plots.results import ResultFile, reading
 from engram.plots.sweep import plot_sweep
 
 __all__ = ["draw_result", "plot_recall", "plot_throughput", "variant_name"]
@@ -40,34 +39,28 @@ def draw_result(file: ResultFile, folder: Path, paper: Mapping[str, Any] | None 
         ConfigError: matplotlib is missing.
         DataError: the result lacks something that its kind has.
     """
-    if file.is_sweep:
-        return _checked(file, lambda: plot_sweep(file.data, folder, file.name, paper))
-    return _checked(file, lambda: _DRAWERS[file.kind](file, folder))
+    with reading(f"result {file.name} ({file.kind})"):
+        if file.is_sweep:
+            return plot_sweep(file.data, folder, file.name, paper)
+        return _DRAWERS[file.kind](file, folder)
 
 
-def _checked(file: ResultFile, draw: Callable[[], list[Picture]]) -> list[Picture]:
-    try:
-        return draw()
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        told = f"{type(error).__name__}: {error}"
-        raise DataError(
-            f"result {file.name}: malformed for {'a sweep' if file.kind in SWEEPS else 'its kind'}, {file.kind} ({told}); write it again "
-            "with the command that made it."
-        ) from error
-
-
-def plot_recall(results: Mapping[str, Mapping[str, Any]], path: Path) -> Picture:
+def plot_recall(models: Mapping[str, Mapping[str, Any]], path: Path) -> Picture:
     """Exact answers by kind of question and length of text, one colour per model, with Wilson's intervals.
+
+    Args:
+        models: as ``pool_recall`` gives them.
+        path: PNG file.
 
     Raises:
         ConfigError: matplotlib is missing.
     """
     systems = {
-        name: {f"{s['kind']}, {s['length']}": s for s in result["scores"] if s["depth"] is None}
-        for name, result in results.items()
+        name.replace("_", " "): {f"{s['kind']}, {s['length']}".replace("_", " "): s for s in model["scores"]}
+        for name, model in models.items()
     }
     plot_shares(systems, path, "exact answers in long text, by question and tokens")
-    return Picture(path, "Exact answers in long text with 95 % intervals.")
+    return Picture(path, "Exact answers in long text, all seeds together, with 95 % intervals.")
 
 
 def plot_throughput(result: Mapping[str, Any], path: Path) -> Picture:
@@ -115,6 +108,6 @@ _DRAWERS: dict[str, Callable[[ResultFile, Path], list[Picture]]] = {
     "bench": _bench,
     "eval": _evaluation,
     "look": _look,
-    "long_context": lambda file, folder: [plot_recall(file.data, folder / f"{file.name}.png")],
+    "long_context": lambda file, folder: [plot_recall(file.data["models"], folder / f"{file.name}.png")],
     "throughput": lambda file, folder: [plot_throughput(file.data, folder / f"{file.name}.png")],
 }

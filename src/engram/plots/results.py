@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engram.errors import DataError
+from engram.errors import DataError, EngramError
 
-__all__ = ["SWEEPS", "ResultFile", "group_results", "read_result", "recognise"]
+__all__ = ["SWEEPS", "ResultFile", "group_results", "pool_recall", "read_result", "reading", "recognise"]
 
 SWEEPS = ("allocation", "slots", "ablation", "comparison")
 """Questions of sweeps; each is a kind of result."""
@@ -60,7 +61,7 @@ def recognise(data: Any) -> str | None:
     kind = next((kind for kind, keys in _KINDS.items() if all(key in data for key in keys)), None)
     if kind is not None:
         return kind
-    if data and all(isinstance(entry, Mapping) and isinstance(entry.get("scores"), list) for entry in data.values()):
+    if _recall_runs(data):
         return "long_context"
     return "throughput" if _timed_variants(data) else None
 
@@ -74,6 +75,65 @@ def _timed_variants(data: Mapping[str, Any]) -> bool:
         and all(isinstance(v, Mapping) and isinstance(v.get("seconds"), Mapping) for v in variants)
         and not any("to_smallest_sparse" in v for v in variants)
     )
+
+
+def _recall_runs(data: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Measurements by model: of ``engram recall`` (models by name) or of ``benchmarks/long_context.py`` (entries of models and seeds)."""
+    entries = data.get("entries")
+    if (
+        isinstance(entries, list)
+        and entries
+        and all(isinstance(e, Mapping) and "model" in e and "scores" in e for e in entries)
+    ):
+        found: dict[str, list[Mapping[str, Any]]] = {}
+        for entry in entries:
+            found.setdefault(entry["model"], []).append(entry)
+        return found
+    if data and all(isinstance(entry, Mapping) and isinstance(entry.get("scores"), list) for entry in data.values()):
+        return {name: [entry] for name, entry in data.items()}
+    return {}
+
+
+def pool_recall(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A result on long context with the answers of all seeds together.
+
+    Returns:
+        ``models: {name: {held_out_loss, scores}}`` beside what else the result says; scores have ``kind``, ``length``, ``answers``,
+        ``exact``, ``share`` with Wilson's interval ``low`` to ``high``, and ``by_seed``, the shares one by one.
+    """
+    runs = _recall_runs(data)
+    models = {}
+    for name, entries in runs.items():
+        losses = [entry["held_out_loss"] for entry in entries if "held_out_loss" in entry]
+        models[name] = {"held_out_loss": sum(losses) / len(losses) if losses else None, "scores": _pool(entries)}
+    rest = {} if set(runs) == set(data) else {key: value for key, value in data.items() if key != "entries"}
+    return {**rest, "models": models}
+
+
+def _pool(entries: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    from engram.evaluation import wilson_interval
+
+    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for score in (score for entry in entries for score in entry["scores"] if score["depth"] is None):
+        groups.setdefault((score["kind"], score["length"]), []).append(score)
+    pooled = []
+    for (kind, length), scores in groups.items():
+        exact, answers = (sum(score[key] for score in scores) for key in ("exact", "answers"))
+        low, high = wilson_interval(exact, answers)
+        shares = [score["exact"] / score["answers"] for score in scores]
+        pooled.append(
+            {
+                "kind": kind,
+                "length": length,
+                "answers": answers,
+                "exact": exact,
+                "share": exact / answers,
+                "low": low,
+                "high": high,
+                "by_seed": shares,
+            }
+        )
+    return pooled
 
 
 def read_result(path: Path, strict: bool = True) -> ResultFile | None:
@@ -103,7 +163,24 @@ def read_result(path: Path, strict: bool = True) -> ResultFile | None:
     missing = [key for key in _SWEEP_KEYS if kind in SWEEPS and key not in data]
     if missing:
         raise DataError(f"result {path}: lacks {', '.join(missing)}, which every sweep's result has; run engram sweep again.")
-    return ResultFile(path.stem, kind, data)
+    with reading(f"result {path}"):
+        return ResultFile(path.stem, kind, pool_recall(data) if kind == "long_context" else data)
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn what goes wrong because a result lacks something into one clear error.
+
+    Raises:
+        DataError: instead of the errors of missing keys and wrong types.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, EngramError):
+            raise
+        told = f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"{what} is malformed ({told}); write it again with the command that made it.") from error
 
 
 def group_results(files: Iterable[ResultFile]) -> dict[str, dict[str, Mapping[str, Any]]]:

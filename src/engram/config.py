@@ -115,7 +115,7 @@ class EngramConfig:
     layer_orders: Mapping[int, Sequence[int]] | Sequence[tuple[int, Sequence[int]]] | None = None
     """Orders that single layers read, ``{layer id: orders}``; layers not named read all of 2..``max_ngram_size``. Rows, projections and
     d_mem of a layer follow; primes, multipliers and the convolution's dilation do not: every n-gram that is still read is read at the
-    address it has when all are (``engram.hashing.layout.prime_layout``). Kept as pairs, without layers that read everything."""
+    address it has when all are (``engram.hashing.layout.prime_walk``). Kept as pairs, without layers that read everything."""
 
     def __post_init__(self) -> None:
         _require(

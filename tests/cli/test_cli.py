@@ -43,6 +43,9 @@ COMMANDS = [
     "corpus",
     "look",
     "pretrain",
+    "train",
+    "budget",
+    "sweep",
     "bench",
 ]
 

@@ -125,3 +125,13 @@ def test_impossible_blocks(store, small_store):
         HeldOutBlocks(store, 1)
     with pytest.raises(IndexError):
         HeldOutBlocks(store, 8)[10**6]
+
+
+def test_parts_share_the_held_out_documents_out(store):
+    parts = [HeldOutBlocks(store, 16, part=(n, 3)).documents.tolist() for n in range(3)]
+    assert sorted(document for part in parts for document in part) == store.split("held_out").tolist()
+    for wrong in ((3, 3), (-1, 2), (0, 0)):
+        with pytest.raises(ConfigError, match="part: got"):
+            HeldOutBlocks(store, 16, part=wrong)
+    with pytest.raises(DataError, match="too few documents"):
+        HeldOutBlocks(store, 16, part=(999, 1000))

@@ -37,7 +37,7 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("sweep_*.yaml")), ids=lambda path: path.stem)
 def test_every_sweep_recipe_is_read_and_every_point_can_be_built(recipe):
     sweep = read_sweep(recipe)
-    assert sweep.points({key: 1e-3 for key in sweep.tuning_points()})
+    assert sweep.points(dict.fromkeys(sweep.tuning_points(), 1e-3))
 
 
 @pytest.mark.slow
@@ -82,8 +82,8 @@ def test_results_of_other_text_or_of_another_sweep_are_refused(finished, tmp_pat
     _, result, _ = finished
     with pytest.raises(CheckpointError, match="another file"):
         run_sweep(tiny(), RECIPES, tmp_path, {**result, "sweep": "other"}, show=lambda line: None)
+    other = {**result, "data": {"fingerprint": "0" * 64}}
     with pytest.raises(DataError, match="other text"):
-        other = {**result, "data": {"fingerprint": "0" * 64}}
         run_sweep(tiny(), RECIPES, tmp_path, other, show=lambda line: None)
 
 
@@ -184,6 +184,17 @@ def test_a_full_disk_ends_the_sweep(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(CheckpointError, match="free on this disk"):
         run_sweep(tiny(), RECIPES, tmp_path)
+
+
+def test_the_identity_of_a_point_leaves_out_defaults_and_what_has_no_effect():
+    base = first_point(tiny())
+    same = [first_point(tiny(**change)) for change in ({"save_steps": 7}, {"keep_model": True}, {"warmup_share": 0.05})]
+    others = [first_point(tiny(**{key: 3072})) for key in ("tokens", "data.held_out_tokens")]
+    others.append(first_point(tiny(**{"engram.use_conv": False})))
+    identity = json.dumps(base.identity())
+    assert [json.dumps(recipe.identity()) for recipe in same] == [identity] * 3
+    assert len({json.dumps(recipe.identity()) for recipe in [base, *others]}) == 4
+    assert "use_conv" not in identity  # at its default
 
 
 def test_names_of_points_are_names_of_folders():

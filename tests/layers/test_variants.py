@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from engram import CheckpointError, ConfigError, EngramConfig, EngramState
 from engram.hashing import build_mapping, hash_reference
-from engram.hashing.layout import prime_layout
+from engram.hashing.layout import prime_walk
 from engram.layers import Engram
 from engram.native.read import read_streams
 from engram.ops.reference import (
@@ -39,8 +39,8 @@ def by_the_formulas(layer, hidden, ids, parameters):
     hidden = hidden.unsqueeze(2) if hidden.dim() == 3 else hidden
     mapping = layer.mapping
     canonical = mapping.compressed_tokenizer.lookup_table[ids.numpy()]
-    walk = prime_layout(config)[layer_id]
-    primes = [of_order if order in config.orders_of(layer_id) else [] for order, of_order in enumerate(walk, start=2)]
+    walk = enumerate(prime_walk(config)[layer_id], start=2)
+    primes = [of_order if order in config.orders_of(layer_id) else [] for order, of_order in walk]
     indices = torch.from_numpy(hash_reference(canonical, mapping.layer_multipliers[layer_id], primes, mapping.pad_id))
     starts = [0, *torch.tensor([p for of_order in primes for p in of_order]).cumsum(0)[:-1].tolist()]
     table = parameters["multi_head_embedding.embedding.weight"]

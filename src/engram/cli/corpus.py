@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from engram.data.contamination import Contamination
     from engram.data.store import TokenStore
 
-__all__ = ["corpus_command"]
+__all__ = ["corpus_command", "corpus_progress"]
 
 _PIPED_WIDTH = 120
 _LISTED = 5
@@ -45,7 +45,7 @@ def corpus_command(
         raise typer.BadParameter("--tokenizer and --vocab-size exclude each other: take a tokenizer or train one")
     check_writable(json_out)
     read = read_corpus_recipe(recipe)
-    with _progress() as show:
+    with corpus_progress() as show:
         store = _store(read, recipe.parent, out, tokenizer, vocab_size, show)
         found = [measure_contamination(store, n, _named(show, f"{n}-grams")) for n in contamination or [13]]
     _print_counts(store)
@@ -76,7 +76,7 @@ def _named(show: Callable[[str, int, int], None], what: str) -> Callable[[int, i
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def corpus_progress() -> Iterator[Callable[[str, int, int], None]]:
     """Bars with a rate on standard error, one per pass; called with (pass, done, in all)."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn

@@ -30,6 +30,7 @@ from engram.cli.plot import plot_command
 from engram.cli.pretrain import pretrain_command
 from engram.cli.sweep import sweep_command
 from engram.cli.trace import trace_command
+from engram.cli.train import train_command
 from engram.errors import ConfigError, DataError, EngramError
 
 __all__ = ["app", "main"]
@@ -57,6 +58,7 @@ app.command("trace")(trace_command)
 app.command("corpus")(corpus_command)
 app.command("look")(look_command)
 app.command("pretrain")(pretrain_command)
+app.command("train")(train_command)
 app.command("budget")(budget_command)
 app.command("sweep")(sweep_command)
 app.command("plot")(plot_command)

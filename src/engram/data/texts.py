@@ -7,8 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from engram.data.corpus import DOCUMENT_SEPARATOR, held_out_standard_library
+from engram.data.corpus import held_out_standard_library
 from engram.data.facts import load_facts
+from engram.data.sources import DOCUMENT_SEPARATOR
 from engram.errors import DataError
 
 __all__ = ["load_documents", "load_texts", "standard_texts"]

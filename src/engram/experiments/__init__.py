@@ -3,8 +3,9 @@
 from engram.experiments.backbone import BackboneConfig, build_backbone
 from engram.experiments.budget import TOLERANCE, Allocation, allocate
 from engram.experiments.counts import Counts, count_model, predict_counts, predict_flops
+from engram.experiments.data import prepare_data
 from engram.experiments.point import run_point
-from engram.experiments.recipe import BudgetRecipe, DataRecipe, PointRecipe
+from engram.experiments.recipe import BudgetRecipe, DataRecipe, PointRecipe, read_point
 from engram.experiments.summary import summarise
 from engram.experiments.sweep import run_sweep
 from engram.experiments.sweep_recipe import SweepRecipe, read_base, read_sweep
@@ -24,7 +25,9 @@ __all__ = [
     "count_model",
     "predict_counts",
     "predict_flops",
+    "prepare_data",
     "read_base",
+    "read_point",
     "read_sweep",
     "run_point",
     "run_sweep",

@@ -12,7 +12,7 @@ from typing import Any
 from engram.config import EngramConfig
 from engram.errors import ConfigError
 from engram.experiments.backbone import BackboneConfig
-from engram.experiments.counts import Counts, predict_counts, predict_flops
+from engram.experiments.counts import Counts, count_rows, predict_counts, predict_flops
 
 __all__ = ["TOLERANCE", "Allocation", "allocate"]
 
@@ -123,17 +123,11 @@ def _fit_rows(memory: EngramConfig, room: int, rho: float) -> EngramConfig:
                 f"{memory.num_heads * len(memory.layer_ids)} heads; expected a smaller rho, or rho 1 for none."
             )
         fitted = memory.replace(engram_vocab_size=int(floor))
-        excess = _values(fitted) - room
+        excess = count_rows(fitted) * fitted.head_dim - room
         if abs(excess) < per_row:
             break
         floor -= round(excess / per_row)
     return fitted
-
-
-def _values(memory: EngramConfig) -> int:
-    from engram.hashing.layout import prime_layout
-
-    return sum(prime for layer in prime_layout(memory).values() for order in layer for prime in order) * memory.head_dim
 
 
 def _advice(name: str, step: int) -> str:

@@ -19,7 +19,7 @@ from engram.experiments.backbone import BackboneConfig, build_backbone
 from engram.hashing.layout import prime_layout
 from engram.models import EngramModel
 
-__all__ = ["Counts", "count_model", "count_reader", "predict_counts", "predict_flops"]
+__all__ = ["Counts", "count_model", "count_reader", "count_rows", "predict_counts", "predict_flops"]
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,15 @@ def _count_backbone(config: BackboneConfig) -> Counts:
 
 def count_reader(config: EngramConfig, hidden_size: int, streams: int = 1) -> tuple[int, int]:
     """Parameters of all layers' projections, norms and convolutions (equations 3 to 5), and the part of them in matrices."""
-    d, everything, matrices = hidden_size, 0, 0
-    for _ in config.layer_ids:
-        projections = (1 + streams) * config.d_mem * d
-        taps = streams * d * config.kernel_size if config.use_conv else 0
-        vectors = 2 * streams * d + (streams * d if config.use_conv else 0) + ((1 + streams) * d if config.use_bias else 0)
-        matrices += projections + taps
-        everything += projections + taps + vectors
+    d, own = hidden_size, streams if config.branch_gates else 1
+    keys, queries, joints = {"gate": (own, own, 0), "add": (0, 0, 0), "concat": (0, own, own)}[config.fuse]
+    everything = matrices = 0
+    for layer_id in config.layer_ids:
+        weights = (1 + keys) * config.d_mem_of(layer_id) * d + joints * 2 * d * d
+        weights += streams * d * config.kernel_size if config.use_conv else 0
+        vectors = (keys + queries) * d + ((1 + keys) * d if config.use_bias else 0) + (streams * d if config.use_conv else 0)
+        matrices += weights
+        everything += weights + vectors
     return everything, matrices
 
 
@@ -108,8 +110,13 @@ def predict_counts(backbone: BackboneConfig, engram: EngramConfig | None = None)
         return counts
     streams = backbone.hc_mult if backbone.architecture == "deepseek_v4" else 1
     reader, matrices = count_reader(engram, backbone.hidden_size, streams)
-    rows = sum(prime for layer in prime_layout(engram).values() for order in layer for prime in order) * engram.head_dim
+    rows = count_rows(engram) * engram.head_dim
     return Counts(counts.embedding, counts.idle_experts, rows, counts.active + reader, counts.active_matrices + matrices)
+
+
+def count_rows(config: EngramConfig) -> int:
+    """Rows of all tables of a memory."""
+    return sum(prime for layer in prime_layout(config).values() for order in layer for prime in order)
 
 
 def predict_flops(backbone: BackboneConfig, engram: EngramConfig | None, seq_len: int) -> int:

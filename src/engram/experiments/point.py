@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ RESULT = "result.json"
 """File of a finished point; where it is, nothing is run again."""
 
 _RECIPE = "recipe.json"
+_VALIDATION = "eval_validation_loss"
 
 
 def build_model(recipe: PointRecipe, tokenizer: Any) -> PreTrainedModel | EngramModel:
@@ -44,8 +46,21 @@ def build_model(recipe: PointRecipe, tokenizer: Any) -> PreTrainedModel | Engram
     return memory.requires_grad_(True)
 
 
-def run_point(recipe: PointRecipe, data: PreparedData, out: Path) -> dict[str, Any]:
+def run_point(
+    recipe: PointRecipe,
+    data: PreparedData,
+    out: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+    report_to: Sequence[str] = (),
+) -> dict[str, Any]:
     """Train, measure and write ``out/result.json``; a finished point is read back, an interrupted one goes on exactly.
+
+    Args:
+        recipe: what to train.
+        data: what on.
+        out: the point's folder.
+        callbacks: of the trainer, a ``LiveProgress`` for instance.
+        report_to: loggers of transformers, ``tensorboard`` or ``wandb``.
 
     Raises:
         CheckpointError: ``out`` holds another recipe.
@@ -58,7 +73,8 @@ def run_point(recipe: PointRecipe, data: PreparedData, out: Path) -> dict[str, A
     solved = recipe.solved()
     model = build_model(solved, data.tokenizer)
     curve = _Curve(solved, data)
-    trainer = _trainer(solved, data, model, out / "checkpoints", curve)
+    trainer = _trainer(solved, data, model, out, [curve, *callbacks], report_to)
+    curve.trainer = trainer
     last = last_checkpoint(out / "checkpoints")
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -99,6 +115,8 @@ class _Trainer(_InOrder, EngramTrainer):
 class _Curve(TrainerCallback):
     """Validation loss on the way, on a sixteenth of the half."""
 
+    trainer: Any
+
     def __init__(self, recipe: PointRecipe, data: PreparedData) -> None:
         self.every = max(1, recipe.steps // recipe.curve_points)
         self.blocks = data.held_out["validation"]
@@ -107,12 +125,19 @@ class _Curve(TrainerCallback):
         """Measure now and then."""
         if state.global_step % self.every == 0:
             loss = measure(model, self.blocks, every=16)["loss"]
-            state.log_history.append({"step": state.global_step, "validation_loss": round(loss, 4)})
+            self.trainer.log({_VALIDATION: round(loss, 4)})
 
 
-def _trainer(recipe: PointRecipe, data: PreparedData, model: Any, checkpoints: Path, curve: TrainerCallback) -> SafeTrainer:
+def _trainer(
+    recipe: PointRecipe,
+    data: PreparedData,
+    model: Any,
+    out: Path,
+    callbacks: list[TrainerCallback],
+    report_to: Sequence[str],
+) -> SafeTrainer:
     arguments: dict[str, Any] = {
-        "output_dir": str(checkpoints),
+        "output_dir": str(out / "checkpoints"),
         "max_steps": recipe.steps,
         "per_device_train_batch_size": recipe.batch_size,
         "learning_rate": recipe.learning_rate,
@@ -128,7 +153,7 @@ def _trainer(recipe: PointRecipe, data: PreparedData, model: Any, checkpoints: P
         "save_steps": recipe.save_steps,
         "save_total_limit": 1,
         "seed": recipe.seed,
-        "report_to": [],
+        "report_to": list(report_to),
         "train_backbone": True,
         "backbone_optimizer": recipe.optimizer,
         "disable_tqdm": True,
@@ -136,9 +161,8 @@ def _trainer(recipe: PointRecipe, data: PreparedData, model: Any, checkpoints: P
     }
     if isinstance(model, EngramModel):
         arguments["table_lr_multiplier"] = recipe.table_lr_multiplier
-    callbacks: list[TrainerCallback] = [curve]
     if find_routers(model):
-        callbacks.append(BalanceCallback(model, recipe.balance_rate))
+        callbacks = [*callbacks, BalanceCallback(model, recipe.balance_rate)]
     return _Trainer(
         model=model,
         args=EngramTrainingArguments(**arguments),
@@ -173,7 +197,7 @@ def _result(recipe: PointRecipe, data: PreparedData, model: Any, trainer: SafeTr
         "epochs": round(dataset.epochs, 3),
         "steps": recipe.steps,
         "training_loss": losses,
-        "curve": [(e["step"], e["validation_loss"]) for e in history if "validation_loss" in e],
+        "curve": [(e["step"], e[_VALIDATION]) for e in history if _VALIDATION in e],
         "expert_load_max": loads[-1] if loads else None,
         "seconds": round(seconds, 1),
     }

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from engram.config import EngramConfig
-from engram.data.recipe import CorpusRecipe, parse_corpus
+from engram.data.recipe import CorpusRecipe, parse_corpus, read_yaml
 from engram.data.recipe import build_fields as build_flat
 from engram.errors import ConfigError
 from engram.experiments.backbone import BackboneConfig
 from engram.experiments.budget import allocate
 
-__all__ = ["BudgetRecipe", "DataRecipe", "PointRecipe", "build_fields"]
+__all__ = ["BudgetRecipe", "DataRecipe", "PointRecipe", "build_fields", "insert_corpus", "read_point"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,11 @@ class PointRecipe:
         allocation = allocate(self.backbone, engram, self.budget.total, self.budget.active, self.budget.rho)
         return dataclasses.replace(self, backbone=allocation.backbone, engram=allocation.engram, budget=None)
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, JSON-ready: fields that are not at their defaults, so that options added later change no identity."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: _identity(value) for name, value in fields.items() if name not in _WITHOUT_EFFECT}
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         fields = dataclasses.asdict(self)
@@ -126,10 +132,67 @@ class PointRecipe:
         return fields
 
 
+_WITHOUT_EFFECT = ("keep_model", "curve_points", "save_steps")
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, CorpusRecipe):
+        return value.to_dict()
+    if not dataclasses.is_dataclass(value):
+        return value
+    changed = {}
+    for f in dataclasses.fields(value):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        inner = getattr(value, f.name)
+        if inner != default or isinstance(default, type(dataclasses.MISSING)):
+            changed[f.name] = list(inner) if isinstance(inner, tuple) else _identity(inner)
+    return changed
+
+
 def _positive(recipe: Any, name: str) -> None:
     value = getattr(recipe, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise ConfigError(f"{type(recipe).__name__}.{name}: got {value!r}, expected a positive number.")
+
+
+def read_point(path: str | os.PathLike[str]) -> PointRecipe:
+    """Read one training run from YAML; ``data.corpus`` may be the name of another recipe beside it.
+
+    Raises:
+        DataError: the file is missing or not YAML.
+        ConfigError: a key is unknown, a value impossible, or the budget cannot be met.
+    """
+    fields = read_yaml(path)
+    if not isinstance(fields, dict):
+        raise ConfigError(f"recipe {path}: got {type(fields).__name__}, expected a mapping.")
+    fields = dict(fields)
+    insert_corpus(fields, path)
+    recipe = build_fields(PointRecipe, fields, f"recipe {path}")
+    recipe.solved()
+    return recipe
+
+
+def insert_corpus(fields: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Put the ``corpus`` of a recipe beside ``path`` where ``data.corpus`` names that recipe.
+
+    Raises:
+        DataError: it is missing or not YAML.
+        ConfigError: it lies elsewhere or has no corpus.
+    """
+    data = fields.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("corpus"), str):
+        return
+    name = data["corpus"]
+    if os.path.basename(name) != name:
+        raise ConfigError(
+            f"recipe {path}: data.corpus: got {name!r}, expected the name of a recipe in the same folder, since the paths in both are "
+            "relative to it; or write the corpus out here."
+        )
+    other = os.path.join(os.path.dirname(path), name)
+    found = read_yaml(other)
+    if not isinstance(found, dict) or not isinstance(found.get("corpus"), dict):
+        raise ConfigError(f"recipe {other}: expected a mapping with a 'corpus' mapping in it.")
+    fields["data"] = {**data, "corpus": found["corpus"]}
 
 
 _NESTED: dict[str, type] = {"data": DataRecipe, "backbone": BackboneConfig, "budget": BudgetRecipe, "corpus": CorpusRecipe}

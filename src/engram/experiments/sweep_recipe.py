@@ -17,7 +17,7 @@ from engram.data.recipe import build_fields as build_flat
 from engram.data.recipe import read_yaml
 from engram.errors import ConfigError
 from engram.experiments.backbone import BackboneConfig
-from engram.experiments.recipe import PointRecipe, build_fields
+from engram.experiments.recipe import PointRecipe, build_fields, insert_corpus
 
 __all__ = ["Point", "SweepRecipe", "TuneGroup", "TuneRecipe", "read_base", "read_sweep"]
 
@@ -60,7 +60,7 @@ class Point:
     @property
     def digest(self) -> str:
         """Identity of the run: two points of one digest give one result."""
-        fields = json.dumps(self.recipe.to_dict(), sort_keys=True)
+        fields = json.dumps(self.recipe.identity(), sort_keys=True)
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
     @property
@@ -179,7 +179,7 @@ def read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
         groups = [build_flat(TuneGroup, group, f"sweep {path}: tune.groups") for group in tune.get("groups", [])]
         tune = build_flat(TuneRecipe, {**tune, "groups": groups}, f"sweep {path}: tune")
     base = copy.deepcopy(dict(fields.pop("base", {})))
-    _insert_corpus(base, path)
+    insert_corpus(base, path)
     for key, value in (changes or {}).items():
         _change(base, key, value, "--set")
     recipe = build_flat(SweepRecipe, {**fields, "base": base, "tune": tune}, f"sweep {path}")
@@ -207,21 +207,6 @@ def _mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ConfigError(f"recipe {path}: got {type(fields).__name__}, expected a mapping.")
     return dict(fields)
-
-
-def _insert_corpus(base: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    data = base.get("data")
-    if isinstance(data, dict) and isinstance(data.get("corpus"), str):
-        if os.path.basename(data["corpus"]) != data["corpus"]:
-            raise ConfigError(
-                f"sweep {path}: data.corpus: got {data['corpus']!r}, expected the name of a recipe in the same folder, since the paths in "
-                "both are relative to it; or write the corpus out here."
-            )
-        other = os.path.join(os.path.dirname(path), data["corpus"])
-        found = read_yaml(other)
-        if not isinstance(found, dict) or not isinstance(found.get("corpus"), dict):
-            raise ConfigError(f"recipe {other}: expected a mapping with a 'corpus' mapping in it.")
-        base["data"] = {**data, "corpus": found["corpus"]}
 
 
 def _change(fields: dict[str, Any], key: str, value: Any, where: str) -> None:

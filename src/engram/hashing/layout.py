@@ -7,7 +7,7 @@ from sympy import nextprime
 
 from engram.config import EngramConfig
 
-__all__ = ["layer_multipliers", "prime_layout", "primes_read"]
+__all__ = ["layer_multipliers", "prime_layout", "prime_walk"]
 
 _LAYER_SEED_STEP = 10007
 
@@ -27,8 +27,8 @@ def layer_multipliers(config: EngramConfig, vocab_size: int) -> dict[int, np.nda
     return multipliers
 
 
-def prime_layout(config: EngramConfig) -> dict[int, list[list[int]]]:
-    """Rows of every head: ``{layer_id: [primes of order 2, primes of order 3, ...]}``.
+def prime_walk(config: EngramConfig) -> dict[int, list[list[int]]]:
+    """Primes of all orders in every layer: ``{layer_id: [primes of order 2, primes of order 3, ...]}``.
 
     No prime is used twice in the whole memory, so that two heads never collide on the same pairs of n-grams. Orders that a layer does
     not read (``layer_orders``) take their primes from the walk all the same: leaving one out moves no other address.
@@ -50,9 +50,9 @@ def prime_layout(config: EngramConfig) -> dict[int, list[list[int]]]:
     return layout
 
 
-def primes_read(config: EngramConfig, layout: dict[int, list[list[int]]]) -> dict[int, list[list[int]]]:
-    """The layout with no heads in the orders that a layer does not read."""
+def prime_layout(config: EngramConfig, walk: dict[int, list[list[int]]] | None = None) -> dict[int, list[list[int]]]:
+    """Rows of every head, as ``prime_walk`` gives them; an order that a layer does not read has no heads. Give the walk if it is known."""
     return {
         layer_id: [primes if order in config.orders_of(layer_id) else [] for order, primes in zip(config.orders, by_order)]
-        for layer_id, by_order in layout.items()
+        for layer_id, by_order in (walk or prime_walk(config)).items()
     }

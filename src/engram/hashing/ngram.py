@@ -18,7 +18,7 @@ from torch import Tensor
 from engram.config import EngramConfig
 from engram.errors import ConfigError
 from engram.hashing.compression import CompressedTokenizer, ExactTokenizer, check_id_range, unknown_id
-from engram.hashing.layout import layer_multipliers, prime_layout, primes_read
+from engram.hashing.layout import layer_multipliers, prime_layout, prime_walk
 from engram.hashing.spec import get_hash_spec
 from engram.native import HashKernel, RowIndex, core
 from engram.native.optional import triton_kernel
@@ -77,8 +77,8 @@ class NgramHashMapping:
             )
         self.pad_id = int(table[config.pad_id])
         self.layer_multipliers = layer_multipliers(config, len(compressed_tokenizer))
-        self._primes_of_all_orders = prime_layout(config)
-        self.vocab_size_across_layers = primes_read(config, self._primes_of_all_orders)
+        self._primes_of_all_orders = prime_walk(config)
+        self.vocab_size_across_layers = prime_layout(config, self._primes_of_all_orders)
         self._constants: dict[torch.device, _HashConstants] = {}
         self._kernel: HashKernel | None = None
 
@@ -245,7 +245,7 @@ class NgramHashMapping:
             self._kernel = HashKernel(
                 self.compressed_tokenizer.lookup_table,
                 np.stack([self.layer_multipliers[layer] for layer in layers]),
-                np.array([self._primes_of_all_orders[layer] for layer in layers]).reshape(len(layers), -1),
+                np.array(list(self._primes_of_all_orders.values())).reshape(len(layers), -1),
                 self.config.n_head_per_ngram,
                 self.config.pad_id,
             )
@@ -323,7 +323,7 @@ class _HashConstants:
         self.lookup_table = torch.from_numpy(mapping.compressed_tokenizer.lookup_table).to(device)
         multipliers_LN = np.stack([mapping.layer_multipliers[layer] for layer in layers])
         self.multipliers = torch.from_numpy(multipliers_LN).to(device)
-        primes_LOK = torch.tensor([mapping._primes_of_all_orders[layer] for layer in layers], dtype=torch.int64)
+        primes_LOK = torch.tensor(list(mapping._primes_of_all_orders.values()), dtype=torch.int64)
         self.primes = primes_LOK.to(device)[:, None, None]
 
 

@@ -1,0 +1,42 @@
+"""`engram train`: one model, with or without a memory, from text to weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["train_command"]
+
+
+def train_command(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of one run; recipes/train_small.yaml is one.")],
+    out: Annotated[Path, typer.Option(help="Run folder: data, checkpoints, result.json, and at the end 'model' and 'memory'.")],
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads (all cores if not given).")] = None,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="Loggers: tensorboard, wandb; may be repeated. Needs the extra of that name.")
+    ] = None,
+) -> None:
+    """Train a backbone and its memory together: MoE or dense, Muon or AdamW; goes on where it was stopped."""
+    import dataclasses
+
+    import torch
+
+    from engram.cli.corpus import corpus_progress
+    from engram.experiments import prepare_data, read_point, run_point
+    from engram.training.progress import LiveProgress
+
+    point = dataclasses.replace(read_point(recipe), keep_model=True)
+    if threads:
+        torch.set_num_threads(threads)
+    with corpus_progress() as show:
+        data = prepare_data(point.data, recipe.parent, out / "data", show)
+    result = run_point(point, data, out, [LiveProgress()], report_to or ())
+    counts = result["counts"]
+    print(f"{counts['total']:,} parameters, {counts['active']:,} per token, {counts['table_rows']:,} rows; embeddings left out")
+    for half, measured in result["held_out"].items():
+        kinds = ", ".join(f"{kind} {entry['loss']:.4f}" for kind, entry in measured["by_kind"].items())
+        print(f"{half}: {measured['loss']:.4f} nats per token, {measured['bits_per_byte']:.4f} bits per byte ({kinds})")
+    places = [out / name for name in ("model", "memory", "result.json") if (out / name).exists()]
+    print("written: " + ", ".join(map(str, places)))

@@ -91,7 +91,7 @@ def allocation(seeds=(0, 1, 2), lowest=0.75, depth=1.0, budgets=("small", "large
                 loss = 3 - 0.2 * number + depth * (rho - lowest) ** 2 + 0.002 * rng.standard_normal()
                 labels = {"budget": budget, "rho": f"{rho:.0%}"}
                 entries.append(entry(labels, seed, float(loss), rho, 0 if rho == 1 else int(1e5 * (1 - rho))))
-    variants = {"budget": dict.fromkeys(budgets, {}), "rho": {f"{rho:.0%}": {"budget.rho": rho} for rho in SHARES}}
+    variants = {"budget": {budget: {} for budget in budgets}, "rho": {f"{rho:.0%}": {"budget.rho": rho} for rho in SHARES}}
     return sweep("allocation", variants, entries, "allocation", seeds, **changes)
 
 
@@ -131,45 +131,55 @@ def comparison(seeds=(0, 1, 2), **changes):
         for arm, loss in losses.items()
         for seed in seeds
     ]
-    return sweep("comparison", {"arm": dict.fromkeys(losses, {})}, entries, "dense", seeds, **changes)
+    return sweep("comparison", {"arm": {arm: {} for arm in losses}}, entries, "dense", seeds, **changes)
 
 
-def long_context():
-    """As ``engram recall --json`` writes it."""
+def score(kind, exact, answers=256):
+    """All depths of one kind of question."""
+    told = {"kind": kind, "length": 256, "depth": None, "answers": answers, "exact": exact, "share": exact / answers}
+    return {**told, "low": 0.0, "high": 1.0, "log_probability": -1.5, "log_probability_error": 0.1, "rank": 3.0}
 
-    def score(kind, share):
-        wide = 0.05 if 0 < share < 1 else 0.02
-        low, high = max(0.0, share - wide), min(1.0, share + wide)
-        return {
-            "kind": kind,
-            "length": 256,
-            "depth": None,
-            "answers": 256,
-            "exact": round(256 * share),
-            "share": share,
-            "low": low,
-            "high": high,
-            "log_probability": -1.5,
-            "log_probability_error": 0.1,
-            "rank": 3.0,
-        }
 
-    def model(needle, queries, tracking):
-        scores = [score("needle", needle), score("multi_query", queries), score("tracking", tracking)]
-        return {"scores": scores, "examples": 64, "seed": 0, "split": "test", "provenance": {"command": "engram recall"}}
+def long_context(seeds=(0, 1), queries=(200, 205)):
+    """As ``benchmarks/long_context.py`` writes it; ``queries``: exact answers of the model with a memory, by seed."""
+    entries = []
+    for seed in seeds:
+        for model, exact in (("dense", (230, 128, 77)), ("engram_equal_loss", (240, queries[seed], 80))):
+            scores = [score(kind, number) for kind, number in zip(("needle", "multi_query", "tracking"), exact)]
+            entries.append({"seed": seed, "model": model, "step": 100, "held_out_loss": 3.1, "scores": scores})
+    return {
+        "command": "python benchmarks/long_context.py",
+        "hardware": "a machine",
+        "versions": {},
+        "sizes": {},
+        "entries": entries,
+    }
 
-    return {"without memory": model(0.9, 0.5, 0.3), "with memory": model(0.95, 0.8, 0.32)}
+
+def recall():
+    """As ``engram recall`` writes it: one model, with its memory and without."""
+    return {
+        name: {"scores": [score("multi_query", exact)], "examples": 64, "seed": 0, "split": "test", "provenance": {}}
+        for name, exact in (("without memory", 100), ("with memory", 200))
+    }
 
 
 def throughput():
-    """Seconds per step by variant."""
-    variants = [
-        {"name": "without memory", "seconds": {"median": 0.50, "min": 0.48, "max": 0.55, "rounds": 15}},
-        {"name": "with memory", "seconds": {"median": 0.53, "min": 0.50, "max": 0.60, "rounds": 15}},
+    """As ``benchmarks/throughput.py`` writes it."""
+
+    def spread(median):
+        return {"median": median, "min": 0.9 * median, "max": 1.1 * median, "rounds": 25}
+
+    entries = [
+        {
+            "backbone": "llama",
+            "optimizer": optimizer,
+            "table_rows": 100_238,
+            "tokens_per_step": 2048,
+            "seconds": {"without": spread(0.5), "with": spread(0.52)},
+            "throughput_with_as_share_of_without": spread(0.96),
+        }
+        for optimizer in ("adamw", "muon")
     ]
-    return {
-        "command": "python benchmarks/throughput.py",
-        "hardware": "a machine, 2 cores",
-        "versions": {"torch": "2"},
-        "variants": variants,
-    }
+    told = {"command": "python benchmarks/throughput.py", "hardware": "a machine, 2 cores", "versions": {"torch": "2"}}
+    return {**told, "threads": 2, "rounds": 25, "entries": entries}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engram.cli.outputs import check_folder, check_writable
+from engram.cli.outputs import check_folder
 
 if TYPE_CHECKING:
     from engram.plots import Report, ResultFile
@@ -42,9 +42,8 @@ def plot_command(
     if not results:
         out, html, markdown = out or _DOCS / "pictures", html or _DOCS / "report.html", markdown or _DOCS / "report.md"
     out = out or Path("pictures")
-    check_folder(out)
-    for file in (html, markdown):
-        check_writable(file)
+    for folder in (out, *(file.parent for file in (html, markdown) if file is not None)):
+        check_folder(folder)
     paper = _paper()
     pictures = {file.name: draw_result(file, out, paper) for file in files}
     for drawn in pictures.values():

@@ -43,17 +43,21 @@ def _nothing(results: Results) -> Iterator[Evidence]:
     return iter(())
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
 def _paper_allocation() -> str:
     parts = []
     for budget, entry in PAPER["allocation"].items():
         share = min(entry["loss"], key=lambda rho: entry["loss"][rho])
-        parts.append(f"{budget}: {entry['loss'][1.0]:.4f} at 100 %, {entry['loss'][share]:.4f} at {share:.0%}")
+        parts.append(f"{budget}: {entry['loss'][1.0]:.4f} at 100 %, {entry['loss'][share]:.4f} at {_percent(share)}")
     return "; ".join(parts)
 
 
 def _paper_optimum() -> str:
     first, last = PAPER["optimum"]["text"]
-    return f"{first:.0%} to {last:.0%} (text), {PAPER['optimum']['plotted']:.0%} (lowest plotted points)"
+    return f"{_percent(first)} to {_percent(last)} (text), {_percent(PAPER['optimum']['plotted'])} (lowest plotted points)"
 
 
 def _paper_slots() -> str:
@@ -144,15 +148,15 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         "memory_off",
         "With the memory off, facts are lost and reading comprehension is kept",
-        f"{_KEPT['factual'][0]:.0%} to {_KEPT['factual'][1]:.0%} kept of factual tasks, {_KEPT['reading'][0]:.0%} to "
-        f"{_KEPT['reading'][1]:.0%} of reading",
+        f"{_percent(_KEPT['factual'][0])} to {_percent(_KEPT['factual'][1])} kept of factual tasks, {_percent(_KEPT['reading'][0])} to "
+        f"{_percent(_KEPT['reading'][1])} of reading",
         _nothing,
         f"{_TASKS}; losses by kind of text are in the section on looks inside, if they were measured",
     ),
     Claim(
         "throughput",
         "A table in host memory costs inference next to nothing",
-        ", ".join(f"{change:+.1%} ({size} backbone)" for size, change in PAPER["throughput"].items()),
+        ", ".join(f"{100 * change:+.1f} % ({size} backbone)" for size, change in PAPER["throughput"].items()),
         _nothing,
         "training steps are timed here, not inference with a table of the paper's size",
     ),

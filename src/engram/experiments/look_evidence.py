@@ -51,7 +51,7 @@ def recall(kind: str) -> Callable[[Results], Iterator[Evidence]]:
             plain = [n for n in models if _is_control(n)]
             for other in models if len(plain) == 1 else ():
                 if other not in plain:
-                    yield from _compare_recall(name, other, plain[0], models, kind)
+                    yield from _compare_recall(name, other, plain[0], result, kind)
 
     return judge_kind
 
@@ -61,7 +61,8 @@ def _is_control(name: str) -> bool:
     return bool({"without", "off", "moe", "dense", "plain", "none", "baseline"} & set(words))
 
 
-def _compare_recall(name: str, other: str, plain: str, models: Mapping[str, Any], kind: str) -> Iterator[Evidence]:
+def _compare_recall(name: str, other: str, plain: str, result: Mapping[str, Any], kind: str) -> Iterator[Evidence]:
+    models = result["models"]
     scores = {n: {s["length"]: s for s in models[n]["scores"] if s["kind"] == kind} for n in (other, plain)}
     for length in sorted(set(scores[other]) & set(scores[plain])):
         a, b = scores[other][length], scores[plain][length]
@@ -73,4 +74,6 @@ def _compare_recall(name: str, other: str, plain: str, models: Mapping[str, Any]
         signs = {x > y for x, y in zip(a["by_seed"], b["by_seed"])}
         if verdict != CANNOT_TELL and len(signs) > 1:
             verdict, note = CANNOT_TELL, f"{note}; seeds differ in sign"
+        if not result["trained_apart"]:
+            verdict, note = CANNOT_TELL, f"{note}; one model with its memory on and off, none that was trained without"
         yield Evidence(verdict, f"{name}, {length} tokens", 100 * value, 100 * low, 100 * high, "percentage points", note)

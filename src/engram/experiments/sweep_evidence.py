@@ -76,9 +76,9 @@ def _judge_parabola(parabola: Mapping[str, Any], smallest: float) -> tuple[str, 
     if lowest[0] >= 1:
         return DISAGREES, "curved, but the lowest point is not below 100 %"
     if lowest[1] < smallest:
-        return DISAGREES, f"the lowest point is below {smallest:.0%}, the smallest share measured"
+        return DISAGREES, f"the lowest point is below {100 * smallest:.0f} %, the smallest share measured"
     if lowest[0] < smallest:
-        return CANNOT_TELL, f"the lowest point may be below {smallest:.0%}, the smallest share measured"
+        return CANNOT_TELL, f"the lowest point may be below {100 * smallest:.0f} %, the smallest share measured"
     return AGREES, ""
 
 
@@ -109,7 +109,7 @@ def gain(results: Results) -> Iterator[Evidence]:
         if best is None or best["gain"] is None:
             continue
         gain, spread = best["gain"], _spread(points, {best["label"], *_pure(summary)})
-        note = f"rho {best['rho']:.0%}; losses of one setting spread over {spread:.4f} between seeds"
+        note = f"rho {100 * best['rho']:.0f} %; losses of one setting spread over {spread:.4f} between seeds"
         for evidence in of_sign(where, gain, -1, note):
             if evidence.verdict == AGREES and abs(gain["mean"]) <= spread:
                 evidence = Evidence(**{**asdict(evidence), "verdict": CANNOT_TELL, "note": f"{note}: more than the gain"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,11 @@ from engram.plots.bench import plot_bench
 from engram.plots.evaluation import plot_evaluation, plot_shares
 from engram.plots.figure import Picture, new_figure, save_figure
 from engram.plots.look import plot_look
-from engram.plots.marks import colour_of
-from engram.plots.results import ResultFile, reading
+from engram.plots.marks import colour_of, literal
+from engram.plots.results import SHARE, ResultFile, reading
 from engram.plots.sweep import plot_sweep
 
-__all__ = ["draw_result", "plot_recall", "plot_throughput", "variant_name"]
+__all__ = ["draw_result", "plot_recall", "plot_throughput"]
 
 _LOOKS = {
     "gates": "How far the memory is let in, by token and layer, and how often how far by kind of text. White: closed. Dark red: open.",
@@ -63,29 +63,27 @@ def plot_recall(models: Mapping[str, Mapping[str, Any]], path: Path) -> Picture:
     return Picture(path, "Exact answers in long text, all seeds together, with 95 % intervals.")
 
 
-def plot_throughput(result: Mapping[str, Any], path: Path) -> Picture:
-    """Seconds per training step by variant, medians with the range over rounds.
+def plot_throughput(entries: Sequence[Mapping[str, Any]], path: Path) -> Picture:
+    """Throughput of training with a memory as a share of that without: medians, and the range over rounds.
+
+    Args:
+        entries: as ``benchmarks/throughput.py`` writes them.
+        path: PNG file.
 
     Raises:
         ConfigError: matplotlib is missing.
     """
-    variants = result.get("variants") or result["entries"]
-    figure, (axis,) = new_figure(1, width=7.5, height=1.2 + 0.4 * len(variants))
-    for place, variant in enumerate(reversed(variants)):
-        seconds = variant["seconds"]
-        axis.barh(place, seconds["median"], 0.6, color=colour_of(1))
-        if "min" in seconds and "max" in seconds:
-            axis.plot([seconds["min"], seconds["max"]], [place, place], "-", lw=1.5, color="#333333")
-    axis.set_yticks(range(len(variants)), [variant_name(v) for v in reversed(variants)], fontsize=8)
-    axis.set(xlabel="seconds per step")
-    return Picture(save_figure(figure, path), "Seconds of a training step: median, and the range over rounds.")
-
-
-def variant_name(variant: Mapping[str, Any]) -> str:
-    """What a timed variant is called, with its table size if it has one."""
-    name = next((str(variant[key]) for key in ("name", "variant", "label", "kind") if key in variant), "?")
-    rows = variant.get("rows_per_layer")
-    return f"{name}, {rows:,} rows per layer" if isinstance(rows, int) else name
+    figure, (axis,) = new_figure(1, width=7.5, height=1.2 + 0.4 * len(entries))
+    for place, entry in enumerate(reversed(entries)):
+        share = entry[SHARE]
+        axis.plot([100 * share["min"], 100 * share["max"]], [place, place], "-", lw=1, color=colour_of(1))
+        axis.plot(100 * share["median"], place, "o", color=colour_of(1))
+    names = [f"{e['backbone']}, {e['optimizer']}, {e['table_rows']:,} rows" for e in reversed(entries)]
+    axis.set_yticks(range(len(entries)), [literal(name) for name in names], fontsize=8)
+    axis.axvline(100, color="#333333", lw=0.8)
+    axis.set(xlabel="tokens per second with a memory, % of those without", ylim=(-0.6, len(entries) - 0.4))
+    caption = "Training throughput with a memory, as a share of the same backbone's without: median and range over rounds."
+    return Picture(save_figure(figure, path), caption)
 
 
 def _look(file: ResultFile, folder: Path) -> list[Picture]:
@@ -109,5 +107,5 @@ _DRAWERS: dict[str, Callable[[ResultFile, Path], list[Picture]]] = {
     "eval": _evaluation,
     "look": _look,
     "long_context": lambda file, folder: [plot_recall(file.data["models"], folder / f"{file.name}.png")],
-    "throughput": lambda file, folder: [plot_throughput(file.data, folder / f"{file.name}.png")],
+    "throughput": lambda file, folder: [plot_throughput(file.data["entries"], folder / f"{file.name}.png")],
 }

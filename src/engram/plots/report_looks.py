@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engram.plots.draw import variant_name
 from engram.plots.markdown import count, interval, literal_text, table
+from engram.plots.results import SHARE
 
 __all__ = ["long_context", "looks", "throughput"]
 
@@ -57,14 +57,19 @@ def long_context(result: Mapping[str, Any]) -> list[str]:
 
 
 def throughput(result: Mapping[str, Any]) -> list[str]:
-    """Seconds per step, and throughput relative to the variant without a memory, or the first if none is named so."""
-    variants = result.get("variants") or result["entries"]
-    base = next((v for v in variants if "without" in variant_name(v)), variants[0])
+    """Seconds per step with a memory and without, and the share of throughput that is left, round by round."""
     rows = []
-    for variant in variants:
-        seconds = variant["seconds"]
-        spread = f"{seconds['min']:.4f} to {seconds['max']:.4f}" if "min" in seconds and "max" in seconds else "–"
-        ratio = f"{base['seconds']['median'] / seconds['median']:.3f}"
-        rows.append((literal_text(variant_name(variant)), f"{seconds['median']:.4f}", spread, ratio))
-    header = ("variant", "seconds per step, median", "range", f"throughput relative to {literal_text(variant_name(base))}")
-    return [table(header, rows, right=(1, 2, 3))]
+    for entry in result["entries"]:
+        share, seconds = entry[SHARE], entry["seconds"]
+        rows.append(
+            (
+                *(literal_text(entry[key]) for key in ("backbone", "optimizer")),
+                count(entry["table_rows"]),
+                count(entry["tokens_per_step"]),
+                *(f"{seconds[arm]['median']:.4f}" for arm in ("without", "with")),
+                f"{share['median']:.3f} ({share['min']:.3f} to {share['max']:.3f})",
+            )
+        )
+    header = ("backbone", "optimiser", "table rows", "tokens per step", "seconds without", "seconds with", "throughput kept")
+    rounds = result["entries"][0][SHARE]["rounds"]
+    return [table(header, rows, right=range(2, 7)), f"Medians of {rounds} rounds; in brackets the range."]

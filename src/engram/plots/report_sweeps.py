@@ -73,15 +73,17 @@ def tuning(name: str, result: Mapping[str, Any]) -> str:
         )
     tokens, reported = (sum(p["tokens"] for p in part) for part in (runs, result["points"]))
     tried = sorted({p["learning_rate"] for p in runs})
-    share = f", {tokens / reported:.0%} of the tokens of the runs that report" if reported else ""
+    share = f", {100 * tokens / reported:.0f} % of the tokens of the runs that report" if reported else ""
+    edge = {True: " (at the edge of those tried)", False: ""}
     chosen = "; ".join(
-        f"{literal_text(', '.join(rate['at'].values()))}: {rate['learning_rate']:g}{' (at the edge of those tried)' if rate['edge'] else ''}"
+        f"{literal_text(', '.join(rate['at'].values()))}: {rate['learning_rate']:g}{edge[rate['edge']]}"
         for rate in result["learning_rates"]
     )
     seeds = ", ".join(map(str, sorted({p["seed"] for p in runs})))
+    rates = ", ".join(f"{rate:g}" for rate in tried)
     return (
-        f"{literal_text(name)}: {plural(len(runs), 'run')} of {count(tokens)} tokens in all{share}, rates {', '.join(f'{r:g}' for r in tried)}, "
-        f"seed {seeds}. Chosen: {chosen or 'nothing yet'}."
+        f"{literal_text(name)}: {plural(len(runs), 'run')} of {count(tokens)} tokens in all{share}, rates {rates}, seed {seeds}. "
+        f"Chosen: {chosen or 'nothing yet'}."
     )
 
 
@@ -93,7 +95,7 @@ def _allocation(result: Mapping[str, Any]) -> list[str]:
         header = ("rho", "parameters", "active", "experts", "rows per head", "test loss", "difference to experts alone")
         rows = [
             (
-                f"{row['rho']:.1%}",
+                f"{100 * row['rho']:.1f} %",
                 count(row["total"]),
                 count(row["active"]),
                 count(row["experts"]),
@@ -125,7 +127,7 @@ def _parabola(summary: Mapping[str, Any]) -> str:
     best = summary.get("best")
     if best is not None:
         against = "" if best["gain"] is None else f": {interval(best['gain'], signed=True)} nats against experts alone"
-        sentences.append(f"Best share by validation loss: {best['rho']:.1%}{against}.")
+        sentences.append(f"Best share by validation loss: {100 * best['rho']:.1f} %{against}.")
     return " ".join(sentences)
 
 

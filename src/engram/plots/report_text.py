@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from engram.plots.figure import Picture
-from engram.plots.markdown import count, interval, literal_text, plural, span, table
+from engram.plots.markdown import count, interval, literal_text, plural, table
+from engram.plots.report_limits import limits
 from engram.plots.report_looks import long_context, looks, throughput
 from engram.plots.report_sweeps import ANSWERS, failures, progress, protocol, tuning
 from engram.plots.results import SWEEPS, ResultFile, reading
@@ -38,7 +39,7 @@ _QUESTIONS = {
 _NO_RESULT = {kind: f"no result of a sweep with the question `{kind}`" for kind in SWEEPS} | {
     "look": "no result of `engram look`",
     "long_context": "no result on long context (`engram recall`)",
-    "throughput": "no list of variants with seconds per step",
+    "throughput": "no result of `benchmarks/throughput.py`",
 }
 _OTHERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "look": looks,
@@ -85,7 +86,7 @@ class Report:
             "## What agrees with the paper, and what does not",
             *self._agreement(),
             "## What this scale cannot show",
-            *self._limits(),
+            limits(self._sweeps(), self.verdicts, self.paper),
             "## How to make this again",
             *self._provenance(),
         ]
@@ -96,22 +97,23 @@ class Report:
     def _sweeps(self) -> dict[str, Mapping[str, Any]]:
         return {file.name: file.data for kind in SWEEPS for file in self._of(kind)}
 
-    def _points(self) -> list[Mapping[str, Any]]:
-        return [point for result in self._sweeps().values() for point in result["points"]]
-
     def _opening(self) -> Iterator[str]:
         yield (
-            f"Engram ({self.paper['source']}) gives a language model hashed n-gram tables to look things up in. Its authors report that a budget "
-            "divided between experts and memory beats experts alone. This report asks the same on small models, with every run, seed and "
-            "setting in the result files it is made from."
+            f"Engram ({self.paper['source']}) gives a language model hashed n-gram tables to look things up in. Its authors report that a "
+            "budget divided between experts and memory beats experts alone. This report asks the same on small models, with every run, "
+            "seed and setting in the result files it is made from."
         )
         found = Counter(entry["verdict"] for entry in self.verdicts)
         measured = sum(number for verdict, number in found.items() if verdict != "not measured")
         if not measured:
             yield "**In short:** nothing has been measured yet."
             return
-        parts = [f"{found[verdict]} {text}" for verdict, text in _IN_SHORT.items()]
-        yield f"**In short:** of {plural(measured, 'judgement')} on the paper's claims, {', '.join(parts)}; {found['not measured']} claims were not measured."
+        parts = [f"{text}: {found[verdict]}" for verdict, text in _IN_SHORT.items()]
+        claims = "claim was" if found["not measured"] == 1 else "claims were"
+        yield (
+            f"**In short:** {plural(measured, 'judgement')} on the paper's claims ({'; '.join(parts)}); {found['not measured']} {claims} not "
+            "measured."
+        )
         lines = [line for file in self._of("allocation") for line in _best_shares(file)]
         if lines:
             yield "\n".join(lines)
@@ -123,10 +125,10 @@ class Report:
             return
         yield protocol(sweeps)
         yield (
-            "Parameters leave embeddings and head out; active are those a token is multiplied with. Settings are chosen by the validation half of "
-            "the held-out text, everything reported is the loss on its test half, in nats per token. Intervals of means and of differences "
-            "are 95 % by Student's t over seeds; differences are taken seed by seed; those of fits are 2.5 % and 97.5 % quantiles with seeds "
-            "drawn again with replacement."
+            "Parameters leave embeddings and head out; active are those a token is multiplied with. Settings are chosen by the validation "
+            "half of the held-out text, everything reported is the loss on its test half, in nats per token. Intervals of means and of "
+            "differences are 95 % by Student's t over seeds, differences taken seed by seed; those of fits are quantiles of as much, with "
+            "seeds drawn again with replacement."
         )
         bases = {name: _base(result) for name, result in sweeps.items()}
         yield "\n".join(
@@ -171,8 +173,10 @@ class Report:
 
     def _agreement(self) -> Iterator[str]:
         yield (
-            f"A claim of the paper ({self.paper['section']}) *agrees* where the whole interval has the claimed sign, *disagrees* where it has the other, "
-            "and *cannot be told* where it includes zero or there is none."
+            f"Each claim of the paper ({self.paper['section']}) is judged by the interval alone. *Agrees*: all of it has the sign that was "
+            "claimed. *Disagrees*: all of it has the other. *Cannot tell*: it includes zero, there is none, or what the last but one column "
+            "says stands against it. A U-shape also asks for a lowest point below 100 % and inside the range measured, interval and all; "
+            "the gain of the best share must exceed the spread between seeds."
         )
         rows = [
             (
@@ -186,32 +190,6 @@ class Report:
         ]
         yield table(("claim", "the paper", "here, with 95 % interval", "from", "verdict"), rows)
 
-    def _limits(self) -> Iterator[str]:
-        points = self._points()
-        lines = []
-        if points:
-            scale = next(iter(self.paper["allocation"].values()))["scale"]
-            seeds = {len(result["recipe"]["seeds"]) for result in self._sweeps().values()}
-            lines += [
-                f"**Size.** Models here have at most {count(max(p['counts']['total'] for p in points))} parameters, "
-                f"{count(max(p['counts']['active'] for p in points))} of them active; the paper's larger budget is {scale}. What holds for one need not "
-                "hold for the other, in either direction.",
-                f"**Training.** Runs see {span([p['tokens'] / p['counts']['active'] for p in points])} tokens per active parameter and "
-                f"{span([p['epochs'] for p in points])} epochs of the text. Tables are read by n-grams that were seen before, so results depend on both.",
-                f"**Seeds.** {span(list(seeds))} per setting. Effects as small as several of the paper's are below what so few runs can tell apart, and "
-                "intervals by drawing so few seeds again are narrower than they should be.",
-            ]
-            lines += [line for result in self._sweeps().values() if (line := _text_limit(result))][:1]
-        judged = sum(entry["low"] is not None for entry in self.verdicts)
-        lines += [
-            f"**Many questions.** {plural(judged, 'interval')} of 95 % are judged above; one in twenty would miss the truth by chance alone.",
-            "**Tasks.** There are no downstream tasks: knowledge, reasoning and reading comprehension are out of reach of such models. Loss is all "
-            "that is compared.",
-            "**Settings.** One optimiser, schedule and batch size serve all arms; only learning rates were chosen, and for some groups of arms together.",
-            "**Speed.** Times are of this implementation on the hardware named, not of the paper's system.",
-        ]
-        yield "\n".join(f"- {line}" for line in lines)
-
     def _provenance(self) -> Iterator[str]:
         lines = []
         for file in self.files:
@@ -223,7 +201,7 @@ class Report:
         yield "\n".join(lines)
 
 
-_IN_SHORT = {"agrees": "agree", "disagrees": "disagree", "cannot tell": "cannot be told at this scale"}
+_IN_SHORT = {"agrees": "agree", "disagrees": "disagree", "cannot tell": "cannot tell"}
 
 
 def _best_shares(file: ResultFile) -> Iterator[str]:
@@ -231,7 +209,8 @@ def _best_shares(file: ResultFile) -> Iterator[str]:
         best = summary.get("best")
         if best is not None and best["gain"] is not None:
             where = literal_text(file.name if budget == "all" else f"{file.name}, {budget}")
-            yield f"- {where}: at the best share of experts, {best['rho']:.0%}, the loss differs from that of experts alone by {interval(best['gain'], signed=True)} nats."
+            gain = interval(best["gain"], signed=True)
+            yield f"- {where}: with {100 * best['rho']:.0f} % experts, the best share, the loss differs from experts alone by {gain} nats."
 
 
 def _base(result: Mapping[str, Any]) -> str:
@@ -253,22 +232,6 @@ def _text_table(counts: Mapping[str, Any]) -> str:
         for kind, sizes in kinds.items()
     ]
     return table(("split", "kind", "documents", "bytes", "tokens"), rows, right=(2, 3, 4))
-
-
-def _text_limit(result: Mapping[str, Any]) -> str:
-    kinds = {kind: sizes["tokens"] for kind, sizes in result["data"]["counts"].get("train", {}).items()}
-    total = sum(kinds.values())
-    if not total:
-        return ""
-    shares = ", ".join(
-        f"{literal_text(kind)} {tokens / total:.0%}" for kind, tokens in sorted(kinds.items(), key=lambda item: -item[1])
-    )
-    data = (result["recipe"].get("base") or {}).get("data") or {}
-    vocabulary = f" in a vocabulary of {count(data['vocab_size'])} tokens" if "vocab_size" in data else ""
-    return (
-        f"**Text.** {count(total)} tokens of training text{vocabulary}, by kind: {shares}. That is a narrow corpus with much repetition; a memory of n-grams "
-        "may find more, or less, to remember in it than in text of the web."
-    )
 
 
 def _estimate(entry: Mapping[str, Any]) -> str:

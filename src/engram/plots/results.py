@@ -11,7 +11,7 @@ from typing import Any
 
 from engram.errors import DataError, EngramError
 
-__all__ = ["SWEEPS", "ResultFile", "group_results", "pool_recall", "read_result", "reading", "recognise"]
+__all__ = ["SHARE", "SWEEPS", "ResultFile", "group_results", "pool_recall", "read_result", "reading", "recognise"]
 
 SWEEPS = ("allocation", "slots", "ablation", "comparison")
 """Questions of sweeps; each is a kind of result."""
@@ -22,6 +22,9 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "look": ("model", "against", "text", "skipped"),
 }
 """Kinds that are told by their keys."""
+
+SHARE = "throughput_with_as_share_of_without"
+"""What entries of ``benchmarks/throughput.py`` are told by."""
 
 _SWEEP_KEYS = (
     "sweep",
@@ -63,18 +66,9 @@ def recognise(data: Any) -> str | None:
         return kind
     if _recall_runs(data):
         return "long_context"
-    return "throughput" if _timed_variants(data) else None
-
-
-def _timed_variants(data: Mapping[str, Any]) -> bool:
-    """A list of variants with seconds per step; the files of ``benchmarks/train_step.py`` itself have pictures of their own."""
-    variants = data.get("variants", data.get("entries"))
-    return (
-        isinstance(variants, list)
-        and bool(variants)
-        and all(isinstance(v, Mapping) and isinstance(v.get("seconds"), Mapping) for v in variants)
-        and not any("to_smallest_sparse" in v for v in variants)
-    )
+    entries = data.get("entries")
+    timed = isinstance(entries, list) and entries and all(isinstance(e, Mapping) and SHARE in e for e in entries)
+    return "throughput" if timed else None
 
 
 def _recall_runs(data: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
@@ -98,7 +92,8 @@ def pool_recall(data: Mapping[str, Any]) -> dict[str, Any]:
     """A result on long context with the answers of all seeds together.
 
     Returns:
-        ``models: {name: {held_out_loss, scores}}`` beside what else the result says; scores have ``kind``, ``length``, ``answers``,
+        ``models: {name: {held_out_loss, scores}}`` beside what else the result says, and ``trained_apart``: whether they are models of
+        their own, not one with its memory on and off. Scores have ``kind``, ``length``, ``answers``,
         ``exact``, ``share`` with Wilson's interval ``low`` to ``high``, and ``by_seed``, the shares one by one.
     """
     runs = _recall_runs(data)
@@ -107,7 +102,7 @@ def pool_recall(data: Mapping[str, Any]) -> dict[str, Any]:
         losses = [entry["held_out_loss"] for entry in entries if "held_out_loss" in entry]
         models[name] = {"held_out_loss": sum(losses) / len(losses) if losses else None, "scores": _pool(entries)}
     rest = {} if set(runs) == set(data) else {key: value for key, value in data.items() if key != "entries"}
-    return {**rest, "models": models}
+    return {**rest, "trained_apart": bool(rest), "models": models}
 
 
 def _pool(entries: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -157,8 +152,8 @@ def read_result(path: Path, strict: bool = True) -> ResultFile | None:
         if not strict:
             return None
         raise DataError(
-            f"result {path}: of no kind that can be drawn; expected a result of engram sweep, bench, eval, look or recall, or a list of "
-            "variants with seconds per step."
+            f"result {path}: of no kind that can be drawn; expected a result of engram sweep, bench, eval, look or recall, or of "
+            "benchmarks/long_context.py or throughput.py."
         )
     missing = [key for key in _SWEEP_KEYS if kind in SWEEPS and key not in data]
     if missing:

@@ -81,12 +81,18 @@ def _budget(axis: Any, summary: Mapping[str, Any], points: Mapping[str, Sequence
                 color="#333333",
                 lw=1,
                 capsize=2.5,
-                label=f"lowest: {lowest:.0%}",
+                label=f"lowest: {100 * lowest:.0f} %",
             )
     best = next((row for row in rows if "best" in summary and row["label"] == summary["best"]["label"]), None)
     if best is not None:
         axis.plot(
-            100 * best["rho"], best["loss"]["mean"], "o", ms=12, mfc="none", mec="#333333", label=f"best: {best['rho']:.0%}"
+            100 * best["rho"],
+            best["loss"]["mean"],
+            "o",
+            ms=12,
+            mfc="none",
+            mec="#333333",
+            label=f"best: {100 * best['rho']:.0f} %",
         )
 
 

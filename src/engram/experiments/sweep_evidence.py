@@ -163,7 +163,7 @@ def ablated(change: str) -> Callable[[Results], Iterator[Evidence]]:
     def judge_arm(results: Results) -> Iterator[Evidence]:
         for where, arms, recipe, _ in _settings(results):
             label = find_arm(recipe, change)
-            if label in arms:
+            if label is not None and label in arms:
                 yield from of_sign(where, arms[label]["against_reference"], 1, f"arm {label!r}")
 
     return judge_arm

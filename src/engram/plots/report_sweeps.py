@@ -65,12 +65,8 @@ def tuning(name: str, result: Mapping[str, Any]) -> str:
     """What choosing learning rates cost, and what was chosen."""
     runs = result["tuning"]
     if not runs:
-        rates = sorted({p["learning_rate"] for p in result["points"]})
-        return (
-            f"{literal_text(name)}: no learning rate was chosen; all runs use {', '.join(f'{r:g}' for r in rates)}."
-            if rates
-            else ""
-        )
+        used = sorted({p["learning_rate"] for p in result["points"]})
+        return f"{literal_text(name)}: no learning rate was chosen; all runs use {_listed(used)}." if used else ""
     tokens, reported = (sum(p["tokens"] for p in part) for part in (runs, result["points"]))
     tried = sorted({p["learning_rate"] for p in runs})
     share = f", {100 * tokens / reported:.0f} % of the tokens of the runs that report" if reported else ""
@@ -80,11 +76,14 @@ def tuning(name: str, result: Mapping[str, Any]) -> str:
         for rate in result["learning_rates"]
     )
     seeds = ", ".join(map(str, sorted({p["seed"] for p in runs})))
-    rates = ", ".join(f"{rate:g}" for rate in tried)
     return (
-        f"{literal_text(name)}: {plural(len(runs), 'run')} of {count(tokens)} tokens in all{share}, rates {rates}, seed {seeds}. "
+        f"{literal_text(name)}: {plural(len(runs), 'run')} of {count(tokens)} tokens in all{share}, rates {_listed(tried)}, seed {seeds}. "
         f"Chosen: {chosen or 'nothing yet'}."
     )
+
+
+def _listed(rates: Sequence[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
 
 
 def _allocation(result: Mapping[str, Any]) -> list[str]:

@@ -110,7 +110,7 @@ def _paper_allocation(axis: Any, budgets: Mapping[str, Any]) -> None:
     for number, (budget, entry) in enumerate(budgets.items()):
         shares, losses = zip(*sorted(entry["loss"].items()))
         axis.plot([100 * s for s in shares], losses, "o", ms=5, color=COLOURS[-1 - number], label=budget)
-        _dashed_parabola(axis, np.polyfit(shares, losses, 2), shares, COLOURS[-1 - number], None)
+        _dashed_parabola(axis, np.polyfit(shares, losses, 2).tolist(), shares, COLOURS[-1 - number], None)
     axis.set(xlabel="rho, %", ylabel="validation loss", title="the paper: " + next(iter(budgets.values()))["scale"])
     axis.title.set_fontsize(8)
     axis.legend(frameon=False, fontsize=7)

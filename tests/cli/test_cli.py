@@ -42,6 +42,7 @@ COMMANDS = [
     "trace",
     "corpus",
     "look",
+    "plot",
     "pretrain",
     "train",
     "budget",

@@ -26,6 +26,7 @@ from engram.cli.knowledge import (
 )
 from engram.cli.look import look_command
 from engram.cli.place import place_command
+from engram.cli.plot import plot_command
 from engram.cli.pretrain import pretrain_command
 from engram.cli.sweep import sweep_command
 from engram.cli.trace import trace_command
@@ -60,6 +61,7 @@ app.command("pretrain")(pretrain_command)
 app.command("train")(train_command)
 app.command("budget")(budget_command)
 app.command("sweep")(sweep_command)
+app.command("plot")(plot_command)
 app.command("bench")(bench_command)
 
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engram.errors import ConfigError
 
-__all__ = ["COLOURS", "new_figure", "save_figure"]
+__all__ = ["COLOURS", "Picture", "new_figure", "save_figure"]
 
 COLOURS = ["#8c8c8c", "#c62f2d", "#2f6db5", "#e0a030", "#4f9d69", "#7b5ea7", "#333333"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and what stands below it."""
+
+    path: Path
+    caption: str
 
 
 def new_figure(count: int, width: float | None = None, height: float = 3.6, stacked: bool = False) -> tuple[Any, Any]:

@@ -1,0 +1,110 @@
+"""`engram plot`: pictures of result files, and the report made from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from engram.cli.outputs import check_folder
+
+if TYPE_CHECKING:
+    from engram.plots import Report, ResultFile
+
+__all__ = ["plot_command"]
+
+_RESULTS, _DOCS = Path("results"), Path("docs")
+
+
+def plot_command(
+    results: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Result files of engram sweep, bench, eval, look or recall. Without any: all of results/ that can be drawn, as "
+            "docs/pictures, docs/report.md and docs/report.html."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for pictures (needs matplotlib); 'pictures' for named files.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="File for the report as one self-contained page.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="File for the report in Markdown, which links the pictures.")] = None,
+) -> None:
+    """Draw results in the manner of the paper's figures, and write the report with a verdict on each of its claims."""
+    from engram.plots import draw_result
+    from engram.plots.figure import new_figure
+
+    new_figure(1)  # before anything is read or written: is matplotlib there
+    files = _read(results)
+    if not results:
+        out, html, markdown = out or _DOCS / "pictures", html or _DOCS / "report.html", markdown or _DOCS / "report.md"
+    out = out or Path("pictures")
+    for folder in (out, *(file.parent for file in (html, markdown) if file is not None)):
+        check_folder(folder)
+    paper = _paper()
+    pictures = {file.name: draw_result(file, out, paper) for file in files}
+    for drawn in pictures.values():
+        for picture in drawn:
+            print(picture.path)
+    if html is not None or markdown is not None:
+        _write(_report(files, pictures), html, markdown)
+
+
+def _read(given: Sequence[Path] | None) -> list[ResultFile]:
+    from engram.errors import DataError
+    from engram.plots import read_result
+
+    paths = list(given or sorted(_RESULTS.glob("*.json")))
+    if not paths:
+        raise DataError(
+            f"no result files: got none, and there are none in {_RESULTS}/ here; name some, or run from the repository."
+        )
+    read = {path: read_result(path, strict=bool(given)) for path in paths}
+    left = [path.name for path, file in read.items() if file is None]
+    if left:
+        print(f"left out, of no kind that is drawn here: {', '.join(left)}")
+    files = [file for file in read.values() if file is not None]
+    names = [file.name for file in files]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(
+            f"result files of one name: {', '.join(twice)}; their pictures would overwrite each other, so rename one."
+        )
+    if not files:
+        raise DataError(f"no result in {_RESULTS}/ is of a kind that can be drawn; run engram sweep first, or name files.")
+    return files
+
+
+def _paper() -> dict:
+    from engram.experiments.paper import PAPER
+
+    return PAPER
+
+
+def _report(files: Sequence[ResultFile], pictures: dict) -> Report:
+    from engram.experiments.claims import judge
+    from engram.plots import Report, group_results
+    from engram.plots.results import reading
+
+    with reading("one of the results"):
+        verdicts = judge(group_results(files))
+    return Report(files, pictures, verdicts, _paper())
+
+
+def _write(report: Report, html: Path | None, markdown: Path | None) -> None:
+    from engram.plots import render_page
+
+    if markdown is not None:
+        folder = markdown.parent
+
+        def link(path: Path) -> str:
+            return f"<{Path(os.path.relpath(path, folder)).as_posix()}>"
+
+        markdown.write_text(report.markdown(link), encoding="utf-8")
+        print(markdown)
+    if html is not None:
+        html.write_text(render_page(report.markdown), encoding="utf-8")
+        print(html)

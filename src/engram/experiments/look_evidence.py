@@ -1,0 +1,79 @@
+"""What looks inside and long texts say about the paper's claims."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from engram.experiments.evidence import AGREES, CANNOT_TELL, DISAGREES, Evidence, Results, sign_verdict
+
+__all__ = ["alignment", "logit_lens", "recall"]
+
+
+def logit_lens(results: Results) -> Iterator[Evidence]:
+    """KL of the lens in the first half of the blocks: the second model's less that of the model with a memory."""
+    for where, result in results.get("look", {}).items():
+        curve = result.get("logit_lens", {}).get("difference", {}).get("against")
+        if not curve:
+            continue
+        early = curve[
+            : max(1, len(curve) // 2)
+        ]  # the difference is that of the other model: above zero, the memory's knows more
+        verdicts = [sign_verdict(p["low"], p["high"], 1) for p in early]
+        clear = set(verdicts) - {CANNOT_TELL}
+        mean = math.fsum(p["mean"] for p in early) / len(early)
+        note = f"{verdicts.count(AGREES)} of {len(early)} early blocks with an interval above zero, {verdicts.count(DISAGREES)} below"
+        yield Evidence(clear.pop() if len(clear) == 1 else CANNOT_TELL, where, mean, note=note)
+
+
+def alignment(results: Results) -> Iterator[Evidence]:
+    """How many blocks ahead the most similar ones of the second model are, in the first half."""
+    for where, result in results.get("look", {}).items():
+        found = result.get("cka")
+        if not found or not result.get("against"):
+            continue
+        early = found["soft_alignment"][: max(1, len(found["soft_alignment"]) // 2)]
+        ahead = math.fsum(index - block for block, index in enumerate(early)) / len(early)
+        note = (
+            f"no interval; the index is a mean over the {found['top']} most similar of {len(found['map'][0])} blocks, which pulls early "
+            "blocks towards the middle"
+        )
+        yield Evidence(CANNOT_TELL, where, ahead, unit="blocks ahead", note=note)
+
+
+def recall(kind: str) -> Callable[[Results], Iterator[Evidence]]:
+    """A judge of one kind of question: exact answers of models with a memory against those of the one without, by length of text."""
+
+    def judge_kind(results: Results) -> Iterator[Evidence]:
+        for name, result in results.get("long_context", {}).items():
+            models = result["models"]
+            plain = [n for n in models if _is_control(n)]
+            for other in models if len(plain) == 1 else ():
+                if other not in plain:
+                    yield from _compare_recall(name, other, plain[0], result, kind)
+
+    return judge_kind
+
+
+def _is_control(name: str) -> bool:
+    words = name.lower().replace("_", " ").replace("-", " ").split()
+    return bool({"without", "off", "moe", "dense", "plain", "none", "baseline"} & set(words))
+
+
+def _compare_recall(name: str, other: str, plain: str, result: Mapping[str, Any], kind: str) -> Iterator[Evidence]:
+    models = result["models"]
+    scores = {n: {s["length"]: s for s in models[n]["scores"] if s["kind"] == kind} for n in (other, plain)}
+    for length in sorted(set(scores[other]) & set(scores[plain])):
+        a, b = scores[other][length], scores[plain][length]
+        value = a["share"] - b["share"]
+        # Newcombe's interval of a difference of shares, from Wilson's of each (Statistics in Medicine 17, 1998, method 10).
+        low = value - math.hypot(a["share"] - a["low"], b["high"] - b["share"])
+        high = value + math.hypot(a["high"] - a["share"], b["share"] - b["low"])
+        verdict, note = sign_verdict(low, high, 1), f"{other!r} against {plain!r}, {a['answers']} answers each"
+        signs = {x > y for x, y in zip(a["by_seed"], b["by_seed"])}
+        if verdict != CANNOT_TELL and len(signs) > 1:
+            verdict, note = CANNOT_TELL, f"{note}; seeds differ in sign"
+        if not result["trained_apart"]:
+            verdict, note = CANNOT_TELL, f"{note}; one model with its memory on and off, none that was trained without"
+        yield Evidence(verdict, f"{name}, {length} tokens", 100 * value, 100 * low, 100 * high, "percentage points", note)

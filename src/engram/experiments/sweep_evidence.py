@@ -1,0 +1,208 @@
+"""What sweeps say about the paper's claims. Each function takes results by kind and name and yields evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from engram.experiments.arms import find_arm, layer_arms
+from engram.experiments.evidence import AGREES, CANNOT_TELL, DISAGREES, Evidence, Results, of_sign, sign_verdict
+from engram.experiments.paper import PAPER
+from engram.experiments.summary import paired
+
+__all__ = [
+    "ablated",
+    "first_two",
+    "gain",
+    "largest_table",
+    "last_against_second",
+    "memory_helps",
+    "optimum",
+    "placement",
+    "single_module",
+    "slope",
+    "u_shape",
+]
+
+
+def _sweeps(results: Results, question: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Sweeps that have points, with names that say if they are unfinished."""
+    for name, result in results.get(question, {}).items():
+        if result["summary"]:
+            done, wanted = len(result["points"]), result["expected_points"]
+            yield name if done >= wanted else f"{name} ({done} of {wanted} points)", result
+
+
+def _points(result: Mapping[str, Any], dimension: str, setting: str) -> list[Mapping[str, Any]]:
+    """Points whose labels, ``dimension`` aside, are those that the summary calls ``setting``."""
+
+    def others(labels: Mapping[str, str]) -> str:
+        return ", ".join(label for name, label in labels.items() if name != dimension) or "all"
+
+    return [p for p in result["points"] if others(p["labels"]) == setting]
+
+
+def _budgets(results: Results) -> Iterator[tuple[str, Mapping[str, Any], list[Mapping[str, Any]]]]:
+    """Every budget of every allocation sweep: where, its summary, its points."""
+    for name, result in _sweeps(results, "allocation"):
+        for budget, summary in result["summary"].items():
+            points = _points(result, "rho", budget)
+            yield name if budget == "all" else f"{name}, {budget}", summary, points
+
+
+def u_shape(results: Results) -> Iterator[Evidence]:
+    """A parabola that is open upwards and lowest inside the range measured and below 100 %, interval and all."""
+    for where, summary, _ in _budgets(results):
+        parabola = summary.get("parabola")
+        if parabola is None:
+            yield Evidence(CANNOT_TELL, where, note="fewer than four shares")
+            continue
+        low, high = parabola["curvature_interval"] or (None, None)
+        verdict, note = _judge_parabola(parabola, min(row["rho"] for row in summary["curve"]))
+        yield Evidence(verdict, where, parabola["coefficients"][0], low, high, "nats per unit of rho squared", note)
+
+
+def _judge_parabola(parabola: Mapping[str, Any], smallest: float) -> tuple[str, str]:
+    curvature, lowest = parabola["curvature_interval"], parabola["lowest_interval"]
+    if curvature is None:
+        return CANNOT_TELL, "one seed: no interval"
+    if curvature[1] < 0:
+        return DISAGREES, "the curve bends the other way"
+    if curvature[0] <= 0:
+        return CANNOT_TELL, "curvature may be zero"
+    if lowest is None or lowest[0] < 1 <= lowest[1]:
+        return CANNOT_TELL, "curved, but the lowest point may be at 100 % or above"
+    if lowest[0] >= 1:
+        return DISAGREES, "curved, but the lowest point is not below 100 %"
+    if lowest[1] < smallest:
+        return DISAGREES, f"the lowest point is below {100 * smallest:.0f} %, the smallest share measured"
+    if lowest[0] < smallest:
+        return CANNOT_TELL, f"the lowest point may be below {100 * smallest:.0f} %, the smallest share measured"
+    return AGREES, ""
+
+
+def optimum(results: Results) -> Iterator[Evidence]:
+    """Where the parabola is lowest, against the paper's lowest shares."""
+    (first, _), last = PAPER["optimum"]["text"], PAPER["optimum"]["plotted"]
+    # The paper's own grid tells its lowest shares from no others than these neighbours.
+    shares = sorted(next(iter(PAPER["allocation"].values()))["loss"])
+    below, above = max(s for s in shares if s < first), min(s for s in shares if s > last)
+    for where, summary, _ in _budgets(results):
+        interval = (summary.get("parabola") or {}).get("lowest_interval")
+        if interval is None:
+            yield Evidence(CANNOT_TELL, where, unit="%", note="no parabola with a lowest point and an interval")
+            continue
+        low, high = interval
+        if high < first or low > last:
+            verdict = DISAGREES
+        else:
+            verdict = AGREES if below <= low and high <= above else CANNOT_TELL
+        value = summary["parabola"]["lowest"]
+        yield Evidence(verdict, where, None if value is None else 100 * value, 100 * low, 100 * high, "%")
+
+
+def gain(results: Results) -> Iterator[Evidence]:
+    """The best share (chosen by validation loss) against experts alone: an interval below zero, and more than seeds differ."""
+    for where, summary, points in _budgets(results):
+        best = summary.get("best")
+        if best is None or best["gain"] is None:
+            continue
+        gain, spread = best["gain"], _spread(points, {best["label"], *_pure(summary)})
+        note = f"rho {100 * best['rho']:.0f} %; losses of one setting spread over {spread:.4f} between seeds"
+        for evidence in of_sign(where, gain, -1, note):
+            if evidence.verdict == AGREES and abs(gain["mean"]) <= spread:
+                evidence = Evidence(**{**asdict(evidence), "verdict": CANNOT_TELL, "note": f"{note}: more than the gain"})
+            yield evidence
+
+
+def _pure(summary: Mapping[str, Any]) -> Iterator[str]:
+    return (row["label"] for row in summary["curve"] if row["rho"] == 1)
+
+
+def _spread(points: Sequence[Mapping[str, Any]], labels: set[str]) -> float:
+    """Largest difference between seeds of one of these shares."""
+    losses: dict[str, list[float]] = {}
+    for point in points:
+        if point["labels"]["rho"] in labels:
+            losses.setdefault(point["labels"]["rho"], []).append(point["test"]["loss"])
+    return max((max(values) - min(values) for values in losses.values()), default=0.0)
+
+
+def slope(results: Results) -> Iterator[Evidence]:
+    """Loss per decade of slots."""
+    for where, result in _sweeps(results, "slots"):
+        line = result["summary"].get("line")
+        if line is None:
+            yield Evidence(CANNOT_TELL, where, note="fewer than three table sizes")
+            continue
+        low, high = line["slope_interval"] or (None, None)
+        note = "one seed: no interval" if low is None else ""
+        yield Evidence(sign_verdict(low, high, -1), where, line["slope_per_decade"], low, high, "nats per decade", note)
+
+
+def largest_table(results: Results) -> Iterator[Evidence]:
+    """The largest table against no memory."""
+    for where, result in _sweeps(results, "slots"):
+        rows = result["summary"]["curve"]
+        if rows:
+            yield from of_sign(where, rows[-1]["against_none"], -1, f"{rows[-1]['slots']:,} slots")
+
+
+def _settings(results: Results) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any], list[Mapping[str, Any]]]]:
+    """Every setting of every ablation: where, arms of its summary, recipe, points."""
+    for name, result in _sweeps(results, "ablation"):
+        for setting, arms in result["summary"].items():
+            points = _points(result, "arm", setting)
+            yield name if setting == "all" else f"{name}, {setting}", arms, result["recipe"], points
+
+
+def ablated(change: str) -> Callable[[Results], Iterator[Evidence]]:
+    """A judge of one change (a key of ``arms.CHANGES``) against the reference."""
+
+    def judge_arm(results: Results) -> Iterator[Evidence]:
+        for where, arms, recipe, _ in _settings(results):
+            label = find_arm(recipe, change)
+            if label is not None and label in arms:
+                yield from of_sign(where, arms[label]["against_reference"], 1, f"arm {label!r}")
+
+    return judge_arm
+
+
+def memory_helps(results: Results) -> Iterator[Evidence]:
+    """Arms without any table against the reference."""
+    for where, arms, _, points in _settings(results):
+        without = {p["labels"]["arm"] for p in points if not p["counts"]["table_rows"]}
+        for label in sorted(without & set(arms)):
+            yield from of_sign(where, arms[label]["against_reference"], 1, f"arm {label!r}")
+
+
+def placement(choose: Callable[[list[str]], tuple[str, str] | None]) -> Callable[[Results], Iterator[Evidence]]:
+    """Judges that one placement loses more than another; both are chosen from the arms in the order of their layers."""
+
+    def judge_pair(results: Results) -> Iterator[Evidence]:
+        for where, arms, _, points in _settings(results):
+            pair = choose(list(layer_arms(arms).values()))
+            if pair is not None:
+                worse, better = ([p for p in points if p["labels"]["arm"] == label] for label in pair)
+                yield from of_sign(where, paired(worse, better), 1, f"{pair[0]!r} against {pair[1]!r}")
+
+    return judge_pair
+
+
+def single_module(results: Results) -> Iterator[Evidence]:
+    """One module at the second layer that was tried against the reference."""
+    for where, arms, _, _ in _settings(results):
+        found = list(layer_arms(arms).values())
+        if len(found) >= 2:
+            yield from of_sign(where, arms[found[1]]["against_reference"], 1, f"arm {found[1]!r}")
+
+
+def first_two(labels: list[str]) -> tuple[str, str] | None:
+    """The first layer, then the second."""
+    return (labels[0], labels[1]) if len(labels) >= 2 else None
+
+
+def last_against_second(labels: list[str]) -> tuple[str, str] | None:
+    """The last layer, then the second."""
+    return (labels[-1], labels[1]) if len(labels) >= 3 else None

@@ -1,0 +1,111 @@
+"""Pictures of any result file, by its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engram.plots.bench import plot_bench
+from engram.plots.evaluation import plot_evaluation, plot_shares
+from engram.plots.figure import Picture, new_figure, save_figure
+from engram.plots.look import plot_look
+from engram.plots.marks import colour_of, literal
+from engram.plots.results import SHARE, ResultFile, reading
+from engram.plots.sweep import plot_sweep
+
+__all__ = ["draw_result", "plot_recall", "plot_throughput"]
+
+_LOOKS = {
+    "gates": "How far the memory is let in, by token and layer, and how often how far by kind of text. White: closed. Dark red: open.",
+    "logit_lens": "Divergence of what the model would say after each block from what it says in the end, with 95 % intervals over documents.",
+    "cka": "Similarity of layers (linear CKA, unbiased); dashed: the soft alignment index.",
+    "memory_off": "Losses with the trained memory on and off, and what is kept, by kind of text and of token.",
+    "rows": "What each head of each layer read; black marks: what an even hash would give.",
+    "zipf": "Accesses by rank of a row, and hit rates of caches of every size.",
+    "gains": "The n-grams after which most bits were won and lost.",
+}
+
+
+def draw_result(file: ResultFile, folder: Path, paper: Mapping[str, Any] | None = None) -> list[Picture]:
+    """Draw one result into a folder.
+
+    Args:
+        file: the result.
+        folder: of the pictures; those of looks and evaluations are below it, in one named as the result.
+        paper: what the paper measured, to be drawn beside sweeps.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+        DataError: the result lacks something that its kind has.
+    """
+    with reading(f"result {file.name} ({file.kind})"):
+        if file.is_sweep:
+            return plot_sweep(file.data, folder, file.name, paper)
+        return _DRAWERS[file.kind](file, folder)
+
+
+def plot_recall(models: Mapping[str, Mapping[str, Any]], path: Path) -> Picture:
+    """Exact answers by kind of question and length of text, one colour per model, with Wilson's intervals.
+
+    Args:
+        models: as ``pool_recall`` gives them.
+        path: PNG file.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    systems = {
+        name.replace("_", " "): {f"{s['kind']}, {s['length']}".replace("_", " "): s for s in model["scores"]}
+        for name, model in models.items()
+    }
+    plot_shares(systems, path, "exact answers in long text, by question and tokens")
+    return Picture(path, "Exact answers in long text, all seeds together, with 95 % intervals.")
+
+
+def plot_throughput(entries: Sequence[Mapping[str, Any]], path: Path) -> Picture:
+    """Throughput of training with a memory as a share of that without: medians, and the range over rounds.
+
+    Args:
+        entries: as ``benchmarks/throughput.py`` writes them.
+        path: PNG file.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    figure, (axis,) = new_figure(1, width=7.5, height=1.2 + 0.4 * len(entries))
+    for place, entry in enumerate(reversed(entries)):
+        share = entry[SHARE]
+        axis.plot([100 * share["min"], 100 * share["max"]], [place, place], "-", lw=1, color=colour_of(1))
+        axis.plot(100 * share["median"], place, "o", color=colour_of(1))
+    names = [f"{e['backbone']}, {e['optimizer']}, {e['table_rows']:,} rows" for e in reversed(entries)]
+    axis.set_yticks(range(len(entries)), [literal(name) for name in names], fontsize=8)
+    axis.axvline(100, color="#333333", lw=0.8)
+    axis.set(xlabel="tokens per second with a memory, % of those without", ylim=(-0.6, len(entries) - 0.4))
+    caption = "Training throughput with a memory, as a share of the same backbone's without: median and range over rounds."
+    return Picture(save_figure(figure, path), caption)
+
+
+def _look(file: ResultFile, folder: Path) -> list[Picture]:
+    drawn = plot_look(file.data, folder / file.name)
+    return [Picture(path, _LOOKS.get(name, name)) for name, paths in drawn.items() for path in paths]
+
+
+def _bench(file: ResultFile, folder: Path) -> list[Picture]:
+    return [
+        Picture(path, benchmark["title"])
+        for path, benchmark in zip(plot_bench(file.data, folder), file.data["benchmarks"].values())
+    ]
+
+
+def _evaluation(file: ResultFile, folder: Path) -> list[Picture]:
+    return [Picture(path, path.stem.replace("_", " ")) for path in plot_evaluation({file.name: file.data}, folder / file.name)]
+
+
+_DRAWERS: dict[str, Callable[[ResultFile, Path], list[Picture]]] = {
+    "bench": _bench,
+    "eval": _evaluation,
+    "look": _look,
+    "long_context": lambda file, folder: [plot_recall(file.data["models"], folder / f"{file.name}.png")],
+    "throughput": lambda file, folder: [plot_throughput(file.data["entries"], folder / f"{file.name}.png")],
+}

@@ -1,0 +1,80 @@
+"""What a small study cannot show, written by hand around numbers from its results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from engram.plots.markdown import count, literal_text, plural, span
+
+__all__ = ["limits"]
+
+_ALWAYS = (
+    "**Tasks.** There are no downstream tasks: knowledge, reasoning and reading comprehension are out of reach of such models. Loss is "
+    "all that is compared.",
+    "**Settings.** One optimiser, schedule and batch size serve all arms of a sweep; only learning rates were chosen, and for some groups "
+    "of arms together.",
+    "**Speed.** Times are of this implementation on the hardware named, not of the paper's system.",
+)
+
+
+def limits(sweeps: Mapping[str, Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]], paper: Mapping[str, Any]) -> str:
+    """A list; what needs results is left out without them.
+
+    Args:
+        sweeps: results by name.
+        verdicts: as ``engram.experiments.claims.judge`` gives them.
+        paper: the paper's own figures.
+    """
+    judged = sum(entry["low"] is not None for entry in verdicts)
+    many = (
+        f"**Many questions.** {plural(judged, 'interval')} of 95 % are judged above; one in twenty would miss the truth by chance "
+        "alone, and a sign that was claimed is counted as agreeing however much smaller or larger the effect is than the paper's."
+    )
+    return "\n".join(f"- {line}" for line in (*_scale(sweeps, paper), *([many] if judged else []), *_ALWAYS))
+
+
+def _scale(sweeps: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Any]) -> Iterator[str]:
+    points = [point for result in sweeps.values() for point in result["points"]]
+    if not points:
+        return
+    total, active = (count(max(p["counts"][key] for p in points)) for key in ("total", "active"))
+    scale = next(iter(paper["allocation"].values()))["scale"]
+    yield (
+        f"**Size.** Models here have at most {total} parameters, {active} of them active; the paper's larger budget is {scale}. What holds "
+        "for one need not hold for the other, in either direction."
+    )
+    per_active, epochs = span([p["tokens"] / p["counts"]["active"] for p in points]), span([p["epochs"] for p in points])
+    yield (
+        f"**Training.** Runs see {per_active} tokens per active parameter and {epochs} epochs of the text. Tables are read by n-grams that "
+        "were seen before, so what a memory is worth depends on both; models that are trained for longer may divide the work otherwise."
+    )
+    seeds = span([len(result["recipe"]["seeds"]) for result in sweeps.values()])
+    yield (
+        f"**Seeds.** {seeds} per setting. Effects as small as several of the paper's are below what so few runs can tell apart, and "
+        "intervals of fits, for which so few seeds are drawn again, are narrower than they should be."
+    )
+    yield from list(filter(None, map(_text, sweeps.values())))[:1]
+
+
+def _text(result: Mapping[str, Any]) -> str:
+    kinds = {kind: sizes["tokens"] for kind, sizes in result["data"]["counts"].get("train", {}).items()}
+    total = sum(kinds.values())
+    if not total:
+        return ""
+    ordered = sorted(kinds.items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{literal_text(kind)} {100 * tokens / total:.0f} %" for kind, tokens in ordered)
+    base = result["recipe"].get("base") or {}
+    vocabulary = (base.get("data") or {}).get("vocab_size")
+    of = "" if vocabulary is None else f" in a vocabulary of {count(vocabulary)}"
+    python = _is_python(base)
+    return (
+        f"**Text.** {count(total)} tokens{of} to train on, by kind: {shares}.{python} A memory of n-grams may find more to remember in so "
+        "narrow a corpus than in text of the web, or less; and with a small vocabulary an n-gram covers fewer words than with a large one."
+    )
+
+
+def _is_python(base: Mapping[str, Any]) -> str:
+    corpus = (base.get("data") or {}).get("corpus")
+    standard = isinstance(corpus, Mapping) and corpus.get("standard_library")
+    return " Python's own library is in it: one programming language, with tests that repeat themselves." if standard else ""

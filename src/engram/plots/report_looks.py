@@ -1,0 +1,75 @@
+"""The report's tables on looks inside, long context and throughput."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engram.plots.markdown import count, interval, literal_text, table
+from engram.plots.results import SHARE
+
+__all__ = ["long_context", "looks", "throughput"]
+
+
+def looks(result: Mapping[str, Any]) -> list[str]:
+    """What was read, and what is lost with the memory off."""
+    against = f", beside {literal_text(result['against'])}" if result["against"] else ""
+    parts = [f"Looked at: {literal_text(result['model'])}{against}, on {count(result['text']['tokens'])} tokens."]
+    parts += [f"Left out: {literal_text(name)}: {literal_text(reason)}." for name, reason in result["skipped"].items()]
+    off = result.get("memory_off")
+    if off:
+        groups = {"all": off["all"], **off["by_kind"], **{f"token: {name}": group for name, group in off["by_token"].items()}}
+        rows = [
+            (
+                literal_text(name),
+                count(group["tokens"]),
+                interval(group["loss_on"], 3),
+                interval(group["loss_off"], 3),
+                interval(group["lost"], 3, signed=True),
+                interval(group["accuracy_kept"], 1, factor=100),
+            )
+            for name, group in groups.items()
+        ]
+        parts.append(
+            table(("text", "tokens", "loss, memory on", "loss, off", "lost, nats", "accuracy kept, %"), rows, right=range(1, 6))
+        )
+    return parts
+
+
+def long_context(result: Mapping[str, Any]) -> list[str]:
+    """Exact answers by model, question and length."""
+    models = result["models"]
+    keys = list(dict.fromkeys((s["kind"], s["length"]) for model in models.values() for s in model["scores"]))
+    rows = []
+    for name, model in models.items():
+        scores = {(s["kind"], s["length"]): s for s in model["scores"]}
+        loss = "–" if model["held_out_loss"] is None else f"{model['held_out_loss']:.4f}"
+        for key in keys:
+            if key in scores:
+                score = scores[key]
+                share = f"{100 * score['share']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
+                seeds = ", ".join(f"{100 * s:.1f}" for s in score["by_seed"])
+                rows.append(
+                    (literal_text(name), loss, literal_text(key[0]), count(key[1]), count(score["answers"]), share, seeds)
+                )
+    header = ("model", "held-out loss", "question", "tokens", "answers", "exact, %", "by seed, %")
+    return [table(header, rows, right=(1, 3, 4, 5, 6))]
+
+
+def throughput(result: Mapping[str, Any]) -> list[str]:
+    """Seconds per step with a memory and without, and the share of throughput that is left, round by round."""
+    rows = []
+    for entry in result["entries"]:
+        share, seconds = entry[SHARE], entry["seconds"]
+        rows.append(
+            (
+                *(literal_text(entry[key]) for key in ("backbone", "optimizer")),
+                count(entry["table_rows"]),
+                count(entry["tokens_per_step"]),
+                *(f"{seconds[arm]['median']:.4f}" for arm in ("without", "with")),
+                f"{share['median']:.3f} ({share['min']:.3f} to {share['max']:.3f})",
+            )
+        )
+    header = ("backbone", "optimiser", "table rows", "tokens per step", "seconds without", "seconds with", "throughput kept")
+    rounds = result["entries"][0][SHARE]["rounds"]
+    return [table(header, rows, right=range(2, 7)), f"Medians of {rounds} rounds; in brackets the range."]

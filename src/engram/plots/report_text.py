@@ -1,0 +1,242 @@
+"""The report as a short paper in Markdown. Every number is computed from results, or the paper's own and named so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engram.plots.figure import Picture
+from engram.plots.markdown import count, interval, literal_text, plural, table
+from engram.plots.report_limits import limits
+from engram.plots.report_looks import long_context, looks, throughput
+from engram.plots.report_sweeps import ANSWERS, failures, progress, protocol, tuning
+from engram.plots.results import SWEEPS, ResultFile, reading
+
+__all__ = ["Report"]
+
+_HEADINGS = {
+    "allocation": "Experts or memory",
+    "slots": "Size of the tables",
+    "ablation": "Ablations",
+    "comparison": "Beside a dense model",
+    "look": "Looks inside",
+    "long_context": "Long context",
+    "throughput": "Throughput",
+}
+_QUESTIONS = {
+    "allocation": "At equal parameters and equal operations, what share of the parameters that are not always used should be experts, and what "
+    "share rows of memory?",
+    "slots": "With the backbone fixed, what does a larger table bring?",
+    "ablation": "What does each part of the layer contribute? Differences are to the arm `reference`, seed by seed.",
+    "comparison": "The same budget spent on other models.",
+    "look": "What the memory does to a trained model.",
+    "long_context": "What is found again in long text.",
+    "throughput": "What a training step costs with a memory and without.",
+}
+_NO_RESULT = {kind: f"no result of a sweep with the question `{kind}`" for kind in SWEEPS} | {
+    "look": "no result of `engram look`",
+    "long_context": "no result on long context (`engram recall`)",
+    "throughput": "no result of `benchmarks/throughput.py`",
+}
+_OTHERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
+    "look": looks,
+    "long_context": long_context,
+    "throughput": throughput,
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report is made of.
+
+    Args:
+        files: results; kinds without a section are left out.
+        pictures: by the name of their result.
+        verdicts: claims and what results say about them (``engram.experiments.claims.judge``).
+        paper: the paper's own figures (``engram.experiments.paper``).
+    """
+
+    files: Sequence[ResultFile]
+    pictures: Mapping[str, Sequence[Picture]]
+    verdicts: Sequence[Mapping[str, Any]]
+    paper: Mapping[str, Any]
+
+    def markdown(self, link: Callable[[Path], str]) -> str:
+        """The report.
+
+        Args:
+            link: how the text refers to a picture.
+
+        Raises:
+            DataError: a result lacks something that its kind has.
+        """
+        with reading("one of the results"):
+            return "\n\n".join(part for part in self._parts(link) if part) + "\n"
+
+    def _parts(self, link: Callable[[Path], str]) -> list[str]:
+        return [
+            "# Memory or experts: a small study of Engram",
+            *self._opening(),
+            "## Protocol",
+            *self._protocol(),
+            *(part for kind in _HEADINGS for part in self._section(kind, link)),
+            "## What agrees with the paper, and what does not",
+            *self._agreement(),
+            "## What this scale cannot show",
+            limits(self._sweeps(), self.verdicts, self.paper),
+            "## How to make this again",
+            *self._provenance(),
+        ]
+
+    def _of(self, kind: str) -> list[ResultFile]:
+        return [file for file in self.files if file.kind == kind]
+
+    def _sweeps(self) -> dict[str, Mapping[str, Any]]:
+        return {file.name: file.data for kind in SWEEPS for file in self._of(kind)}
+
+    def _opening(self) -> Iterator[str]:
+        yield (
+            f"Engram ({self.paper['source']}) gives a language model hashed n-gram tables to look things up in. Its authors report that a "
+            "budget divided between experts and memory beats experts alone. This report asks the same on small models, with every run, "
+            "seed and setting in the result files it is made from."
+        )
+        found = Counter(entry["verdict"] for entry in self.verdicts)
+        measured = sum(number for verdict, number in found.items() if verdict != "not measured")
+        if not measured:
+            yield "**In short:** nothing has been measured yet."
+            return
+        parts = [f"{text}: {found[verdict]}" for verdict, text in _IN_SHORT.items()]
+        claims = "claim was" if found["not measured"] == 1 else "claims were"
+        yield (
+            f"**In short:** {plural(measured, 'judgement')} on the paper's claims ({'; '.join(parts)}); {found['not measured']} {claims} not "
+            "measured."
+        )
+        lines = [line for file in self._of("allocation") for line in _best_shares(file)]
+        if lines:
+            yield "\n".join(lines)
+
+    def _protocol(self) -> Iterator[str]:
+        sweeps = self._sweeps()
+        if not sweeps:
+            yield "*Not measured: no result of a sweep.*"
+            return
+        yield protocol(sweeps)
+        yield (
+            "Parameters leave embeddings and head out; active are those a token is multiplied with. Settings are chosen by the validation "
+            "half of the held-out text, everything reported is the loss on its test half, in nats per token. Intervals of means and of "
+            "differences are 95 % by Student's t over seeds, differences taken seed by seed; those of fits are quantiles of as much, with "
+            "seeds drawn again with replacement."
+        )
+        bases = {name: _base(result) for name, result in sweeps.items()}
+        yield "\n".join(
+            f"- Base of {literal_text(name)}: `{base}`; all else at its default." for name, base in bases.items() if base
+        )
+        texts = {result["data"]["fingerprint"]: result["data"]["counts"] for result in sweeps.values()}
+        for number, (fingerprint, counts) in enumerate(texts.items()):
+            yield f"**Text{f' {number + 1}' if len(texts) > 1 else ''}** (fingerprint `{fingerprint[:12]}`)"
+            yield _text_table(counts)
+        yield "**Learning rates**"
+        yield "\n".join(f"- {line}" for name, result in sweeps.items() if (line := tuning(name, result)))
+
+    def _section(self, kind: str, link: Callable[[Path], str]) -> Iterator[str]:
+        yield f"## {_HEADINGS[kind]}"
+        yield _QUESTIONS[kind]
+        files = self._of(kind)
+        if not files:
+            yield f"*Not measured: {_NO_RESULT[kind]}.*"
+        for file in files:
+            if len(files) > 1:
+                yield f"### {literal_text(file.name)}"
+            with reading(f"result {file.name} ({file.kind})"):
+                yield from self._result(file, link)
+        if kind == "allocation" and files:
+            yield self._paper_scale()
+
+    def _result(self, file: ResultFile, link: Callable[[Path], str]) -> Iterator[str]:
+        if file.is_sweep:
+            yield progress(file.data)
+            yield failures(file.data)
+        for picture in self.pictures.get(file.name, ()):
+            yield f"![{literal_text(picture.path.stem)}]({link(picture.path)})"
+            yield f"*{literal_text(picture.caption)}*"
+        if not file.is_sweep:
+            yield from _OTHERS[file.kind](file.data)
+        elif file.data["points"]:
+            yield from ANSWERS[file.kind](file.data)
+
+    def _paper_scale(self) -> str:
+        scales = "; ".join(entry["scale"] for entry in self.paper["allocation"].values())
+        return f"The paper's points ({self.paper['section']}) are of models at {scales}."
+
+    def _agreement(self) -> Iterator[str]:
+        yield (
+            f"Each claim of the paper ({self.paper['section']}) is judged by the interval alone. *Agrees*: all of it has the sign that was "
+            "claimed. *Disagrees*: all of it has the other. *Cannot tell*: it includes zero, there is none, or what the last but one column "
+            "says stands against it. A U-shape also asks for a lowest point below 100 % and inside the range measured, interval and all; "
+            "the gain of the best share must exceed the spread between seeds."
+        )
+        rows = [
+            (
+                literal_text(entry["statement"]),
+                literal_text(entry["paper"]),
+                _estimate(entry),
+                literal_text("; ".join(filter(None, [entry["where"], entry["note"]]))),
+                f"**{entry['verdict']}**",
+            )
+            for entry in self.verdicts
+        ]
+        yield table(("claim", "the paper", "here, with 95 % interval", "from", "verdict"), rows)
+
+    def _provenance(self) -> Iterator[str]:
+        lines = []
+        for file in self.files:
+            told = {**file.data.get("provenance", {}), **file.data}
+            versions = ", ".join(f"{name} {version}" for name, version in told.get("versions", {}).items())
+            parts = [f"`{told['command']}`" if "command" in told else "command not recorded", told.get("hardware"), versions]
+            lines.append(f"- {literal_text(file.name)}: {'; '.join(part for part in parts if part)}")
+        lines.append("- this report: `engram plot`")
+        yield "\n".join(lines)
+
+
+_IN_SHORT = {"agrees": "agree", "disagrees": "disagree", "cannot tell": "cannot tell"}
+
+
+def _best_shares(file: ResultFile) -> Iterator[str]:
+    for budget, summary in file.data["summary"].items():
+        best = summary.get("best")
+        if best is not None and best["gain"] is not None:
+            where = literal_text(file.name if budget == "all" else f"{file.name}, {budget}")
+            gain = interval(best["gain"], signed=True)
+            yield f"- {where}: with {100 * best['rho']:.0f} % experts, the best share, the loss differs from experts alone by {gain} nats."
+
+
+def _base(result: Mapping[str, Any]) -> str:
+    flat = []
+    for part, value in (result["recipe"].get("base") or {}).items():
+        fields = {f"{part}.{k}": v for k, v in value.items() if k != "corpus"} if isinstance(value, Mapping) else {part: value}
+        flat += [f"{name}={field}" for name, field in fields.items()]
+    return ", ".join(flat).replace("`", "'")
+
+
+def _text_table(counts: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            literal_text(split.replace("_", " ")),
+            literal_text(kind),
+            *(count(sizes[key]) for key in ("documents", "bytes", "tokens")),
+        )
+        for split, kinds in counts.items()
+        for kind, sizes in kinds.items()
+    ]
+    return table(("split", "kind", "documents", "bytes", "tokens"), rows, right=(2, 3, 4))
+
+
+def _estimate(entry: Mapping[str, Any]) -> str:
+    if entry["value"] is None:
+        return "–"
+    digits = 1 if entry["unit"] in ("%", "percentage points") else 4
+    shown = interval({"mean": entry["value"], "low": entry["low"], "high": entry["high"]}, digits, signed=entry["unit"] != "%")
+    return f"{shown} {literal_text(entry['unit'])}"

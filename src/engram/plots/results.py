@@ -1,0 +1,186 @@
+"""Result files: what kind each is, told by what is in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engram.errors import DataError, EngramError
+
+__all__ = ["SHARE", "SWEEPS", "ResultFile", "group_results", "pool_recall", "read_result", "reading", "recognise"]
+
+SWEEPS = ("allocation", "slots", "ablation", "comparison")
+"""Questions of sweeps; each is a kind of result."""
+
+_KINDS: dict[str, tuple[str, ...]] = {
+    "bench": ("benchmarks", "hardware"),
+    "eval": ("recall", "categories", "harm", "gates"),
+    "look": ("model", "against", "text", "skipped"),
+}
+"""Kinds that are told by their keys."""
+
+SHARE = "throughput_with_as_share_of_without"
+"""What entries of ``benchmarks/throughput.py`` are told by."""
+
+_SWEEP_KEYS = (
+    "sweep",
+    "question",
+    "recipe",
+    "data",
+    "expected_points",
+    "learning_rates",
+    "tuning",
+    "points",
+    "failures",
+    "summary",
+)
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """A result and what it is."""
+
+    name: str
+    """The file's name without its ending."""
+    kind: str
+    data: Mapping[str, Any]
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it is a sweep's."""
+        return self.kind in SWEEPS
+
+
+def recognise(data: Any) -> str | None:
+    """The kind of a result; None if it is of no kind that is known here."""
+    if not isinstance(data, Mapping):
+        return None
+    if "sweep" in data and data.get("question") in SWEEPS:
+        return data["question"]
+    kind = next((kind for kind, keys in _KINDS.items() if all(key in data for key in keys)), None)
+    if kind is not None:
+        return kind
+    if _recall_runs(data):
+        return "long_context"
+    entries = data.get("entries")
+    timed = isinstance(entries, list) and entries and all(isinstance(e, Mapping) and SHARE in e for e in entries)
+    return "throughput" if timed else None
+
+
+def _recall_runs(data: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Measurements by model: of ``engram recall`` (models by name) or of ``benchmarks/long_context.py`` (entries of models and seeds)."""
+    entries = data.get("entries")
+    if (
+        isinstance(entries, list)
+        and entries
+        and all(isinstance(e, Mapping) and "model" in e and "scores" in e for e in entries)
+    ):
+        found: dict[str, list[Mapping[str, Any]]] = {}
+        for entry in entries:
+            found.setdefault(entry["model"], []).append(entry)
+        return found
+    if data and all(isinstance(entry, Mapping) and isinstance(entry.get("scores"), list) for entry in data.values()):
+        return {name: [entry] for name, entry in data.items()}
+    return {}
+
+
+def pool_recall(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A result on long context with the answers of all seeds together.
+
+    Returns:
+        ``models: {name: {held_out_loss, scores}}`` beside what else the result says, and ``trained_apart``: whether they are models of
+        their own, not one with its memory on and off. Scores have ``kind``, ``length``, ``answers``,
+        ``exact``, ``share`` with Wilson's interval ``low`` to ``high``, and ``by_seed``, the shares one by one.
+    """
+    runs = _recall_runs(data)
+    models = {}
+    for name, entries in runs.items():
+        losses = [entry["held_out_loss"] for entry in entries if "held_out_loss" in entry]
+        models[name] = {"held_out_loss": sum(losses) / len(losses) if losses else None, "scores": _pool(entries)}
+    rest = {} if set(runs) == set(data) else {key: value for key, value in data.items() if key != "entries"}
+    return {**rest, "trained_apart": bool(rest), "models": models}
+
+
+def _pool(entries: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    from engram.evaluation import wilson_interval
+
+    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for score in (score for entry in entries for score in entry["scores"] if score["depth"] is None):
+        groups.setdefault((score["kind"], score["length"]), []).append(score)
+    pooled = []
+    for (kind, length), scores in groups.items():
+        exact, answers = (sum(score[key] for score in scores) for key in ("exact", "answers"))
+        low, high = wilson_interval(exact, answers)
+        shares = [score["exact"] / score["answers"] for score in scores]
+        pooled.append(
+            {
+                "kind": kind,
+                "length": length,
+                "answers": answers,
+                "exact": exact,
+                "share": exact / answers,
+                "low": low,
+                "high": high,
+                "by_seed": shares,
+            }
+        )
+    return pooled
+
+
+def read_result(path: Path, strict: bool = True) -> ResultFile | None:
+    """Read a result file.
+
+    Args:
+        path: JSON file.
+        strict: whether a kind that is not known is an error; else it is None.
+
+    Raises:
+        DataError: the file is missing, no JSON, of no known kind, or lacks what its kind has.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"result {path}: {error.strerror}; expected a JSON file that engram wrote.") from None
+    except ValueError as error:
+        raise DataError(f"result {path}: not JSON ({error}); write it again with the command that made it.") from None
+    kind = recognise(data)
+    if kind is None:
+        if not strict:
+            return None
+        raise DataError(
+            f"result {path}: of no kind that can be drawn; expected a result of engram sweep, bench, eval, look or recall, or of "
+            "benchmarks/long_context.py or throughput.py."
+        )
+    missing = [key for key in _SWEEP_KEYS if kind in SWEEPS and key not in data]
+    if missing:
+        raise DataError(f"result {path}: lacks {', '.join(missing)}, which every sweep's result has; run engram sweep again.")
+    with reading(f"result {path}"):
+        return ResultFile(path.stem, kind, pool_recall(data) if kind == "long_context" else data)
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn what goes wrong because a result lacks something into one clear error.
+
+    Raises:
+        DataError: instead of the errors of missing keys and wrong types.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, EngramError):
+            raise
+        told = f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"{what} is malformed ({told}); write it again with the command that made it.") from error
+
+
+def group_results(files: Iterable[ResultFile]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Results by kind and name."""
+    groups: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for file in files:
+        groups.setdefault(file.kind, {})[file.name] = file.data
+    return groups

@@ -1,0 +1,165 @@
+import pytest
+
+from engram.experiments.arms import arm_fields, find_arm, layer_arms
+from engram.experiments.claims import CLAIMS, judge
+from engram.experiments.evidence import sign_verdict
+from engram.plots.results import pool_recall
+from tests.plots import made_up
+
+
+def verdicts(kind, result, claim):
+    found = judge({kind: {"result": result}})
+    return [entry for entry in found if entry["claim"] == claim]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected", "verdict"),
+    [
+        (0.1, 0.2, 1, "agrees"),
+        (-0.2, -0.1, 1, "disagrees"),
+        (-0.2, -0.1, -1, "agrees"),
+        (-0.1, 0.1, 1, "cannot tell"),
+        (0.0, 0.1, 1, "cannot tell"),
+        (None, None, -1, "cannot tell"),
+    ],
+)
+def test_a_sign_is_judged_by_the_whole_interval(low, high, expected, verdict):
+    assert sign_verdict(low, high, expected) == verdict
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "note"),
+    [
+        ({}, "agrees", ""),
+        ({"depth": -1.0}, "disagrees", "bends the other way"),
+        ({"depth": 0.0}, "cannot tell", "may be zero"),
+        ({"lowest": 1.2}, "disagrees", "not below 100 %"),
+        ({"lowest": 0.2}, "disagrees", "below 40 %"),
+        ({"seeds": (0,)}, "cannot tell", "no interval"),
+        ({"shares": (1.0, 0.8, 0.6)}, "cannot tell", "fewer than four"),
+    ],
+)
+def test_u_shape(changes, verdict, note):
+    (found,) = verdicts("allocation", made_up.allocation(budgets=("small",), **changes), "u_shape")
+    assert found["verdict"] == verdict
+    assert note in found["note"]
+
+
+@pytest.mark.parametrize(("lowest", "verdict"), [(0.78, "agrees"), (0.5, "disagrees")])
+def test_optimum(lowest, verdict):
+    for found in verdicts("allocation", made_up.allocation(lowest=lowest), "optimum"):
+        assert found["verdict"] == verdict
+        assert found["low"] < 100 * lowest < found["high"] or abs(found["value"] - 100 * lowest) < 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"), [({}, "agrees"), ({"lowest": 1.2}, "disagrees"), ({"depth": 0.0}, "cannot tell")]
+)
+def test_gain_over_experts_alone(changes, verdict):
+    (found,) = verdicts("allocation", made_up.allocation(budgets=("small",), **changes), "gain")
+    assert found["verdict"] == verdict
+
+
+def test_a_gain_within_the_spread_of_seeds_is_not_told():
+    """The seeds differ by much more than the memory gains, though it gains in every one of them."""
+    entries = []
+    for seed, offset in enumerate((0.0, 0.1, 0.2)):
+        entries.append(made_up.entry({"rho": "1"}, seed, 3 + offset, 1.0))
+        entries.append(made_up.entry({"rho": "0.8"}, seed, 3 + offset - 0.01 - 0.0001 * seed, 0.8, 100))
+    result = made_up.sweep("allocation", {"rho": {"1": {}, "0.8": {}}}, entries)
+    (found,) = verdicts("allocation", result, "gain")
+    assert found["high"] < 0
+    assert found["verdict"] == "cannot tell"
+    assert found["note"].endswith("more than the gain")
+
+
+@pytest.mark.parametrize(("slope", "verdict"), [(-0.03, "agrees"), (0.03, "disagrees"), (0.0, "cannot tell")])
+def test_slope_per_decade(slope, verdict):
+    (found,) = verdicts("slots", made_up.slots(slope=slope), "slope")
+    assert found["verdict"] == verdict
+    assert found["low"] < found["value"] < found["high"]
+
+
+def test_ablations_are_recognised_by_what_they_change():
+    found = {entry["claim"]: entry for entry in judge({"ablation": {"a": made_up.ablation()}})}
+    told = {claim: entry["verdict"] for claim, entry in found.items() if entry["verdict"] != "not measured"}
+    assert told == {
+        "memory": "agrees",
+        "ablation_compression": "disagrees",
+        "ablation_gating": "agrees",
+        "ablation_four_grams": "agrees",
+        "ablation_convolution": "cannot tell",
+        "first_layer": "agrees",
+        "late_layer": "agrees",
+        "two_modules": "agrees",
+    }
+    assert "'layer 3' against 'layer 1'" in found["late_layer"]["note"]
+
+
+def test_an_arm_that_changes_two_things_is_no_ablation():
+    arms = {"reference": {"engram.use_conv": False}, "x": {"engram.use_conv": True}, "y": {"engram": None}}
+    recipe = {"base": {"engram": {"use_conv": True, "fuse": "gate"}}, "variants": {"arm": arms}}
+    assert find_arm(recipe, "gating") is None
+    assert find_arm(recipe, "convolution") == "x"  # the reference is without; what differs is named, not which way
+    arms |= {"z": {"engram.fuse": "add"}}
+    assert find_arm(recipe, "gating") is None
+    assert arm_fields(recipe, "reference") == {"engram.use_conv": False, "engram.fuse": "gate"}
+    assert arm_fields(recipe, "y") == {"engram": None}
+    assert layer_arms({"layer 3": 0, "layer 0": 0, "layers": 0}) == {0: "layer 0", 3: "layer 3"}
+
+
+def test_one_seed_gives_no_verdict():
+    for kind, result in (
+        ("allocation", made_up.allocation((0,))),
+        ("slots", made_up.slots((0,))),
+        ("ablation", made_up.ablation((0,))),
+    ):
+        measured = [entry for entry in judge({kind: {"r": result}}) if entry["verdict"] != "not measured"]
+        assert measured
+        assert {entry["verdict"] for entry in measured} == {"cannot tell"}
+
+
+def test_long_context_asks_for_models_of_their_own():
+    (found,) = verdicts("long_context", pool_recall(made_up.long_context()), "multi_query")
+    assert (found["verdict"], found["where"]) == ("agrees", "result, 256 tokens")
+    assert found["value"] == pytest.approx(100 * (405 - 256) / 512)
+    (found,) = verdicts("long_context", pool_recall(made_up.long_context()), "tracking")
+    assert found["verdict"] == "cannot tell"
+    (found,) = verdicts("long_context", pool_recall(made_up.long_context(queries=(256, 100))), "multi_query")
+    assert found["verdict"] == "cannot tell"
+    assert "seeds differ in sign" in found["note"]
+    (found,) = verdicts("long_context", pool_recall(made_up.recall()), "multi_query")
+    assert found["verdict"] == "cannot tell"
+    assert "trained without" in found["note"]
+
+
+def test_looks_need_a_second_model():
+    def look(difference, against="experts"):
+        curve = [{"layer": i, "mean": m, "low": m - 0.1, "high": m + 0.1} for i, m in enumerate(difference)]
+        lens = {"difference": {"against" if against else "memory off": curve}}
+        return {"logit_lens": lens, "against": against, "cka": {"soft_alignment": [1.5, 2.0], "top": 5, "map": [[1.0, 0.5]]}}
+
+    for difference, verdict in (
+        ([0.3, 0.2, 0, 0], "agrees"),
+        ([-0.3, -0.2, 0, 0], "disagrees"),
+        ([0.3, -0.3, 0, 0], "cannot tell"),
+    ):
+        (found,) = verdicts("look", look(difference), "logit_lens")
+        assert found["verdict"] == verdict
+    assert verdicts("look", look([0.3]), "alignment")[0]["verdict"] == "cannot tell"
+    for claim in ("logit_lens", "alignment"):
+        assert verdicts("look", look([0.3], None), claim)[0]["verdict"] == "not measured"
+
+
+def test_without_results_nothing_is_claimed():
+    found = judge({})
+    assert [entry["claim"] for entry in found] == [claim.key for claim in CLAIMS]
+    assert {entry["verdict"] for entry in found} == {"not measured"}
+    unfinished = made_up.sweep("slots", {"rows": {"none": {}, "100": {}}}, [])
+    assert {entry["verdict"] for entry in judge({"slots": {"s": unfinished}})} == {"not measured"}
+
+
+def test_an_unfinished_sweep_says_so():
+    result = made_up.allocation(budgets=("small",), expected_points=30)
+    (found,) = verdicts("allocation", result, "u_shape")
+    assert found["where"] == "result (24 of 30 points), small"

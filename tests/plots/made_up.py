@@ -1,0 +1,185 @@
+"""Results of sweeps with made-up losses: everything that follows from losses comes from engram.experiments.summary."""
+
+import json
+
+import numpy as np
+
+from engram.experiments.summary import summarise
+
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4)
+ARMS = {
+    "reference": {},
+    "no conv": {"engram.use_conv": False},
+    "no gating": {"engram.fuse": "add"},
+    "no compression": {"engram.hash_spec": "exact_v1"},
+    "4-grams": {"engram.max_ngram_size": 4, "engram.engram_vocab_size": 500},
+    "layer 0": {"engram.layer_ids": [0]},
+    "layer 1": {"engram.layer_ids": [1]},
+    "layer 3": {"engram.layer_ids": [3]},
+    "no memory": {"engram": None},
+}
+ARM_LOSSES = {
+    "reference": 3.0,
+    "no conv": 3.001,
+    "no gating": 3.05,
+    "no compression": 2.95,
+    "4-grams": 3.02,
+    "layer 0": 3.06,
+    "layer 1": 3.02,
+    "layer 3": 3.08,
+    "no memory": 3.2,
+}
+
+
+def entry(labels, seed, loss, rho=1.0, slots=0, learning_rate=3e-3):
+    """A point as a sweep's result keeps it."""
+    half = {"loss": loss, "tokens": 1000, "by_kind": {"code": {"loss": loss, "tokens": 1000}}, "bits_per_byte": loss / 2}
+    counts = {"rho": rho, "total": 4_288_000, "active": 389_600, "experts": 96, "dense_width": 320, "table_rows": slots}
+    return {
+        "labels": labels,
+        "seed": seed,
+        "digest": f"{json.dumps(labels)}{seed}{learning_rate}",
+        "learning_rate": learning_rate,
+        "validation": half,
+        "test": half,
+        "counts": {**counts, "rows_per_head": [slots // 8] * 2 if slots else [], "flops_per_token": 972_096},
+        "tokens": 499_712,
+        "epochs": 0.056,
+        "steps": 244,
+        "curve": [[step, loss + 100 / step] for step in (61, 122, 183, 244)],
+        "expert_load_max": 1.4,
+        "seconds": 71.5,
+    }
+
+
+def sweep(question, variants, entries, name="made up", seeds=(0, 1, 2), **changes):
+    """A sweep's result around entries."""
+    points = len(seeds)
+    for labels in variants.values():
+        points *= len(labels)
+    base = {"data": {"vocab_size": 2048, "seq_len": 128}, "backbone": {"hidden_size": 96}, "engram": {"layer_ids": [1, 2]}}
+    counts = {"documents": 10, "bytes": 3_000_000, "tokens": 900_000}
+    return {
+        "sweep": name,
+        "question": question,
+        "recipe": {"name": name, "base": base, "variants": variants, "seeds": list(seeds), "tune": None},
+        "data": {
+            "fingerprint": "ad80bab3f9356ae5",
+            "counts": {"train": {"code": counts, "prose": {**counts, "tokens": 100_000}}, "held_out": {"code": counts}},
+        },
+        "expected_points": points,
+        "learning_rates": [],
+        "tuning": [],
+        "points": entries,
+        "failures": [],
+        "summary": summarise(question, entries),
+        **changes,
+    }
+
+
+def noise(seeds, scale=0.002):
+    """One offset for each seed, the same at every call."""
+    return dict(zip(seeds, scale * np.random.default_rng(7).standard_normal(len(seeds))))
+
+
+def allocation(seeds=(0, 1, 2), lowest=0.75, depth=1.0, budgets=("small", "large"), shares=SHARES, **changes):
+    """A U (``depth`` > 0) or its opposite around ``lowest``; noise differs from point to point."""
+    entries, rng = [], np.random.default_rng(3)
+    for number, budget in enumerate(budgets):
+        for rho in shares:
+            for seed in seeds:
+                loss = 3 - 0.2 * number + depth * (rho - lowest) ** 2 + 0.002 * rng.standard_normal()
+                labels = {"budget": budget, "rho": f"{rho:.0%}"}
+                entries.append(entry(labels, seed, float(loss), rho, 0 if rho == 1 else int(1e5 * (1 - rho))))
+    variants = {"budget": {budget: {} for budget in budgets}, "rho": {f"{rho:.0%}": {"budget.rho": rho} for rho in SHARES}}
+    return sweep("allocation", variants, entries, "allocation", seeds, **changes)
+
+
+def slots(seeds=(0, 1, 2), slope=-0.03, **changes):
+    """A line over the logarithm of slots, and no memory."""
+    offsets, rng = noise(seeds), np.random.default_rng(4)
+    entries = []
+    for rows in (0, 1_000, 10_000, 100_000):
+        for seed in seeds:
+            loss = 3.2 if not rows else 3.2 + slope * np.log10(rows) + 0.002 * rng.standard_normal()
+            entries.append(entry({"rows": str(rows) if rows else "none"}, seed, float(loss + offsets[seed]), slots=rows))
+    return sweep("slots", {"rows": {e["labels"]["rows"]: {} for e in entries}}, entries, "slots", seeds, **changes)
+
+
+def ablation(seeds=(0, 1, 2), arms=ARMS, **changes):
+    """Arms around a reference; seeds shift all arms, single points a little."""
+    offsets, rng = noise(seeds, 0.02), np.random.default_rng(5)
+    entries = [
+        entry(
+            {"arm": arm},
+            seed,
+            float(ARM_LOSSES[arm] + offsets[seed] + 0.003 * rng.standard_normal()),
+            slots=0 if arm == "no memory" else 8000,
+        )
+        for arm in arms
+        for seed in seeds
+    ]
+    return sweep("ablation", {"arm": arms}, entries, "ablation", seeds, **changes)
+
+
+def comparison(seeds=(0, 1, 2), **changes):
+    """Three kinds of model."""
+    offsets = noise(seeds)
+    losses = {"dense": 3.1, "experts": 3.05, "experts and memory": 3.0}
+    entries = [
+        entry({"arm": arm}, seed, float(loss + offsets[seed]), slots=8000 if "memory" in arm else 0)
+        for arm, loss in losses.items()
+        for seed in seeds
+    ]
+    return sweep("comparison", {"arm": {arm: {} for arm in losses}}, entries, "dense", seeds, **changes)
+
+
+def score(kind, exact, answers=256):
+    """All depths of one kind of question."""
+    told = {"kind": kind, "length": 256, "depth": None, "answers": answers, "exact": exact, "share": exact / answers}
+    return {**told, "low": 0.0, "high": 1.0, "log_probability": -1.5, "log_probability_error": 0.1, "rank": 3.0}
+
+
+def long_context(seeds=(0, 1), queries=(200, 205)):
+    """As ``benchmarks/long_context.py`` writes it; ``queries``: exact answers of the model with a memory, by seed."""
+    entries = []
+    for seed in seeds:
+        for model, exact in (("dense", (230, 128, 77)), ("engram_equal_loss", (240, queries[seed], 80))):
+            scores = [score(kind, number) for kind, number in zip(("needle", "multi_query", "tracking"), exact)]
+            entries.append({"seed": seed, "model": model, "step": 100, "held_out_loss": 3.1, "scores": scores})
+    return {
+        "command": "python benchmarks/long_context.py",
+        "hardware": "a machine",
+        "versions": {},
+        "sizes": {},
+        "entries": entries,
+    }
+
+
+def recall():
+    """As ``engram recall`` writes it: one model, with its memory and without."""
+    return {
+        name: {"scores": [score("multi_query", exact)], "examples": 64, "seed": 0, "split": "test", "provenance": {}}
+        for name, exact in (("without memory", 100), ("with memory", 200))
+    }
+
+
+def throughput():
+    """As ``benchmarks/throughput.py`` writes it."""
+
+    def spread(median):
+        return {"median": median, "min": 0.9 * median, "max": 1.1 * median, "rounds": 25}
+
+    entries = [
+        {
+            "backbone": "llama",
+            "optimizer": optimizer,
+            "table_rows": 100_238,
+            "tokens_per_step": 2048,
+            "seconds": {"without": spread(0.5), "with": spread(0.52)},
+            "throughput_with_as_share_of_without": spread(0.96),
+        }
+        for optimizer in ("adamw", "muon")
+    ]
+    told = {"command": "python benchmarks/throughput.py", "hardware": "a machine, 2 cores", "versions": {"torch": "2"}}
+    return {**told, "threads": 2, "rounds": 25, "entries": entries}

@@ -1,0 +1,179 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from engram.errors import DataError
+from engram.experiments.claims import judge
+from engram.experiments.paper import PAPER
+from engram.plots import Report, ResultFile, draw_result, group_results, plot_sweep, read_result, render_page
+from engram.plots.markdown import interval, literal_text, table
+from tests.plots import made_up
+
+SMALL = {"seeds": (0, 1), "budgets": ("small",)}
+HEADINGS = [
+    "Experts or memory",
+    "Size of the tables",
+    "Ablations",
+    "Beside a dense model",
+    "Looks inside",
+    "Long context",
+    "Throughput",
+]
+
+
+def report(results):
+    """From results by name, without pictures."""
+    files = [ResultFile(name, result["question"], result) for name, result in results.items()]
+    return Report(files, {}, judge(group_results(files)), PAPER)
+
+
+def section(text, heading):
+    return text.split(f"## {heading}\n")[1].split("\n## ")[0]
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and gathers what the page asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.sources, self.counts = [], [], {}
+
+    def handle_starttag(self, tag, attributes):
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.sources += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
+        if tag not in ("meta", "img", "br", "hr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("meta", "img", "br", "hr"):
+            assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("question", ["allocation", "slots", "ablation", "comparison"])
+def test_pictures_of_sweeps(question, tmp_path):
+    result = getattr(made_up, question)((0, 1))
+    pictures = plot_sweep(result, tmp_path, "s", PAPER)
+    assert all(picture.path.stat().st_size > 5000 and picture.caption for picture in pictures)
+    names = [picture.path.name for picture in pictures]
+    assert names[0] == "s.png"
+    assert names[-1] == "s_curves.png"
+    assert {"allocation": "s_gain.png", "ablation": "s_layers.png"}.get(question, "s.png") in names
+
+
+def test_pictures_of_one_seed_and_of_little(tmp_path):
+    assert (
+        len(plot_sweep(made_up.allocation((0,), shares=(0.8, 0.6)), tmp_path, "few", PAPER)) == 2
+    )  # no experts alone: no gain
+    assert len(plot_sweep(made_up.slots((0,)), tmp_path, "one")) == 2  # nothing of the paper beside it
+    assert len(plot_sweep(made_up.ablation((0,), {"no conv": {}}), tmp_path, "arm", PAPER)) == 1  # curves: no reference
+    assert plot_sweep(made_up.sweep("slots", {"rows": {"none": {}}}, []), tmp_path, "none", PAPER) == []
+
+
+def test_report_of_everything_is_one_page(tmp_path):
+    results = {name: getattr(made_up, name) for name in ("allocation", "ablation", "long_context", "throughput")}
+    files = []
+    for name, make in results.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(make(**SMALL) if name == "allocation" else make()))
+        files.append(read_result(tmp_path / f"{name}.json"))
+    pictures = {file.name: draw_result(file, tmp_path / "pictures", PAPER) for file in files}
+    page = render_page(Report(files, pictures, judge(group_results(files)), PAPER).markdown)
+    parsed = Page()
+    parsed.feed(page)
+    assert not parsed.open
+    assert len(parsed.sources) == sum(map(len, pictures.values())) == 8
+    assert all(source.startswith("data:image/png;base64,iVBOR") for source in parsed.sources)
+    assert "http" not in re.sub(r'"data:image[^"]*"', "", page)
+    assert "url(" not in page
+    assert "<script" not in page
+    assert 'name="viewport"' in page
+    assert "prefers-color-scheme:dark" in page
+    assert parsed.counts["table"] >= 7
+    assert "engram\\_equal" not in page  # escapes of Markdown are gone
+
+
+def test_numbers_of_the_report_are_the_results():
+    result = made_up.allocation(**SMALL)
+    text = report({"sweep_allocation": result}).markdown(str)
+    row = next(row for row in result["summary"]["small"]["curve"] if row["label"] == "70%")
+    gain = row["against_experts_alone"]
+    assert f"| {row['loss']['mean']:.4f} [{row['loss']['low']:.4f}, {row['loss']['high']:.4f}] |" in text
+    assert f"{gain['mean']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]" in text
+    assert "| sweep\\_allocation | 16 of 16 | 0, 1 | 4,288,000 | 389,600 | 499,712 | 0.056 |" in text
+    assert "1,000,000 tokens in a vocabulary of 2,048 to train on, by kind: code 90 %, prose 10 %." in text
+    assert "6e20 FLOPs, 9.9B parameters of which 0.99B active" in text
+
+
+def test_what_was_not_measured_is_one_line():
+    text = report({}).markdown(str)
+    assert "**In short:** nothing has been measured yet." in text
+    for heading in HEADINGS:
+        _, line = section(text, heading).strip().split("\n\n")
+        assert re.fullmatch(r"\*Not measured: no result .*\.\*", line), heading
+    assert "## What this scale cannot show" in text
+    assert "**Size.**" not in text  # nothing is said about the size of models that are not there
+
+
+def test_unfinished_failed_and_tuned_sweeps_say_so():
+    tuned = [made_up.entry({"rows": "none"}, 1000, 3.0, learning_rate=rate) for rate in (1e-3, 3e-3)]
+    rates = [{"group": 0, "at": {"rows": "none"}, "learning_rate": 3e-3, "edge": True}]
+    failed = [{"point": "rows=10|seed=2", "digest": "x", "error": "loss is no number"}]
+    more = {"tuning": tuned, "learning_rates": rates, "failures": failed}
+    text = report({"slots": made_up.slots(expected_points=20, **more)}).markdown(str)
+    slots = section(text, "Size of the tables")
+    assert "Not finished: 12 of 20 points; what follows is from these alone." in slots
+    assert "1 run failed:\n\n- rows=10\\|seed=2: loss is no number" in slots
+    assert (
+        "slots: 2 runs of 999,424 tokens in all, 17 % of the tokens of the runs that report, rates 0.001, 0.003, seed 1000."
+        in text
+    )
+    assert "Chosen: none: 0.003 (at the edge of those tried)." in text
+    none = made_up.sweep("slots", {"rows": {"none": {}}}, [], **more)
+    text = report({"slots": none}).markdown(str)
+    assert "Not finished: 0 of 3 points so far (2 runs to choose learning rates)." in text
+    assert "**In short:** nothing has been measured yet." in text
+
+
+def test_one_seed_has_no_interval():
+    text = report({"a": made_up.allocation((0,), budgets=("small",)), "s": made_up.slots((0,))}).markdown(str)
+    assert " (no interval) |" in text
+    assert "| **agrees** |" not in text
+    assert "**Many questions.**" not in text
+
+
+def test_kinds_of_result(tmp_path):
+    file = tmp_path / "x.json"
+
+    def read(data, **options):
+        file.write_text(data if isinstance(data, str) else json.dumps(data))
+        return read_result(file, **options)
+
+    assert read(made_up.slots()).kind == "slots"
+    assert read(made_up.throughput()).kind == "throughput"
+    both = read(made_up.long_context()).data["models"]["engram_equal_loss"]
+    assert (both["held_out_loss"], both["scores"][1]["exact"], both["scores"][1]["answers"]) == (3.1, 405, 512)
+    assert both["scores"][1]["by_seed"] == [200 / 256, 205 / 256]
+    assert 0.74 < both["scores"][1]["low"] < 405 / 512 < both["scores"][1]["high"] < 0.84
+    assert set(read(made_up.recall()).data["models"]) == {"without memory", "with memory"}
+    assert read({"runs": []}, strict=False) is None
+    with pytest.raises(DataError, match="of no kind that can be drawn"):
+        read({"runs": []})
+    with pytest.raises(DataError, match="not JSON"):
+        read("{")
+    with pytest.raises(DataError, match="lacks points, summary"):
+        read({k: v for k, v in made_up.slots().items() if k not in ("points", "summary")})
+    with pytest.raises(DataError, match="No such file"):
+        read_result(tmp_path / "none.json")
+    broken = made_up.slots()
+    del broken["points"][3]["test"]
+    with pytest.raises(DataError, match=r"result x \(slots\) is malformed \(no 'test'\)"):
+        draw_result(read(broken), tmp_path)
+
+
+def test_pieces_of_markdown():
+    assert literal_text("a|b_c\n<d>*") == r"a\|b\_c \<d\>\*"
+    assert interval(None) == "–"
+    assert interval({"mean": 0.5, "low": None, "high": None}, 1, signed=True) == "+0.5 (no interval)"
+    assert interval({"mean": 0.5, "low": 0.25, "high": 0.75}, 0, factor=100) == "50 [25, 75]"
+    assert table(("a", "b"), [("1", "2")], right=(1,)) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"

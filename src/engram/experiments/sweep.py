@@ -155,7 +155,7 @@ class SweepRun:
             self._children.discard(child)
         if code == 0:
             return None
-        error = {"error": f"ended with code {code}; see {folder / 'log.txt'}"}
+        error = {"error": f"ended with code {code}; see {folder.relative_to(self.out) / 'log.txt'} in the run folder"}
         if (folder / _FAILED).is_file():
             error = json.loads((folder / _FAILED).read_text(encoding="utf-8"))
         return {**error, "fatal": True} if code == FATAL else error

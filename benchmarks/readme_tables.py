@@ -378,6 +378,36 @@ def larger_than_memory():
     return table(header, rows) + note + source(result)
 
 
+def allocation():
+    """The first budget of the allocation sweep."""
+    result = load("sweep_allocation")
+    budget, summary = next(iter(result["summary"].items()))
+    rows = []
+    for row in reversed(summary["curve"]):
+        gain = row["against_experts_alone"]
+        rows.append(
+            [
+                f"{100 * row['rho']:.0f} %",
+                row["experts"],
+                f"{row['table_rows']:,}",
+                f"{row['loss']['mean']:.3f} ({row['loss']['min']:.3f}-{row['loss']['max']:.3f})",
+                f"{-gain['mean']:.3f} ({-gain['high']:.3f}-{-gain['low']:.3f})" if gain and gain["low"] is not None else "",
+            ]
+        )
+    first = summary["curve"][-1]
+    tokens = result["points"][0]["tokens"]
+    note = (
+        f"\n\nBudget `{budget}`: {first['total'] / 1e6:.2f} M parameters, {first['active'] / 1e3:.0f} k per token (embeddings left out), "
+        f"{tokens / 1e6:.1f} M tokens, {summary['curve'][0]['loss']['n']} seeds; losses with the range over seeds, gains seed by seed with "
+        "95 % intervals."
+    )
+    return (
+        table(["experts' share of sparse parameters", "experts", "rows", "held-out loss", "gain over experts alone"], rows)
+        + note
+        + source(result)
+    )
+
+
 def base_model():
     result = load("base_model")
     rows = [

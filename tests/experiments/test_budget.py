@@ -93,7 +93,7 @@ BUDGET = {"total": 300_000, "active": 60_000}
 ROOMY = {"hidden_size": 32, "moe_intermediate_size": 8, "intermediate_size": 64, "num_hidden_layers": 3}
 
 
-@pytest.mark.parametrize("rho", [0.4, 0.6, 0.8, 0.9])
+@pytest.mark.parametrize("rho", [0.0, 0.4, 0.6, 0.8, 0.9])
 def test_every_rho_has_the_same_total_active_and_operations(rho):
     base = backbone(**ROOMY)
     pure = allocate(base, engram(), **BUDGET, rho=1.0)
@@ -124,7 +124,7 @@ def test_a_budget_is_met_or_refused(total, active, rho):
     [
         ({}, {"active": 400_000}, "0 < active < total"),
         ({}, {"active": 9_000}, "dense feed-forward takes"),
-        ({}, {"rho": 0.0}, "rho"),
+        ({}, {"rho": -0.1}, "rho"),
         ({}, {"rho": 1.5}, "rho"),
         ({"moe_intermediate_size": 64}, {"total": 250_000, "rho": 1.0}, "One more expert"),
         ({}, {"rho": 0.999}, "left for tables"),

@@ -197,6 +197,21 @@ def test_the_identity_of_a_point_leaves_out_defaults_and_what_has_no_effect():
     assert "use_conv" not in identity  # at its default
 
 
+@pytest.mark.slow
+def test_a_point_that_cannot_be_written_ends_the_sweep(finished, tmp_path):
+    """Whatever the place of the first checkpoint is taken by: the points that follow would meet the same."""
+    out, _, _ = finished
+    shutil.copytree(out / "data", tmp_path / "data")
+    sweep = tiny()
+    first = next(iter(sweep.tuning_points().values()))[0]
+    folder = tmp_path / "tuning" / f"{first.name}-{first.digest[:6]}"
+    folder.mkdir(parents=True)
+    (folder / "checkpoints").write_text("in the way")
+    with pytest.raises(CheckpointError):
+        run_sweep(sweep, RECIPES, tmp_path, show=lambda line: None)
+    assert not list(tmp_path.rglob("result.json"))
+
+
 def test_names_of_points_are_names_of_folders():
     sweep = tiny()
     names = [point.name for points in sweep.tuning_points().values() for point in points]

@@ -55,7 +55,7 @@ def allocate(backbone: BackboneConfig, engram: EngramConfig, total: int, active:
         engram: everything but ``engram_vocab_size``, which is chosen here (the same for all orders); left away at ``rho = 1``.
         total: parameters.
         active: parameters per token.
-        rho: share of ``total - active`` given to experts, above 0 and at most 1.
+        rho: share of ``total - active`` given to experts: 1 for no memory, 0 for no experts but those that every token chooses.
 
     Raises:
         ConfigError: the budget cannot be met within ``TOLERANCE``; the message says what is missing.
@@ -88,8 +88,8 @@ def _check(backbone: BackboneConfig, total: int, active: int, rho: float) -> Non
         )
     if not 0 < active < total:
         raise ConfigError(f"budget: got total {total:,} and active {active:,}, expected 0 < active < total.")
-    if not 0 < rho <= 1:
-        raise ConfigError(f"budget: got rho {rho!r}, expected a number above 0 and at most 1.")
+    if not 0 <= rho <= 1:
+        raise ConfigError(f"budget: got rho {rho!r}, expected a number from 0 (no idle experts) to 1 (no memory).")
 
 
 def _fit_width(backbone: BackboneConfig, memory: EngramConfig | None, active: int) -> BackboneConfig:

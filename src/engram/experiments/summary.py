@@ -10,6 +10,8 @@ from engram.experiments.statistics import bootstrap, fit_line, fit_parabola, mea
 
 __all__ = ["summarise"]
 
+_SIZES = ("total", "active", "experts", "dense_width", "table_rows", "rows_per_head", "flops_per_token")
+
 Entries = Sequence[Mapping[str, Any]]
 
 
@@ -63,7 +65,7 @@ def _curve(entries: Entries) -> dict[str, Any]:
                 "label": label,
                 "rho": counts["rho"],
                 "loss": mean_interval([_loss(e) for e in group]),
-                **{k: counts[k] for k in ("total", "active", "experts", "dense_width", "rows_per_head", "flops_per_token")},
+                **{k: counts[k] for k in _SIZES},
             }
         )
     rows.sort(key=lambda row: row["rho"])

@@ -22,6 +22,7 @@ from engram.experiments.data import prepare_data
 from engram.experiments.point import RESULT
 from engram.experiments.summary import summarise
 from engram.experiments.sweep_recipe import Point, SweepRecipe
+from engram.experiments.worker import FATAL
 
 __all__ = ["SweepRun", "run_sweep"]
 
@@ -148,13 +149,16 @@ class SweepRun:
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
             )
             self._children.add(child)
+            if self._stopping.is_set():
+                child.send_signal(signal.SIGINT)
             code = child.wait()
             self._children.discard(child)
         if code == 0:
             return None
+        error = {"error": f"ended with code {code}; see {folder / 'log.txt'}"}
         if (folder / _FAILED).is_file():
-            return json.loads((folder / _FAILED).read_text(encoding="utf-8"))
-        return {"error": f"ended with code {code}; see {folder / 'log.txt'}"}
+            error = json.loads((folder / _FAILED).read_text(encoding="utf-8"))
+        return {**error, "fatal": True} if code == FATAL else error
 
     def _stop(self, waiting: Mapping[Future, Point]) -> None:
         """Let running points save a checkpoint and end."""
@@ -200,7 +204,9 @@ class SweepRun:
             "data": {"fingerprint": store.description["fingerprint"], "counts": store.counts},
             "expected_points": len(list(self.recipe.combinations())) * len(self.recipe.seeds),
             "learning_rates": learning_rates,
-            "tuning": list(tuning.values()),
+            "tuning": sorted(
+                tuning.values(), key=lambda entry: (list(entry["labels"].values()), entry["learning_rate"], entry["seed"])
+            ),
             "points": entries,
             "failures": self.failures,
             "summary": summarise(self.recipe.question, entries),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 from engram.checkpoint import write_json_atomically
 from engram.errors import EngramError
 
-__all__ = ["main"]
+__all__ = ["FATAL", "main"]
+
+FATAL = 3
+"""Exit code for an error that would meet the other points as well."""
 
 
 def main(folder: Path) -> int:
@@ -25,12 +30,16 @@ def main(folder: Path) -> int:
     torch.set_num_threads(task["threads"])
     try:
         recipe = build_fields(PointRecipe, task["recipe"], "task")
-        run_point(recipe, load_data(recipe.data, Path(task["data"])), folder)
+        with FileLock(
+            folder / ".lock"
+        ):  # a sweep that was killed may have left its worker running: then its result is waited for
+            run_point(recipe, load_data(recipe.data, Path(task["data"])), folder)
     except (EngramError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         print(f"engram: {error}", file=sys.stderr)
-        write_json_atomically(folder / "failed.json", {"error": str(error), "fatal": full})
-        return 1
+        with contextlib.suppress(OSError):
+            write_json_atomically(folder / "failed.json", {"error": str(error)})
+        # What cannot be written here (CheckpointError is an OSError) cannot be written by the points that follow.
+        return FATAL if isinstance(error, OSError) else 1
     except KeyboardInterrupt as stopped:
         print(f"engram: {stopped}", file=sys.stderr)
         return 130

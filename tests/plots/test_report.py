@@ -8,7 +8,7 @@ from engram.errors import DataError
 from engram.experiments.claims import judge
 from engram.experiments.paper import PAPER
 from engram.plots import Report, ResultFile, draw_result, group_results, plot_sweep, read_result, render_page
-from engram.plots.markdown import interval, literal_text, table
+from engram.plots.markdown import interval, literal_text, span, table
 from tests.plots import made_up
 
 SMALL = {"seeds": (0, 1), "budgets": ("small",)}
@@ -172,6 +172,7 @@ def test_kinds_of_result(tmp_path):
 
 
 def test_pieces_of_markdown():
+    assert [span([1000, 1000]), span([2.4012, 2.4013]), span([0.5, 2])] == ["1,000", "2.4", "0.5 to 2"]
     assert literal_text("a|b_c\n<d>*") == r"a\|b\_c \<d\>\*"
     assert interval(None) == "–"
     assert interval({"mean": 0.5, "low": None, "high": None}, 1, signed=True) == "+0.5 (no interval)"

@@ -8,7 +8,7 @@ from engram.errors import DataError
 from engram.experiments.claims import judge
 from engram.experiments.paper import PAPER
 from engram.plots import Report, ResultFile, draw_result, group_results, plot_sweep, read_result, render_page
-from engram.plots.markdown import interval, literal_text, table
+from engram.plots.markdown import interval, literal_text, span, table
 from tests.plots import made_up
 
 SMALL = {"seeds": (0, 1), "budgets": ("small",)}
@@ -118,12 +118,12 @@ def test_what_was_not_measured_is_one_line():
 def test_unfinished_failed_and_tuned_sweeps_say_so():
     tuned = [made_up.entry({"rows": "none"}, 1000, 3.0, learning_rate=rate) for rate in (1e-3, 3e-3)]
     rates = [{"group": 0, "at": {"rows": "none"}, "learning_rate": 3e-3, "edge": True}]
-    failed = [{"point": "rows=10|seed=2", "digest": "x", "error": "loss is no number"}]
+    failed = [{"point": "rows=10|seed=2", "digest": "x", "error": "ended with code 1; see /somewhere/deep/log.txt"}]
     more = {"tuning": tuned, "learning_rates": rates, "failures": failed}
     text = report({"slots": made_up.slots(expected_points=20, **more)}).markdown(str)
     slots = section(text, "Size of the tables")
     assert "Not finished: 12 of 20 points; what follows is from these alone." in slots
-    assert "1 run failed:\n\n- rows=10\\|seed=2: loss is no number" in slots
+    assert "1 run failed:\n\n- rows=10\\|seed=2: ended with code 1; see log.txt" in slots
     assert (
         "slots: 2 runs of 999,424 tokens in all, 17 % of the tokens of the runs that report, rates 0.001, 0.003, seed 1000."
         in text
@@ -172,6 +172,7 @@ def test_kinds_of_result(tmp_path):
 
 
 def test_pieces_of_markdown():
+    assert [span([1000, 1000]), span([2.4012, 2.4013]), span([0.5, 2])] == ["1,000", "2.4", "0.5 to 2"]
     assert literal_text("a|b_c\n<d>*") == r"a\|b\_c \<d\>\*"
     assert interval(None) == "–"
     assert interval({"mean": 0.5, "low": None, "high": None}, 1, signed=True) == "+0.5 (no interval)"

@@ -26,6 +26,10 @@ __all__ = [
 ]
 
 
+_ROUNDING = 0.01
+"""Whole experts and primes move a share by less than this from the one that was asked for."""
+
+
 def _sweeps(results: Results, question: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Sweeps that have points, with names that say if they are unfinished."""
     for name, result in results.get(question, {}).items():
@@ -52,18 +56,23 @@ def _budgets(results: Results) -> Iterator[tuple[str, Mapping[str, Any], list[Ma
 
 
 def u_shape(results: Results) -> Iterator[Evidence]:
-    """A parabola that is open upwards and lowest inside the range measured and below 100 %, interval and all."""
-    for where, summary, _ in _budgets(results):
+    """A parabola that is open upwards and lowest below 100 %, and a loss that is seen to rise again at the smallest share.
+
+    The second is asked of the points themselves: a parabola through a curve that flattens out bends upwards too.
+    """
+    for where, summary, points in _budgets(results):
         parabola = summary.get("parabola")
         if parabola is None:
             yield Evidence(CANNOT_TELL, where, note="fewer than four shares")
             continue
         low, high = parabola["curvature_interval"] or (None, None)
-        verdict, note = _judge_parabola(parabola, min(row["rho"] for row in summary["curve"]))
+        verdict, note = _judge_parabola(parabola)
+        if verdict == AGREES:
+            verdict, note = _judge_rise(summary, points)
         yield Evidence(verdict, where, parabola["coefficients"][0], low, high, "nats per unit of rho squared", note)
 
 
-def _judge_parabola(parabola: Mapping[str, Any], smallest: float) -> tuple[str, str]:
+def _judge_parabola(parabola: Mapping[str, Any]) -> tuple[str, str]:
     curvature, lowest = parabola["curvature_interval"], parabola["lowest_interval"]
     if curvature is None:
         return CANNOT_TELL, "one seed: no interval"
@@ -75,31 +84,58 @@ def _judge_parabola(parabola: Mapping[str, Any], smallest: float) -> tuple[str, 
         return CANNOT_TELL, "curved, but the lowest point may be at 100 % or above"
     if lowest[0] >= 1:
         return DISAGREES, "curved, but the lowest point is not below 100 %"
-    if lowest[1] < smallest:
-        return DISAGREES, f"the lowest point is below {100 * smallest:.0f} %, the smallest share measured"
-    if lowest[0] < smallest:
-        return CANNOT_TELL, f"the lowest point may be below {100 * smallest:.0f} %, the smallest share measured"
     return AGREES, ""
 
 
+def _judge_rise(summary: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Whether the smallest share is worse than the best one."""
+    smallest, best = summary["curve"][0], summary["best"]
+    share = f"{100 * smallest['rho']:.0f} %, the smallest share measured"
+    if smallest["label"] == best["label"]:
+        return CANNOT_TELL, f"curved, but best at {share}: where the loss rises again was not seen"
+    rise = paired(_at(points, smallest["label"]), _at(points, best["label"]))
+    if rise is None or sign_verdict(rise["low"], rise["high"], 1) != AGREES:
+        return CANNOT_TELL, f"curved, but at {share}, the loss is not clearly above that of the best share"
+    return AGREES, f"at {share}, the loss is {rise['mean']:.4f} [{rise['low']:.4f}, {rise['high']:.4f}] above that of the best"
+
+
+def _at(points: Sequence[Mapping[str, Any]], rho: str) -> list[Mapping[str, Any]]:
+    return [point for point in points if point["labels"]["rho"] == rho]
+
+
 def optimum(results: Results) -> Iterator[Evidence]:
-    """Where the parabola is lowest, against the paper's lowest shares."""
+    """Where the parabola is lowest, against the paper's lowest shares; what it says must be seen in the points too."""
+    for where, summary, points in _budgets(results):
+        parabola = summary.get("parabola") or {}
+        interval = parabola.get("lowest_interval")
+        if interval is None or parabola["lowest"] is None or "best" not in summary:
+            yield Evidence(CANNOT_TELL, where, unit="%", note="no parabola with a lowest point and an interval")
+            continue
+        verdict, note = _judge_optimum(interval, summary, points)
+        yield Evidence(verdict, where, 100 * parabola["lowest"], 100 * interval[0], 100 * interval[1], "%", note)
+
+
+def _judge_optimum(
+    interval: Sequence[float], summary: Mapping[str, Any], points: Sequence[Mapping[str, Any]]
+) -> tuple[str, str]:
     (first, _), last = PAPER["optimum"]["text"], PAPER["optimum"]["plotted"]
     # The paper's own grid tells its lowest shares from no others than these neighbours.
     shares = sorted(next(iter(PAPER["allocation"].values()))["loss"])
     below, above = max(s for s in shares if s < first), min(s for s in shares if s > last)
-    for where, summary, _ in _budgets(results):
-        interval = (summary.get("parabola") or {}).get("lowest_interval")
-        if interval is None:
-            yield Evidence(CANNOT_TELL, where, unit="%", note="no parabola with a lowest point and an interval")
-            continue
-        low, high = interval
-        if high < first or low > last:
-            verdict = DISAGREES
-        else:
-            verdict = AGREES if below <= low and high <= above else CANNOT_TELL
-        value = summary["parabola"]["lowest"]
-        yield Evidence(verdict, where, None if value is None else 100 * value, 100 * low, 100 * high, "%")
+    low, high = interval
+    best = next(row for row in summary["curve"] if row["label"] == summary["best"]["label"])
+    told = f"best share measured: {100 * best['rho']:.0f} %"
+    if first <= high and low <= last:
+        inside = below <= low and high <= above and below <= best["rho"] <= above
+        return (AGREES if inside else CANNOT_TELL), told
+    theirs = [row for row in summary["curve"] if first - _ROUNDING <= row["rho"] <= last + _ROUNDING]
+    for row in theirs:
+        better = paired(_at(points, best["label"]), _at(points, row["label"]))
+        if better is None or sign_verdict(better["low"], better["high"], -1) != AGREES:
+            return CANNOT_TELL, f"{told}, not clearly better than {100 * row['rho']:.0f} %"
+    if not theirs:
+        return CANNOT_TELL, f"{told}; none of the paper's best shares was measured"
+    return DISAGREES, f"{told}, better than all measured between {100 * first:.0f} and {100 * last:.0f} %"
 
 
 def gain(results: Results) -> Iterator[Evidence]:

@@ -38,8 +38,8 @@ def count(number: float) -> str:
 
 def span(values: Sequence[float]) -> str:
     """One number, or the smallest and the largest."""
-    low, high = min(values), max(values)
-    return _short(low) if low == high else f"{_short(low)} to {_short(high)}"
+    low, high = _short(min(values)), _short(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def _short(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,10 @@ def progress(result: Mapping[str, Any]) -> str:
 
 def failures(result: Mapping[str, Any]) -> str:
     """What failed, one line each; empty if nothing did."""
-    lines = [f"- {literal_text(failure['point'])}: {literal_text(failure['error'])}" for failure in result["failures"]]
+    told = [
+        (failure["point"], re.sub(r"(?<!\S)/\S*/", "", failure["error"])) for failure in result["failures"]
+    ]  # no machine's folders
+    lines = [f"- {literal_text(point)}: {literal_text(error)}" for point, error in told]
     return "\n".join([f"{plural(len(lines), 'run')} failed:", "", *lines]) if lines else ""
 
 

@@ -175,8 +175,8 @@ class Report:
         yield (
             f"Each claim of the paper ({self.paper['section']}) is judged by the interval alone. *Agrees*: all of it has the sign that was "
             "claimed. *Disagrees*: all of it has the other. *Cannot tell*: it includes zero, there is none, or what the last but one column "
-            "says stands against it. A U-shape also asks for a lowest point below 100 % and inside the range measured, interval and all; "
-            "the gain of the best share must exceed the spread between seeds."
+            "says stands against it. A U-shape also asks for a lowest point below 100 % and for a loss that is seen to rise again at the "
+            "smallest share; the gain of the best share must exceed the spread between seeds."
         )
         rows = [
             (

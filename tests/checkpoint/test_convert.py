@@ -142,7 +142,7 @@ def test_a_killed_conversion_leaves_no_memory_and_runs_again(tmp_path):
     write_table(tmp_path / "a", 200_000)
     code = _CONVERT + (
         "import time\n"
-        "def show(done, total):\n    print('block', flush=True); time.sleep(0.2)\n"
+        "def show(done, total):\n    print('block', flush=True); time.sleep(60)\n"
         "convert_memory(sys.argv[1], sys.argv[2], 'int8', show)\n"
     )
     for sign, number in ((signal.SIGKILL, 1), (signal.SIGINT, 0)):

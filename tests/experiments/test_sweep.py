@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from engram import CheckpointError, ConfigError, DataError
-from engram.experiments import read_sweep, run_point, run_sweep
+from engram.experiments import read_point, read_sweep, run_point, run_sweep
 from engram.experiments.data import prepare_data
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -38,6 +38,11 @@ def finished(tmp_path_factory):
 def test_every_sweep_recipe_is_read_and_every_point_can_be_built(recipe):
     sweep = read_sweep(recipe)
     assert sweep.points(dict.fromkeys(sweep.tuning_points(), 1e-3))
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("train_*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_one_run_is_read(recipe):
+    assert read_point(recipe).solved().budget is None
 
 
 @pytest.mark.slow

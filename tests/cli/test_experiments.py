@@ -1,0 +1,97 @@
+"""`engram budget`, `engram train` and `engram sweep` as a user meets them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_cli import invoke
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SWEEP, TRAIN = RECIPES / "sweep_tiny.yaml", RECIPES / "train_tiny.yaml"
+
+
+def test_budget_shows_every_share_and_writes_figures(monkeypatch, capsys, tmp_path):
+    options = ("--total", "13.73k", "--active", "5264", "--rho", "1,0.6", "--tokens", "1M", "--recipe", SWEEP)
+    code, out, err = invoke(monkeypatch, capsys, "budget", *options, "--json", tmp_path / "budget.json")
+    assert (code, err) == (0, "")
+    assert "deepseek_v3" in out
+    written = json.loads((tmp_path / "budget.json").read_text())
+    assert [row["asked_rho"] for row in written["allocations"]] == [1.0, 0.6]
+    for row in written["allocations"]:
+        assert f"{row['total']:,}" in out
+        assert row["training_flops"] == 3e6 * row["flops_per_token"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--total", "many", "--active", "1k"), "--total: got 'many'"),
+        (("--total", "1M", "--active", "0"), "--active: got '0'"),
+        (("--total", "1M", "--active", "100k", "--rho", "half"), "--rho: got 'half'"),
+        (("--total", "1k", "--active", "1M"), "0 < active < total"),
+        (("--total", "4.3M", "--active", "10k"), "expected more active parameters"),
+        (("--total", "4.3M", "--active", "390k", "--recipe", "nowhere.yaml"), "nowhere.yaml does not exist"),
+        (("--total", "4.3M", "--active", "390k", "--recipe", RECIPES / "tiny_pretrain.yaml"), "'base' mapping"),
+    ],
+)
+def test_impossible_budgets_are_one_clear_error(monkeypatch, capsys, options, words):
+    code, out, err = invoke(monkeypatch, capsys, "budget", *options)
+    assert code == 2
+    assert out == ""
+    assert words in " ".join(re.sub(r"[│╭╮╰╯─]", " ", err).split())
+    assert "Traceback" not in err
+
+
+def test_a_plan_lists_all_points_and_trains_nothing(monkeypatch, capsys, tmp_path):
+    code, out, err = invoke(monkeypatch, capsys, "sweep", SWEEP, "--out", tmp_path / "run", "--plan")
+    assert (code, err) == (0, "")
+    assert "4 points, and 2 to choose learning rates" in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--set", "tokens"), "expected FIELD=VALUE"),
+        (("--set", "nothing.here=1"), "no mapping 'nothing'"),
+        (("--set", "budget.rho=7"), "rho"),
+    ],
+)
+def test_impossible_changes_are_one_clear_error(monkeypatch, capsys, tmp_path, options, words):
+    code, _, err = invoke(monkeypatch, capsys, "sweep", SWEEP, "--out", tmp_path / "run", *options)
+    assert code == 2
+    assert words in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_is_no_result_is_not_written_over(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "notes.json"
+    file.write_text("my notes")
+    code, _, err = invoke(monkeypatch, capsys, "sweep", SWEEP, "--out", tmp_path / "run", "--json", file)
+    assert code == 2
+    assert "nothing was overwritten" in err
+    assert file.read_text() == "my notes"
+
+
+def test_train_keeps_model_and_memory_and_tells_the_losses(monkeypatch, capsys, tmp_path):
+    run = tmp_path / "run"
+    code, out, _ = invoke(monkeypatch, capsys, "train", TRAIN, "--out", run)
+    assert code == 0
+    result = json.loads((run / "result.json").read_text())
+    assert f"test: {result['held_out']['test']['loss']:.4f} nats per token" in out
+    assert (run / "model" / "config.json").is_file()
+    assert (run / "memory" / "engram.json").is_file()
+    code, again, _ = invoke(monkeypatch, capsys, "train", TRAIN, "--out", run)  # finished: read back
+    assert (code, again) == (0, out)
+
+
+def test_train_refuses_a_folder_of_another_recipe(monkeypatch, capsys, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.json").write_text("{}")
+    code, _, err = invoke(monkeypatch, capsys, "train", TRAIN, "--out", run)
+    assert code == 1
+    assert "another recipe" in err
+    assert "Traceback" not in err

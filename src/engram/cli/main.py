@@ -24,6 +24,7 @@ from engram.cli.knowledge import (
 )
 from engram.cli.place import place_command
 from engram.cli.pretrain import pretrain_command
+from engram.cli.recall import recall_command
 from engram.cli.trace import trace_command
 from engram.errors import ConfigError, DataError, EngramError
 
@@ -47,6 +48,7 @@ app.command("merge")(merge_command)
 app.command("convert")(convert_command)
 app.command("place")(place_command)
 app.command("eval")(eval_command)
+app.command("recall")(recall_command)
 app.command("generate")(generate_command)
 app.command("trace")(trace_command)
 app.command("pretrain")(pretrain_command)

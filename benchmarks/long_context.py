@@ -1,0 +1,195 @@
+"""Recall over long text of a small model trained with and without a memory: same data, several seeds, at equal steps and at equal loss."""
+
+import argparse
+import functools
+import tempfile
+
+import torch
+from common import RESULTS, provenance, write
+from joint_training import held_out_loss
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from engram import EngramConfig, EngramTrainer, EngramTrainingArguments, get_engram_model
+from engram.data.corpus import CorpusRecipe, build_corpus, held_out_standard_library
+from engram.data.long_context_mix import long_context_mix
+from engram.data.packing import pack
+from engram.evaluation import measure_recall, recall_table
+from engram.training.tokenizer import train_tokenizer
+
+RECIPE = CorpusRecipe(standard_library=True, test_percent=0)
+TOKENIZER_SHARE = 4  # every fourth document is enough for a small vocabulary
+KINDS = ("needle", "multi_key", "multi_query", "multi_value", "tracking")
+FULL = {
+    "vocab": 2048,
+    "hidden": 96,
+    "layers": 4,
+    "heads": 4,
+    "steps": 1500,
+    "batch": 8,
+    "length": 256,
+    "share": 0.5,
+    "rows": 25_000,
+    "learning_rate": 4e-3,
+    "warmup": 50,
+    "measure_every": 50,
+    "held_out": 64,
+    "kinds": KINDS,
+    "lengths": (128, 192, 256),
+    "examples": 64,
+}
+QUICK = {
+    **FULL,
+    "vocab": 1024,
+    "hidden": 32,
+    "layers": 3,
+    "steps": 4,
+    "batch": 2,
+    "length": 128,
+    "rows": 500,
+    "warmup": 1,
+    "measure_every": 2,
+    "held_out": 4,
+    "kinds": ("needle", "tracking"),
+    "lengths": (96, 128),
+    "examples": 4,
+}
+NAMES = {
+    "dense": "without memory",
+    "engram_equal_loss": "with memory, equal loss",
+    "engram_equal_steps": "with memory, equal steps",
+}
+
+
+def build(tokenizer, sizes):
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=sizes["hidden"],
+            num_hidden_layers=sizes["layers"],
+            intermediate_size=8 * sizes["hidden"] // 3,
+            num_attention_heads=sizes["heads"],
+            num_key_value_heads=sizes["heads"],
+            max_position_embeddings=max(sizes["length"], *sizes["lengths"]),
+            tie_word_embeddings=True,
+        )
+    )
+
+
+class HeldOut(TrainerCallback):
+    """The held-out loss at intervals and, where a loss is aimed at, the weights that come closest to it."""
+
+    def __init__(self, blocks, every, target=None):
+        self.blocks, self.every, self.target = blocks, every, target
+        self.curve, self.closest, self.weights = [], None, None
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        if state.global_step % self.every and state.global_step < state.max_steps:
+            return
+        loss = held_out_loss(model, self.blocks)
+        model.train()
+        self.curve.append({"step": state.global_step, "loss": loss})
+        if self.target is not None and (
+            self.closest is None or abs(loss - self.target) < abs(self.closest["loss"] - self.target)
+        ):
+            self.closest = self.curve[-1]
+            self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def arguments(folder, sizes, seed):
+    return {
+        "output_dir": folder,
+        "max_steps": sizes["steps"],
+        "per_device_train_batch_size": sizes["batch"],
+        "learning_rate": sizes["learning_rate"],
+        "warmup_steps": sizes["warmup"],
+        # Constant, so that a checkpoint on the way stands where a shorter run would have ended: the one of equal loss is not at a
+        # disadvantage for a learning rate that has not come down yet.
+        "lr_scheduler_type": "constant_with_warmup",
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "save_strategy": "no",
+        "logging_steps": 100,
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": seed,
+    }
+
+
+def trained(memory, seed, tokenizer, train, sizes, watch):
+    set_seed(seed)
+    model = build(tokenizer, sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        options = arguments(folder, sizes, seed)
+        if memory:
+            config = EngramConfig(
+                engram_vocab_size=sizes["rows"],
+                n_embed_per_ngram=sizes["hidden"],
+                n_head_per_ngram=4,
+                layer_ids=[1, 2],
+                pad_id=tokenizer.pad_token_id,
+            )
+            model = get_engram_model(model, config, tokenizer)
+            arguments_ = EngramTrainingArguments(train_backbone=True, **options)
+            EngramTrainer(model, arguments_, train_dataset=train, callbacks=[watch]).train()
+        else:
+            Trainer(model, TrainingArguments(**options), train_dataset=train, callbacks=[watch]).train()
+    return model.eval()
+
+
+def run(seed, tokenizer, documents, held_out, texts, sizes):
+    """The three models of one seed, as entries."""
+    total = round(sizes["steps"] * sizes["batch"] * (1 - sizes["share"])) + sizes["batch"]
+    blocks = pack(documents, tokenizer, sizes["length"], total, seed)
+    train = long_context_mix(blocks, tokenizer, [doc.text for doc in documents], sizes["share"], seed, sizes["kinds"])
+    ask = functools.partial(
+        measure_recall,
+        tokenizer=tokenizer,
+        texts=texts,
+        kinds=sizes["kinds"],
+        lengths=sizes["lengths"],
+        examples=sizes["examples"],
+        seed=seed,
+    )
+
+    def entry(name, model, step, loss):
+        print(f"seed {seed}, {NAMES[name]}: held-out loss {loss:.4f} at step {step}", flush=True)
+        return {"seed": seed, "model": name, "step": step, "held_out_loss": loss, "scores": ask(model).to_dict()["scores"]}
+
+    watch = HeldOut(held_out, sizes["measure_every"])
+    dense = trained(False, seed, tokenizer, train, sizes, watch)
+    target = watch.curve[-1]["loss"]
+    entries = [{**entry("dense", dense, sizes["steps"], target), "curve": watch.curve}]
+    watch = HeldOut(held_out, sizes["measure_every"], target)
+    memory = trained(True, seed, tokenizer, train, sizes, watch)
+    entries.append({**entry("engram_equal_steps", memory, sizes["steps"], watch.curve[-1]["loss"]), "curve": watch.curve})
+    memory.load_state_dict(watch.weights)
+    entries.append(entry("engram_equal_loss", memory, watch.closest["step"], watch.closest["loss"]))
+    return entries
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs")
+    parser.add_argument("--seeds", type=int, default=2, help="seeds 0 to one below this")
+    parser.add_argument("--steps", type=int, default=FULL["steps"])
+    parser.add_argument("--out", default=RESULTS / "long_context.json")
+    args = parser.parse_args()
+    sizes = QUICK if args.quick else {**FULL, "steps": args.steps}
+    seeds = [0] if args.quick else list(range(args.seeds))
+    held_out_documents = held_out_standard_library(RECIPE)
+    documents = held_out_documents if args.quick else build_corpus(RECIPE, RESULTS).train
+    texts = [doc.text for doc in held_out_documents]
+    tokenizer = train_tokenizer((doc.text for doc in documents[::TOKENIZER_SHARE]), sizes["vocab"], 1 << 16)
+    held_out = pack(held_out_documents, tokenizer, sizes["length"], sizes["held_out"], seed=0)
+    entries = []
+    for seed in seeds:
+        entries += run(seed, tokenizer, documents, held_out, texts, sizes)
+        print(recall_table({NAMES[e["model"]]: e for e in sorted(entries[-3:], key=lambda e: list(NAMES).index(e["model"]))}))
+    write(args.out, {**provenance(seeds), "sizes": sizes, "entries": entries})
+
+
+if __name__ == "__main__":
+    main()

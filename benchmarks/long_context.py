@@ -28,6 +28,7 @@ FULL = {
     "batch": 8,
     "length": 256,
     "share": 0.5,
+    "repeats": 0.25,
     "rows": 25_000,
     "learning_rate": 4e-3,
     "warmup": 50,
@@ -36,6 +37,7 @@ FULL = {
     "kinds": KINDS,
     "lengths": (128, 192, 256),
     "examples": 64,
+    "looks": 16,
 }
 QUICK = {
     **FULL,
@@ -52,6 +54,7 @@ QUICK = {
     "kinds": ("needle", "tracking"),
     "lengths": (96, 128),
     "examples": 4,
+    "looks": 2,
 }
 NAMES = {
     "dense": "without memory",
@@ -75,19 +78,20 @@ def build(tokenizer, sizes):
     )
 
 
-class HeldOut(TrainerCallback):
-    """The held-out loss at intervals and, where a loss is aimed at, the weights that come closest to it."""
+class Watch(TrainerCallback):
+    """Held-out loss and recall of a needle at intervals and, where a loss is aimed at, the weights that come closest to it."""
 
-    def __init__(self, blocks, every, target=None):
-        self.blocks, self.every, self.target = blocks, every, target
+    def __init__(self, blocks, every, ask, target=None):
+        self.blocks, self.every, self.ask, self.target = blocks, every, ask, target
         self.curve, self.closest, self.weights = [], None, None
 
     def on_step_end(self, args, state, control, model=None, **_):
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
-        loss = held_out_loss(model, self.blocks)
+        loss, needle = held_out_loss(model, self.blocks), self.ask(model).scores[0]
         model.train()
-        self.curve.append({"step": state.global_step, "loss": loss})
+        self.curve.append({"step": state.global_step, "loss": loss, "needle": needle.share, "log_p": needle.log_probability})
+        print("  " + ", ".join(f"{name} {value:.4g}" for name, value in self.curve[-1].items()), flush=True)
         if self.target is not None and (
             self.closest is None or abs(loss - self.target) < abs(self.closest["loss"] - self.target)
         ):
@@ -143,26 +147,38 @@ def run(seed, tokenizer, documents, held_out, texts, sizes):
     """The three models of one seed, as entries."""
     total = round(sizes["steps"] * sizes["batch"] * (1 - sizes["share"])) + sizes["batch"]
     blocks = pack(documents, tokenizer, sizes["length"], total, seed)
-    train = long_context_mix(blocks, tokenizer, [doc.text for doc in documents], sizes["share"], seed, sizes["kinds"])
-    ask = functools.partial(
-        measure_recall,
-        tokenizer=tokenizer,
-        texts=texts,
-        kinds=sizes["kinds"],
-        lengths=sizes["lengths"],
-        examples=sizes["examples"],
+    train = long_context_mix(
+        blocks,
+        tokenizer,
+        [doc.text for doc in documents],
+        share=sizes["share"],
+        repeats=sizes["repeats"],
         seed=seed,
+        kinds=sizes["kinds"],
     )
+    ask = functools.partial(measure_recall, tokenizer=tokenizer, texts=texts)
+
+    def look(model):
+        return ask(model, kinds=("needle",), lengths=sizes["lengths"][:1], examples=sizes["looks"], seed=1000 + seed)
+
+    def everything(model):
+        return ask(model, kinds=sizes["kinds"], lengths=sizes["lengths"], examples=sizes["examples"], seed=seed)
 
     def entry(name, model, step, loss):
         print(f"seed {seed}, {NAMES[name]}: held-out loss {loss:.4f} at step {step}", flush=True)
-        return {"seed": seed, "model": name, "step": step, "held_out_loss": loss, "scores": ask(model).to_dict()["scores"]}
+        return {
+            "seed": seed,
+            "model": name,
+            "step": step,
+            "held_out_loss": loss,
+            "scores": everything(model).to_dict()["scores"],
+        }
 
-    watch = HeldOut(held_out, sizes["measure_every"])
+    watch = Watch(held_out, sizes["measure_every"], look)
     dense = trained(False, seed, tokenizer, train, sizes, watch)
     target = watch.curve[-1]["loss"]
     entries = [{**entry("dense", dense, sizes["steps"], target), "curve": watch.curve}]
-    watch = HeldOut(held_out, sizes["measure_every"], target)
+    watch = Watch(held_out, sizes["measure_every"], look, target)
     memory = trained(True, seed, tokenizer, train, sizes, watch)
     entries.append({**entry("engram_equal_steps", memory, sizes["steps"], watch.curve[-1]["loss"]), "curve": watch.curve})
     memory.load_state_dict(watch.weights)

@@ -274,7 +274,7 @@ def _check(model: Any, kinds: Sequence[str], lengths: Sequence[int], examples: i
         if value < 1:
             raise ConfigError(f"recall: {name}: got {value}, expected at least 1.")
     config = model.config.get_text_config()
-    limit = next((value for name in _POSITION_LIMITS if isinstance(value := getattr(config, name, None), int)), None)
+    limit = next((found for name in _POSITION_LIMITS if isinstance(found := getattr(config, name, None), int)), None)
     beyond = [length for length in lengths if limit is not None and length > limit]
     if beyond or not lengths:
         got = ", ".join(map(str, beyond)) or "none"

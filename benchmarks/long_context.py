@@ -3,9 +3,10 @@
 import argparse
 import functools
 import tempfile
+from dataclasses import asdict
 
 import torch
-from common import RESULTS, provenance, write
+from common import RESULTS, provenance, spread, write
 from joint_training import held_out_loss
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -13,29 +14,27 @@ from engram import EngramConfig, EngramTrainer, EngramTrainingArguments, get_eng
 from engram.data.corpus import CorpusRecipe, build_corpus, held_out_standard_library
 from engram.data.long_context_mix import long_context_mix
 from engram.data.packing import pack
-from engram.evaluation import measure_recall, recall_table
+from engram.evaluation import ShareResult, measure_recall, recall_table
 from engram.training.tokenizer import train_tokenizer
 
 RECIPE = CorpusRecipe(standard_library=True, test_percent=0)
 TOKENIZER_SHARE = 4  # every fourth document is enough for a small vocabulary
-KINDS = ("needle", "multi_key", "multi_query", "multi_value", "tracking")
 FULL = {
     "vocab": 2048,
-    "hidden": 96,
-    "layers": 4,
-    "heads": 4,
-    "steps": 1500,
+    "hidden": 64,
+    "layers": 3,
+    "heads": 2,
+    "steps": 4000,
     "batch": 8,
     "length": 256,
     "share": 0.5,
-    "repeats": 0.25,
+    "repeats": 0.5,
     "rows": 25_000,
-    "learning_rate": 4e-3,
+    "learning_rate": 6e-3,
     "warmup": 50,
-    "measure_every": 50,
+    "measure_every": 100,
     "held_out": 64,
-    "kinds": KINDS,
-    "lengths": (128, 192, 256),
+    "kinds": ("needle", "multi_key", "multi_query", "multi_value", "tracking"),
     "examples": 64,
     "looks": 16,
 }
@@ -43,16 +42,14 @@ QUICK = {
     **FULL,
     "vocab": 1024,
     "hidden": 32,
-    "layers": 3,
     "steps": 4,
     "batch": 2,
-    "length": 128,
+    "length": 192,
     "rows": 500,
     "warmup": 1,
     "measure_every": 2,
     "held_out": 4,
     "kinds": ("needle", "tracking"),
-    "lengths": (96, 128),
     "examples": 4,
     "looks": 2,
 }
@@ -72,7 +69,7 @@ def build(tokenizer, sizes):
             intermediate_size=8 * sizes["hidden"] // 3,
             num_attention_heads=sizes["heads"],
             num_key_value_heads=sizes["heads"],
-            max_position_embeddings=max(sizes["length"], *sizes["lengths"]),
+            max_position_embeddings=sizes["length"],
             tie_word_embeddings=True,
         )
     )
@@ -186,14 +183,40 @@ def run(seed, tokenizer, documents, held_out, texts, sizes):
     return entries
 
 
+def pooled(entries):
+    """The seeds' answers together, by model, kind and length; the log-probability keeps its spread over seeds."""
+    groups = {}
+    for entry in entries:
+        for score in entry["scores"]:
+            if score["depth"] is None:
+                groups.setdefault((entry["model"], score["kind"], score["length"]), []).append(score)
+    return [
+        {
+            "model": model,
+            "kind": kind,
+            "length": length,
+            **asdict(ShareResult.of(sum(s["exact"] for s in scores), sum(s["answers"] for s in scores))),
+            "log_probability": spread([s["log_probability"] for s in scores]),
+        }
+        for (model, kind, length), scores in groups.items()
+    ]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs")
     parser.add_argument("--seeds", type=int, default=2, help="seeds 0 to one below this")
     parser.add_argument("--steps", type=int, default=FULL["steps"])
     parser.add_argument("--out", default=RESULTS / "long_context.json")
+    parser.add_argument("--hidden", type=int, default=FULL["hidden"])
+    parser.add_argument(
+        "--length", type=int, default=FULL["length"], help="tokens per training block, and of the longest questions"
+    )
+    parser.add_argument("--share", type=float, default=FULL["share"], help="share of recall blocks in training")
     args = parser.parse_args()
-    sizes = QUICK if args.quick else {**FULL, "steps": args.steps}
+    chosen = {name: getattr(args, name) for name in ("steps", "hidden", "length", "share")}
+    sizes = QUICK if args.quick else {**FULL, **chosen, "batch": max(1, FULL["batch"] * FULL["length"] // args.length)}
+    sizes = {**sizes, "lengths": sorted({max(96, sizes["length"] // parts) for parts in (4, 2, 1)})}
     seeds = [0] if args.quick else list(range(args.seeds))
     held_out_documents = held_out_standard_library(RECIPE)
     documents = held_out_documents if args.quick else build_corpus(RECIPE, RESULTS).train
@@ -204,7 +227,7 @@ def main():
     for seed in seeds:
         entries += run(seed, tokenizer, documents, held_out, texts, sizes)
         print(recall_table({NAMES[e["model"]]: e for e in sorted(entries[-3:], key=lambda e: list(NAMES).index(e["model"]))}))
-    write(args.out, {**provenance(seeds), "sizes": sizes, "entries": entries})
+    write(args.out, {**provenance(seeds), "sizes": sizes, "pooled": pooled(entries), "entries": entries})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ def test_recall_with_a_memory_and_without(monkeypatch, capsys, tmp_path):
         ("tracking", 220),
     ]
     assert alone["provenance"]["command"].endswith("--examples 2 --seed 0")
-    code, shown, err = invoke(monkeypatch, capsys, "recall", "--memory", memory, *common)  # the model is the one it was made for
+    code, shown, err = invoke(
+        monkeypatch, capsys, "recall", "--memory", memory, *common
+    )  # the model is the one it was made for
     assert code == 0, err
     both = json.loads(out.read_text())
     assert list(both) == ["without memory", "with memory"]

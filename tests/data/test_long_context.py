@@ -1,11 +1,14 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
 from engram import DataError
 from engram.data.corpus import Document
-from engram.data.long_context import RECALL_TASKS, Distraction, RecallTask, RecallWords, make_example
+from engram.data.long_context import RECALL_TASKS, RecallTask, make_example
 from engram.data.long_context_mix import long_context_mix
+from engram.data.long_context_words import Distraction, RecallWords
 from engram.data.packing import pack
 from engram.errors import ConfigError
 from engram.models.bundled import load_tokenizer
@@ -184,12 +187,31 @@ def test_repeated_stretches_say_everything_twice(tokenizer):
     allowed |= {i for digit in "0123456789" for i in tokenizer(digit, add_special_tokens=False)["input_ids"]}
     whole = 0
     for i in (0, 2, 3):
-        stretches = "".join(f" {i}" for i in mix[i]["input_ids"].tolist()).split(f" {tokenizer.bos_token_id} ")
-        for stretch in (text.split() for text in stretches[:-1]):  # the last one may be cut
-            assert stretch[: len(stretch) // 2] == stretch[len(stretch) // 2 :]
-            assert {int(i) for i in stretch} <= allowed
-            whole += len(stretch) > 0
+        ids, labels = mix[i]["input_ids"].tolist(), mix[i]["labels"].tolist()
+        starts = [n for n, token in enumerate(ids) if token == tokenizer.bos_token_id]
+        for first, end in pairwise(starts):  # the last stretch may be cut
+            half = (end - first - 1) // 2
+            assert ids[first + 1 : first + 1 + half] == ids[first + 1 + half : end]
+            assert set(ids[first + 1 : end]) <= allowed
+            assert labels[first:end] == [-100] * (half + 2) + ids[first + 2 + half : end]
+            whole += 1
     assert whole > 0
+
+
+def test_labels_of_recall_blocks_are_the_answers(tokenizer):
+    """Written out, what counts is numbers; other text stands at the end of a block only, where no question fits any more."""
+    mix = long_context_mix(blocks(tokenizer, 256, 2), tokenizer, TEXTS, share=0.8, repeats=0, seed=0)
+    for i in (0, 2, 3):
+        ids, labels = mix[i]["input_ids"], mix[i]["labels"]
+        assert torch.equal(labels[labels != -100], ids[labels != -100])
+        end = int((ids == tokenizer.bos_token_id).nonzero()[-1])
+        said = tokenizer.decode(labels[:end][labels[:end] != -100])
+        assert set(said) <= set("0123456789, ")
+        assert said.replace(",", "").replace(" ", "") == "".join(
+            line.partition(" = ")[2].removesuffix(".").replace(", ", "")
+            for line in tokenizer.decode(ids[:end]).splitlines()
+            if line.startswith("recall: ")
+        )
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from engram import DataError
-from engram.data.long_context import Distraction, RecallTask, RecallWords, make_example
+from engram.data.long_context import RecallTask, make_example
+from engram.data.long_context_words import Distraction, RecallWords
 from engram.errors import ConfigError
 from engram.evaluation import RecallAnswer, RecallScore, ask, measure_recall, recall_table, score_recall, wilson_interval
 from engram.testing.tiny import tiny_memory, tiny_model, tiny_tokenizer

@@ -13,18 +13,16 @@ training (``RecallWords``).
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from engram.data.long_context_words import Distraction, RecallWords
 from engram.errors import ConfigError, DataError
 
-__all__ = ["RECALL_TASKS", "Distraction", "RecallExample", "RecallTask", "RecallWords", "make_example"]
+__all__ = ["RECALL_TASKS", "RecallExample", "RecallTask", "encode_example", "make_example"]
 
 RECALL_TASKS: dict[str, str] = {
     "needle": "one note, asked for once",
@@ -35,13 +33,8 @@ RECALL_TASKS: dict[str, str] = {
 }
 """The kinds of question."""
 
-_TEST_PERCENT = 30
-_ENOUGH_NAMES = 200
-_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _FITTING_ROUNDS = 8
 _IS = " = "
-
-Split = Literal["train", "test"]
 
 
 @dataclass(frozen=True)
@@ -107,79 +100,6 @@ class RecallExample:
         return tuple(self.text[first:end] for first, end in self.answers)
 
 
-class RecallWords:
-    """Names and numbers of one side of the split.
-
-    Names are the lower-case words that the tokenizer writes as one token, because a small model that has to put names together from
-    pieces fails at that before it comes to recall; where it has too few of them, invented ones. Which side a name or number is on is
-    decided by a hash of it.
-
-    Args:
-        tokenizer: whose vocabulary names are taken from.
-        split: ``train`` or ``test``.
-        digits: digits per number.
-    """
-
-    def __init__(self, tokenizer: Any, split: Split, digits: int = 3) -> None:
-        if split not in ("train", "test"):
-            raise ConfigError(f"RecallWords.split: got {split!r}, expected 'train' or 'test'.")
-        if not 1 <= digits <= 6:
-            raise ConfigError(f"RecallWords.digits: got {digits}, expected 1..6.")
-        names = _known_names(tokenizer)
-        if len(names) < _ENOUGH_NAMES:
-            names = ["".join(parts) for parts in product(_CONSONANTS, _VOWELS, _CONSONANTS, _VOWELS)]
-        self.split = split
-        self.names = [name for name in names if _side(name) == split]
-        numbers = (str(number) for number in range(10 ** (digits - 1), 10**digits))
-        self.numbers = [number for number in numbers if _side(number) == split]
-
-    def draw_names(self, rng: np.random.Generator, count: int) -> list[str]:
-        """Different names.
-
-        Raises:
-            DataError: there are not so many.
-        """
-        return _draw(rng, self.names, count, "names")
-
-    def draw_numbers(self, rng: np.random.Generator, count: int) -> list[str]:
-        """Different numbers, as texts.
-
-        Raises:
-            DataError: there are not so many.
-        """
-        return _draw(rng, self.numbers, count, "numbers")
-
-
-class Distraction:
-    """Text that has nothing to do with the questions, as one stream of token ids.
-
-    Args:
-        tokenizer: what tokens are counted with.
-        texts: where it is taken from.
-
-    Raises:
-        DataError: there is no text.
-    """
-
-    def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
-        self.tokenizer = tokenizer
-        rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        self.ids = [i for row in rows for i in row]
-        if not self.ids:
-            raise DataError("distraction: got no text; give some texts to hide notes in.")
-
-    def stretch(self, rng: np.random.Generator, tokens: int) -> list[int]:
-        """So many tokens from a random place.
-
-        Raises:
-            DataError: there are not so many.
-        """
-        if tokens > len(self.ids):
-            raise DataError(f"distraction: got {len(self.ids)} tokens of text, expected at least {tokens}; give more text.")
-        start = int(rng.integers(len(self.ids) - tokens + 1))
-        return self.ids[start : start + tokens]
-
-
 @dataclass(frozen=True)
 class _Plan:
     """Lines to hide, with the depth of each, and what is asked: a name, its answer and the depth of what answers it."""
@@ -216,6 +136,23 @@ def make_example(task: RecallTask, words: RecallWords, distraction: Distraction,
             break
         filler = filler[: max(0, len(filler) - excess)]
     return RecallExample(task.kind, task.length, text, tuple(spans), tuple(depth for _, _, depth in plan.questions))
+
+
+def encode_example(tokenizer: Any, example: RecallExample) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of the text, and per answer the first of its tokens and one past the last.
+
+    Raises:
+        DataError: the tokenizer does not know where in a text its tokens stand.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError("recall: the tokenizer does not know where in a text its tokens stand; load its fast version.")
+    encoded = tokenizer(example.text, return_offsets_mapping=True, verbose=False)
+    offsets = encoded["offset_mapping"]
+    spans = []
+    for first, end in example.answers:
+        own = [i for i, (a, b) in enumerate(offsets) if a < end and b > first]
+        spans.append((own[0], own[-1] + 1))
+    return list(encoded["input_ids"]), spans
 
 
 def _assemble(
@@ -293,21 +230,6 @@ _PLANS: dict[str, Callable[[np.random.Generator, RecallWords, RecallTask], _Plan
 
 def _evenly(count: int) -> list[float]:
     return [(i + 0.5) / count for i in range(count)]
-
-
-def _draw(rng: np.random.Generator, words: list[str], count: int, what: str) -> list[str]:
-    if count > len(words):
-        raise DataError(f"recall: got {len(words)} {what} to draw from, expected at least {count}; ask for fewer notes.")
-    return [words[i] for i in rng.choice(len(words), count, replace=False)]
-
-
-def _known_names(tokenizer: Any) -> list[str]:
-    """Words that are one token with the space before them, as byte-level (``Ġ``) and sentencepiece (``▁``) vocabularies write them."""
-    return sorted(token[1:] for token in tokenizer.get_vocab() if re.fullmatch("[Ġ▁][a-z]{3,8}", token))
-
-
-def _side(word: str) -> str:
-    return "test" if int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big") % 100 < _TEST_PERCENT else "train"
 
 
 def _count(tokenizer: Any, text: str) -> int:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from engram.data.long_context import RECALL_TASKS, Distraction, RecallTask, RecallWords, make_example
+from engram.data.long_context import RECALL_TASKS, RecallTask, encode_example, make_example
+from engram.data.long_context_words import Distraction, RecallWords
 from engram.errors import ConfigError
 
 __all__ = ["RecallMix", "long_context_mix"]
@@ -19,6 +20,7 @@ _SHORTEST = 64  # tokens of a document
 _TOKENS_PER_NOTE = 22  # of a note and its question, about
 _MOST_NOTES = 16
 _SHORTEST_REPEAT = 8
+_IGNORED = -100
 
 
 class RecallMix(Dataset[dict[str, Tensor]]):
@@ -56,6 +58,8 @@ def long_context_mix(
 
     A share of them are not questions but stretches of names and digits drawn by chance and said twice: every token of the second half
     is recall, so that the skill of looking up what followed before (induction) forms sooner than from a few answers per document.
+    Labels of recall blocks are the answers and second halves alone: what was drawn by chance cannot be predicted, and learning to
+    expect certain names and numbers would stand in the way of recalling others.
 
     Args:
         blocks: equally long training blocks with ``input_ids`` and ``labels``, such as a ``PackedDataset``.
@@ -101,27 +105,35 @@ class _BlockMaker:
         self.alphabet = np.array(sorted({i for piece in pieces for i in piece}))
 
     def block(self, number: int) -> dict[str, Tensor]:
-        """Documents one after another, cut at the block's end."""
+        """Documents one after another, cut at the block's end. Labels are -100 where the next token is drawn by chance."""
         rng = np.random.default_rng((self.seed, number))
         repeated = rng.random() < self.repeats
         ids: list[int] = []
+        labels: list[int] = []
         while len(ids) < self.seq_len:
-            ids += self._repeated(rng) if repeated else self._document(rng, self.seq_len - len(ids))
-        block = torch.tensor(ids[: self.seq_len])
-        return {"input_ids": block, "labels": block.clone()}
+            more, known = self._repeated(rng) if repeated else self._document(rng, self.seq_len - len(ids))
+            ids += more
+            labels += [i if is_known else _IGNORED for i, is_known in zip(more, known)]
+        return {"input_ids": torch.tensor(ids[: self.seq_len]), "labels": torch.tensor(labels[: self.seq_len])}
 
-    def _document(self, rng: np.random.Generator, room: int) -> list[int]:
-        """A question that fits; plain text where none does."""
+    def _document(self, rng: np.random.Generator, room: int) -> tuple[list[int], list[bool]]:
+        """A question that fits, and which of its tokens are answers; plain text where none does."""
         if room < _SHORTEST:
-            return self.distraction.stretch(rng, room)
+            return self.distraction.stretch(rng, room), [True] * room
         task = _task(rng, self.kinds[int(rng.integers(len(self.kinds)))], _between(rng, _SHORTEST, room))
         example = make_example(task, self.words, self.distraction, int(rng.integers(1 << 62)))
-        return list(self.tokenizer(example.text, verbose=False)["input_ids"])
+        ids, spans = encode_example(self.tokenizer, example)
+        answers = {i for first, end in spans for i in range(first, end)}
+        return ids, [i in answers for i in range(len(ids))]
 
-    def _repeated(self, rng: np.random.Generator) -> list[int]:
-        start = self.tokenizer.bos_token_id
-        stretch = rng.choice(self.alphabet, _between(rng, _SHORTEST_REPEAT, self.seq_len // 2)).tolist()
-        return ([] if start is None else [start]) + stretch * 2
+    def _repeated(self, rng: np.random.Generator) -> tuple[list[int], list[bool]]:
+        """A stretch said twice, and which of its tokens follow from what was said (all of the second time but the first one)."""
+        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        few = rng.choice(self.alphabet, _between(rng, _SHORTEST_REPEAT, len(self.alphabet)), replace=False)
+        stretch = rng.choice(few, _between(rng, _SHORTEST_REPEAT, self.seq_len // 2)).tolist()
+        unknown = len(start) + len(stretch) + 1
+        ids = start + stretch * 2
+        return ids, [i >= unknown for i in range(len(ids))]
 
 
 def _task(rng: np.random.Generator, kind: str, length: int) -> RecallTask:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram.data.long_context import RECALL_TASKS, Distraction, RecallExample, RecallTask, RecallWords, Split, make_example
-from engram.errors import ConfigError, DataError
+from engram.data.long_context import RECALL_TASKS, RecallExample, RecallTask, encode_example, make_example
+from engram.data.long_context_words import Distraction, RecallWords, Split
+from engram.errors import ConfigError
 from engram.evaluation.answers import wilson_interval
 from engram.models import EngramModel
 
@@ -194,7 +195,7 @@ def score_recall(
     answers: list[RecallAnswer] = []
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
-        rows = [_encode(tokenizer, example) for example in batch]
+        rows = [encode_example(tokenizer, example) for example in batch]
         longest = max(len(ids) for ids, _ in rows)
         tail = max(len(ids) - spans[0][0] for ids, spans in rows) + 1  # from the token that predicts the first answer's first
         ids = torch.tensor([[pad or 0] * (longest - len(ids)) + ids for ids, _ in rows], device=device)
@@ -243,19 +244,6 @@ def _answer(example: RecallExample, depth: float, expected: str, logits: Tensor,
         log_probability=float(likely.mean()),
         rank=float(1 + (logits > right).sum(-1).float().mean()),
     )
-
-
-def _encode(tokenizer: Any, example: RecallExample) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of the text, and per answer the first of its tokens and one past the last."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise DataError("recall: the tokenizer does not know where in a text its tokens stand; load its fast version.")
-    encoded = tokenizer(example.text, return_offsets_mapping=True, verbose=False)
-    offsets = encoded["offset_mapping"]
-    spans = []
-    for first, end in example.answers:
-        own = [i for i, (a, b) in enumerate(offsets) if a < end and b > first]
-        spans.append((own[0], own[-1] + 1))
-    return list(encoded["input_ids"]), spans
 
 
 def _scores(answers: list[RecallAnswer]) -> Iterator[RecallScore]:

@@ -24,7 +24,7 @@ FULL = {
     "hidden": 64,
     "layers": 3,
     "heads": 2,
-    "steps": 4000,
+    "steps": 3600,
     "batch": 8,
     "length": 256,
     "share": 0.5,

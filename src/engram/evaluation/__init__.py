@@ -3,6 +3,7 @@
 from engram.evaluation.answers import Answer, CategoryScore, ask, check_facts, score_by_category, wilson_interval
 from engram.evaluation.bits_per_byte import bits_per_byte
 from engram.evaluation.drift import Drift, measure_drift
+from engram.evaluation.long_context import RecallAnswer, RecallResult, RecallScore, measure_recall, recall_table, score_recall
 from engram.evaluation.result import EvalResult, FactResult, ShareResult, evaluate_memory, markdown_table
 from engram.evaluation.trace import Trace, trace_text
 
@@ -12,6 +13,9 @@ __all__ = [
     "Drift",
     "EvalResult",
     "FactResult",
+    "RecallAnswer",
+    "RecallResult",
+    "RecallScore",
     "ShareResult",
     "Trace",
     "ask",
@@ -20,7 +24,10 @@ __all__ = [
     "evaluate_memory",
     "markdown_table",
     "measure_drift",
+    "measure_recall",
+    "recall_table",
     "score_by_category",
+    "score_recall",
     "trace_text",
     "wilson_interval",
 ]

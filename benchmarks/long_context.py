@@ -1,0 +1,234 @@
+"""Recall over long text of a small model trained with and without a memory: same data, several seeds, at equal steps and at equal loss."""
+
+import argparse
+import functools
+import tempfile
+from dataclasses import asdict
+
+import torch
+from common import RESULTS, provenance, spread, write
+from joint_training import held_out_loss
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from engram import EngramConfig, EngramTrainer, EngramTrainingArguments, get_engram_model
+from engram.data.corpus import CorpusRecipe, build_corpus, held_out_standard_library
+from engram.data.long_context_mix import long_context_mix
+from engram.data.packing import pack
+from engram.evaluation import ShareResult, measure_recall, recall_table
+from engram.training.tokenizer import train_tokenizer
+
+RECIPE = CorpusRecipe(standard_library=True, test_percent=0)
+TOKENIZER_SHARE = 4  # every fourth document is enough for a small vocabulary
+FULL = {
+    "vocab": 2048,
+    "hidden": 64,
+    "layers": 3,
+    "heads": 2,
+    "steps": 3600,
+    "batch": 8,
+    "length": 256,
+    "share": 0.5,
+    "repeats": 0.5,
+    "rows": 25_000,
+    "learning_rate": 6e-3,
+    "warmup": 50,
+    "measure_every": 100,
+    "held_out": 64,
+    "kinds": ("needle", "multi_key", "multi_query", "multi_value", "tracking"),
+    "examples": 64,
+    "looks": 16,
+}
+QUICK = {
+    **FULL,
+    "vocab": 1024,
+    "hidden": 32,
+    "steps": 4,
+    "batch": 2,
+    "length": 192,
+    "rows": 500,
+    "warmup": 1,
+    "measure_every": 2,
+    "held_out": 4,
+    "kinds": ("needle", "tracking"),
+    "examples": 4,
+    "looks": 2,
+}
+NAMES = {
+    "dense": "without memory",
+    "engram_equal_loss": "with memory, equal loss",
+    "engram_equal_steps": "with memory, equal steps",
+}
+
+
+def build(tokenizer, sizes):
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=sizes["hidden"],
+            num_hidden_layers=sizes["layers"],
+            intermediate_size=8 * sizes["hidden"] // 3,
+            num_attention_heads=sizes["heads"],
+            num_key_value_heads=sizes["heads"],
+            max_position_embeddings=sizes["length"],
+            tie_word_embeddings=True,
+        )
+    )
+
+
+class Watch(TrainerCallback):
+    """Held-out loss and recall of a needle at intervals and, where a loss is aimed at, the weights that come closest to it."""
+
+    def __init__(self, blocks, every, ask, target=None):
+        self.blocks, self.every, self.ask, self.target = blocks, every, ask, target
+        self.curve, self.closest, self.weights = [], None, None
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        if state.global_step % self.every and state.global_step < state.max_steps:
+            return
+        loss, needle = held_out_loss(model, self.blocks), self.ask(model).scores[0]
+        model.train()
+        self.curve.append({"step": state.global_step, "loss": loss, "needle": needle.share, "log_p": needle.log_probability})
+        print("  " + ", ".join(f"{name} {value:.4g}" for name, value in self.curve[-1].items()), flush=True)
+        if self.target is not None and (
+            self.closest is None or abs(loss - self.target) < abs(self.closest["loss"] - self.target)
+        ):
+            self.closest = self.curve[-1]
+            self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def arguments(folder, sizes, seed):
+    return {
+        "output_dir": folder,
+        "max_steps": sizes["steps"],
+        "per_device_train_batch_size": sizes["batch"],
+        "learning_rate": sizes["learning_rate"],
+        "warmup_steps": sizes["warmup"],
+        # Constant, so that a checkpoint on the way stands where a shorter run would have ended: the one of equal loss is not at a
+        # disadvantage for a learning rate that has not come down yet.
+        "lr_scheduler_type": "constant_with_warmup",
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "save_strategy": "no",
+        "logging_steps": 100,
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": seed,
+    }
+
+
+def trained(memory, seed, tokenizer, train, sizes, watch):
+    set_seed(seed)
+    model = build(tokenizer, sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        options = arguments(folder, sizes, seed)
+        if memory:
+            config = EngramConfig(
+                engram_vocab_size=sizes["rows"],
+                n_embed_per_ngram=sizes["hidden"],
+                n_head_per_ngram=4,
+                layer_ids=[1, 2],
+                pad_id=tokenizer.pad_token_id,
+            )
+            model = get_engram_model(model, config, tokenizer)
+            arguments_ = EngramTrainingArguments(train_backbone=True, **options)
+            EngramTrainer(model, arguments_, train_dataset=train, callbacks=[watch]).train()
+        else:
+            Trainer(model, TrainingArguments(**options), train_dataset=train, callbacks=[watch]).train()
+    return model.eval()
+
+
+def run(seed, tokenizer, documents, held_out, texts, sizes):
+    """The three models of one seed, as entries."""
+    total = round(sizes["steps"] * sizes["batch"] * (1 - sizes["share"])) + sizes["batch"]
+    blocks = pack(documents, tokenizer, sizes["length"], total, seed)
+    train = long_context_mix(
+        blocks,
+        tokenizer,
+        [doc.text for doc in documents],
+        share=sizes["share"],
+        repeats=sizes["repeats"],
+        seed=seed,
+        kinds=sizes["kinds"],
+    )
+    ask = functools.partial(measure_recall, tokenizer=tokenizer, texts=texts)
+
+    def look(model):
+        return ask(model, kinds=("needle",), lengths=sizes["lengths"][:1], examples=sizes["looks"], seed=1000 + seed)
+
+    def everything(model):
+        return ask(model, kinds=sizes["kinds"], lengths=sizes["lengths"], examples=sizes["examples"], seed=seed)
+
+    def entry(name, model, step, loss):
+        print(f"seed {seed}, {NAMES[name]}: held-out loss {loss:.4f} at step {step}", flush=True)
+        return {
+            "seed": seed,
+            "model": name,
+            "step": step,
+            "held_out_loss": loss,
+            "scores": everything(model).to_dict()["scores"],
+        }
+
+    watch = Watch(held_out, sizes["measure_every"], look)
+    dense = trained(False, seed, tokenizer, train, sizes, watch)
+    target = watch.curve[-1]["loss"]
+    entries = [{**entry("dense", dense, sizes["steps"], target), "curve": watch.curve}]
+    watch = Watch(held_out, sizes["measure_every"], look, target)
+    memory = trained(True, seed, tokenizer, train, sizes, watch)
+    entries.append({**entry("engram_equal_steps", memory, sizes["steps"], watch.curve[-1]["loss"]), "curve": watch.curve})
+    memory.load_state_dict(watch.weights)
+    entries.append(entry("engram_equal_loss", memory, watch.closest["step"], watch.closest["loss"]))
+    return entries
+
+
+def pooled(entries):
+    """The seeds' answers together, by model, kind and length; the log-probability keeps its spread over seeds."""
+    groups = {}
+    for entry in entries:
+        for score in entry["scores"]:
+            if score["depth"] is None:
+                groups.setdefault((entry["model"], score["kind"], score["length"]), []).append(score)
+    return [
+        {
+            "model": model,
+            "kind": kind,
+            "length": length,
+            **asdict(ShareResult.of(sum(s["exact"] for s in scores), sum(s["answers"] for s in scores))),
+            "log_probability": spread([s["log_probability"] for s in scores]),
+        }
+        for (model, kind, length), scores in groups.items()
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs")
+    parser.add_argument("--seeds", type=int, default=2, help="seeds 0 to one below this")
+    parser.add_argument("--steps", type=int, default=FULL["steps"])
+    parser.add_argument("--out", default=RESULTS / "long_context.json")
+    parser.add_argument("--hidden", type=int, default=FULL["hidden"])
+    parser.add_argument(
+        "--length", type=int, default=FULL["length"], help="tokens per training block, and of the longest questions"
+    )
+    parser.add_argument("--share", type=float, default=FULL["share"], help="share of recall blocks in training")
+    args = parser.parse_args()
+    chosen = {name: getattr(args, name) for name in ("steps", "hidden", "length", "share")}
+    sizes = QUICK if args.quick else {**FULL, **chosen, "batch": max(1, FULL["batch"] * FULL["length"] // args.length)}
+    sizes = {**sizes, "lengths": sorted({max(96, sizes["length"] // parts) for parts in (4, 2, 1)})}
+    seeds = [0] if args.quick else list(range(args.seeds))
+    held_out_documents = held_out_standard_library(RECIPE)
+    documents = held_out_documents if args.quick else build_corpus(RECIPE, RESULTS).train
+    texts = [doc.text for doc in held_out_documents]
+    tokenizer = train_tokenizer((doc.text for doc in documents[::TOKENIZER_SHARE]), sizes["vocab"], 1 << 16)
+    held_out = pack(held_out_documents, tokenizer, sizes["length"], sizes["held_out"], seed=0)
+    entries = []
+    for seed in seeds:
+        entries += run(seed, tokenizer, documents, held_out, texts, sizes)
+        print(recall_table({NAMES[e["model"]]: e for e in sorted(entries[-3:], key=lambda e: list(NAMES).index(e["model"]))}))
+    write(args.out, {**provenance(seeds), "sizes": sizes, "pooled": pooled(entries), "entries": entries})
+
+
+if __name__ == "__main__":
+    main()

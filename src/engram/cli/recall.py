@@ -1,0 +1,108 @@
+"""`engram recall`: what a model finds again in long text, with and without a memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engram._version import __version__
+from engram.cli.outputs import check_writable
+
+__all__ = ["recall_command"]
+
+
+def recall_command(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model: a folder, a hub name or 'bundled'. The one the memory was made for, or the bundled one, if not given."
+        ),
+    ] = None,
+    memory: Annotated[Path | None, typer.Option(help="Folder of a memory; the model is measured with it and without.")] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Questions, separated by commas: needle, multi_key, multi_query, multi_value, tracking.")
+    ] = "needle,multi_query,tracking",
+    lengths: Annotated[str, typer.Option(help="Tokens per text, separated by commas.")] = "256,512",
+    examples: Annotated[int, typer.Option(min=1, help="Texts per task and length; depths are spread evenly over them.")] = 64,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Texts to hide notes in (YAML, kind: [texts]); parts of Python's library if not given."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
+    json_out: Annotated[Path | None, typer.Option("--json", help="File for the result.")] = None,
+) -> None:
+    """Hide notes in long text and ask for them: exact answers, and how likely the right ones were."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from engram.checkpoint import write_json_atomically
+    from engram.data.texts import load_texts
+    from engram.evaluation import measure_recall, recall_table
+
+    asked = _names(tasks)
+    tokens = _numbers(lengths)
+    check_writable(json_out)
+    hidden_in = [text for group in load_texts(texts).values() for text in group] if texts is not None else _library_text()
+    subject, tokenizer = _subject(model, memory)
+
+    def measure() -> dict[str, Any]:
+        result = measure_recall(subject, tokenizer, hidden_in, asked, tokens, examples, seed)
+        result.provenance = _provenance(model, memory, tasks, lengths, examples, seed)
+        return result.to_dict()
+
+    results = {}
+    if memory is None:
+        results["model"] = measure()
+    else:
+        with subject.disable_engram():
+            results["without memory"] = measure()
+        results["with memory"] = measure()
+    Console().print(Markdown(recall_table(results)))
+    if json_out is not None:
+        write_json_atomically(json_out, results)
+
+
+def _names(given: str) -> list[str]:
+    return [name.strip() for name in given.split(",") if name.strip()]
+
+
+def _numbers(given: str) -> list[int]:
+    try:
+        return [int(number) for number in _names(given)]
+    except ValueError:
+        raise typer.BadParameter(
+            f"got {given!r}, expected numbers of tokens separated by commas, such as 256,512", param_hint="--lengths"
+        ) from None
+
+
+def _library_text() -> list[str]:
+    from engram.data.corpus import held_out_standard_library
+
+    return [doc.text for doc in held_out_standard_library()]
+
+
+def _subject(model: str | None, memory: Path | None) -> tuple[Any, Any]:
+    from engram.checkpoint import read_description
+    from engram.models import EngramModel, load_model
+
+    if memory is None:
+        return load_model(model or "bundled")
+    name = model or (read_description(memory).get("base_model") or {}).get("name_or_path") or "bundled"
+    base, tokenizer = load_model(name)
+    return EngramModel.from_pretrained(base, memory, tokenizer), tokenizer
+
+
+def _provenance(model: str | None, memory: Path | None, tasks: str, lengths: str, examples: int, seed: int) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    where = f"{f' --model {model}' if model else ''}{f' --memory {memory}' if memory else ''}"
+    return {
+        "command": f"engram recall{where} --tasks {tasks} --lengths {lengths} --examples {examples} --seed {seed}",
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }

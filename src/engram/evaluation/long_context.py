@@ -1,0 +1,269 @@
+"""Recall over long text, measured: exact answers, and how likely the right ones were where none is exact."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram.data.long_context import RECALL_TASKS, RecallExample, RecallTask, encode_example, make_example
+from engram.data.long_context_words import Distraction, RecallWords, Split
+from engram.errors import ConfigError
+from engram.evaluation.answers import wilson_interval
+from engram.models import EngramModel
+
+__all__ = ["RecallAnswer", "RecallResult", "RecallScore", "measure_recall", "recall_table", "score_recall"]
+
+DEPTH_BINS = 4
+"""Depths are reported in so many equal parts of the text."""
+_POSITION_LIMITS = ("max_position_embeddings", "n_positions")
+
+
+@dataclass(frozen=True)
+class RecallAnswer:
+    """What a model makes of one answer, given the text and the right answers before it."""
+
+    kind: str
+    length: int
+    depth: float
+    expected: str
+    exact: bool
+    """Whether every token is the most likely one, so that greedy decoding would say it."""
+    log_probability: float
+    """Mean over the answer's tokens, nats."""
+    rank: float
+    """Mean rank of the answer's tokens among all tokens; 1 is the most likely."""
+
+
+@dataclass(frozen=True)
+class RecallScore:
+    """All answers of one kind and length, at one depth or at all."""
+
+    kind: str
+    length: int
+    depth: tuple[float, float] | None
+    """From and to, as shares of the text; None: all."""
+    answers: int
+    exact: int
+    share: float
+    low: float
+    high: float
+    """Wilson's 95 % interval is ``low`` to ``high``."""
+    log_probability: float
+    """Mean over the answers, nats per token."""
+    log_probability_error: float
+    """Standard error of that mean; 0 where there is one answer only."""
+    rank: float
+    """Mean over the answers."""
+
+    @classmethod
+    def of(cls, answers: Sequence[RecallAnswer], depth: tuple[float, float] | None = None) -> RecallScore:
+        """From answers of one kind and length (at least one)."""
+        exact = sum(answer.exact for answer in answers)
+        low, high = wilson_interval(exact, len(answers))
+        likely = torch.tensor([answer.log_probability for answer in answers], dtype=torch.float64)
+        return cls(
+            kind=answers[0].kind,
+            length=answers[0].length,
+            depth=depth,
+            answers=len(answers),
+            exact=exact,
+            share=exact / len(answers),
+            low=low,
+            high=high,
+            log_probability=float(likely.mean()),
+            log_probability_error=float(likely.std()) / math.sqrt(len(answers)) if len(answers) > 1 else 0.0,
+            rank=sum(answer.rank for answer in answers) / len(answers),
+        )
+
+
+@dataclass
+class RecallResult:
+    """One measurement; ``to_dict`` is JSON-ready."""
+
+    scores: list[RecallScore]
+    """By kind and length: all depths together first, then each depth that was asked."""
+    examples: int
+    """Texts per kind and length."""
+    seed: int
+    split: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain fields."""
+        fields = asdict(self)
+        for score in fields["scores"]:
+            score["depth"] = None if score["depth"] is None else list(score["depth"])
+        return fields
+
+
+def measure_recall(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    kinds: Sequence[str] = ("needle", "multi_query", "tracking"),
+    lengths: Sequence[int] = (256, 512),
+    examples: int = 64,
+    seed: int = 0,
+    split: Split = "test",
+    digits: int = 3,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> RecallResult:
+    """Ask a model for what is noted in long texts; depths are spread evenly over the examples.
+
+    Args:
+        model: a causal language model, with or without a memory.
+        tokenizer: its tokenizer.
+        texts: what notes are hidden in.
+        kinds: some of ``RECALL_TASKS``.
+        lengths: tokens per example.
+        examples: texts per kind and length.
+        seed: of the examples; the same seed gives every model the same ones.
+        split: names and numbers that training uses (``train``) or never uses (``test``).
+        digits: digits per number.
+        batch_size: texts per forward pass.
+        progress: called with the number of texts scored since the last call.
+
+    Raises:
+        ConfigError: a kind is unknown, or a length is beyond the model's positions.
+        DataError: a length is too short for a kind, or there is too little text.
+    """
+    _check(model, kinds, lengths, examples, batch_size)
+    words, distraction = RecallWords(tokenizer, split, digits), Distraction(tokenizer, texts)
+    groups = [
+        [
+            make_example(RecallTask(kind, length, depth=(i + 0.5) / examples), words, distraction, (seed, length, i))
+            for i in range(examples)
+        ]
+        for kind in kinds
+        for length in lengths
+    ]  # all of them before the first forward pass, so that a length without room is an error of the first second
+    scores: list[RecallScore] = []
+    for group in groups:
+        scores += _scores(score_recall(model, tokenizer, group, batch_size, progress))
+    return RecallResult(scores, examples, seed, split)
+
+
+def recall_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Results (``to_dict``) by name as Markdown, one row per kind and length: exact answers and log-probability of each."""
+    names = list(results)
+    lines = [
+        "| task | tokens | answers |" + "".join(f" {name}: exact | 95 % interval | log p per token | rank |" for name in names),
+        "|---|---|---|" + "---|---|---|---|" * len(names),
+    ]
+    for scores in zip(*(result["scores"] for result in results.values())):
+        first = scores[0]
+        if first["depth"] is None:
+            cells = [f"{100 * s['share']:.1f} % | {100 * s['low']:.1f}-{100 * s['high']:.1f} %" for s in scores]
+            cells = [f" {cell} | {s['log_probability']:.2f} | {s['rank']:.1f} |" for cell, s in zip(cells, scores)]
+            lines.append(f"| {first['kind']} | {first['length']} | {first['answers']} |" + "".join(cells))
+    return "\n".join(lines) + "\n"
+
+
+@torch.no_grad()
+def score_recall(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[RecallExample],
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> list[RecallAnswer]:
+    """Score every answer of every example, in order.
+
+    The text before the first answer goes into the KV cache, of which no logits are kept; questions and answers follow in one pass.
+    An answer whose tokens are all the most likely ones is what greedy decoding would say, because up to each of them the model has
+    read the same.
+
+    Args:
+        model: a causal language model, with or without a memory.
+        tokenizer: its tokenizer, of the kind that knows where in the text a token stands.
+        examples: made by ``make_example``.
+        batch_size: texts per forward pass.
+        progress: called with the number of texts scored since the last call.
+
+    Raises:
+        DataError: the tokenizer does not know where tokens stand.
+    """
+    device = model.get_input_embeddings().weight.device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    answers: list[RecallAnswer] = []
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        rows = [encode_example(tokenizer, example) for example in batch]
+        longest = max(len(ids) for ids, _ in rows)
+        tail = max(len(ids) - spans[0][0] for ids, spans in rows) + 1  # from the token that predicts the first answer's first
+        ids = torch.tensor([[pad or 0] * (longest - len(ids)) + ids for ids, _ in rows], device=device)
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in rows], device=device)
+        logits = _tail_logits(model, ids, mask, tail)
+        for row, (example, (own, spans)) in enumerate(zip(batch, rows)):
+            for span, expected, depth in zip(spans, example.expected, example.depths):
+                first = span[0] - len(own) + tail - 1
+                scored = logits[row, first : first + span[1] - span[0]].float()
+                answers.append(_answer(example, depth, expected, scored, torch.tensor(own[span[0] : span[1]], device=device)))
+        if progress is not None:
+            progress(len(batch))
+    return answers
+
+
+def _tail_logits(model: Any, ids: Tensor, mask: Tensor, tail: int) -> Tensor:
+    """Logits ``[B, tail, V]`` at the last positions of left-padded rows ``[B, T]``, the others run before them."""
+    causal = model.base_model if isinstance(model, EngramModel) else model
+    accepted = inspect.signature(causal.forward).parameters
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    split = ids.shape[1] - tail
+
+    def run(first: int, last: int, cache: Any, **options: Any) -> Any:
+        if "position_ids" in accepted:  # left padding must not shift learnt positions
+            options["position_ids"] = positions[:, first:last]
+        return model(
+            input_ids=ids[:, first:last], attention_mask=mask[:, :last], past_key_values=cache, use_cache=True, **options
+        )
+
+    cache = None
+    if split > 0:
+        cache = run(0, split, None, **({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})).past_key_values
+    return run(split, ids.shape[1], cache).logits
+
+
+def _answer(example: RecallExample, depth: float, expected: str, logits: Tensor, ids: Tensor) -> RecallAnswer:
+    """From the logits ``[n, V]`` that predict the answer's tokens ``[n]``."""
+    right = logits.gather(-1, ids[:, None])
+    likely = logits.log_softmax(-1).gather(-1, ids[:, None])
+    return RecallAnswer(
+        kind=example.kind,
+        length=example.length,
+        depth=depth,
+        expected=expected,
+        exact=bool((logits.argmax(-1) == ids).all()),
+        log_probability=float(likely.mean()),
+        rank=float(1 + (logits > right).sum(-1).float().mean()),
+    )
+
+
+def _scores(answers: list[RecallAnswer]) -> Iterator[RecallScore]:
+    yield RecallScore.of(answers)
+    for part in range(DEPTH_BINS):
+        own = [answer for answer in answers if min(int(answer.depth * DEPTH_BINS), DEPTH_BINS - 1) == part]
+        if own:
+            yield RecallScore.of(own, (part / DEPTH_BINS, (part + 1) / DEPTH_BINS))
+
+
+def _check(model: Any, kinds: Sequence[str], lengths: Sequence[int], examples: int, batch_size: int) -> None:
+    unknown = [kind for kind in kinds if kind not in RECALL_TASKS]
+    if unknown or not kinds:
+        raise ConfigError(f"recall: tasks: got {', '.join(unknown) or 'none'}, expected some of {', '.join(RECALL_TASKS)}.")
+    for name, value in (("examples", examples), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"recall: {name}: got {value}, expected at least 1.")
+    config = model.config.get_text_config()
+    limit = next((found for name in _POSITION_LIMITS if isinstance(found := getattr(config, name, None), int)), None)
+    beyond = [length for length in lengths if limit is not None and length > limit]
+    if beyond or not lengths:
+        got = ", ".join(map(str, beyond)) or "none"
+        raise ConfigError(f"recall: lengths: got {got}, expected at most {limit}, the positions of the model.")

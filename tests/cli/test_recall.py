@@ -1,0 +1,38 @@
+import json
+
+import yaml
+
+from engram.models import load_model
+from engram.testing import tiny_memory
+from engram.testing.tiny import tiny_model, tiny_tokenizer
+from tests.cli.test_cli import invoke
+
+
+def test_recall_with_a_memory_and_without(monkeypatch, capsys, tmp_path):
+    model, memory, out = tmp_path / "model", tmp_path / "memory", tmp_path / "new" / "recall.json"
+    tiny_model().save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    attached = tiny_memory(load_model(str(model))[0])
+    attached.save_pretrained(memory)
+    texts = tmp_path / "texts.yaml"
+    texts.write_text(yaml.safe_dump({"prose": ["the memory is addressed by the last tokens.\n" * 40]}))
+    common = ["--texts", texts, "--tasks", "needle, tracking", "--lengths", "180,220", "--examples", 2, "--json", out]
+    code, shown, err = invoke(monkeypatch, capsys, "recall", "--model", model, *common)
+    assert code == 0, err
+    assert "tracking" in shown
+    alone = json.loads(out.read_text())["model"]
+    assert [(s["kind"], s["length"]) for s in alone["scores"] if s["depth"] is None] == [
+        ("needle", 180),
+        ("needle", 220),
+        ("tracking", 180),
+        ("tracking", 220),
+    ]
+    assert alone["provenance"]["command"].endswith("--examples 2 --seed 0")
+    code, shown, err = invoke(
+        monkeypatch, capsys, "recall", "--memory", memory, *common
+    )  # the model is the one it was made for
+    assert code == 0, err
+    both = json.loads(out.read_text())
+    assert list(both) == ["without memory", "with memory"]
+    assert both["without memory"]["scores"] == alone["scores"]
+    assert both["with memory"]["scores"] != alone["scores"]

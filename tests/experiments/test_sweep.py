@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -80,6 +81,20 @@ def test_points_of_a_result_file_are_not_run_again(finished, tmp_path, monkeypat
     monkeypatch.setattr(subprocess, "Popen", None)
     again = run_sweep(tiny(), RECIPES, tmp_path, json.loads(json.dumps(result)), show=lambda line: None)
     assert again["points"] == json.loads(json.dumps(result["points"]))
+
+
+@pytest.mark.slow
+def test_what_is_finished_is_summed_up_while_other_learning_rates_are_undecided(finished, tmp_path):
+    """A second budget whose learning rates nobody has chosen yet does not hide the points of the first."""
+    out, result, _ = finished
+    fields = yaml.safe_load(TINY.read_text())
+    fields["variants"] = {"size": {"first": {}, "second": {"tokens": 2048}}, "rho": fields["variants"]["rho"]}
+    both = dataclasses.replace(tiny(), variants=fields["variants"])
+    shutil.copytree(out / "data", tmp_path / "data")
+    again = run_sweep(both, RECIPES, tmp_path, json.loads(json.dumps(result)), show=lambda line: None, limit=0)
+    assert [entry["digest"] for entry in again["points"]] == [entry["digest"] for entry in result["points"]]
+    assert again["expected_points"] == 8
+    assert [rate["at"]["size"] for rate in again["learning_rates"]] == ["first"]
 
 
 @pytest.mark.slow
@@ -214,7 +229,8 @@ def test_a_point_that_cannot_be_written_ends_the_sweep(finished, tmp_path):
     (folder / "checkpoints").write_text("in the way")
     with pytest.raises(CheckpointError):
         run_sweep(sweep, RECIPES, tmp_path, show=lambda line: None)
-    assert not list(tmp_path.rglob("result.json"))
+    assert not (folder / "result.json").exists()
+    assert not (tmp_path / "points").exists()
 
 
 def test_names_of_points_are_names_of_folders():

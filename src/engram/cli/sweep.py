@@ -29,7 +29,9 @@ def sweep_command(
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="Change a field of the base, e.g. --set tokens=200000; may be repeated.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Start at most so many points of each stage.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=0, help="Start at most so many points of each stage; 0 sums up what there is.")
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="List the points with their sizes and stop.")] = False,
     tuning_only: Annotated[bool, typer.Option("--tuning-only", help="Choose learning rates and stop.")] = False,
 ) -> None:

@@ -66,7 +66,7 @@ class SweepRun:
 
         Args:
             tuning_only: stop when learning rates are chosen.
-            limit: start at most so many points.
+            limit: start at most so many points of each stage; 0 sums up what there is.
 
         Raises:
             CheckpointError: ``out`` or ``known`` hold another sweep, or the disk is full.
@@ -76,13 +76,14 @@ class SweepRun:
         groups = self.recipe.tuning_points()
         tried = [point for points in groups.values() for point in points]
         tuning = self._run_all(tried, limit, lambda done: self._collect(store, done, {}, [], {}))
-        rates = {key: rate for key, points in groups.items() if (rate := _choose(points, tuning)) is not None}
-        undecided = len(tuning) + len(self.failures) < len({p.digest for p in tried})  # cut short by a limit
-        if tuning_only or undecided or len(rates) < len(groups):
+        ended = {*tuning, *(failure["digest"] for failure in self.failures)}
+        decided = {key: points for key, points in groups.items() if ended.issuperset(p.digest for p in points)}
+        rates = {key: rate for key, points in decided.items() if (rate := _choose(points, tuning)) is not None}
+        ready = [p for p in self.recipe.points(rates) if self.recipe.tuning_key(p.labels) in {"", *rates}]
+        if tuning_only or not ready:
             return self._collect(store, tuning, rates, [], {})
-        points = self.recipe.points(rates)
-        done = self._run_all(points, limit, lambda done: self._collect(store, tuning, rates, points, done))
-        return self._collect(store, tuning, rates, points, done)
+        done = self._run_all(ready, limit, lambda done: self._collect(store, tuning, rates, ready, done))
+        return self._collect(store, tuning, rates, ready, done)
 
     def _prepare(self) -> TokenStore:
         first = self.recipe.recipe_of(next(self.recipe.combinations()), self.recipe.seeds[0])
@@ -218,7 +219,7 @@ class SweepRun:
 
 
 def _choose(points: Sequence[Point], results: Mapping[str, Any]) -> float | None:
-    """The learning rate with the lowest mean validation loss; None while one of the runs is missing and none has failed for good."""
+    """The learning rate with the lowest mean validation loss, runs that failed counting as the worst; None if all failed."""
     losses: dict[float, list[float]] = {}
     for point in points:
         entry = results.get(point.digest)

@@ -247,52 +247,55 @@ class Backward {
       : shape_(shape), kept_(kept), to_(gradients), values_(shape), slots_(shape.reach + 1), dim_(shape.dim),
         ring_(shape.task.taps ? shape.task.branches * slots_ * dim_ : 0), scratch_(6 * dim_ + shape.width) {}
 
+  // A position's gradients are complete when those of the last position that reads it are known. Rows are passed in the order of memory.
   void run(int64_t sequence, int64_t first, int64_t end, Sums sums) {
-    const Gated& task = shape_.task;
-    const int64_t last = std::min(end + shape_.reach, task.length) - 1;  // positions after the end send gradients back
+    last_ = std::min(end + shape_.reach, shape_.task.length) - 1;
     values_.start(sequence);
-    for (int64_t at = std::max<int64_t>(0, last - shape_.reach + 1); at <= last; ++at) values_.bring(at);
-    for (int64_t at = last; at >= first; --at) {
-      values_.bring(at - shape_.reach);
-      step(sequence, at, at < end, last, sums);
+    for (int64_t at = std::max<int64_t>(0, first - shape_.reach); at < first; ++at) values_.bring(at);
+    for (int64_t at = first; at < end + shape_.reach; ++at) {
+      if (at <= last_) {
+        values_.bring(at);
+        through_silu(sequence, at);
+      }
+      if (at - shape_.reach >= first) complete(sequence, at - shape_.reach, sums);
     }
   }
 
  private:
-  void step(int64_t sequence, int64_t at, bool inside, int64_t last, Sums sums) {
+  void through_silu(int64_t sequence, int64_t at) {
     const Gated& task = shape_.task;
-    const int64_t position = sequence * task.length + at;
-    float* loaded = scratch_.data();  // gradient, query, gradient of the query, smoothed, sum, key; gradient of projected
-    float* to_projected = nullptr;
-    if (inside) {
-      to_projected = room(to_.projected, position * shape_.width, loaded + 6 * dim_);
-      std::fill(to_projected, to_projected + shape_.width, 0.0f);
-    }
+    if (!task.taps) return;
+    float* sum = scratch_.data() + 4 * dim_;
     for (int64_t m = 0; m < task.branches; ++m) {
-      const float* gradient = load(to_.out, (position * task.branches + m) * dim_, loaded, dim_);
-      if (task.taps) {
-        float* sum = loaded + 4 * dim_;
-        convolve(shape_, kept_, sequence, at, m, values_, sum);
-        silu_backward(gradient, sum, ring(m, at), dim_);
-      }
-      if (inside) one(sequence, at, m, gradient, last, to_projected, sums);
+      const float* gradient = load(to_.out, ((sequence * task.length + at) * task.branches + m) * dim_, scratch_.data(), dim_);
+      convolve(shape_, kept_, sequence, at, m, values_, sum);
+      silu_backward(gradient, sum, ring(m, at), dim_);
     }
-    if (inside) store(to_.projected, position * shape_.width, to_projected, shape_.width);
   }
 
-  void one(int64_t sequence, int64_t at, int64_t m, const float* gradient, int64_t last, float* to_projected, Sums sums) {
+  void complete(int64_t sequence, int64_t at, Sums sums) {
+    const int64_t position = sequence * shape_.task.length + at;
+    float* to_projected = room(to_.projected, position * shape_.width, scratch_.data() + 6 * dim_);
+    std::fill(to_projected, to_projected + shape_.width, 0.0f);
+    for (int64_t m = 0; m < shape_.task.branches; ++m) complete_stream(position, at, m, to_projected, sums);
+    store(to_.projected, position * shape_.width, to_projected, shape_.width);
+  }
+
+  void complete_stream(int64_t position, int64_t at, int64_t m, float* to_projected, Sums sums) {
     const Gated& task = shape_.task;
-    const int64_t position = sequence * task.length + at, row = position * task.branches + m, own = shape_.key_of(m);
+    const int64_t row = position * task.branches + m, own = shape_.key_of(m);
     const Kept& now = kept_[row];
-    const float *value = values_.at(at), mask = shape_.mask(position), opening = now.gate * mask;
-    float *loaded = scratch_.data(), *smoothed = loaded + 3 * dim_, to_opening = sum_of_products(gradient, value, dim_);
-    float pull = 0;
+    float *loaded = scratch_.data(), *smoothed = loaded + 3 * dim_;  // gradient, query, its gradient, smoothed, sum, key; projected
+    const float *value = values_.at(at), *gradient = load(to_.out, row * dim_, loaded, dim_);
+    const float mask = shape_.mask(position), opening = now.gate * mask;
+    float to_opening = sum_of_products(gradient, value, dim_), pull = 0;
     std::fill(smoothed, smoothed + dim_, 0.0f);
     if (task.taps) {
       for (int64_t tap = 0; tap < task.kernel; ++tap) {
         const int64_t later = at + shape_.back(tap);
-        if (later > last) continue;
-        tap_backward(ring(m, later), shape_.tap(m, tap), value, opening * now.conv, smoothed, sums.taps + (m * task.kernel + tap) * dim_, dim_);
+        if (later > last_) continue;
+        tap_backward(ring(m, later), shape_.tap(m, tap), value, opening * now.conv, smoothed,
+                     sums.taps + (m * task.kernel + tap) * dim_, dim_);
       }
       // A norm takes away the part of a gradient that points along its input; of the gate's, all but what epsilon lets through.
       const float along = sum_of_products(smoothed, value, dim_), cubed = now.conv * now.conv * now.conv;
@@ -307,18 +310,19 @@ class Backward {
     const float* key = load(task.projected, position * shape_.width + (1 + own) * dim_, loaded + 5 * dim_, dim_);
     const float* query = load(task.streams, row * dim_, loaded + dim_, dim_);
     float* to_query = room(to_.streams, row * dim_, loaded + 2 * dim_);
-    gate_backward(key, query, shape_.gate_weights.data() + own * dim_, by, to_projected + (1 + own) * dim_, to_query, sums.gate + own * dim_, dim_);
+    gate_backward(key, query, shape_.gate_weights.data() + own * dim_, by, to_projected + (1 + own) * dim_, to_query,
+                  sums.gate + own * dim_, dim_);
     store(to_.streams, row * dim_, to_query, dim_);
   }
 
-  // Gradients of what the convolution gave at the positions just after.
+  // Gradients of the sums over taps at a position and those just after.
   float* ring(int64_t m, int64_t at) { return ring_.data() + (m * slots_ + at % slots_) * dim_; }
 
   const Shape& shape_;
   const Kept* kept_;
   const GatedGradients& to_;
   Values values_;
-  int64_t slots_, dim_;
+  int64_t slots_, dim_, last_ = 0;  // no position after the last sends gradients back
   std::vector<float> ring_, scratch_;
 };
 

@@ -50,7 +50,13 @@ class GatedTask:
     """
 
     def __init__(
-        self, projected: Tensor, streams: Tensor, mask: Tensor | None, norms: Sequence[Tensor], options: GateOptions, taps: Tensor | None
+        self,
+        projected: Tensor,
+        streams: Tensor,
+        mask: Tensor | None,
+        norms: Sequence[Tensor],
+        options: GateOptions,
+        taps: Tensor | None,
     ) -> None:
         batch, length, branches, dim = streams.shape
         keys = projected.shape[-1] // max(dim, 1) - 1
@@ -84,7 +90,9 @@ class GatedTask:
         core().gated_forward(*self._arguments, out.data_ptr(), kept.data_ptr(), torch.get_num_threads())
         return out, kept
 
-    def backward(self, kept: Tensor, to_out: Tensor, for_streams: bool = True) -> tuple[Tensor, Tensor | None, list[Tensor], Tensor | None]:
+    def backward(
+        self, kept: Tensor, to_out: Tensor, for_streams: bool = True
+    ) -> tuple[Tensor, Tensor | None, list[Tensor], Tensor | None]:
         """Gradients of ``projected``, ``streams`` (None if not ``for_streams``), ``norms`` and ``taps``.
 
         Sums over positions do not depend on the number of threads.
@@ -109,8 +117,15 @@ class GatedTask:
         return to_projected, to_streams, to_norms, to_taps
 
 
-def _check(tensor: Tensor, shape: Sequence[int], types: Sequence[torch.dtype] | dict[torch.dtype, int] = (torch.float32,)) -> None:
-    if tensor.shape != torch.Size(shape) or tensor.dtype not in types or tensor.device.type != "cpu" or not tensor.is_contiguous():
+def _check(
+    tensor: Tensor, shape: Sequence[int], types: Sequence[torch.dtype] | dict[torch.dtype, int] = (torch.float32,)
+) -> None:
+    if (
+        tensor.shape != torch.Size(shape)
+        or tensor.dtype not in types
+        or tensor.device.type != "cpu"
+        or not tensor.is_contiguous()
+    ):
         expected = " or ".join(str(kind) for kind in types)
         raise ValueError(
             f"GatedTask: got {tensor.dtype} {list(tensor.shape)} on {tensor.device}, expected contiguous {expected} {list(shape)} on the CPU."

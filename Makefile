@@ -60,4 +60,5 @@ sanitize: $(VENV)/.developer
 		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=src $(abspath $(BIN))/python -m pytest -p no:cacheprovider \
-		tests/native tests/tables tests/hashing tests/layers/test_few_positions.py
+		tests/native tests/tables tests/hashing tests/layers/test_few_positions.py tests/layers/test_whole_sequences.py \
+		tests/ops/test_gated.py

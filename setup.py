@@ -13,10 +13,20 @@ setup(
     ext_modules=[
         Extension(
             "engram.native._core",
-            sources=[f"{SOURCES}/{name}.cpp" for name in ("module", "hash", "gather", "read", "rows")],
+            sources=[f"{SOURCES}/{name}.cpp" for name in ("module", "hash", "gated", "gather", "loops", "read", "rows")],
             depends=[
                 f"{SOURCES}/{name}"
-                for name in ("clones.h", "hash.h", "hash_loops.inc", "gather.h", "parallel.h", "read.h", "rows.h")
+                for name in (
+                    "clones.h",
+                    "gated.h",
+                    "gather.h",
+                    "hash.h",
+                    "hash_loops.inc",
+                    "loops.h",
+                    "parallel.h",
+                    "read.h",
+                    "rows.h",
+                )
             ],
             extra_compile_args=FLAGS,
             extra_link_args=[] if sys.platform == "win32" else ["-pthread"],

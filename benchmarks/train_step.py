@@ -52,7 +52,7 @@ def build_model(rows, sizes):
         engram_vocab_size=rows // (2 * HEADS),
         n_embed_per_ngram=64 * HEADS,
         n_head_per_ngram=HEADS,
-        layer_ids=[1, 2],
+        layer_ids=sizes.get("memory_at", [1, 2]),
         pad_id=0,
         table_init="normal",
     )

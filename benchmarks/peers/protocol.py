@@ -25,7 +25,7 @@ def backbone(sizes):
         LlamaConfig(
             vocab_size=sizes["vocab"],
             hidden_size=sizes["hidden"],
-            num_hidden_layers=4,
+            num_hidden_layers=sizes.get("layers", 4),
             intermediate_size=2 * sizes["hidden"],
             num_attention_heads=4,
             num_key_value_heads=4,

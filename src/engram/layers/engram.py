@@ -18,11 +18,12 @@ from engram.hashing import NgramHashMapping
 from engram.layers.conv import ShortConv
 from engram.layers.embedding import MultiHeadEmbedding
 from engram.layers.fuse import concat_projections, fuse_by_concat, fuse_by_gate
-from engram.layers.joined import are_plain, join_projections, project_together
+from engram.layers.joined import are_plain, join_projections, project_all, project_together
 from engram.layers.reader import seeded_signs
 from engram.layers.state import EngramState
+from engram.native.gated import GateOptions
 from engram.native.read import read_streams
-from engram.ops import few_positions_serve
+from engram.ops import few_positions_serve, gate_and_smooth, whole_sequences_serve
 from engram.tables import ABSENT, RowHandle, RowPrefetcher
 
 __all__ = ["Engram"]
@@ -105,11 +106,10 @@ class Engram(nn.Module):
         if len(self.key_projs) > 1:
             join_projections(self._projections)
 
-    def _short_way(self, streams: Tensor) -> bool:
-        """Whether ``_read_few`` gives what the tensor operations would."""
+    def _is_plain(self) -> bool:
+        """Whether native code may do what the modules say: a gate, and no adapter, hook, parametrisation or other type anywhere."""
         return (
             self.config.fuse == "gate"
-            and few_positions_serve(streams, self.value_proj.weight)
             and are_plain(self._projections, nn.Linear)
             and are_plain([*self.norm1, *self.norm2, *(self.short_conv.norms if self.short_conv else ())], nn.RMSNorm)
             and (self.short_conv is None or are_plain([self.short_conv.conv], nn.Conv1d))
@@ -166,8 +166,10 @@ class Engram(nn.Module):
         elif hash_ids.shape[:2] != hidden_states.shape[:2] or hash_ids.shape[-1] != self.num_heads:
             raise ConfigError(f"hash_ids: got {list(hash_ids.shape)}, expected {[*hidden_states.shape[:2], self.num_heads]}.")
         rows = self.multi_head_embedding(hash_ids, self.value_proj.weight.dtype, fetched)
-        if trace is None and self._short_way(streams):
+        if trace is None and few_positions_serve(streams, self.value_proj.weight) and self._is_plain():
             return self._read_few(streams, rows, attention_mask, state).reshape(hidden_states.shape)
+        if trace is None and state is None and whole_sequences_serve(streams, self.value_proj.weight) and self._is_plain():
+            return self._read_whole(streams, rows, attention_mask).reshape(hidden_states.shape)
         gate, value = self._gated_value(streams, rows)
         if attention_mask is not None:
             value = value * attention_mask[:, :, None, None].to(value.dtype)
@@ -258,6 +260,16 @@ class Engram(nn.Module):
         if normed is not None and state is not None:
             state.conv.append(normed)
         return output
+
+    def _read_whole(self, streams: Tensor, rows: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The whole contribution ``[B, T, M, d]`` of sequences that start here, with gradients, as ``_gated_value`` and ``_smooth`` give it."""
+        keys, queries, smoothed = self._norms()
+        # As in _gated_value, norms see float32 hidden states.
+        eps = torch.finfo(torch.float32).eps if self.config.norm_eps is None else self.config.norm_eps
+        options = GateOptions(eps, self.config.gate == "signed_sqrt", self.config.max_ngram_size, self.config.conv_norm_eps)
+        taps = None if self.short_conv is None else self.short_conv.conv.weight
+        projected = project_all(self._projections, rows)
+        return gate_and_smooth(projected, streams, attention_mask, [*keys, *queries, *smoothed], options, taps)
 
     def _gated_value(self, streams: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Gates ``[B, T, M, 1]`` and fused values v~ ``[B, T, M, d]`` (equations 3 and 4, or what ``EngramConfig.fuse`` puts there)."""

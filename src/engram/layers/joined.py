@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["are_plain", "join_projections", "project_together"]
+__all__ = ["are_plain", "join_projections", "project_all", "project_together"]
 
 
 def are_plain(modules: Sequence[nn.Module], kind: type[nn.Module]) -> bool:
@@ -49,6 +49,13 @@ def project_together(projections: Sequence[nn.Linear], rows: Tensor) -> Tensor:
         weight = None if bias is None else weight
     if weight is None:
         return torch.cat([projection(rows) for projection in projections], dim=-1)
+    return F.linear(rows, weight, bias)
+
+
+def project_all(projections: Sequence[nn.Linear], rows: Tensor) -> Tensor:
+    """As ``project_together``, with gradients: one matrix product each way, and the rows converted once where autocast converts."""
+    weight = torch.cat([projection.weight for projection in projections])
+    bias = None if projections[0].bias is None else torch.cat([projection.bias for projection in projections])
     return F.linear(rows, weight, bias)
 
 

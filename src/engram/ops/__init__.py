@@ -3,6 +3,7 @@
 from engram.ops.conv import causal_depthwise_conv
 from engram.ops.dispatch import gather, kernel_serves
 from engram.ops.gate import context_gate
+from engram.ops.gated import gate_and_smooth, whole_sequences_serve
 from engram.ops.lookup import lookup_rows, read_rows
 from engram.ops.read import few_positions_serve
 
@@ -10,8 +11,10 @@ __all__ = [
     "causal_depthwise_conv",
     "context_gate",
     "few_positions_serve",
+    "gate_and_smooth",
     "gather",
     "kernel_serves",
     "lookup_rows",
     "read_rows",
+    "whole_sequences_serve",
 ]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["EXACT_ENOUGH", "assert_close"]
+__all__ = ["EXACT_ENOUGH", "HALF_ENOUGH", "assert_close"]
 
 EXACT_ENOUGH = 1e-5
 """Largest difference between two float32 computations of the same formula in another order (relative to the largest value)."""
+
+HALF_ENOUGH = 2.0**-8
+"""As much for results that are rounded to bfloat16, which has eight bits: a unit in the last place."""
 
 
 def assert_close(got: Tensor, expected: Tensor, tolerance: float = EXACT_ENOUGH) -> None:

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 
+#include "gated.h"
 #include "gather.h"
 #include "hash.h"
 #include "read.h"
@@ -196,6 +197,37 @@ PyObject* read_stream(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+// The first 17 integers of both passes, in the order of engram/native/gated.py.
+engram::Gated gated_of(const int64_t* a) {
+  return {a[0], a[1], a[2], a[3], a[4], {address<uint8_t>(a[5]), a[6] != 0}, {address<uint8_t>(a[7]), a[8] != 0}, address<const float>(a[9]),
+          address<const float* const>(a[10]), real(a[11]), a[12] != 0, address<const float>(a[13]), a[14], a[15], real(a[16])};
+}
+
+PyObject* gated_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 20> a;
+  if (!read_integers(args, count, a)) return nullptr;
+  const engram::Gated task = gated_of(a.data());
+  Py_BEGIN_ALLOW_THREADS
+  engram::gated_forward(task, {address<uint8_t>(a[17]), task.streams.half}, address<engram::Kept>(a[18]), a[19]);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+PyObject* gated_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::array<int64_t, 24> a;
+  if (!read_integers(args, count, a)) return nullptr;
+  const engram::Gated task = gated_of(a.data());
+  const engram::GatedGradients gradients{{address<uint8_t>(a[18]), task.streams.half},
+                                         {address<uint8_t>(a[19]), task.projected.half},
+                                         {address<uint8_t>(a[20]), task.streams.half},
+                                         address<float* const>(a[21]),
+                                         address<float>(a[22])};
+  Py_BEGIN_ALLOW_THREADS
+  engram::gated_backward(task, address<const engram::Kept>(a[17]), gradients, a[23]);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
 PyObject* group_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::array<int64_t, 6> a;
   if (!read_integers(args, count, a)) return nullptr;
@@ -280,6 +312,11 @@ PyMethodDef kMethods[] = {
                       "batch, length, dim, value, key, projected_stride, stream, stream_stride, norm_key, norm_query, norm_eps, "
                       "signed_sqrt, out, out_stride, conv, kernel, dilation, norm_conv, conv_eps, normed, normed_stride, past, "
                       "past_length, past_batch_stride, past_stride; eps as the bits of a double"),
+    fast<gated_forward>("gated_forward",
+                        "batch, length, branches, dim, keys, projected, projected_half, streams, streams_half, mask, norms, norm_eps, "
+                        "signed_sqrt, taps, kernel, dilation, conv_eps, out, kept, threads; norms is an array of addresses"),
+    fast<gated_backward>("gated_backward",
+                         "as gated_forward up to conv_eps, kept, to_out, to_projected, to_streams, to_norms, to_taps, threads"),
     fast<group_rows>("group_rows", "row_ids, n, table_rows, rows, starts, order -> groups, or -1 - where a row number is out of range"),
     fast<sum_rows>("sum_rows", "rows, starts, order, count, gradients, type, dim, out, threads"),
     fast<claim_slots>("claim_slots", "row_ids, n, slot_of_row, table_rows, row_of_slot, capacity, used, slots -> used, or -1 - where"),

@@ -5,23 +5,12 @@
 #include <vector>
 
 #include "clones.h"
+#include "loops.h"
 
 namespace engram {
 namespace {
 
-constexpr double kSignedSqrtFloor = 1e-6;
-constexpr int64_t kLanes = 16;  // sums run in so many parts, which the compiler keeps in one or two registers
-
-ENGRAM_CLONES float sum_of_products(const float* __restrict a, const float* __restrict b, int64_t n) {
-  float parts[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) parts[lane] += a[i + lane] * b[i + lane];
-  for (; i < n; ++i) parts[i % kLanes] += a[i] * b[i];
-  float sum = 0;
-  for (float part : parts) sum += part;
-  return sum;
-}
+constexpr int64_t kLanes = 16;  // as in loops.cpp
 
 // Sum over a[i] * wa[i] * b[i] * wb[i].
 ENGRAM_CLONES float weighted_product(const float* __restrict a, const float* __restrict wa, const float* __restrict b,
@@ -48,21 +37,13 @@ ENGRAM_CLONES void add_tap(const float* __restrict x, const float* __restrict we
   for (int64_t i = 0; i < n; ++i) sum[i] += x[i] * weight[i * kernel];
 }
 
-float inverse_rms(const float* x, int64_t n, double eps) {
-  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(sum_of_products(x, x, n)) / static_cast<double>(n) + eps));
-}
-
 float gate(const ReadStream& task, int64_t position) {
   const float* key = task.key + position * task.projected_stride;
   const float* query = task.stream + position * task.stream_stride;
   const float product = weighted_product(key, task.norm_key, query, task.norm_query, task.dim);
-  double score = static_cast<double>(product) * inverse_rms(key, task.dim, task.norm_eps) * inverse_rms(query, task.dim, task.norm_eps) /
-                 std::sqrt(static_cast<double>(task.dim));
-  if (task.signed_sqrt) {
-    const double root = std::sqrt(std::max(std::fabs(score), kSignedSqrtFloor));
-    score = score > 0 ? root : score < 0 ? -root : score;  // a NaN stays one, zero stays zero
-  }
-  return static_cast<float>(1.0 / (1.0 + std::exp(-score)));
+  const double score = static_cast<double>(product) * inverse_rms(key, task.dim, task.norm_eps) *
+                       inverse_rms(query, task.dim, task.norm_eps) / std::sqrt(static_cast<double>(task.dim));
+  return static_cast<float>(open_gate(score, task.signed_sqrt));
 }
 
 // The convolution's input `back` positions before `position` of a sequence; null before the start.

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "clones.h"
+#include "loops.h"
 #include "parallel.h"
 
 #if !defined(__GNUC__)
@@ -19,33 +20,7 @@ constexpr int64_t kAhead = 16;    // rows requested before they are needed
 constexpr int64_t kGrain = 2048;  // rows per thread at least
 constexpr int64_t kLanes = 16;    // partial sums: the compiler may not reorder a sum of floats, so the order is written down
 
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
 inline int64_t value_bytes(RowType type) { return type == RowType::kFloat32 ? 4 : 2; }
-
-ENGRAM_CLONES void load_bfloat16(const uint16_t* __restrict from, float* __restrict to, int64_t dim) {
-  for (int64_t i = 0; i < dim; ++i) to[i] = from_bits(static_cast<uint32_t>(from[i]) << 16);
-}
-
-// To nearest, ties to even; a NaN stays one.
-inline uint16_t nearest_bfloat16(uint32_t bits) {
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
-
-ENGRAM_CLONES void store_bfloat16(const float* __restrict from, uint16_t* __restrict to, int64_t dim) {
-  for (int64_t i = 0; i < dim; ++i) to[i] = nearest_bfloat16(bits_of(from[i]));
-}
 
 // What tells one row's random bits from another's; see engram/optim/rounding.py, which makes the same ones.
 inline uint32_t rounding_key(uint64_t seed, int64_t row) {

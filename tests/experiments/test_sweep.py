@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -81,6 +82,30 @@ def test_points_of_a_result_file_are_not_run_again(finished, tmp_path, monkeypat
     monkeypatch.setattr(subprocess, "Popen", None)
     again = run_sweep(tiny(), RECIPES, tmp_path, json.loads(json.dumps(result)), show=lambda line: None)
     assert again["points"] == json.loads(json.dumps(result["points"]))
+
+
+@pytest.mark.slow
+def test_points_of_a_result_are_kept_whatever_happens(finished, tmp_path):
+    """While learning rates are chosen anew, and when the sweep is another than it was."""
+    out, result, _ = finished
+    shutil.copytree(out / "data", tmp_path / "data")
+    known, saved = json.loads(json.dumps(result)), []
+    changed = tiny(tokens=2048)
+    run_sweep(changed, RECIPES, tmp_path, known, show=lambda line: None, save=saved.append, limit=0)
+    everything = {entry["digest"] for entry in result["points"] + result["tuning"]}
+    assert saved
+    for state in saved:
+        assert {entry["digest"] for entry in state["points"] + state["tuning"] + state["other_points"]} == everything
+    again = run_sweep(tiny(), RECIPES, tmp_path, json.loads(json.dumps(saved[-1])), show=lambda line: None, limit=0)
+    assert [e["digest"] for e in again["points"]] == [e["digest"] for e in result["points"]]
+    assert again["other_points"] == []
+
+
+def test_two_arms_that_are_the_same_run_are_refused(tmp_path):
+    variants = {"rho": {"0.6": {"budget.rho": 0.6}, "again": {"budget.rho": 0.6, "learning_rate": 1e-3}}}
+    both = dataclasses.replace(tiny(), variants=variants, tune=None, base={**tiny().base, "learning_rate": 1e-3})
+    with pytest.raises(ConfigError, match="the same run"):
+        run_sweep(both, RECIPES, tmp_path, show=lambda line: None, limit=0)
 
 
 @pytest.mark.slow
@@ -175,6 +200,23 @@ def test_a_diverging_point_fails_in_words_and_the_others_finish(finished, tmp_pa
         ({"base": {"data": {"corpus": {"texts": ["x"]}}}}, "no mapping 'budget'"),
         ({"base": {"data": {"corpus": "../elsewhere.yaml"}}}, "same folder"),
         ({"nonsense": 1}, "nonsense"),
+        ({"seeds": ["a"]}, "whole number"),
+        ({"seeds": [-1]}, "whole number"),
+        ({"seeds": 3}, "expected a list"),
+        ({"tune": {"learning_rate": 0.003, "groups": []}}, "expected a list of numbers"),
+        ({"tune": {"learning_rate": [], "groups": []}}, "at least one learning rate"),
+        ({"tune": ["x"]}, "wrong form"),
+        ({"base": ["x"]}, "wrong form"),
+        ({"variants": ["x"]}, "wrong form"),
+        ({"question": "slots"}, "'rows'"),
+        ({"question": "ablation"}, "'arm'"),
+        ({"variants": {"rho": {"0.6": {"budget.rho": "0.6"}}}, "tune": None}, "BudgetRecipe.rho"),
+        ({"variants": {"rho": {"0.6": {"budget.total": "4e6"}}}, "tune": None}, "BudgetRecipe.total"),
+        ({"variants": {"rho": {"0.6": {"tokens": 1024.0}}}, "tune": None}, "whole number"),
+        ({"variants": {"rho": {"0.6": {"curve_points": 0}}}, "tune": None}, "whole number"),
+        ({"variants": {"rho": {"0.6": {"weight_decay": -1}}}, "tune": None}, "weight_decay"),
+        ({"variants": {"rho": {"0.6": {"bf16": "no"}}}, "tune": None}, "true or false"),
+        ({"variants": {"rho": {"0.6": {"engram": None, "budget.rho": 0.6}}}, "tune": None}, "without a memory"),
     ],
 )
 def test_impossible_sweeps_are_refused_before_anything_runs(tmp_path, change, words):
@@ -195,9 +237,20 @@ def test_a_missing_corpus_is_one_clear_error(tmp_path):
 def test_a_folder_of_another_point_is_refused(tmp_path):
     recipe = first_point(tiny())
     (tmp_path / "recipe.json").write_text("{}")
+    data = SimpleNamespace(store=SimpleNamespace(fingerprint="0"))
     with pytest.raises(CheckpointError, match="another recipe"):
-        run_point(recipe, None, tmp_path)
+        run_point(recipe, data, tmp_path)
     assert (tmp_path / "recipe.json").read_text() == "{}"
+
+
+def test_a_finished_point_is_not_taken_for_one_on_other_text(tmp_path):
+    recipe = first_point(tiny())
+    claim = {"identity": recipe.identity(), "text": "1", "recipe": {}}
+    (tmp_path / "recipe.json").write_text(json.dumps(claim))
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="other text"):
+        run_point(recipe, SimpleNamespace(store=SimpleNamespace(fingerprint="2")), tmp_path)
+    assert run_point(recipe, SimpleNamespace(store=SimpleNamespace(fingerprint="1")), tmp_path) == {}
 
 
 def test_a_full_disk_ends_the_sweep(tmp_path, monkeypatch):

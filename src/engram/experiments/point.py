@@ -15,7 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from engram.checkpoint import write_json_atomically
-from engram.errors import CheckpointError
+from engram.errors import CheckpointError, TrainingError
 from engram.experiments.backbone import build_backbone
 from engram.experiments.counts import count_model, predict_flops
 from engram.experiments.data import PreparedData
@@ -66,7 +66,9 @@ def run_point(
         CheckpointError: ``out`` holds another recipe.
         ConfigError: the budget cannot be met.
     """
-    present = json.loads(json.dumps(recipe.to_dict()))
+    present = json.loads(
+        json.dumps({"identity": recipe.identity(), "text": data.store.fingerprint, "recipe": recipe.to_dict()})
+    )
     _claim(out, present)
     if (out / RESULT).is_file():
         return json.loads((out / RESULT).read_text(encoding="utf-8"))
@@ -83,15 +85,19 @@ def run_point(
     result = _result(solved, data, model, trainer, time.monotonic() - started)
     if recipe.keep_model:
         _keep(model, data, out)
-    write_json_atomically(out / RESULT, {**result, "recipe": present})
+    write_json_atomically(out / RESULT, {**result, **present})
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return json.loads((out / RESULT).read_text(encoding="utf-8"))
 
 
 def _claim(out: Path, recipe: dict[str, Any]) -> None:
+    """One folder holds one run: of one recipe, whatever has no effect on the result aside, on one text."""
     file = out / _RECIPE
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != recipe:
-        raise CheckpointError(f"{out} holds a run of another recipe; choose another folder (nothing was overwritten).")
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for name, what in (("identity", "of another recipe"), ("text", "on other text")):
+            if found.get(name) != recipe[name]:
+                raise CheckpointError(f"{out} holds a run {what}; choose another folder (nothing was overwritten).")
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json_atomically(file, recipe)
@@ -176,7 +182,7 @@ def _result(recipe: PointRecipe, data: PreparedData, model: Any, trainer: SafeTr
     dataset: Any = trainer.train_dataset
     losses = [(entry["step"], round(entry["loss"], 4)) for entry in history if "loss" in entry]
     if not losses or not all(math.isfinite(loss) for _, loss in losses):
-        raise CheckpointError(f"training loss is not finite ({losses[-1:]}); lower the learning rate. No result was written.")
+        raise TrainingError(f"training loss is not finite ({losses[-1:]}); lower the learning rate. No result was written.")
     loads = [entry["expert_load_max"] for entry in history if "expert_load_max" in entry]
     tokens = recipe.steps * recipe.batch_tokens
     flops = predict_flops(recipe.backbone, recipe.engram, recipe.data.seq_len)

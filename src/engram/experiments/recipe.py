@@ -36,7 +36,7 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "seq_len", "held_out_tokens"):
-            _positive(self, name)
+            _positive(self, name, whole=True)
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ class BudgetRecipe:
     total: int
     active: int
     rho: float
+
+    def __post_init__(self) -> None:
+        for name in ("total", "active"):
+            _positive(self, name, whole=True)
+        if isinstance(self.rho, bool) or not isinstance(self.rho, (int, float)):
+            raise ConfigError(f"BudgetRecipe.rho: got {self.rho!r}, expected a number from 0 to 1.")
 
 
 @dataclass(frozen=True)
@@ -84,12 +90,22 @@ class PointRecipe:
     save_steps: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_size", "learning_rate", "table_lr_multiplier", "save_steps"):
+        for name in ("tokens", "batch_size", "save_steps", "curve_points"):
+            _positive(self, name, whole=True)
+        for name in ("learning_rate", "table_lr_multiplier"):
             _positive(self, name)
+        for name in ("weight_decay", "balance_rate"):
+            _number(self, name)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"PointRecipe.seed: got {self.seed!r}, expected a whole number of at least 0.")
+        for name in ("bf16", "keep_model"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"PointRecipe.{name}: got {getattr(self, name)!r}, expected true or false.")
         if self.optimizer not in ("adamw", "muon"):
             raise ConfigError(f"PointRecipe.optimizer: got {self.optimizer!r}, expected 'adamw' or 'muon'.")
         for name in ("warmup_share", "min_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
+            _number(self, name)
+            if getattr(self, name) > 1:
                 raise ConfigError(f"PointRecipe.{name}: got {getattr(self, name)!r}, expected 0 to 1.")
         if self.backbone.vocab_size != self.data.vocab_size:
             object.__setattr__(self, "backbone", self.backbone.replace(vocab_size=self.data.vocab_size))
@@ -115,7 +131,11 @@ class PointRecipe:
         """The same point with its budget turned into sizes."""
         if self.budget is None:
             return self
-        engram = self.engram or EngramConfig(layer_ids=(1,))
+        if self.engram is None and self.budget.rho < 1:
+            raise ConfigError(
+                f"PointRecipe: got engram: null and budget.rho {self.budget.rho}, expected rho 1 without a memory."
+            )
+        engram = self.engram or EngramConfig(layer_ids=(1,))  # left away at rho 1
         allocation = allocate(self.backbone, engram, self.budget.total, self.budget.active, self.budget.rho)
         return dataclasses.replace(self, backbone=allocation.backbone, engram=allocation.engram, budget=None)
 
@@ -149,10 +169,18 @@ def _identity(value: Any) -> Any:
     return changed
 
 
-def _positive(recipe: Any, name: str) -> None:
+def _positive(recipe: Any, name: str, whole: bool = False) -> None:
     value = getattr(recipe, name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ConfigError(f"{type(recipe).__name__}.{name}: got {value!r}, expected a positive number.")
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+        what = "whole number above 0" if whole else "positive number"
+        raise ConfigError(f"{type(recipe).__name__}.{name}: got {value!r}, expected a {what}.")
+
+
+def _number(recipe: Any, name: str) -> None:
+    value = getattr(recipe, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ConfigError(f"{type(recipe).__name__}.{name}: got {value!r}, expected a number of at least 0.")
 
 
 def read_point(path: str | os.PathLike[str]) -> PointRecipe:

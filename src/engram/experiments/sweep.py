@@ -17,7 +17,7 @@ from typing import Any
 
 from engram.checkpoint import write_json_atomically
 from engram.data.store import TokenStore
-from engram.errors import CheckpointError, DataError
+from engram.errors import CheckpointError, ConfigError, DataError
 from engram.experiments.data import prepare_data
 from engram.experiments.point import RESULT
 from engram.experiments.summary import summarise
@@ -58,7 +58,8 @@ class SweepRun:
     def __post_init__(self) -> None:
         self._children: set[subprocess.Popen] = set()
         self._stopping = threading.Event()
-        self._known = {entry["digest"]: entry for entry in self.known.get("points", []) + self.known.get("tuning", [])}
+        kept = [entry for part in ("points", "tuning", "other_points") for entry in self.known.get(part, [])]
+        self._known = {entry["digest"]: entry for entry in kept}
         self.failures: list[dict[str, Any]] = []
 
     def run(self, tuning_only: bool = False, limit: int | None = None) -> dict[str, Any]:
@@ -80,6 +81,7 @@ class SweepRun:
         decided = {key: points for key, points in groups.items() if ended.issuperset(p.digest for p in points)}
         rates = {key: rate for key, points in decided.items() if (rate := _choose(points, tuning)) is not None}
         ready = [p for p in self.recipe.points(rates) if self.recipe.tuning_key(p.labels) in {"", *rates}]
+        _check_distinct(ready)
         if tuning_only or not ready:
             return self._collect(store, tuning, rates, [], {})
         done = self._run_all(ready, limit, lambda done: self._collect(store, tuning, rates, ready, done))
@@ -88,6 +90,7 @@ class SweepRun:
     def _prepare(self) -> TokenStore:
         first = self.recipe.recipe_of(next(self.recipe.combinations()), self.recipe.seeds[0])
         data = prepare_data(first.data, self.folder, self.out / "data")
+        _ = data.held_out  # text that is too short is an error here, not in every point
         other = self.known.get("data", {}).get("fingerprint")
         fingerprint = data.store.description["fingerprint"]
         if other is not None and other != fingerprint:
@@ -193,7 +196,8 @@ class SweepRun:
         points: Sequence[Point],
         done: Mapping[str, Any],
     ) -> dict[str, Any]:
-        entries = [done[p.digest] for p in points if p.digest in done]
+        entries = [{**done[p.digest], "labels": dict(p.labels), "seed": p.seed} for p in points if p.digest in done]
+        used = {*tuning, *(entry["digest"] for entry in entries)}
         learning_rates = [
             {"group": json.loads(key)[0], "at": json.loads(key)[1], "learning_rate": rate, "edge": self._at_edge(rate)}
             for key, rate in rates.items()
@@ -209,6 +213,8 @@ class SweepRun:
                 tuning.values(), key=lambda entry: (list(entry["labels"].values()), entry["learning_rate"], entry["seed"])
             ),
             "points": entries,
+            # Of a result made before, what is not (or not yet) part of this sweep: it is kept.
+            "other_points": [entry for digest, entry in self._known.items() if digest not in used],
             "failures": self.failures,
             "summary": summarise(self.recipe.question, entries),
         }
@@ -216,6 +222,17 @@ class SweepRun:
     def _at_edge(self, rate: float) -> bool:
         grid = sorted(float(lr) for lr in self.recipe.tune.learning_rate) if self.recipe.tune else []
         return len(grid) > 1 and rate in (grid[0], grid[-1])
+
+
+def _check_distinct(points: Sequence[Point]) -> None:
+    seen: dict[str, Point] = {}
+    for point in points:
+        other = seen.setdefault(point.digest, point)
+        if other is not point:
+            raise ConfigError(
+                f"sweep: {other.name} and {point.name} are the same run, expected different ones; remove one of the variants. (A learning "
+                "rate that is tuned takes the place of a variant's own.)"
+            )
 
 
 def _choose(points: Sequence[Point], results: Mapping[str, Any]) -> float | None:

@@ -15,7 +15,7 @@ from typing import Any
 from engram.config import EngramConfig
 from engram.data.recipe import build_fields as build_flat
 from engram.data.recipe import read_yaml
-from engram.errors import ConfigError
+from engram.errors import ConfigError, EngramError
 from engram.experiments.backbone import BackboneConfig
 from engram.experiments.recipe import PointRecipe, build_fields, insert_corpus
 
@@ -45,6 +45,11 @@ class TuneRecipe:
     learning_rate: Sequence[float]
     groups: Sequence[TuneGroup]
     seeds: Sequence[int] = (1000,)
+
+    def __post_init__(self) -> None:
+        rates = self.learning_rate
+        if not isinstance(rates, (list, tuple)) or not all(isinstance(r, float) and r > 0 for r in rates):
+            raise ConfigError(f"sweep.tune.learning_rate: got {rates!r}, expected a list of numbers such as [2.0e-3, 4.0e-3].")
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,20 @@ class SweepRecipe:
             raise ConfigError(f"sweep.question: got {self.question!r}, expected one of {', '.join(QUESTIONS)}.")
         if not self.variants or not all(isinstance(v, Mapping) and v for v in self.variants.values()):
             raise ConfigError("sweep.variants: expected at least one dimension with at least one variant each.")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ConfigError(f"sweep.seeds: got {list(self.seeds)}, expected at least one, none twice.")
+        dimension = {"allocation": "rho", "slots": "rows"}.get(self.question, "arm")
+        if dimension not in self.variants or (self.question == "slots" and len(self.variants) > 1):
+            only = "only " if self.question == "slots" else ""
+            raise ConfigError(
+                f"sweep.variants: got {', '.join(map(str, self.variants))}, expected {only}the dimension {dimension!r} for the question "
+                f"{self.question!r}."
+            )
+        if not isinstance(self.seeds, (list, tuple)):
+            raise ConfigError(f"sweep.seeds: got {self.seeds!r}, expected a list such as [0, 1, 2].")
+        whole = all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in self.seeds)
+        if not self.seeds or not whole or len(set(self.seeds)) != len(self.seeds):
+            raise ConfigError(f"sweep.seeds: got {list(self.seeds)}, expected at least one whole number, none twice.")
+        if self.tune and not (self.tune.learning_rate and self.tune.seeds):
+            raise ConfigError("sweep.tune: expected at least one learning rate and one seed.")
         if self.tune and set(self.tune.seeds) & set(self.seeds):
             raise ConfigError("sweep.tune.seeds: settings must be chosen with other seeds than those that report.")
         for group in self.tune.groups if self.tune else ():
@@ -173,6 +190,18 @@ def read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
         DataError: the file is missing or not YAML.
         ConfigError: a key is unknown, a value impossible, or a budget cannot be met.
     """
+    try:
+        return _read_sweep(path, changes)
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        if isinstance(error, EngramError):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"sweep {path}: a value has the wrong form ({reason}); expected lists, mappings and numbers as in recipes/sweep_tiny.yaml."
+        ) from None
+
+
+def _read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None) -> SweepRecipe:
     fields = _mapping(path)
     tune = fields.pop("tune", None)
     if tune is not None:

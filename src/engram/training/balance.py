@@ -50,6 +50,11 @@ class LoadBalancer:
                 "LoadBalancer: the model has no router with an e_score_correction_bias; expected a mixture of experts."
             )
         self._loads: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+        self.listen()
+
+    def listen(self) -> None:
+        """Start counting."""
         self._handles = [router.register_forward_hook(self._counter(name)) for name, router in self.routers.items()]
 
     def _counter(self, name: str) -> Any:
@@ -92,7 +97,13 @@ class BalanceCallback(TrainerCallback):
 
     def __init__(self, model: nn.Module, rate: float = 1e-3) -> None:
         self.balancer = LoadBalancer(model, rate)
+        self.balancer.remove()  # until training begins
         self._worst = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count from here on; training may begin more than once."""
+        self.balancer.remove()
+        self.balancer.listen()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Move the biases once the optimiser has stepped."""

@@ -75,7 +75,7 @@ def plot_throughput(entries: Sequence[Mapping[str, Any]], path: Path) -> Picture
     """
     figure, (axis,) = new_figure(1, width=7.5, height=1.2 + 0.4 * len(entries))
     for place, entry in enumerate(reversed(entries)):
-        share = entry[SHARE]
+        share = entry[SHARE]["throughput"]
         axis.plot([100 * share["min"], 100 * share["max"]], [place, place], "-", lw=1, color=colour_of(1))
         axis.plot(100 * share["median"], place, "o", color=colour_of(1))
     names = [f"{e['backbone']}, {e['optimizer']}, {e['table_rows']:,} rows" for e in reversed(entries)]

@@ -60,7 +60,7 @@ def throughput(result: Mapping[str, Any]) -> list[str]:
     """Seconds per step with a memory and without, and the share of throughput that is left, round by round."""
     rows = []
     for entry in result["entries"]:
-        share, seconds = entry[SHARE], entry["seconds"]
+        share, seconds = entry[SHARE]["throughput"], entry["seconds"]
         rows.append(
             (
                 *(literal_text(entry[key]) for key in ("backbone", "optimizer")),
@@ -71,5 +71,5 @@ def throughput(result: Mapping[str, Any]) -> list[str]:
             )
         )
     header = ("backbone", "optimiser", "table rows", "tokens per step", "seconds without", "seconds with", "throughput kept")
-    rounds = result["entries"][0][SHARE]["rounds"]
+    rounds = result["entries"][0][SHARE]["throughput"]["rounds"]
     return [table(header, rows, right=range(2, 7)), f"Medians of {rounds} rounds; in brackets the range."]

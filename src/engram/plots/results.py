@@ -23,7 +23,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
 }
 """Kinds that are told by their keys."""
 
-SHARE = "throughput_with_as_share_of_without"
+SHARE = "share_of_without"
 """What entries of ``benchmarks/throughput.py`` are told by."""
 
 _SWEEP_KEYS = (

@@ -1,4 +1,4 @@
-"""Intervals for few repetitions, and fits with intervals from resampled seeds."""
+"""Intervals for few repetitions, and fits with intervals over seeds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["bootstrap", "fit_line", "fit_parabola", "mean_interval", "student_t"]
+__all__ = ["fit_line", "fit_parabola", "mean_interval", "seed_interval", "student_t"]
 
-_RESAMPLES = 2000
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom (any statistics table); 1.96 beyond.
 _T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -46,29 +45,23 @@ def fit_parabola(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, 
     return float(a), float(b), float(c)
 
 
-def bootstrap(
-    groups: Sequence[Sequence[float]], statistic: Callable[[list[float]], float | None], seed: int = 0
+def seed_interval(
+    groups: Sequence[Sequence[float]], statistic: Callable[[list[float]], float | None]
 ) -> tuple[float, float] | None:
-    """95 % interval of a statistic of group means, by drawing members of each group with replacement.
+    """95 % interval of a statistic over settings that were all measured with the same seeds: computed seed by seed, Student's t over them.
+
+    What a seed does to all settings alike (the order of the text, above all) is no uncertainty of a curve's shape this way.
 
     Args:
-        groups: repeated measurements of each setting.
-        statistic: of one mean per group; None where it does not exist for a draw.
-        seed: of the draws.
+        groups: for each setting, one value per seed, in one order of seeds.
+        statistic: of one value per setting; None where it does not exist.
 
     Returns:
-        The 2.5 % and 97.5 % quantiles; None where the statistic exists for fewer than half of the draws or nothing was repeated.
+        None for fewer than two seeds, or where the statistic does not exist for one of them.
     """
-    if all(len(group) < 2 for group in groups):
+    values = [statistic(list(of_seed)) for of_seed in zip(*groups, strict=True)]
+    found = [value for value in values if value is not None and math.isfinite(value)]
+    if len(found) < 2 or len(found) < len(values):
         return None
-    rng = np.random.default_rng(seed)
-    values = []
-    for _ in range(_RESAMPLES):
-        means = [float(np.mean(rng.choice(group, len(group)))) for group in groups]
-        value = statistic(means)
-        if value is not None and math.isfinite(value):
-            values.append(value)
-    if 2 * len(values) < _RESAMPLES:
-        return None
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+    interval = mean_interval(found)
+    return interval["low"], interval["high"]

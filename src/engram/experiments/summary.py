@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from engram.experiments.statistics import bootstrap, fit_line, fit_parabola, mean_interval
+from engram.experiments.statistics import fit_line, fit_parabola, mean_interval, seed_interval
 
 __all__ = ["summarise"]
 
@@ -45,6 +45,15 @@ def paired(entries: Entries, others: Entries) -> dict[str, Any] | None:
     return mean_interval(differences) if differences else None
 
 
+def _aligned(groups: Sequence[Entries]) -> list[list[float]]:
+    """Losses of each group by the seeds that all of them have, in one order; means of whatever there is where they share none."""
+    by_seed = [{e["seed"]: _loss(e) for e in group} for group in groups]
+    seeds = sorted(set.intersection(*(set(losses) for losses in by_seed)))
+    if not seeds:
+        return [[sum(losses.values()) / len(losses)] for losses in by_seed]
+    return [[losses[seed] for seed in seeds] for losses in by_seed]
+
+
 def _others(entry: Mapping[str, Any], dimension: str) -> str:
     """The labels of all other dimensions, as one name."""
     return ", ".join(label for name, label in entry["labels"].items() if name != dimension) or "all"
@@ -74,7 +83,7 @@ def _curve(entries: Entries) -> dict[str, Any]:
         row["against_experts_alone"] = None if pure is None or row["rho"] == 1 else paired(arms[row["label"]], pure)
     summary: dict[str, Any] = {"curve": rows}
     if len(rows) >= 4:
-        summary["parabola"] = _parabola([r["rho"] for r in rows], [[_loss(e) for e in arms[r["label"]]] for r in rows])
+        summary["parabola"] = _parabola([r["rho"] for r in rows], _aligned([arms[r["label"]] for r in rows]))
     # The best rho is named by validation loss and reported by test loss, so that the choice does not flatter the report.
     best = min((r for r in rows if r["rho"] < 1), key=lambda r: _validation(arms[r["label"]]), default=None)
     if best is not None:
@@ -99,9 +108,9 @@ def _parabola(rho: Sequence[float], losses: Sequence[Sequence[float]]) -> dict[s
     residual = math.sqrt(sum((a * x * x + b * x + c - y) ** 2 for x, y in zip(rho, means)) / len(rho))
     return {
         "coefficients": [a, b, c],
-        "curvature_interval": bootstrap(losses, curvature),
+        "curvature_interval": seed_interval(losses, curvature),
         "lowest": lowest(means),
-        "lowest_interval": bootstrap(losses, lowest),
+        "lowest_interval": seed_interval(losses, lowest),
         "residual": residual,
     }
 
@@ -125,11 +134,11 @@ def _slots(entries: Entries) -> dict[str, Any]:
     summary: dict[str, Any] = {"curve": rows, "none": mean_interval([_loss(e) for e in without]) if without else None}
     if len(rows) >= 3:
         x = [math.log10(row["slots"]) for row in rows]
-        groups = [[_loss(e) for e in arms[row["label"]]] for row in rows]
+        groups = _aligned([arms[row["label"]] for row in rows])
         slope, intercept = fit_line(x, [sum(g) / len(g) for g in groups])
         summary["line"] = {
             "slope_per_decade": slope,
-            "slope_interval": bootstrap(groups, lambda means: fit_line(x, means)[0]),
+            "slope_interval": seed_interval(groups, lambda means: fit_line(x, means)[0]),
             "intercept": intercept,
         }
     return summary

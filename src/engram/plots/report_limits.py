@@ -52,7 +52,7 @@ def _scale(sweeps: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Any]) ->
     seeds = span([len(result["recipe"]["seeds"]) for result in sweeps.values()])
     yield (
         f"**Seeds.** {seeds} per setting. Effects as small as several of the paper's are below what so few runs can tell apart, and "
-        "intervals of fits, for which so few seeds are drawn again, are narrower than they should be."
+        "intervals from three seeds are wide and themselves uncertain."
     )
     yield from list(filter(None, map(_text, sweeps.values())))[:1]
 

@@ -127,8 +127,7 @@ class Report:
         yield (
             "Parameters leave embeddings and head out; active are those a token is multiplied with. Settings are chosen by the validation "
             "half of the held-out text, everything reported is the loss on its test half, in nats per token. Intervals of means and of "
-            "differences are 95 % by Student's t over seeds, differences taken seed by seed; those of fits are quantiles of as much, with "
-            "seeds drawn again with replacement."
+            "differences are 95 % by Student's t over seeds, differences taken seed by seed; those of fits likewise, with a fit for each seed."
         )
         bases = {name: _base(result) for name, result in sweeps.items()}
         yield "\n".join(

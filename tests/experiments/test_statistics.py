@@ -1,0 +1,53 @@
+import pytest
+
+from engram.experiments.statistics import fit_line, fit_parabola, mean_interval, seed_interval
+from engram.experiments.summary import summarise
+
+
+def test_an_interval_is_students():
+    entry = mean_interval([1.0, 2.0, 3.0])
+    assert entry["mean"] == 2.0
+    assert entry["high"] - 2.0 == pytest.approx(4.303 / 3**0.5)  # t of two degrees, standard deviation 1
+    assert mean_interval([5.0])["low"] is None
+
+
+def test_what_a_seed_does_to_all_settings_alike_is_no_uncertainty_of_a_shape():
+    x, shifts, slopes = [0.0, 1.0, 2.0], [0.0, 10.0, -7.0], [1.0, 1.1, 0.9]
+    groups = [[shift + slope * at for shift, slope in zip(shifts, slopes)] for at in x]
+    low, high = seed_interval(groups, lambda values: fit_line(x, values)[0])
+    expected = mean_interval(slopes)
+    assert (low, high) == pytest.approx((expected["low"], expected["high"]))
+
+
+def test_without_repetition_or_where_a_fit_has_no_answer_there_is_no_interval():
+    assert seed_interval([[1.0], [2.0]], lambda values: values[0]) is None
+    assert seed_interval([[1.0, 2.0], [2.0, 3.0]], lambda values: None if values[0] > 1 else 0.0) is None
+
+
+def entry(rho, seed, loss):
+    counts = {
+        "total": 1,
+        "active": 1,
+        "experts": 1,
+        "dense_width": 1,
+        "table_rows": 1,
+        "rows_per_head": [1],
+        "flops_per_token": 1,
+    }
+    half = {"loss": loss}
+    return {"labels": {"rho": str(rho)}, "seed": seed, "test": half, "validation": half, "counts": {**counts, "rho": rho}}
+
+
+def test_a_parabola_is_found_and_a_seed_that_one_arm_lacks_does_not_bend_it():
+    def loss(rho, seed):
+        return 2 * (rho - 0.6) ** 2 + 3 + 5 * seed
+
+    entries = [entry(rho, seed, loss(rho, seed)) for rho in (0.2, 0.4, 0.6, 0.8, 1.0) for seed in (0, 1, 2)]
+    whole = summarise("allocation", entries)["all"]["parabola"]
+    without = [e for e in entries if (e["labels"]["rho"], e["seed"]) != ("0.2", 2)]  # a high seed is missing at one end
+    part = summarise("allocation", without)["all"]["parabola"]
+    for found in (whole, part):
+        assert found["lowest"] == pytest.approx(0.6)
+        assert found["lowest_interval"] == pytest.approx((0.6, 0.6))
+        assert found["coefficients"][0] == pytest.approx(2)
+    assert fit_parabola([0, 1, 2], [1, 0, 1]) == pytest.approx((1, -2, 1))

@@ -92,17 +92,32 @@ def test_the_signed_root_and_a_mask_of_factors(by_tensors):
 
 
 @needs_core
-def test_states_traces_and_other_fusions_take_the_tensor_operations(calls):
+def test_states_and_other_fusions_take_the_tensor_operations(calls):
     hidden, hash_ids, mask = inputs()
     layer = randomise(make_layer())
     layer(hidden, hash_ids=hash_ids, state=EngramState())
-    layer(hidden, hash_ids=hash_ids, trace={})
     for fuse in ("add", "concat"):
         step(randomise(make_layer(fuse=fuse)), hidden, hash_ids, mask)
     step(randomise(make_layer()).double(), hidden.double(), hash_ids, mask)
     with torch.no_grad():
         layer(hidden.repeat(3, 1, 1), hash_ids=hash_ids.repeat(3, 1, 1))
     assert not calls
+
+
+@needs_core
+@pytest.mark.parametrize("branches", [1, 3])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_a_trace_holds_what_the_tensor_operations_record_and_changes_nothing(branches, dtype, calls, by_tensors):
+    layer = randomise(make_layer(branches, gate="plain"))
+    hidden, hash_ids, mask = inputs(branches)
+    trace, expected = {}, {}
+    got = step(layer, hidden, hash_ids, mask, dtype, trace=trace)
+    assert calls
+    by_tensors(lambda: step(layer, hidden, hash_ids, mask, dtype, trace=expected))
+    assert_same(trace, expected, 1e-5 if dtype is None else 4 * HALF_ENOUGH)
+    assert not any(tensor.requires_grad for tensor in trace.values())
+    without = step(layer, hidden, hash_ids, mask, dtype)
+    assert all(torch.equal(got[name], tensor) for name, tensor in without.items())
 
 
 @needs_core

@@ -3,7 +3,6 @@ import re
 import time
 
 import pytest
-import torch
 from rich.console import Console
 
 from engram.errors import TrainingError
@@ -92,15 +91,13 @@ def test_logs_have_tokens_per_second_and_gates(tmp_path):
     assert mean > 4 * 2 * 4 * 12 / took
 
 
-def test_recording_gates_changes_nothing_but_rounding(tmp_path):
-    """A step whose gates are recorded goes by tensor operations, others by one native pass."""
+def test_recording_gates_changes_no_loss(tmp_path):
     runs = []
     for every in (1, 100):
         trainer = make(tmp_path, tiny_memory(tiny_model()), logging_steps=every)
         trainer.train()
         runs.append([p.detach().clone() for p in trainer.model.parameters()])
-    for a, b in zip(*runs):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert all((a == b).all() for a, b in zip(*runs))
 
 
 def test_throughput_leaves_out_what_is_paused():

@@ -168,8 +168,8 @@ class Engram(nn.Module):
         rows = self.multi_head_embedding(hash_ids, self.value_proj.weight.dtype, fetched)
         if trace is None and few_positions_serve(streams, self.value_proj.weight) and self._is_plain():
             return self._read_few(streams, rows, attention_mask, state).reshape(hidden_states.shape)
-        if trace is None and state is None and whole_sequences_serve(streams, self.value_proj.weight) and self._is_plain():
-            return self._read_whole(streams, rows, attention_mask).reshape(hidden_states.shape)
+        if state is None and whole_sequences_serve(streams, self.value_proj.weight) and self._is_plain():
+            return self._read_whole(streams, rows, attention_mask, trace).reshape(hidden_states.shape)
         gate, value = self._gated_value(streams, rows)
         if attention_mask is not None:
             value = value * attention_mask[:, :, None, None].to(value.dtype)
@@ -261,7 +261,9 @@ class Engram(nn.Module):
             state.conv.append(normed)
         return output
 
-    def _read_whole(self, streams: Tensor, rows: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _read_whole(
+        self, streams: Tensor, rows: Tensor, attention_mask: Tensor | None, trace: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """The whole contribution ``[B, T, M, d]`` of sequences that start here, with gradients, as ``_gated_value`` and ``_smooth`` give it."""
         keys, queries, smoothed = self._norms()
         # As in _gated_value, norms see float32 hidden states.
@@ -269,7 +271,14 @@ class Engram(nn.Module):
         options = GateOptions(eps, self.config.gate == "signed_sqrt", self.config.max_ngram_size, self.config.conv_norm_eps)
         taps = None if self.short_conv is None else self.short_conv.conv.weight
         projected = project_all(self._projections, rows)
-        return gate_and_smooth(projected, streams, attention_mask, [*keys, *queries, *smoothed], options, taps)
+        norms = [*keys, *queries, *smoothed]
+        output = gate_and_smooth(projected, streams, attention_mask, norms, options, taps, trace)
+        if trace is not None:
+            gate, value = trace["gate"].unsqueeze(-1), projected[..., : streams.shape[-1]].unsqueeze(2)
+            _record(
+                trace, gate, gate * (value if attention_mask is None else value * attention_mask[:, :, None, None]), streams
+            )
+        return output
 
     def _gated_value(self, streams: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Gates ``[B, T, M, 1]`` and fused values v~ ``[B, T, M, d]`` (equations 3 and 4, or what ``EngramConfig.fuse`` puts there)."""

@@ -14,7 +14,7 @@ from engram.native import core
 __all__ = ["GateOptions", "GatedTask"]
 
 _HALF = {torch.float32: 0, torch.bfloat16: 1}
-_KEPT = 5  # numbers per position and stream that the backward pass is told
+_KEPT, _GATE = 5, 1  # numbers per position and stream that the backward pass is told, and the place of the gate among them
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,11 @@ class GatedTask:
         kept = self._streams.new_empty((*self._streams.shape[:3], _KEPT), dtype=torch.float32)
         core().gated_forward(*self._arguments, out.data_ptr(), kept.data_ptr(), torch.get_num_threads())
         return out, kept
+
+    @staticmethod
+    def gates(kept: Tensor) -> Tensor:
+        """Gates ``[B, T, M]`` out of what ``forward`` kept."""
+        return kept[..., _GATE]
 
     def backward(
         self, kept: Tensor, to_out: Tensor, for_streams: bool = True

@@ -44,6 +44,7 @@ def gate_and_smooth(
     norms: Sequence[Tensor],
     options: GateOptions,
     taps: Tensor | None = None,
+    trace: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Gated values, with the convolution added, in shape and type of ``streams``. Gradients reach all but the mask, once.
 
@@ -54,10 +55,11 @@ def gate_and_smooth(
         norms: weights ``[d]``: K of the keys, K of the hidden states, with a convolution M of its input.
         options: epsilons, kind of gate, dilation.
         taps: the convolution's weight ``[M * d, 1, kernel]``, or None.
+        trace: a dict that receives ``gate [B, T, M]``, float32.
     """
     if mask is not None:
         mask = mask.detach().to(torch.float32).contiguous()
-    result: Tensor = _GateAndSmooth.apply(projected, streams, mask, options, taps, *norms)
+    result: Tensor = _GateAndSmooth.apply(projected, streams, mask, options, taps, trace, *norms)
     return result
 
 
@@ -70,10 +72,13 @@ class _GateAndSmooth(torch.autograd.Function):
         mask: Tensor | None,
         options: GateOptions,
         taps: Tensor | None,
+        trace: dict[str, Tensor] | None,
         *norms: Tensor,
     ) -> Tensor:
         projected, streams = projected.contiguous(), streams.contiguous()
         out, kept = GatedTask(projected, streams, mask, norms, options, taps).forward()
+        if trace is not None:
+            trace["gate"] = GatedTask.gates(kept)
         context.options = options
         context.save_for_backward(projected, streams, mask, taps, kept, *norms)
         return out
@@ -84,4 +89,4 @@ class _GateAndSmooth(torch.autograd.Function):
         projected, streams, mask, taps, kept, *norms = context.saved_tensors
         task = GatedTask(projected, streams, mask, norms, context.options, taps)
         to_projected, to_streams, to_norms, to_taps = task.backward(kept, to_out.contiguous(), context.needs_input_grad[1])
-        return to_projected, to_streams, None, None, to_taps, *to_norms
+        return to_projected, to_streams, None, None, to_taps, None, *to_norms

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engram._version import __version__
+from engram.cli.outputs import made_with
 
 __all__ = ["demo_command"]
 
@@ -129,8 +129,6 @@ class _Demo:
 
     def result(self, **provenance: Any) -> dict[str, Any]:
         """Everything shown, as JSON-ready fields; ``plots.report`` draws from nothing else."""
-        import torch
-        import transformers
         import yaml
 
         from engram.evaluation import measure_drift, score_by_category, trace_text
@@ -143,7 +141,7 @@ class _Demo:
         return {
             **provenance,
             "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": made_with()["versions"],
             "facts": len(self.facts),
             "steps": self.report.steps,
             "rows_written": self.report.rows_written,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from engram._version import __version__
-from engram.cli.outputs import check_writable
+from engram.cli.outputs import check_writable, made_with
 
 __all__ = ["eval_command"]
 
@@ -77,11 +74,7 @@ def eval_command(
 
 
 def _provenance(memory: Path, facts: Path, route: bool) -> dict[str, Any]:
-    import torch
-    import transformers
-
     return {
         "command": f"engram eval --memory {memory} --facts {facts}{' --route' if route else ''}",
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        **made_with(),
     }

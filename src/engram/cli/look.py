@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram._version import __version__
-from engram.cli.outputs import check_folder, check_writable
+from engram.cli.outputs import check_folder, check_writable, made_with
 
 if TYPE_CHECKING:
     from engram.analysis import Subject
@@ -160,14 +157,10 @@ def _provenance(
     row_tokens: int,
     length: int,
 ) -> dict[str, Any]:
-    import torch
-    import transformers
-
     options = {"model": model, "texts": texts, "what": what, "against": against}
     given = "".join(f" --{name} {value}" for name, value in options.items() if value is not None)
     command = f"engram look{'' if memory is None else f' {memory}'}{given}"
     return {
         "command": f"{command} --tokens {tokens} --row-tokens {row_tokens} --length {length}",
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        **made_with(),
     }

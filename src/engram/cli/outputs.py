@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from pathlib import Path
+from typing import Any
 
 import typer
 
-__all__ = ["check_folder", "check_writable"]
+from engram._version import __version__
+
+__all__ = ["check_folder", "check_writable", "made_with"]
+
+
+def made_with() -> dict[str, Any]:
+    """The hardware and versions that a result was made with."""
+    import torch
+    import transformers
+
+    return {
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
 
 
 def check_writable(file: Path | None) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from engram._version import __version__
-from engram.cli.outputs import check_writable
+from engram.cli.outputs import check_writable, made_with
 
 __all__ = ["recall_command"]
 
@@ -97,12 +94,8 @@ def _subject(model: str | None, memory: Path | None) -> tuple[Any, Any]:
 
 
 def _provenance(model: str | None, memory: Path | None, tasks: str, lengths: str, examples: int, seed: int) -> dict[str, Any]:
-    import torch
-    import transformers
-
     where = f"{f' --model {model}' if model else ''}{f' --memory {memory}' if memory else ''}"
     return {
         "command": f"engram recall{where} --tasks {tasks} --lengths {lengths} --examples {examples} --seed {seed}",
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        **made_with(),
     }

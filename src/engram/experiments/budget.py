@@ -96,7 +96,8 @@ def _fit_width(backbone: BackboneConfig, memory: EngramConfig | None, active: in
     """The width of the dense blocks at which active parameters are as asked."""
     per_width = 3 * backbone.hidden_size * backbone.first_k_dense_replace
     least = backbone.replace(intermediate_size=1)
-    missing = active - predict_counts(least, memory).active if memory is None else active - _active_without_rows(least, memory)
+    # Active parameters do not depend on table sizes, which are not known yet and would take time to lay out.
+    missing = active - predict_counts(least, memory and memory.replace(engram_vocab_size=2)).active
     step = _WIDTH_STEP if _WIDTH_STEP * per_width <= TOLERANCE * active else 1
     width = step * round((1 + missing / per_width) / step)
     if width < 1:
@@ -105,11 +106,6 @@ def _fit_width(backbone: BackboneConfig, memory: EngramConfig | None, active: in
             "expected more active parameters, fewer blocks, narrower experts or a smaller d_mem."
         )
     return backbone.replace(intermediate_size=width)
-
-
-def _active_without_rows(backbone: BackboneConfig, memory: EngramConfig) -> int:
-    """Active parameters do not depend on table sizes, which are not known yet and would take time to lay out."""
-    return predict_counts(backbone, memory.replace(engram_vocab_size=2)).active
 
 
 def _fit_rows(memory: EngramConfig, room: int, rho: float) -> EngramConfig:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from engram.checkpoint import write_json_atomically
@@ -24,7 +23,7 @@ from engram.experiments.recipe import PointRecipe
 from engram.models import EngramModel, get_engram_model
 from engram.training import EngramTrainer, EngramTrainingArguments
 from engram.training.balance import BalanceCallback, find_routers
-from engram.training.safe_trainer import SafeTrainer, last_checkpoint
+from engram.training.safe_trainer import InOrder, SafeTrainer, last_checkpoint
 
 __all__ = ["RESULT", "build_model", "run_point"]
 
@@ -105,16 +104,7 @@ def _claim(out: Path, recipe: dict[str, Any]) -> None:
         raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from None
 
 
-class _InOrder:
-    """Reads blocks in order: the stream is shuffled already, and a resumed run must see what the first would have seen."""
-
-    train_dataset: Any
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
-
-
-class _Trainer(_InOrder, EngramTrainer):
+class _Trainer(InOrder, EngramTrainer):
     """For models with and without a memory alike."""
 
 

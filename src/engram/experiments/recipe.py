@@ -15,7 +15,7 @@ from engram.errors import ConfigError
 from engram.experiments.backbone import BackboneConfig
 from engram.experiments.budget import allocate
 
-__all__ = ["BudgetRecipe", "DataRecipe", "PointRecipe", "build_fields", "insert_corpus", "read_point"]
+__all__ = ["BudgetRecipe", "DataRecipe", "PointRecipe", "build_fields", "insert_corpus", "read_mapping", "read_point"]
 
 
 @dataclass(frozen=True)
@@ -190,14 +190,24 @@ def read_point(path: str | os.PathLike[str]) -> PointRecipe:
         DataError: the file is missing or not YAML.
         ConfigError: a key is unknown, a value impossible, or the budget cannot be met.
     """
-    fields = read_yaml(path)
-    if not isinstance(fields, dict):
-        raise ConfigError(f"recipe {path}: got {type(fields).__name__}, expected a mapping.")
-    fields = dict(fields)
+    fields = read_mapping(path)
     insert_corpus(fields, path)
     recipe = build_fields(PointRecipe, fields, f"recipe {path}")
     recipe.solved()
     return recipe
+
+
+def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of a recipe file.
+
+    Raises:
+        DataError: the file is missing or not YAML.
+        ConfigError: it holds no mapping.
+    """
+    fields = read_yaml(path)
+    if not isinstance(fields, dict):
+        raise ConfigError(f"recipe {path}: got {type(fields).__name__}, expected a mapping.")
+    return fields
 
 
 def insert_corpus(fields: dict[str, Any], path: str | os.PathLike[str]) -> None:

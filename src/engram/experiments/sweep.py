@@ -21,7 +21,7 @@ from engram.errors import CheckpointError, ConfigError, DataError
 from engram.experiments.data import prepare_data
 from engram.experiments.point import RESULT
 from engram.experiments.summary import summarise
-from engram.experiments.sweep_recipe import Point, SweepRecipe
+from engram.experiments.sweep_recipe import Choice, Point, SweepRecipe
 from engram.experiments.worker import FATAL
 
 __all__ = ["SweepRun", "run_sweep"]
@@ -78,9 +78,9 @@ class SweepRun:
         tried = [point for points in groups.values() for point in points]
         tuning = self._run_all(tried, limit, lambda done: self._collect(store, done, {}, [], {}))
         ended = {*tuning, *(failure["digest"] for failure in self.failures)}
-        decided = {key: points for key, points in groups.items() if ended.issuperset(p.digest for p in points)}
-        rates = {key: rate for key, points in decided.items() if (rate := _choose(points, tuning)) is not None}
-        ready = [p for p in self.recipe.points(rates) if self.recipe.tuning_key(p.labels) in {"", *rates}]
+        decided = {choice: points for choice, points in groups.items() if ended.issuperset(p.digest for p in points)}
+        rates = {choice: rate for choice, points in decided.items() if (rate := _choose(points, tuning)) is not None}
+        ready = [p for p in self.recipe.points(rates) if self.recipe.choice_of(p.labels) in {None, *rates}]
         _check_distinct(ready)
         if tuning_only or not ready:
             return self._collect(store, tuning, rates, [], {})
@@ -92,7 +92,7 @@ class SweepRun:
         data = prepare_data(first.data, self.folder, self.out / "data")
         _ = data.held_out  # text that is too short is an error here, not in every point
         other = self.known.get("data", {}).get("fingerprint")
-        fingerprint = data.store.description["fingerprint"]
+        fingerprint = data.store.fingerprint
         if other is not None and other != fingerprint:
             raise DataError(
                 f"the given result was made with other text (fingerprint {other[:12]}, here {fingerprint[:12]}): another version of "
@@ -192,21 +192,21 @@ class SweepRun:
         self,
         store: TokenStore,
         tuning: Mapping[str, Any],
-        rates: Mapping[str, float],
+        rates: Mapping[Choice, float],
         points: Sequence[Point],
         done: Mapping[str, Any],
     ) -> dict[str, Any]:
         entries = [{**done[p.digest], "labels": dict(p.labels), "seed": p.seed} for p in points if p.digest in done]
         used = {*tuning, *(entry["digest"] for entry in entries)}
         learning_rates = [
-            {"group": json.loads(key)[0], "at": json.loads(key)[1], "learning_rate": rate, "edge": self._at_edge(rate)}
-            for key, rate in rates.items()
+            {"group": choice.group, "at": dict(choice.at), "learning_rate": rate, "edge": self._at_edge(rate)}
+            for choice, rate in rates.items()
         ]
         return {
             "sweep": self.recipe.name,
             "question": self.recipe.question,
             "recipe": self.recipe.to_dict(),
-            "data": {"fingerprint": store.description["fingerprint"], "counts": store.counts},
+            "data": {"fingerprint": store.fingerprint, "counts": store.counts},
             "expected_points": len(list(self.recipe.combinations())) * len(self.recipe.seeds),
             "learning_rates": learning_rates,
             "tuning": sorted(

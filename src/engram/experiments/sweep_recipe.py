@@ -10,16 +10,16 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from engram.config import EngramConfig
 from engram.data.recipe import build_fields as build_flat
-from engram.data.recipe import read_yaml
 from engram.errors import ConfigError, EngramError
 from engram.experiments.backbone import BackboneConfig
-from engram.experiments.recipe import PointRecipe, build_fields, insert_corpus
+from engram.experiments.recipe import PointRecipe, build_fields, insert_corpus, read_mapping
 
-__all__ = ["Point", "SweepRecipe", "TuneGroup", "TuneRecipe", "read_base", "read_sweep"]
+__all__ = ["Choice", "Point", "SweepRecipe", "TuneGroup", "TuneRecipe", "read_base", "read_sweep"]
 
 QUESTIONS = ("allocation", "slots", "ablation", "comparison")
 
@@ -52,6 +52,14 @@ class TuneRecipe:
             raise ConfigError(f"sweep.tune.learning_rate: got {rates!r}, expected a list of numbers such as [2.0e-3, 4.0e-3].")
 
 
+class Choice(NamedTuple):
+    """One choice of a learning rate: the number of its group and the point it is made at."""
+
+    group: int
+    at: tuple[tuple[str, str], ...]
+    """Variant by dimension, in order."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One run of a sweep."""
@@ -62,7 +70,7 @@ class Point:
     role: str = "point"
     """``point`` or ``tuning``."""
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Identity of the run: two points of one digest give one result."""
         fields = json.dumps(self.recipe.identity(), sort_keys=True)
@@ -140,34 +148,32 @@ class SweepRecipe:
                 _change(fields, key, value, f"sweep.variants.{dimension}.{label}")
         return build_fields(PointRecipe, {**fields, "seed": seed, **changes}, f"sweep {self.name}: {dict(labels)}")
 
-    def points(self, learning_rates: Mapping[str, float]) -> list[Point]:
-        """All points that report, at the learning rates chosen (by ``tuning_key``)."""
+    def points(self, learning_rates: Mapping[Choice, float]) -> list[Point]:
+        """All points that report, at the learning rates chosen."""
         found = []
         for labels in self.combinations():
-            key = self.tuning_key(labels)
-            changes = {"learning_rate": learning_rates[key]} if key in learning_rates else {}
+            choice = self.choice_of(labels)
+            rate = None if choice is None else learning_rates.get(choice)
+            changes = {} if rate is None else {"learning_rate": rate}
             found += [Point(labels, seed, self.recipe_of(labels, seed, **changes)) for seed in self.seeds]
         return found
 
-    def tuning_key(self, labels: Mapping[str, str]) -> str:
-        """Name of the choice of learning rate that a point depends on; empty if none is made."""
+    def choice_of(self, labels: Mapping[str, str]) -> Choice | None:
+        """The choice of learning rate that a point depends on; None if none is made."""
         for number, group in enumerate(self.tune.groups if self.tune else ()):
             if group.holds(labels):
-                return json.dumps([number, self._tuned_at(group, labels)])
-        return ""
+                return Choice(number, tuple((dimension, group.at.get(dimension, label)) for dimension, label in labels.items()))
+        return None
 
-    def _tuned_at(self, group: TuneGroup, labels: Mapping[str, str]) -> dict[str, str]:
-        return {dimension: group.at.get(dimension, label) for dimension, label in labels.items()}
-
-    def tuning_points(self) -> dict[str, list[Point]]:
+    def tuning_points(self) -> dict[Choice, list[Point]]:
         """By choice, the points that are tried for it."""
-        found: dict[str, list[Point]] = {}
+        found: dict[Choice, list[Point]] = {}
         for labels in self.combinations():
-            key = self.tuning_key(labels)
-            if key and key not in found:
+            choice = self.choice_of(labels)
+            if choice is not None and choice not in found:
                 assert self.tune is not None
-                at = json.loads(key)[1]
-                found[key] = [
+                at = dict(choice.at)
+                found[choice] = [
                     Point(at, seed, self.recipe_of(at, seed, learning_rate=float(lr)), "tuning")
                     for lr in self.tune.learning_rate
                     for seed in self.tune.seeds
@@ -202,7 +208,7 @@ def read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
 
 
 def _read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None) -> SweepRecipe:
-    fields = _mapping(path)
+    fields = read_mapping(path)
     tune = fields.pop("tune", None)
     if tune is not None:
         groups = [build_flat(TuneGroup, group, f"sweep {path}: tune.groups") for group in tune.get("groups", [])]
@@ -223,19 +229,12 @@ def read_base(path: str | os.PathLike[str]) -> tuple[BackboneConfig, EngramConfi
     Raises:
         DataError, ConfigError: as for ``read_sweep``; or there is no memory in it.
     """
-    base = _mapping(path).get("base")
+    base = read_mapping(path).get("base")
     if not isinstance(base, dict) or not isinstance(base.get("engram"), dict):
         raise ConfigError(f"recipe {path}: expected a 'base' mapping with an 'engram' mapping in it.")
     backbone = build_fields(BackboneConfig, base.get("backbone", {}), f"recipe {path}: base.backbone")
     vocab_size = base.get("data", {}).get("vocab_size", backbone.vocab_size)
     return backbone.replace(vocab_size=vocab_size), EngramConfig.from_dict(base["engram"])
-
-
-def _mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
-    fields = read_yaml(path)
-    if not isinstance(fields, dict):
-        raise ConfigError(f"recipe {path}: got {type(fields).__name__}, expected a mapping.")
-    return dict(fields)
 
 
 def _change(fields: dict[str, Any], key: str, value: Any, where: str) -> None:

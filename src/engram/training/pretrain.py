@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import SequentialSampler
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -32,7 +31,7 @@ from engram.data.recipe import build_fields, parse_corpus, read_yaml
 from engram.errors import CheckpointError, ConfigError
 from engram.evaluation.bits_per_byte import bits_per_byte
 from engram.training.progress import LiveProgress
-from engram.training.safe_trainer import SafeTrainer, last_checkpoint
+from engram.training.safe_trainer import InOrder, SafeTrainer, last_checkpoint
 from engram.training.tokenizer import train_tokenizer
 
 __all__ = ["PretrainRecipe", "export_model", "pretrain", "read_recipe"]
@@ -153,11 +152,8 @@ def pretrain(
     return _finish(run, trainer, losses, out / "model")
 
 
-class _PackedTrainer(SafeTrainer):
-    """Reads blocks in order: the stream is shuffled already, and a resumed run must see what the first would have seen."""
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+class _PackedTrainer(InOrder, SafeTrainer):
+    """For packed text."""
 
 
 class _Measure(TrainerCallback):

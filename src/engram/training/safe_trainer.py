@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging as hf_logging
@@ -25,9 +26,18 @@ from engram.training.guards import check_reports, is_complete, last_checkpoint, 
 from engram.training.progress import LiveProgress
 from engram.training.throughput import Throughput
 
-__all__ = ["SafeTrainer", "SaveOnInterrupt", "last_checkpoint"]
+__all__ = ["InOrder", "SafeTrainer", "SaveOnInterrupt", "last_checkpoint"]
 
 _OPTIMIZER, _SCHEDULER, _RANDOM, _SCALER = "optimizer", "scheduler", "random_state", "scaler"
+
+
+class InOrder:
+    """For a trainer: reads blocks in order. The stream is shuffled already, and a resumed run must see what the first would have seen."""
+
+    train_dataset: Any
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
 
 
 class SaveOnInterrupt(TrainerCallback):

@@ -14,6 +14,7 @@ from engram.data.recipe import build_fields as build_flat
 from engram.errors import ConfigError
 from engram.experiments.backbone import BackboneConfig
 from engram.experiments.budget import allocate
+from engram.optim import BACKBONE_OPTIMIZERS
 
 __all__ = ["BudgetRecipe", "DataRecipe", "PointRecipe", "build_fields", "insert_corpus", "read_mapping", "read_point"]
 
@@ -101,8 +102,10 @@ class PointRecipe:
         for name in ("bf16", "keep_model"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"PointRecipe.{name}: got {getattr(self, name)!r}, expected true or false.")
-        if self.optimizer not in ("adamw", "muon"):
-            raise ConfigError(f"PointRecipe.optimizer: got {self.optimizer!r}, expected 'adamw' or 'muon'.")
+        if self.optimizer not in BACKBONE_OPTIMIZERS:
+            raise ConfigError(
+                f"PointRecipe.optimizer: got {self.optimizer!r}, expected {' or '.join(map(repr, BACKBONE_OPTIMIZERS))}."
+            )
         for name in ("warmup_share", "min_lr_ratio"):
             _number(self, name)
             if getattr(self, name) > 1:

@@ -274,10 +274,11 @@ class Engram(nn.Module):
         norms = [*keys, *queries, *smoothed]
         output = gate_and_smooth(projected, streams, attention_mask, norms, options, taps, trace)
         if trace is not None:
-            gate, value = trace["gate"].unsqueeze(-1), projected[..., : streams.shape[-1]].unsqueeze(2)
-            _record(
-                trace, gate, gate * (value if attention_mask is None else value * attention_mask[:, :, None, None]), streams
-            )
+            gate = trace["gate"].unsqueeze(-1)
+            value = gate * projected[..., : streams.shape[-1]].unsqueeze(2)
+            if attention_mask is not None:
+                value = value * attention_mask[:, :, None, None].to(value.dtype)
+            _record(trace, gate, value, streams)
         return output
 
     def _gated_value(self, streams: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

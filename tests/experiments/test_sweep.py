@@ -11,13 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from engram import CheckpointError, ConfigError, DataError
+from engram.checkpoint import sole_writer
 from engram.experiments import read_point, read_sweep, run_point, run_sweep
 from engram.experiments.data import prepare_data
+from engram.experiments.summary import summarise
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = RECIPES / "sweep_tiny.yaml"
+SIZES = ("total", "active", "flops_per_token")
 
 
 def tiny(**changes):
@@ -184,6 +188,50 @@ def test_a_diverging_point_fails_in_words_and_the_others_finish(finished, tmp_pa
     assert "rho=0.6" in failure["point"]
     assert "loss" in failure["error"]
     assert "learning rate" in failure["error"]
+    for retry, told in ((False, "1 failed before"), (True, "points are finished, 0 to run")):
+        said = []
+        again = run_sweep(read_sweep(recipe), recipe.parent, tmp_path, show=said.append, limit=0, retry=retry)
+        assert again["failures"] == ([] if retry else [failure])
+        assert told in said[-1]
+
+
+@pytest.mark.slow
+def test_a_sweep_that_a_scheduler_stops_leaves_no_worker_and_goes_on(finished, tmp_path):
+    out, _, _ = finished
+    shutil.copytree(out / "data", tmp_path / "run" / "data")
+    states = "run/tuning/*/checkpoints/checkpoint-*/trainer_state.json"
+    options = ["--out", str(tmp_path / "run"), "--workers", "2", "--set", "tokens=25600"]
+    command = [sys.executable, "-m", "engram.cli.main", "sweep", str(TINY), *options]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    _wait_for(lambda: len({file.parents[2] for file in tmp_path.glob(states)}) == 2, child)
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert "the same command goes on" in said
+    folders = list(tmp_path.glob("run/tuning/*"))
+    for folder in folders:
+        with FileLock(folder / ".lock", timeout=0):  # free: its worker has ended
+            assert list(folder.glob("checkpoints/checkpoint-*")), said
+            assert not (folder / "result.json").exists()
+    assert "--set tokens=25600" in json.loads((tmp_path / "run" / "sweep.json").read_text())["command"]
+
+
+def test_one_sweep_at_a_time_writes_to_a_folder(tmp_path):
+    with sole_writer(tmp_path / "run", "sweeping"), pytest.raises(CheckpointError, match="another process is running a sweep"):
+        run_sweep(tiny(), RECIPES, tmp_path / "run", show=lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_side_by_side_are_compared_with_the_one_that_the_recipe_names():
+    points = [
+        {"labels": {"arm": arm}, "seed": seed, "test": {"loss": loss + seed}, "counts": dict.fromkeys(SIZES, 1)}
+        for arm, loss in (("dense", 2.0), ("memory", 1.5))
+        for seed in (0, 1)
+    ]
+    arms = summarise("comparison", points, "memory")["all"]
+    assert arms["dense"]["against_reference"]["mean"] == 0.5
+    assert arms["memory"]["against_reference"] is None
+    assert not any(arm["against_reference"] for arm in summarise("comparison", points)["all"].values())
 
 
 @pytest.mark.parametrize(
@@ -209,6 +257,7 @@ def test_a_diverging_point_fails_in_words_and_the_others_finish(finished, tmp_pa
         ({"base": ["x"]}, "wrong form"),
         ({"variants": ["x"]}, "wrong form"),
         ({"question": "slots"}, "'rows'"),
+        ({"reference": "0.6"}, "sweep.reference"),
         ({"question": "ablation"}, "'arm'"),
         ({"variants": {"rho": {"0.6": {"budget.rho": "0.6"}}}, "tune": None}, "BudgetRecipe.rho"),
         ({"variants": {"rho": {"0.6": {"budget.total": "4e6"}}}, "tune": None}, "BudgetRecipe.total"),

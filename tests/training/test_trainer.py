@@ -212,7 +212,8 @@ def run_and_stop(tmp_path, step, how):
 
 
 @pytest.mark.slow
-def test_kill_and_interrupt(tmp_path):
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+def test_kill_and_interrupt(tmp_path, signal_name):
     whole = make(tmp_path / "whole", tiny_memory(tiny_model(), speak=False))
     whole.train()
     killed = run_and_stop(tmp_path / "k", 5, "SIGKILL")
@@ -220,7 +221,7 @@ def test_kill_and_interrupt(tmp_path):
     again = make(tmp_path / "k", tiny_memory(tiny_model(), speak=False))
     again.train(resume_from_checkpoint=str(tmp_path / "k" / "run" / "checkpoint-3"))
     assert losses(again)[-5:] == losses(whole)[-5:]
-    stopped = run_and_stop(tmp_path / "i", 5, "SIGINT")
+    stopped = run_and_stop(tmp_path / "i", 5, signal_name)
     assert stopped.returncode == 0, stopped.stderr
     assert "stopped at step" in stopped.stderr
     found = sorted(os.listdir(tmp_path / "i" / "run"))

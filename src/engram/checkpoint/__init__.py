@@ -1,6 +1,7 @@
 """Floor 3: files. No pickle anywhere."""
 
 from engram.checkpoint.convert import ConversionReport, LayerError, convert_memory
+from engram.checkpoint.sole import sole_writer
 from engram.checkpoint.store import (
     DESCRIPTION_NAME,
     FORMAT_VERSION,
@@ -34,6 +35,7 @@ __all__ = [
     "read_tensors",
     "save_tree",
     "saved_version",
+    "sole_writer",
     "stream_store",
     "tensor_offsets",
     "write_json_atomically",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from engram._version import __version__
 from engram.cli.bench import bench_command
@@ -36,7 +38,19 @@ from engram.errors import ConfigError, DataError, EngramError
 
 __all__ = ["app", "main"]
 
+
+class _Commands(TyperGroup):
+    """Says how a command was interrupted; typer alone ends without a word."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            _fail(stopped if str(stopped) else "interrupted; nothing saved before was changed", 130)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="A conditional memory for PyTorch language models: hashed n-gram tables to train, teach, inspect and switch off.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -91,11 +105,9 @@ def main() -> None:
         _fail(error, 2)
     except (EngramError, OSError) as error:
         _fail(error, 1)
-    except KeyboardInterrupt as stopped:
-        _fail(stopped if str(stopped) else "interrupted; nothing saved before was changed", 130)
 
 
-def _fail(reason: object, code: int) -> None:
+def _fail(reason: object, code: int) -> NoReturn:
     print(f"engram: {reason}", file=sys.stderr)
     sys.exit(code)
 

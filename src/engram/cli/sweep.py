@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,31 +34,35 @@ def sweep_command(
         int | None, typer.Option(min=0, help="Start at most so many points of each stage; 0 sums up what there is.")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="List the points with their sizes and stop.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run points again whose loss was no number.")] = False,
     tuning_only: Annotated[bool, typer.Option("--tuning-only", help="Choose learning rates and stop.")] = False,
 ) -> None:
     """Train every point of a sweep, learning rates chosen first, and sum up what they say, with intervals."""
+    from engram.checkpoint import sole_writer
     from engram.experiments import read_sweep, run_sweep
 
     sweep = read_sweep(recipe, _changes(changes))
     if plan:
         _show_plan(sweep)
         return
-    known = _known(json_out)
     check_writable(json_out)
-    result = run_sweep(
-        sweep,
-        recipe.parent,
-        out,
-        known,
-        workers=workers or _workers(),
-        threads=threads,
-        show=lambda line: print(line, file=sys.stderr, flush=True),
-        save=lambda found: _write(json_out or out / "sweep.json", found, recipe),
-        tuning_only=tuning_only,
-        limit=limit,
-    )
+    place = json_out or out / "sweep.json"
+    with sole_writer(place, f"writing {place}"):
+        result = run_sweep(
+            sweep,
+            recipe.parent,
+            out,
+            _known(json_out),
+            workers=workers or max(1, _workers() // threads),
+            threads=threads,
+            show=lambda line: print(line, file=sys.stderr, flush=True),
+            save=lambda found: _write(place, found, _command(recipe, place, changes)),
+            retry=retry,
+            tuning_only=tuning_only,
+            limit=limit,
+        )
     print(json.dumps(result["summary"], indent=1))
-    print(f"{len(result['points'])} of {result['expected_points']} points; written to {json_out or out / 'sweep.json'}")
+    print(f"{len(result['points'])} of {result['expected_points']} points; written to {place}")
     if result["failures"]:
         for failure in result["failures"]:
             print(f"failed: {failure['point']}: {failure['error']}", file=sys.stderr)
@@ -100,12 +105,17 @@ def _known(file: Path | None) -> dict[str, Any]:
     return result
 
 
-def _write(file: Path, result: dict[str, Any], recipe: Path) -> None:
+def _command(recipe: Path, file: Path, changes: list[str] | None) -> str:
+    """What to type for the same result."""
+    options = "".join(f" --set {shlex.quote(change)}" for change in changes or ())
+    return f"engram sweep {recipe} --out RUN --json {file}{options}"
+
+
+def _write(file: Path, result: dict[str, Any], command: str) -> None:
     from engram.bench import machine
     from engram.checkpoint import write_json_atomically
     from engram.experiments import versions
 
-    command = f"engram sweep {recipe} --out RUN --json {file}"
     provenance = {"command": command, "hardware": machine()["hardware"], "versions": versions()}
     write_json_atomically(file, {**provenance, **result})
 

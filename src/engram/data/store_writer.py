@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from engram.checkpoint import write_json_atomically
+from engram.checkpoint import sole_writer, write_json_atomically
 from engram.data.corpus import SPLITS, DocumentStream, SourceDigest, split_of
 from engram.data.recipe import KINDS, CorpusRecipe
 from engram.data.sources import Document
@@ -53,21 +52,10 @@ def fingerprint_of(identity: Mapping[str, Any]) -> str:
 @contextmanager
 def sole_builder(out: Path) -> Iterator[None]:
     """Lock the name ``out``, and remove what builds that were killed have left beside it."""
-    lock_file = out.parent / f".{out.name}.lock"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(lock_file)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise CheckpointError(f"another process is building {out}; wait until it is done, then try again.") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {out.parent}: {error.strerror}; choose another folder.") from None
-    try:
+    with sole_writer(out, f"building {out}"):
         for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager

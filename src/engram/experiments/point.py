@@ -20,6 +20,7 @@ from engram.experiments.counts import count_model, predict_flops
 from engram.experiments.data import PreparedData
 from engram.experiments.held_out import measure
 from engram.experiments.recipe import PointRecipe
+from engram.experiments.versions import made_with
 from engram.models import EngramModel, get_engram_model
 from engram.training import EngramTrainer, EngramTrainingArguments
 from engram.training.balance import BalanceCallback, find_routers
@@ -196,6 +197,7 @@ def _result(recipe: PointRecipe, data: PreparedData, model: Any, trainer: SafeTr
         "curve": [(e["step"], e[_VALIDATION]) for e in history if _VALIDATION in e],
         "expert_load_max": loads[-1] if loads else None,
         "seconds": round(seconds, 1),
+        "made_with": made_with(),
     }
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from engram.experiments.arms import REFERENCE
 from engram.experiments.statistics import fit_line, fit_parabola, mean_interval, seed_interval
 
 __all__ = ["summarise"]
@@ -15,16 +16,19 @@ _SIZES = ("total", "active", "experts", "dense_width", "table_rows", "rows_per_h
 Entries = Sequence[Mapping[str, Any]]
 
 
-def summarise(question: str, entries: Entries) -> dict[str, Any]:
+def summarise(question: str, entries: Entries, reference: str = REFERENCE) -> dict[str, Any]:
     """The answer to a sweep's question from the points there are.
 
     Args:
         question: ``allocation``, ``slots``, ``ablation`` or ``comparison``.
         entries: points as a sweep's result holds them.
+        reference: the arm that others are compared with, if there are arms.
     """
     if not entries:
         return {}
-    return _SUMMARIES[question](entries)
+    if question in ("ablation", "comparison"):
+        return _arms(entries, reference)
+    return _allocation(entries) if question == "allocation" else _slots(entries)
 
 
 def _loss(entry: Mapping[str, Any]) -> float:
@@ -144,26 +148,18 @@ def _slots(entries: Entries) -> dict[str, Any]:
     return summary
 
 
-def _ablation(entries: Entries) -> dict[str, Any]:
-    """By setting: the loss of every arm, and its difference to the arm ``reference``, seed by seed."""
+def _arms(entries: Entries, reference: str) -> dict[str, Any]:
+    """By setting: the loss of every arm, and its difference to the reference, seed by seed."""
     summary = {}
     for setting, group in _by(entries, lambda e: _others(e, "arm")).items():
         arms = _by(group, lambda e: e["labels"]["arm"])
-        reference = arms.get("reference")
+        compared = arms.get(reference)
         summary[setting] = {
             label: {
                 "loss": mean_interval([_loss(e) for e in members]),
-                "against_reference": None if reference is None or members is reference else paired(members, reference),
+                "against_reference": None if compared is None or members is compared else paired(members, compared),
                 **{k: members[0]["counts"][k] for k in ("total", "active", "flops_per_token")},
             }
             for label, members in arms.items()
         }
     return summary
-
-
-_SUMMARIES: dict[str, Callable[[Entries], dict[str, Any]]] = {
-    "allocation": _allocation,
-    "slots": _slots,
-    "ablation": _ablation,
-    "comparison": _ablation,
-}

@@ -9,24 +9,25 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engram.checkpoint import write_json_atomically
+from engram.checkpoint import sole_writer, write_json_atomically
 from engram.data.store import TokenStore
 from engram.errors import CheckpointError, ConfigError, DataError
 from engram.experiments.data import prepare_data
 from engram.experiments.point import RESULT
 from engram.experiments.summary import summarise
 from engram.experiments.sweep_recipe import Choice, Point, SweepRecipe
-from engram.experiments.worker import FATAL
+from engram.experiments.worker import FAILED, FATAL
 
 __all__ = ["SweepRun", "run_sweep"]
 
-_FAILED = "failed.json"
 _TASK = "task.json"
 Show = Callable[[str], None]
 
@@ -44,6 +45,8 @@ class SweepRun:
         threads: threads of each.
         show: told about every point.
         save: given the result so far after every point.
+        retry: run points again that failed for good, by a loss that is no number. What failed for another reason (memory, a kill)
+            is run again anyway.
     """
 
     recipe: SweepRecipe
@@ -54,6 +57,7 @@ class SweepRun:
     threads: int = 1
     show: Show = print
     save: Callable[[dict[str, Any]], None] = lambda result: None
+    retry: bool = False
 
     def __post_init__(self) -> None:
         self._children: set[subprocess.Popen] = set()
@@ -108,9 +112,14 @@ class SweepRun:
         todo = [p for p in {p.digest: p for p in points}.values() if p.digest not in results]
         finished = [p for p in todo if (self._folder(p) / RESULT).is_file()]
         results |= {p.digest: self._read(p) for p in finished}
-        todo = [p for p in todo if p.digest not in results][:limit]
-        self.show(f"{self.recipe.name}: {len(results)} of {len(points)} points are finished, {len(todo)} to run")
+        todo = [p for p in todo if p.digest not in results]
+        lost = {p.digest: error for p in todo if not self.retry and (error := self._failed_for_good(p))}
+        todo = [p for p in todo if p.digest not in lost][:limit]
+        self.failures += list(lost.values())
+        told = f", {len(lost)} failed before" if lost else ""
+        self.show(f"{self.recipe.name}: {len(results)} of {len(points)} points are finished{told}, {len(todo)} to run")
         self.save(collect(results))
+        started, total = time.monotonic(), len(todo)
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             waiting: dict[Future, Point] = {pool.submit(self._run_one, p): p for p in todo}
             try:
@@ -119,10 +128,27 @@ class SweepRun:
                     for future in ended:
                         self._note(waiting.pop(future), future.result(), results, len(points))
                         self.save(collect(results))
+                    self._tell_time_left(time.monotonic() - started, total - len(waiting), total)
             except BaseException:
                 self._stop(waiting)
                 raise
         return results
+
+    def _tell_time_left(self, seconds: float, ended: int, total: int) -> None:
+        # Points run side by side, so that the first few to end say too little.
+        if self.workers <= ended < total:
+            self.show(f"about {seconds / ended * (total - ended) / 60:.0f} min left of these {total}")
+
+    def _failed_for_good(self, point: Point) -> dict[str, Any] | None:
+        """The failure of a point that would fail the same way again."""
+        file = self._folder(point) / FAILED
+        if not file.is_file():
+            return None
+        error = json.loads(file.read_text(encoding="utf-8"))
+        return self._failure(point, error) if error.pop("for_good", False) else None
+
+    def _failure(self, point: Point, error: Mapping[str, Any]) -> dict[str, Any]:
+        return {"point": point.name, "digest": point.digest, "error": error["error"]}
 
     def _note(self, point: Point, error: dict[str, Any] | None, results: dict[str, Any], total: int) -> None:
         if error is None:
@@ -134,7 +160,7 @@ class SweepRun:
         elif error.get("fatal"):
             raise CheckpointError(error["error"])
         else:
-            self.failures.append({"point": point.name, "digest": point.digest, **error})
+            self.failures.append(self._failure(point, error))
             self.show(f"{point.role} {point.name} failed: {error['error']}")
 
     def _run_one(self, point: Point) -> dict[str, Any] | None:
@@ -143,7 +169,7 @@ class SweepRun:
             return {"error": "not started"}
         folder = self._folder(point)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _FAILED).unlink(missing_ok=True)
+        (folder / FAILED).unlink(missing_ok=True)
         task = {"recipe": point.recipe.to_dict(), "data": str((self.out / "data").resolve()), "threads": self.threads}
         write_json_atomically(folder / _TASK, task)
         with open(folder / "log.txt", "ab") as log:
@@ -160,8 +186,8 @@ class SweepRun:
         if code == 0:
             return None
         error = {"error": f"ended with code {code}; see {folder.relative_to(self.out) / 'log.txt'} in the run folder"}
-        if (folder / _FAILED).is_file():
-            error = json.loads((folder / _FAILED).read_text(encoding="utf-8"))
+        if (folder / FAILED).is_file():
+            error = json.loads((folder / FAILED).read_text(encoding="utf-8"))
         return {**error, "fatal": True} if code == FATAL else error
 
     def _stop(self, waiting: Mapping[Future, Point]) -> None:
@@ -178,7 +204,8 @@ class SweepRun:
         """What the sweep's result keeps of a point."""
         result = json.loads((self._folder(point) / RESULT).read_text(encoding="utf-8"))
         held_out = result.pop("held_out")
-        kept = {name: result[name] for name in ("counts", "tokens", "epochs", "steps", "curve", "expert_load_max", "seconds")}
+        names = ("counts", "tokens", "epochs", "steps", "curve", "expert_load_max", "seconds", "made_with")
+        kept = {name: result[name] for name in names if name in result}
         return {
             "labels": dict(point.labels),
             "seed": point.seed,
@@ -216,7 +243,7 @@ class SweepRun:
             # Of a result made before, what is not (or not yet) part of this sweep: it is kept.
             "other_points": [entry for digest, entry in self._known.items() if digest not in used],
             "failures": self.failures,
-            "summary": summarise(self.recipe.question, entries),
+            "summary": summarise(self.recipe.question, entries, self.recipe.reference),
         }
 
     def _at_edge(self, rate: float) -> bool:
@@ -255,6 +282,7 @@ def run_sweep(
     threads: int = 1,
     show: Show = print,
     save: Callable[[dict[str, Any]], None] = lambda result: None,
+    retry: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Run what is missing of a sweep; see ``SweepRun``.
@@ -267,10 +295,34 @@ def run_sweep(
         raise CheckpointError(
             f"the given result is of sweep {known.get('sweep')!r}, expected {recipe.name!r}; choose another file."
         )
+    with sole_writer(out, f"running a sweep in {out}"), _stopped_by_sigterm():
+        _make_room(out)
+        return SweepRun(recipe, Path(folder), out, known or {}, workers, threads, show, save, retry).run(**options)
+
+
+def _make_room(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from None
     if shutil.disk_usage(out).free < 1 << 26:
         raise CheckpointError(f"{out}: less than 64 MiB are free on this disk; make room first. Finished points are kept.")
-    return SweepRun(recipe, Path(folder), out, known or {}, workers, threads, show, save).run(**options)
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """A scheduler's SIGTERM, or a terminal that is closed, ends a sweep as Ctrl-C does: running points save a checkpoint first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt("stopped; running points saved a checkpoint, and the same command goes on from there")
+
+    stops = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in stops}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

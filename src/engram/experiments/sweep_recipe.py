@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from engram.config import EngramConfig
 from engram.data.recipe import build_fields as build_flat
 from engram.errors import ConfigError, EngramError
+from engram.experiments.arms import REFERENCE
 from engram.experiments.backbone import BackboneConfig
 from engram.experiments.recipe import PointRecipe, build_fields, insert_corpus, read_mapping
 
@@ -97,13 +98,15 @@ class SweepRecipe:
     name: str
     question: str
     """What the summary answers: ``allocation`` (a curve over ``rho``), ``slots`` (a slope over ``rows``), ``ablation`` (differences to the
-    variant ``reference`` of ``arm``) or ``comparison`` (variants side by side)."""
+    variant ``reference`` of ``arm``) or ``comparison`` (models side by side, with differences to the one named by ``reference``)."""
     base: Mapping[str, Any]
     """Fields of ``PointRecipe``."""
     variants: Mapping[str, Mapping[str, Mapping[str, Any]]]
     """By dimension and label: fields to change, nested ones with dots (``engram.use_conv: false``). Points are all combinations."""
     seeds: Sequence[int] = (0, 1, 2)
     tune: TuneRecipe | None = None
+    reference: str = REFERENCE
+    """The variant of ``arm`` that others are compared with; an ablation's own is always called ``reference``."""
 
     def __post_init__(self) -> None:
         if self.question not in QUESTIONS:
@@ -116,6 +119,10 @@ class SweepRecipe:
             raise ConfigError(
                 f"sweep.variants: got {', '.join(map(str, self.variants))}, expected {only}the dimension {dimension!r} for the question "
                 f"{self.question!r}."
+            )
+        if self.reference != REFERENCE and (self.question != "comparison" or self.reference not in self.variants["arm"]):
+            raise ConfigError(
+                f"sweep.reference: got {self.reference!r}, expected one of the arms of a sweep with the question 'comparison'."
             )
         if not isinstance(self.seeds, (list, tuple)):
             raise ConfigError(f"sweep.seeds: got {self.seeds!r}, expected a list such as [0, 1, 2].")

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import platform
+from typing import Any
 
 import torch
 import transformers
 
 from engram._version import __version__
 
-__all__ = ["versions"]
+__all__ = ["made_with", "versions"]
+
+
+def made_with() -> dict[str, Any]:
+    """The device and versions that one run used; a sweep may be run in parts and on several machines."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return {"device": device, "versions": versions()}
 
 
 def versions() -> dict[str, str]:

@@ -10,16 +10,19 @@ from pathlib import Path
 from filelock import FileLock
 
 from engram.checkpoint import write_json_atomically
-from engram.errors import EngramError
+from engram.errors import EngramError, TrainingError
 
-__all__ = ["FATAL", "main"]
+__all__ = ["FAILED", "FATAL", "main"]
+
+FAILED = "failed.json"
+"""File of a point that ended with an error of ours."""
 
 FATAL = 3
 """Exit code for an error that would meet the other points as well."""
 
 
 def main(folder: Path) -> int:
-    """Run the task in ``FOLDER/task.json``; an error of ours is left in ``FOLDER/failed.json``."""
+    """Run the task in ``FOLDER/task.json``; an error of ours is left in ``FOLDER/failed.json``, with whether it would come again."""
     import torch
 
     from engram.experiments.data import load_data
@@ -37,7 +40,7 @@ def main(folder: Path) -> int:
     except (EngramError, OSError) as error:
         print(f"engram: {error}", file=sys.stderr)
         with contextlib.suppress(OSError):
-            write_json_atomically(folder / "failed.json", {"error": str(error)})
+            write_json_atomically(folder / FAILED, {"error": str(error), "for_good": isinstance(error, TrainingError)})
         # What cannot be written here (CheckpointError is an OSError) cannot be written by the points that follow.
         return FATAL if isinstance(error, OSError) else 1
     except KeyboardInterrupt as stopped:

@@ -169,7 +169,7 @@ def _arms(result: Mapping[str, Any]) -> list[str]:
             for label, arm in ordered
         ]
         if compared:
-            header.append("difference to the reference")
+            header.append(f"difference to {literal_text(result['recipe'].get('reference', 'reference'))}")
             rows = [[*row, interval(arm["against_reference"], signed=True)] for row, (_, arm) in zip(rows, ordered)]
         parts.append(table(header, rows, right=range(1, 6)))
     return parts

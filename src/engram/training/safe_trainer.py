@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` that keeps its state without pickle, stops cleanly on Ctrl-C and at once where nothing can be learnt."""
+"""A `transformers.Trainer` that keeps its state without pickle, stops cleanly on Ctrl-C or SIGTERM and at once where nothing can be learnt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from engram.training.throughput import Throughput
 
 __all__ = ["InOrder", "SafeTrainer", "SaveOnInterrupt", "last_checkpoint"]
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 _OPTIMIZER, _SCHEDULER, _RANDOM, _SCALER = "optimizer", "scheduler", "random_state", "scaler"
 
 
@@ -41,20 +42,20 @@ class InOrder:
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C ends training after the running step, with a checkpoint; a second Ctrl-C ends it at once.
+    """Ctrl-C, or the SIGTERM of a scheduler, ends training after the running step, with a checkpoint; a second one ends it at once.
 
     Stopping between steps is what makes the checkpoint exact: within one, gradients are half accumulated or half applied.
     """
 
     def __init__(self) -> None:
         self.interrupted = False
-        self._previous: Any = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Listen for Ctrl-C."""
+        """Listen for signals."""
         self.interrupted = False
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+            self._previous = {number: signal.signal(number, self._on_signal) for number in _STOPS}
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.interrupted:
@@ -69,10 +70,9 @@ class SaveOnInterrupt(TrainerCallback):
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Give Ctrl-C back and say where to go on."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        """Give signals back and say where to go on."""
+        _give_back(self._previous)
+        self._previous = {}
         if self.interrupted:
             print(
                 f"stopped at step {state.global_step}; resume from {args.output_dir}/checkpoint-{state.global_step}",
@@ -262,13 +262,18 @@ def _complete_checkpoint(asked: str | bool | None, output_dir: str | None) -> st
 
 @contextmanager
 def _interrupt_handler_given_back() -> Iterator[None]:
-    """Whatever happens inside, Ctrl-C means afterwards what it meant before; a training that fails would leave it caught."""
+    """Whatever happens inside, signals mean afterwards what they meant before; a training that fails would leave them caught."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in _STOPS}
     try:
         yield
     finally:
-        if before is not None:  # None: set by something other than Python, which cannot be set from here
-            signal.signal(signal.SIGINT, before)
+        _give_back(before)
+
+
+def _give_back(handlers: Mapping[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        if handler is not None:  # None: set by something other than Python, which cannot be set from here
+            signal.signal(number, handler)

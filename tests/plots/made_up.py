@@ -140,6 +140,18 @@ def score(kind, exact, answers=256):
     return {**told, "low": 0.0, "high": 1.0, "log_probability": -1.5, "log_probability_error": 0.1, "rank": 3.0}
 
 
+def corpus(fingerprint="ad80bab3f9356ae5"):
+    """As ``engram corpus`` writes it."""
+    found = {"n": 13, "ngrams": 1000, "shared": 75, "share": 0.075, "documents": 10, "documents_shared_over_half": 2}
+    return {
+        "command": "engram corpus",
+        "fingerprint": fingerprint,
+        "counts": {},
+        "duplicates": {"exact": 3, "near": 4},
+        "contamination": [{**found, "share_by_kind": {"code": 0.05, "prose": 0.1}}],
+    }
+
+
 def long_context(seeds=(0, 1), queries=(200, 205)):
     """As ``benchmarks/long_context.py`` writes it; ``queries``: exact answers of the model with a memory, by seed."""
     entries = []

@@ -9,6 +9,7 @@ from engram.experiments.claims import judge
 from engram.experiments.paper import PAPER
 from engram.plots import Report, ResultFile, draw_result, group_results, plot_sweep, read_result, render_page
 from engram.plots.markdown import interval, literal_text, span, table
+from engram.plots.results import recognise
 from tests.plots import made_up
 
 SMALL = {"seeds": (0, 1), "budgets": ("small",)}
@@ -25,7 +26,7 @@ HEADINGS = [
 
 def report(results):
     """From results by name, without pictures."""
-    files = [ResultFile(name, result["question"], result) for name, result in results.items()]
+    files = [ResultFile(name, recognise(result) or "", result) for name, result in results.items()]
     return Report(files, {}, judge(group_results(files)), PAPER)
 
 
@@ -103,6 +104,25 @@ def test_numbers_of_the_report_are_the_results():
     assert "| sweep\\_allocation | 16 of 16 | 0, 1 | 4,288,000 | 389,600 | 499,712 | 0.056 |" in text
     assert "1,000,000 tokens in a vocabulary of 2,048 to train on, by kind: code 90 %, prose 10 %." in text
     assert "6e20 FLOPs, 9.9B parameters of which 0.99B active" in text
+
+
+def test_what_held_out_text_shares_with_training_text_is_told_for_the_text_it_was_counted_on():
+    result = made_up.allocation(**SMALL)
+    assert recognise(made_up.corpus()) == "corpus"
+    told = report({"sweep": result, "corpus": made_up.corpus()}).markdown(str)
+    assert "7.5 % of the 1,000 held-out 13-grams (tokens) occur in the training text too (code 5.0 %, prose 10.0 %)" in told
+    assert "more than half of those of 2 documents of 10" in told
+    for files in ({"sweep": result}, {"sweep": result, "corpus": made_up.corpus("of other text")}):
+        assert "What the held-out text shares with the training text was not measured" in report(files).markdown(str)
+
+
+def test_largest_loads_of_experts_are_told_over_seeds():
+    result = made_up.allocation(**SMALL)
+    for point in result["points"]:
+        point["expert_load_max"] = None if point["labels"]["rho"] == "40%" else 1.5 + point["seed"]
+    told = report({"sweep": result}).markdown(str)
+    assert "| 1.5 to 2.5 |" in told
+    assert re.search(r"\| 40.0 % \|[^\n]*\| – \|", told)
 
 
 def test_what_was_not_measured_is_one_line():

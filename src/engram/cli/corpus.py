@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.outputs import check_writable
+from engram.cli.outputs import check_writable, made_with
 
 if TYPE_CHECKING:
     from engram.data.contamination import Contamination
@@ -55,7 +55,10 @@ def corpus_command(
         fields = {
             name: store.description[name] for name in ("counts", "duplicates", "skipped_files", "vocab_size", "fingerprint")
         }
-        write_json_atomically(json_out, {"store": str(out), **fields, "contamination": [entry.to_dict() for entry in found]})
+        command = f"engram corpus {recipe} --out STORE" + (f" --vocab-size {vocab_size}" if vocab_size else "")
+        command += "".join(f" --contamination {n}" for n in contamination or ())
+        counted = {"contamination": [entry.to_dict() for entry in found]}
+        write_json_atomically(json_out, {"command": f"{command} --json {json_out}", **made_with(), **fields, **counted})
 
 
 def _store(

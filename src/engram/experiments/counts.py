@@ -1,6 +1,6 @@
 """What a model is made of: parameters by kind and the arithmetic of one token, from sizes alone and from a model that exists.
 
-Definitions (paper, section 3.1; SPEC section 5). Embeddings and the head are left out everywhere. ``total``: all other parameters, table rows
+Definitions (paper, section 3.1). Embeddings and the head are left out everywhere. ``total``: all other parameters, table rows
 included. ``active``: those a token is multiplied with: everything but experts that were not chosen and table rows (which are fetched, not
 multiplied). ``sparse = total - active``. ``rho``: the share of ``sparse`` that is experts.
 """

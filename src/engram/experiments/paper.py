@@ -1,4 +1,4 @@
-"""What the paper measured (arXiv:2601.07372), as gathered in SPEC section 5: losses in nats per token, shares between 0 and 1."""
+"""What the paper measured (arXiv:2601.07372): losses in nats per token, shares between 0 and 1."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ __all__ = ["PAPER"]
 
 PAPER: dict[str, Any] = {
     "source": "arXiv:2601.07372",
-    "section": "SPEC section 5",
     "allocation": {
         "6e20 FLOPs": {
             "scale": "6e20 FLOPs, 9.9B parameters of which 0.99B active",

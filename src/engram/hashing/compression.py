@@ -1,4 +1,4 @@
-"""Token compression: the map P from raw token ids to canonical ids (SPEC of the demo; paper section 2.2).
+"""Token compression: the map P from raw token ids to canonical ids (the demo; paper section 2.2).
 
 Tokens that differ in case, accents or white space alone share one canonical id, so that " Apple" and "apple" build the same n-gram.
 """

@@ -104,6 +104,7 @@ def _evaluation(file: ResultFile, folder: Path) -> list[Picture]:
 
 _DRAWERS: dict[str, Callable[[ResultFile, Path], list[Picture]]] = {
     "bench": _bench,
+    "corpus": lambda file, folder: [],  # the report tells it in words
     "eval": _evaluation,
     "look": _look,
     "long_context": lambda file, folder: [plot_recall(file.data["models"], folder / f"{file.name}.png")],

@@ -8,7 +8,7 @@ from typing import Any
 
 from engram.plots.markdown import count, interval, literal_text, plural, span, table
 
-__all__ = ["ANSWERS", "failures", "progress", "protocol", "tuning"]
+__all__ = ["ANSWERS", "contamination", "failures", "progress", "protocol", "tuning"]
 
 
 def progress(result: Mapping[str, Any]) -> str:
@@ -65,6 +65,21 @@ def protocol(results: Mapping[str, Mapping[str, Any]]) -> str:
     return table(header, rows, right=range(3, 9)) if rows else ""
 
 
+def contamination(corpus: Mapping[str, Any]) -> str:
+    """What the held-out text shares with the training text, after duplicates were left out."""
+    removed = corpus["duplicates"]
+    lines = [
+        f"{100 * entry['share']:.1f} % of the {count(entry['ngrams'])} held-out {entry['n']}-grams (tokens) occur in the training text too ("
+        + ", ".join(f"{literal_text(kind)} {100 * share:.1f} %" for kind, share in entry["share_by_kind"].items())
+        + f"), and more than half of those of {plural(entry['documents_shared_over_half'], 'document')} of {count(entry['documents'])}."
+        for entry in corpus["contamination"]
+    ]
+    told = f"Left out of the corpus as duplicates: {count(removed['exact'])} exact, {count(removed['near'])} near."
+    return " ".join(
+        [told, *lines, "They stay in what is reported: a memory may gain more there than on text that is new throughout."]
+    )
+
+
 def tuning(name: str, result: Mapping[str, Any]) -> str:
     """What choosing learning rates cost, and what was chosen."""
     runs = result["tuning"]
@@ -95,21 +110,43 @@ def _allocation(result: Mapping[str, Any]) -> list[str]:
     for budget, summary in result["summary"].items():
         if budget != "all":
             parts.append(f"**Budget {literal_text(budget)}**")
-        header = ("rho", "parameters", "active", "experts", "rows per head", "test loss", "difference to experts alone")
+        loads = _largest_loads(result, budget)
+        header = (
+            "rho",
+            "parameters",
+            "active",
+            "experts",
+            "largest load",
+            "rows per head",
+            "test loss",
+            "difference to experts alone",
+        )
         rows = [
             (
                 f"{100 * row['rho']:.1f} %",
                 count(row["total"]),
                 count(row["active"]),
                 count(row["experts"]),
+                loads.get(row["label"], "–"),
                 count(max(row["rows_per_head"], default=0)),
                 interval(row["loss"]),
                 interval(row["against_experts_alone"], signed=True),
             )
             for row in summary["curve"]
         ]
-        parts += [table(header, rows, right=range(7)), _parabola(summary)]
+        parts += [table(header, rows, right=range(8)), _parabola(summary)]
+    parts.append("*Largest load*: tokens of the busiest expert in the last step, as a multiple of the mean; 1 is balanced.")
     return parts
+
+
+def _largest_loads(result: Mapping[str, Any], budget: str) -> dict[str, str]:
+    """By share of experts, over seeds."""
+    loads: dict[str, list[float]] = {}
+    for point in result["points"]:
+        others = [label for name, label in point["labels"].items() if name != "rho"]
+        if point["expert_load_max"] is not None and (", ".join(others) or "all") == budget:
+            loads.setdefault(point["labels"]["rho"], []).append(point["expert_load_max"])
+    return {rho: span([round(load, 1) for load in found]) for rho, found in loads.items()}
 
 
 def _parabola(summary: Mapping[str, Any]) -> str:

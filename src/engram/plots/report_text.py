@@ -12,7 +12,7 @@ from engram.plots.figure import Picture
 from engram.plots.markdown import count, interval, literal_text, plural, table
 from engram.plots.report_limits import limits
 from engram.plots.report_looks import long_context, looks, throughput
-from engram.plots.report_sweeps import ANSWERS, failures, progress, protocol, tuning
+from engram.plots.report_sweeps import ANSWERS, contamination, failures, progress, protocol, tuning
 from engram.plots.results import SWEEPS, ResultFile, reading
 
 __all__ = ["Report"]
@@ -137,8 +137,15 @@ class Report:
         for number, (fingerprint, counts) in enumerate(texts.items()):
             yield f"**Text{f' {number + 1}' if len(texts) > 1 else ''}** (fingerprint `{fingerprint[:12]}`)"
             yield _text_table(counts)
+            yield self._contamination(fingerprint)
         yield "**Learning rates**"
         yield "\n".join(f"- {line}" for name, result in sweeps.items() if (line := tuning(name, result)))
+
+    def _contamination(self, fingerprint: str) -> str:
+        files = [file for file in self._of("corpus") if file.data["fingerprint"] == fingerprint]
+        if not files:
+            return "*What the held-out text shares with the training text was not measured: no result of `engram corpus` on this text.*"
+        return contamination(files[0].data)
 
     def _section(self, kind: str, link: Callable[[Path], str]) -> Iterator[str]:
         yield f"## {_HEADINGS[kind]}"
@@ -168,11 +175,11 @@ class Report:
 
     def _paper_scale(self) -> str:
         scales = "; ".join(entry["scale"] for entry in self.paper["allocation"].values())
-        return f"The paper's points ({self.paper['section']}) are of models at {scales}."
+        return f"The paper's points ({self.paper['source']}) are of models at {scales}."
 
     def _agreement(self) -> Iterator[str]:
         yield (
-            f"Each claim of the paper ({self.paper['section']}) is judged by the interval alone. *Agrees*: all of it has the sign that was "
+            f"Each claim of the paper ({self.paper['source']}) is judged by the interval alone. *Agrees*: all of it has the sign that was "
             "claimed. *Disagrees*: all of it has the other. *Cannot tell*: it includes zero, there is none, or what the last but one column "
             "says stands against it. A U-shape also asks for a lowest point below 100 % and for a loss that is seen to rise again at the "
             "smallest share; the gain of the best share must exceed the spread between seeds."

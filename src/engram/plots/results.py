@@ -20,6 +20,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "bench": ("benchmarks", "hardware"),
     "eval": ("recall", "categories", "harm", "gates"),
     "look": ("model", "against", "text", "skipped"),
+    "corpus": ("fingerprint", "counts", "contamination"),
 }
 """Kinds that are told by their keys."""
 
@@ -152,7 +153,7 @@ def read_result(path: Path, strict: bool = True) -> ResultFile | None:
         if not strict:
             return None
         raise DataError(
-            f"result {path}: of no kind that can be drawn; expected a result of engram sweep, bench, eval, look or recall, or of "
+            f"result {path}: of no kind that can be drawn; expected a result of engram sweep, bench, corpus, eval, look or recall, or of "
             "benchmarks/long_context.py or throughput.py."
         )
     missing = [key for key in _SWEEP_KEYS if kind in SWEEPS and key not in data]

@@ -18,25 +18,29 @@ def train_command(
         list[str] | None, typer.Option(help="Loggers: tensorboard, wandb; may be repeated. Needs the extra of that name.")
     ] = None,
 ) -> None:
-    """Train a backbone and its memory together: MoE or dense, Muon or AdamW; goes on where it was stopped."""
+    """Train a memory: together with a fresh backbone (MoE or dense), or on a model that exists; goes on where it was stopped."""
     import dataclasses
 
     import torch
 
     from engram.cli.corpus import corpus_progress
     from engram.experiments import prepare_data, read_point, run_point
+    from engram.models.bundled import load_tokenizer
     from engram.training.progress import LiveProgress
 
     point = dataclasses.replace(read_point(recipe), keep_model=True)
     if threads:
         torch.set_num_threads(threads)
     with corpus_progress() as show:
-        data = prepare_data(point.data, recipe.parent, out / "data", show)
+        own = None if point.model is None else load_tokenizer(point.model)
+        data = prepare_data(point.data, recipe.parent, out / "data", show, own)
     result = run_point(point, data, out, [LiveProgress()], report_to or ())
     counts = result["counts"]
     print(f"{counts['total']:,} parameters, {counts['active']:,} per token, {counts['table_rows']:,} rows; embeddings left out")
     for half, measured in result["held_out"].items():
         kinds = ", ".join(f"{kind} {entry['loss']:.4f}" for kind, entry in measured["by_kind"].items())
-        print(f"{half}: {measured['loss']:.4f} nats per token, {measured['bits_per_byte']:.4f} bits per byte ({kinds})")
+        before = result.get("held_out_before", {}).get(half)
+        was = "" if before is None else f", before {before['bits_per_byte']:.4f}"
+        print(f"{half}: {measured['loss']:.4f} nats per token, {measured['bits_per_byte']:.4f} bits per byte{was} ({kinds})")
     places = [out / name for name in ("model", "memory", "result.json") if (out / name).exists()]
     print("written: " + ", ".join(map(str, places)))

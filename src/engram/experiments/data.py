@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engram.data.blocks import HeldOutBlocks, TrainingBlocks
-from engram.data.store import TokenStore
+from engram.data.store import TokenStore, build_store
 from engram.experiments.recipe import DataRecipe
 from engram.training.token_store import prepare_store
 
@@ -44,12 +44,29 @@ class PreparedData:
 
 
 def prepare_data(
-    recipe: DataRecipe, folder: Path, out: Path, show: Callable[[str, int, int], None] = lambda what, done, total: None
+    recipe: DataRecipe,
+    folder: Path,
+    out: Path,
+    show: Callable[[str, int, int], None] = lambda what, done, total: None,
+    tokenizer: Any = None,
 ) -> PreparedData:
-    """Build the token store of a recipe in ``out``, or open it if it is there; see ``prepare_store`` for arguments and errors."""
-    return PreparedData(
-        prepare_store(recipe.corpus, folder, out, recipe.vocab_size, show), recipe.seq_len, recipe.held_out_tokens
-    )
+    """Build the token store of a recipe in ``out``, or open it if it is there.
+
+    Args:
+        recipe: text, and how it is cut.
+        folder: what the recipe's paths are relative to.
+        out: folder of the store.
+        show: called with what is done, what of it, and of how much.
+        tokenizer: the tokenizer of a model that exists; without it one of ``recipe.vocab_size`` is trained on the text.
+
+    Raises:
+        ConfigError, DataError, FingerprintError, CheckpointError: as for ``prepare_store`` and ``build_store``.
+    """
+    if tokenizer is None:
+        store = prepare_store(recipe.corpus, folder, out, recipe.vocab_size, show)
+    else:
+        store = build_store(recipe.corpus, tokenizer, folder, out, lambda done, total: show("tokens", done, total))
+    return PreparedData(store, recipe.seq_len, recipe.held_out_tokens)
 
 
 def load_data(recipe: DataRecipe, out: Path) -> PreparedData:

@@ -14,14 +14,14 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from engram.checkpoint import write_json_atomically
-from engram.errors import CheckpointError, TrainingError
+from engram.errors import CheckpointError, ConfigError, TrainingError
 from engram.experiments.backbone import build_backbone
 from engram.experiments.counts import count_model, predict_flops
 from engram.experiments.data import PreparedData
 from engram.experiments.held_out import measure
 from engram.experiments.recipe import PointRecipe
 from engram.experiments.versions import made_with
-from engram.models import EngramModel, get_engram_model
+from engram.models import EngramModel, get_engram_model, load_model
 from engram.training import EngramTrainer, EngramTrainingArguments
 from engram.training.balance import BalanceCallback, find_routers
 from engram.training.safe_trainer import InOrder, SafeTrainer, last_checkpoint
@@ -36,14 +36,29 @@ _VALIDATION = "eval_validation_loss"
 
 
 def build_model(recipe: PointRecipe, tokenizer: Any) -> PreTrainedModel | EngramModel:
-    """A fresh model of a solved recipe, with its memory if it has one, everything trainable."""
+    """A fresh model of a solved recipe, or the one that it goes on from, with its memory if it has one; everything that is trained trainable.
+
+    Raises:
+        CheckpointError: a model to go on from cannot be loaded.
+        ConfigError: it takes no blocks as long as the recipe's.
+    """
     set_seed(recipe.seed)
-    model = build_backbone(recipe.backbone, tokenizer)
+    model = build_backbone(recipe.backbone, tokenizer) if recipe.model is None else _load(recipe.model, recipe.data.seq_len)
     if recipe.engram is None:
         return model
-    config = recipe.engram.replace(pad_id=tokenizer.pad_token_id, seed=recipe.seed)
-    memory = get_engram_model(model, config, tokenizer)
-    return memory.requires_grad_(True)
+    pad = {} if tokenizer.pad_token_id is None else {"pad_id": tokenizer.pad_token_id}
+    memory = get_engram_model(model, recipe.engram.replace(**pad, seed=recipe.seed), tokenizer)
+    memory.engrams.requires_grad_(True)
+    memory.base_model.requires_grad_(recipe.train_backbone)
+    return memory
+
+
+def _load(name: str, seq_len: int) -> PreTrainedModel:
+    model, _ = load_model(name)
+    most = getattr(model.config, "max_position_embeddings", None) or seq_len
+    if seq_len > most:
+        raise ConfigError(f"PointRecipe: got data.seq_len {seq_len}, expected at most the {most} positions of {name}.")
+    return model
 
 
 def run_point(
@@ -74,6 +89,9 @@ def run_point(
         return json.loads((out / RESULT).read_text(encoding="utf-8"))
     solved = recipe.solved()
     model = build_model(solved, data.tokenizer)
+    before = (
+        None if solved.model is None else _measure_all(model, data, solved.bf16)
+    )  # a new memory is empty: what it was without
     curve = _Curve(solved, data)
     trainer = _trainer(solved, data, model, out, [curve, *callbacks], report_to)
     curve.trainer = trainer
@@ -83,8 +101,10 @@ def run_point(
     if trainer.interrupt.interrupted:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
     result = _result(solved, data, model, trainer, time.monotonic() - started)
+    if before is not None:
+        result["held_out_before"] = before
     if recipe.keep_model:
-        _keep(model, data, out)
+        _keep(model, data, out, solved.train_backbone)
     write_json_atomically(out / RESULT, {**result, **present})
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return json.loads((out / RESULT).read_text(encoding="utf-8"))
@@ -122,7 +142,9 @@ class _Curve(TrainerCallback):
         """Measure now and then."""
         if state.global_step % self.every == 0:
             loss = measure(model, self.blocks, every=16)["loss"]
+            due = control.should_log
             self.trainer.log({_VALIDATION: round(loss, 4)})
+            control.should_log = due  # logging takes it back, and the training loss of this step would never be told
 
 
 def _trainer(
@@ -151,7 +173,7 @@ def _trainer(
         "save_total_limit": 1,
         "seed": recipe.seed,
         "report_to": list(report_to),
-        "train_backbone": True,
+        "train_backbone": recipe.train_backbone,
         "backbone_optimizer": recipe.optimizer,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
@@ -176,20 +198,9 @@ def _result(recipe: PointRecipe, data: PreparedData, model: Any, trainer: SafeTr
         raise TrainingError(f"training loss is not finite ({losses[-1:]}); lower the learning rate. No result was written.")
     loads = [entry["expert_load_max"] for entry in history if "expert_load_max" in entry]
     tokens = recipe.steps * recipe.batch_tokens
-    flops = predict_flops(recipe.backbone, recipe.engram, recipe.data.seq_len)
     return {
-        "counts": {
-            **count_model(model).to_dict(),
-            "experts": recipe.backbone.n_routed_experts if recipe.backbone.has_experts else 0,
-            "dense_width": recipe.backbone.intermediate_size,
-            "table_rows": sum(e.multi_head_embedding.embedding.rows for e in model.engrams.values())
-            if isinstance(model, EngramModel)
-            else 0,
-            "rows_per_head": list(recipe.engram.engram_vocab_size) if recipe.engram else [],  # type: ignore[arg-type]
-            "flops_per_token": flops,
-            "training_flops": 3 * flops * tokens,
-        },
-        "held_out": {half: measure(model, blocks) for half, blocks in data.held_out.items()},
+        "counts": {**_memory_counts(recipe, model), **_backbone_counts(recipe, tokens)},
+        "held_out": _measure_all(model, data, recipe.bf16),
         "tokens": tokens,
         "epochs": round(dataset.epochs, 3),
         "steps": recipe.steps,
@@ -201,10 +212,39 @@ def _result(recipe: PointRecipe, data: PreparedData, model: Any, trainer: SafeTr
     }
 
 
-def _keep(model: Any, data: PreparedData, out: Path) -> None:
-    """``out/model`` with its tokenizer and, if there is one, ``out/memory``."""
-    base = model.base_model if isinstance(model, EngramModel) else model
-    base.save_pretrained(out / "model")
-    data.tokenizer.save_pretrained(out / "model")
+def _measure_all(model: Any, data: PreparedData, bf16: bool) -> dict[str, Any]:
+    # What was trained keeps the precision of its training; what was not must be measured in the same.
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=bf16):
+        return {half: measure(model, blocks) for half, blocks in data.held_out.items()}
+
+
+def _memory_counts(recipe: PointRecipe, model: Any) -> dict[str, Any]:
+    modules = model.engrams.values() if isinstance(model, EngramModel) else ()
+    return {
+        **count_model(model).to_dict(),
+        "table_rows": sum(e.multi_head_embedding.embedding.rows for e in modules),
+        "rows_per_head": list(recipe.engram.engram_vocab_size) if recipe.engram else [],  # type: ignore[arg-type]
+    }
+
+
+def _backbone_counts(recipe: PointRecipe, tokens: int) -> dict[str, Any]:
+    """Of a backbone of ours, whose config says all of it."""
+    if recipe.model is not None:
+        return {}
+    flops = predict_flops(recipe.backbone, recipe.engram, recipe.data.seq_len)
+    return {
+        "experts": recipe.backbone.n_routed_experts if recipe.backbone.has_experts else 0,
+        "dense_width": recipe.backbone.intermediate_size,
+        "flops_per_token": flops,
+        "training_flops": 3 * flops * tokens,
+    }
+
+
+def _keep(model: Any, data: PreparedData, out: Path, train_backbone: bool) -> None:
+    """``out/model`` with its tokenizer, if it was trained, and ``out/memory``, if there is one."""
+    if train_backbone:
+        base = model.base_model if isinstance(model, EngramModel) else model
+        base.save_pretrained(out / "model")
+        data.tokenizer.save_pretrained(out / "model")
     if isinstance(model, EngramModel):
         model.save_pretrained(out / "memory")

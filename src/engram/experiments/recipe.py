@@ -64,6 +64,10 @@ class PointRecipe:
     """
 
     data: DataRecipe
+    model: str | None = None
+    """A model that exists, to go on from instead of a fresh backbone: a folder, a hub name or ``bundled``. Its tokenizer makes the ids."""
+    train_backbone: bool = True
+    """With a model: whether it is trained too. False leaves it as it is, bit for bit, and trains the memory alone."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     engram: EngramConfig | None = None
     budget: BudgetRecipe | None = None
@@ -99,7 +103,7 @@ class PointRecipe:
             _number(self, name)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"PointRecipe.seed: got {self.seed!r}, expected a whole number of at least 0.")
-        for name in ("bf16", "keep_model"):
+        for name in ("bf16", "keep_model", "train_backbone"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"PointRecipe.{name}: got {getattr(self, name)!r}, expected true or false.")
         if self.optimizer not in BACKBONE_OPTIMIZERS:
@@ -110,6 +114,16 @@ class PointRecipe:
             _number(self, name)
             if getattr(self, name) > 1:
                 raise ConfigError(f"PointRecipe.{name}: got {getattr(self, name)!r}, expected 0 to 1.")
+        if self.steps < 1:
+            raise ConfigError(f"PointRecipe.tokens: got {self.tokens}, expected at least one batch, {self.batch_tokens}.")
+        if self.model is None:
+            self._fit_backbone()
+        else:
+            self._check_model()
+
+    def _fit_backbone(self) -> None:
+        if not self.train_backbone:
+            raise ConfigError("PointRecipe.train_backbone: got false, expected true where no 'model' is given to go on from.")
         if self.backbone.vocab_size != self.data.vocab_size:
             object.__setattr__(self, "backbone", self.backbone.replace(vocab_size=self.data.vocab_size))
         if self.backbone.max_position_embeddings < self.data.seq_len:
@@ -117,8 +131,18 @@ class PointRecipe:
                 f"PointRecipe: got data.seq_len {self.data.seq_len}, expected at most backbone.max_position_embeddings = "
                 f"{self.backbone.max_position_embeddings}."
             )
-        if self.steps < 1:
-            raise ConfigError(f"PointRecipe.tokens: got {self.tokens}, expected at least one batch, {self.batch_tokens}.")
+
+    def _check_model(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ConfigError(f"PointRecipe.model: got {self.model!r}, expected a folder, a hub name or 'bundled'.")
+        if self.budget is not None or self.backbone != BackboneConfig():
+            raise ConfigError("PointRecipe: got a 'model' and a 'backbone' or 'budget', expected one or the other.")
+        if not self.train_backbone and self.engram is None:
+            raise ConfigError("PointRecipe: got train_backbone false and no 'engram': nothing would be trained.")
+        if not self.train_backbone and self.optimizer != "adamw":
+            raise ConfigError(
+                f"PointRecipe.optimizer: got {self.optimizer!r} with train_backbone false, expected 'adamw': Muon steps a backbone's matrices."
+            )
 
     @property
     def batch_tokens(self) -> int:
@@ -145,7 +169,8 @@ class PointRecipe:
     def identity(self) -> dict[str, Any]:
         """What decides the result, JSON-ready: fields that are not at their defaults, so that options added later change no identity."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: _identity(value) for name, value in fields.items() if name not in _WITHOUT_EFFECT}
+        later = {f.name for f in dataclasses.fields(self) if f.name in _LATER and fields[f.name] == f.default}
+        return {name: _identity(value) for name, value in fields.items() if name not in _WITHOUT_EFFECT and name not in later}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -155,6 +180,7 @@ class PointRecipe:
         return fields
 
 
+_LATER = ("model", "train_backbone")  # options that came once results had been made: their defaults are in no identity
 _WITHOUT_EFFECT = ("keep_model", "curve_points", "save_steps")
 
 

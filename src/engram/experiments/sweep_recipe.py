@@ -226,7 +226,12 @@ def _read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None)
         _change(base, key, value, "--set")
     recipe = build_flat(SweepRecipe, {**fields, "base": base, "tune": tune}, f"sweep {path}")
     for labels in recipe.combinations():
-        recipe.recipe_of(labels, recipe.seeds[0]).solved()
+        point = recipe.recipe_of(labels, recipe.seeds[0])
+        if point.model is not None:
+            raise ConfigError(
+                f"sweep {path}: got model: {point.model}, but the points of a sweep start from fresh backbones; use engram train."
+            )
+        point.solved()
     return recipe
 
 

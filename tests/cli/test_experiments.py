@@ -22,6 +22,11 @@ def test_budget_shows_every_share_and_writes_figures(monkeypatch, capsys, tmp_pa
     for row in written["allocations"]:
         assert f"{row['total']:,}" in out
         assert row["training_flops"] == 3e6 * row["flops_per_token"]
+    invoke(monkeypatch, capsys, "budget", *options, "--seq-len", "32", "--json", tmp_path / "same.json")
+    assert json.loads((tmp_path / "same.json").read_text()) == written  # 32 are the recipe's
+    invoke(monkeypatch, capsys, "budget", *options, "--seq-len", "64", "--json", tmp_path / "longer.json")
+    longer = json.loads((tmp_path / "longer.json").read_text())["allocations"]
+    assert all(a["flops_per_token"] > b["flops_per_token"] for a, b in zip(longer, written["allocations"]))
 
 
 @pytest.mark.parametrize(

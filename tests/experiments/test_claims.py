@@ -127,9 +127,11 @@ def test_an_arm_that_changes_two_things_is_no_ablation():
     arms = {"reference": {"engram.use_conv": False}, "x": {"engram.use_conv": True}, "y": {"engram": None}}
     recipe = {"base": {"engram": {"use_conv": True, "fuse": "gate"}}, "variants": {"arm": arms}}
     assert find_arm(recipe, "gating") is None
-    assert find_arm(recipe, "convolution") == "x"  # the reference is without; what differs is named, not which way
-    arms |= {"z": {"engram.fuse": "add"}}
+    assert find_arm(recipe, "convolution") is None  # the reference is without: x says what putting it in does
+    arms |= {"z": {"engram.fuse": "add"}, "too much": {"engram.use_conv": False, "engram.fuse": "add", "tokens": 7}}
     assert find_arm(recipe, "gating") is None
+    arms |= {"more rows": {"engram.use_conv": False, "engram.fuse": "add", "engram.engram_vocab_size": 7}}
+    assert find_arm(recipe, "gating") == "more rows"
     assert arm_fields(recipe, "reference") == {"engram.use_conv": False, "engram.fuse": "gate"}
     assert arm_fields(recipe, "y") == {"engram": None}
     assert layer_arms({"layer 3": 0, "layer 0": 0, "layers": 0}) == {0: "layer 0", 3: "layer 3"}

@@ -27,7 +27,7 @@ def budget_command(
         Path | None,
         typer.Option(help="Sweep recipe whose base gives backbone and memory; a small DeepSeek-V3 if not given."),
     ] = None,
-    seq_len: Annotated[int, typer.Option(min=1, help="Positions that attention looks at.")] = 128,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Positions that attention looks at; the recipe's, or 128.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:
     """Divide a budget between experts and memory: experts, rows, exact parameters and operations at equal cost per token."""
@@ -36,9 +36,9 @@ def budget_command(
 
     check_writable(json_out)
     wanted, per_token, seen = _number(total, "--total"), _number(active, "--active"), tokens and _number(tokens, "--tokens")
-    backbone, engram = _base(recipe)
+    backbone, engram, positions = _base(recipe)
     allocations = [allocate(backbone, engram, wanted, per_token, share) for share in _shares(rho)]
-    rows = [allocation.to_dict(seq_len, seen or None) for allocation in allocations]
+    rows = [allocation.to_dict(seq_len or positions, seen or None) for allocation in allocations]
     _show(rows, allocations[0])
     if json_out is not None:
         write_json_atomically(json_out, {"total": wanted, "active": per_token, "tokens": seen, "allocations": rows})
@@ -63,7 +63,7 @@ def _shares(text: str) -> list[float]:
         raise typer.BadParameter(f"--rho: got {text!r}, expected numbers such as 1,0.9,0.8") from None
 
 
-def _base(recipe: Path | None) -> tuple[BackboneConfig, EngramConfig]:
+def _base(recipe: Path | None) -> tuple[BackboneConfig, EngramConfig, int]:
     from engram.config import EngramConfig
     from engram.experiments import BackboneConfig, read_base
 
@@ -71,7 +71,7 @@ def _base(recipe: Path | None) -> tuple[BackboneConfig, EngramConfig]:
         memory = EngramConfig(
             engram_vocab_size=1000, n_embed_per_ngram=32, n_head_per_ngram=2, layer_ids=(1, 2), use_bias=False
         )
-        return BackboneConfig(), memory
+        return BackboneConfig(), memory, 128
     return read_base(recipe)
 
 

@@ -24,6 +24,10 @@ CHANGES: dict[str, Condition] = {
 """The paper's ablations, and what each is in a recipe."""
 
 
+_ALONG = {"engram.engram_vocab_size"}
+"""What may change along: other orders need other rows for an equal budget."""
+
+
 def arm_fields(recipe: Mapping[str, Any], label: str, dimension: str = "arm") -> dict[str, Any]:
     """All fields of a point of this arm, dotted; those that only other dimensions change are the base's."""
     fields = copy.deepcopy(dict(recipe.get("base") or {}))
@@ -47,16 +51,17 @@ def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_arm(recipe: Mapping[str, Any], change: str) -> str | None:
-    """The arm that differs from the reference in this one of ``CHANGES`` and in no other; None if there is none."""
+    """The arm that differs from the reference in this one of ``CHANGES`` and in nothing else; None if there is none."""
     arms = recipe["variants"].get("arm", {})
     if REFERENCE not in arms:
         return None
-    usual = _met(arm_fields(recipe, REFERENCE))
-    return next((label for label in arms if _met(arm_fields(recipe, label)) ^ usual == {change}), None)
-
-
-def _met(fields: Mapping[str, Any]) -> set[str]:
-    return {name for name, (field, value) in CHANGES.items() if field in fields and fields[field] == value}
+    usual, (field, value) = arm_fields(recipe, REFERENCE), CHANGES[change]
+    for label in arms:
+        fields = arm_fields(recipe, label)
+        changed = {name for name in {*usual, *fields} if usual.get(name) != fields.get(name)}
+        if changed - _ALONG == {field} and fields[field] == value:
+            return label
+    return None
 
 
 def layer_arms(labels: Mapping[str, Any]) -> dict[int, str]:

@@ -18,7 +18,7 @@ from engram.data.recipe import build_fields as build_flat
 from engram.errors import ConfigError, EngramError
 from engram.experiments.arms import REFERENCE
 from engram.experiments.backbone import BackboneConfig
-from engram.experiments.recipe import PointRecipe, build_fields, insert_corpus, read_mapping
+from engram.experiments.recipe import DataRecipe, PointRecipe, build_fields, insert_corpus, read_mapping
 
 __all__ = ["Choice", "Point", "SweepRecipe", "TuneGroup", "TuneRecipe", "read_base", "read_sweep"]
 
@@ -235,8 +235,8 @@ def _read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None)
     return recipe
 
 
-def read_base(path: str | os.PathLike[str]) -> tuple[BackboneConfig, EngramConfig]:
-    """Backbone and memory of a sweep's base.
+def read_base(path: str | os.PathLike[str]) -> tuple[BackboneConfig, EngramConfig, int]:
+    """Backbone, memory and sequence length of a sweep's base.
 
     Raises:
         DataError, ConfigError: as for ``read_sweep``; or there is no memory in it.
@@ -245,8 +245,9 @@ def read_base(path: str | os.PathLike[str]) -> tuple[BackboneConfig, EngramConfi
     if not isinstance(base, dict) or not isinstance(base.get("engram"), dict):
         raise ConfigError(f"recipe {path}: expected a 'base' mapping with an 'engram' mapping in it.")
     backbone = build_fields(BackboneConfig, base.get("backbone", {}), f"recipe {path}: base.backbone")
-    vocab_size = base.get("data", {}).get("vocab_size", backbone.vocab_size)
-    return backbone.replace(vocab_size=vocab_size), EngramConfig.from_dict(base["engram"])
+    data = base.get("data", {})
+    backbone = backbone.replace(vocab_size=data.get("vocab_size", backbone.vocab_size))
+    return backbone, EngramConfig.from_dict(base["engram"]), data.get("seq_len", DataRecipe.seq_len)
 
 
 def _change(fields: dict[str, Any], key: str, value: Any, where: str) -> None:

@@ -26,15 +26,15 @@ RECIPE = CorpusRecipe(standard_library=True, test_percent=0)
 TOKENIZER_SHARE = 4  # every fourth document is enough for a small vocabulary
 SCRATCH = {"vocab": 2048, "hidden": 64, "layers": 3, "heads": 2}
 FULL = {
-    "steps": 600,
+    "steps": 200,
     "batch": 4,
     "length": 512,
     "share": 0.5,
     "repeats": 0.5,
     "rows": 25_000,
     "learning_rate": 5e-4,
-    "warmup": 50,
-    "measure_every": 100,
+    "warmup": 20,
+    "measure_every": 40,
     "held_out": 64,
     "kinds": ("needle", "multi_key", "multi_query", "multi_value", "tracking"),
     "examples": 64,

@@ -145,10 +145,7 @@ class SweepRun:
         if not file.is_file():
             return None
         error = json.loads(file.read_text(encoding="utf-8"))
-        return self._failure(point, error) if error.pop("for_good", False) else None
-
-    def _failure(self, point: Point, error: Mapping[str, Any]) -> dict[str, Any]:
-        return {"point": point.name, "digest": point.digest, "error": error["error"]}
+        return _failure(point, error) if error.pop("for_good", False) else None
 
     def _note(self, point: Point, error: dict[str, Any] | None, results: dict[str, Any], total: int) -> None:
         if error is None:
@@ -160,7 +157,7 @@ class SweepRun:
         elif error.get("fatal"):
             raise CheckpointError(error["error"])
         else:
-            self.failures.append(self._failure(point, error))
+            self.failures.append(_failure(point, error))
             self.show(f"{point.role} {point.name} failed: {error['error']}")
 
     def _run_one(self, point: Point) -> dict[str, Any] | None:
@@ -249,6 +246,11 @@ class SweepRun:
     def _at_edge(self, rate: float) -> bool:
         grid = sorted(float(lr) for lr in self.recipe.tune.learning_rate) if self.recipe.tune else []
         return len(grid) > 1 and rate in (grid[0], grid[-1])
+
+
+def _failure(point: Point, error: Mapping[str, Any]) -> dict[str, Any]:
+    """What the sweep's result tells of a point that failed."""
+    return {"point": point.name, "digest": point.digest, "error": error["error"]}
 
 
 def _check_distinct(points: Sequence[Point]) -> None:

@@ -81,6 +81,8 @@ def _logit_lens(result: Mapping[str, Any], folder: Path) -> list[Path]:
         axes[1].axhline(0, color="#333333", lw=0.6)
         axes[1].set(xlabel="after block", ylabel="nats per token", title=_safe(f"difference from {result['reference']}"))
         axes[1].legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.set_xticks(range(max(len(curve) for curve in result["subjects"].values())))
     return [save_figure(figure, folder / "logit_lens.png")]
 
 

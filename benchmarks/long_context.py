@@ -14,7 +14,7 @@ from common import RESULTS, provenance, spread, write
 from joint_training import held_out_loss
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from engram import EngramConfig, EngramTrainer, EngramTrainingArguments, get_engram_model
+from engram import EngramConfig, EngramModel, EngramTrainer, EngramTrainingArguments, get_engram_model
 from engram.data.corpus import CorpusRecipe, build_corpus, held_out_standard_library
 from engram.data.long_context_mix import long_context_mix
 from engram.data.packing import pack
@@ -78,11 +78,11 @@ def build(tokenizer, sizes):
 
 
 class Watch(TrainerCallback):
-    """Held-out loss and recall of a needle at intervals and, where a loss is aimed at, the weights that come closest to it."""
+    """Held-out loss and recall of a needle at intervals and, where a loss is aimed at, the weights that reach it first (else the last)."""
 
     def __init__(self, blocks, every, ask, target=None):
         self.blocks, self.every, self.ask, self.target = blocks, every, ask, target
-        self.curve, self.closest, self.weights = [], None, None
+        self.curve, self.reached, self.weights = [], None, None
 
     def on_step_end(self, args, state, control, model=None, **_):
         if state.global_step % self.every and state.global_step < state.max_steps:
@@ -91,10 +91,8 @@ class Watch(TrainerCallback):
         model.train()
         self.curve.append({"step": state.global_step, "loss": loss, "needle": needle.share, "log_p": needle.log_probability})
         print("  " + ", ".join(f"{name} {value:.4g}" for name, value in self.curve[-1].items()), flush=True)
-        if self.target is not None and (
-            self.closest is None or abs(loss - self.target) < abs(self.closest["loss"] - self.target)
-        ):
-            self.closest = self.curve[-1]
+        if self.target is not None and (self.reached is None or self.reached["loss"] > self.target):
+            self.reached = self.curve[-1]
             self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -121,20 +119,27 @@ def arguments(folder, sizes, seed):
     }
 
 
+def attached(model, tokenizer, sizes):
+    """The memory that was trained before, or an empty one."""
+    if sizes["memory"]:
+        return EngramModel.from_pretrained(model, sizes["memory"], tokenizer)
+    config = EngramConfig(
+        engram_vocab_size=sizes["rows"],
+        n_embed_per_ngram=64,
+        n_head_per_ngram=4,
+        layer_ids=[1, 3] if model.config.num_hidden_layers > 3 else [1, 2],
+        pad_id=tokenizer.pad_token_id,
+    )
+    return get_engram_model(model, config, tokenizer)
+
+
 def trained(memory, seed, tokenizer, train, sizes, watch):
     set_seed(seed)
     model = build(tokenizer, sizes)
     with tempfile.TemporaryDirectory() as folder:
         options = arguments(folder, sizes, seed)
         if memory:
-            config = EngramConfig(
-                engram_vocab_size=sizes["rows"],
-                n_embed_per_ngram=64,
-                n_head_per_ngram=4,
-                layer_ids=[1, 3] if model.config.num_hidden_layers > 3 else [1, 2],
-                pad_id=tokenizer.pad_token_id,
-            )
-            model = get_engram_model(model, config, tokenizer)
+            model = attached(model, tokenizer, sizes)
             arguments_ = EngramTrainingArguments(train_backbone=True, **options)
             EngramTrainer(model, arguments_, train_dataset=train, callbacks=[watch]).train()
         else:
@@ -181,7 +186,7 @@ def run(seed, tokenizer, documents, held_out, texts, sizes):
     memory = trained(True, seed, tokenizer, train, sizes, watch)
     entries.append({**entry("engram_equal_steps", memory, sizes["steps"], watch.curve[-1]["loss"]), "curve": watch.curve})
     memory.load_state_dict(watch.weights)
-    entries.append(entry("engram_equal_loss", memory, watch.closest["step"], watch.closest["loss"]))
+    entries.append(entry("engram_equal_loss", memory, watch.reached["step"], watch.reached["loss"]))
     return entries
 
 
@@ -211,6 +216,7 @@ def main():
     parser.add_argument("--steps", type=int, default=FULL["steps"])
     parser.add_argument("--out", default=RESULTS / "long_context.json")
     parser.add_argument("--scratch", action="store_true", help="models and a tokenizer that start from nothing")
+    parser.add_argument("--memory", help="a memory trained on the bundled model, to go on from (an empty one without)")
     parser.add_argument("--learning-rate", type=float, default=FULL["learning_rate"])
     parser.add_argument(
         "--length", type=int, default=FULL["length"], help="tokens per training block, and of the longest questions"
@@ -219,7 +225,9 @@ def main():
     args = parser.parse_args()
     chosen = {name: getattr(args, name) for name in ("steps", "length", "share", "learning_rate")}
     sizes = QUICK if args.quick else {**FULL, **chosen, "batch": max(1, FULL["batch"] * FULL["length"] // args.length)}
-    sizes |= SCRATCH if args.scratch else {}
+    if args.scratch and args.memory:
+        parser.error("--memory was trained on the bundled model; it cannot go with --scratch")
+    sizes = {**sizes, "memory": args.memory, **(SCRATCH if args.scratch else {})}
     sizes = {**sizes, "lengths": sorted({max(96, sizes["length"] // parts) for parts in (4, 2, 1)})}
     seeds = [0] if args.quick else list(range(args.seeds))
     held_out_documents = held_out_standard_library(RECIPE)

@@ -46,7 +46,7 @@ class Arm:
 
 def deepseek(rows, quick):
     """The backbone of a sweep's points, alone and with tables."""
-    backbone, memory = read_base(RECIPE)
+    backbone, memory, _ = read_base(RECIPE)
     backbone = backbone.replace(n_routed_experts=8 if quick else 88, intermediate_size=240)
     memory = memory.replace(engram_vocab_size=rows // 8, table_init="normal", pad_id=1)
     with_memory = get_engram_model(build_backbone(backbone), memory, Vocabulary(backbone.vocab_size))

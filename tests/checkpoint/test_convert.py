@@ -140,10 +140,13 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_killed_conversion_leaves_no_memory_and_runs_again(tmp_path):
     write_table(tmp_path / "a", 200_000)
-    code = _CONVERT + (
-        "import time\n"
-        "def show(done, total):\n    print('block', flush=True); time.sleep(60)\n"
-        "convert_memory(sys.argv[1], sys.argv[2], 'int8', show)\n"
+    code = (
+        _CONVERT
+        + (
+            "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests in the background inherit it ignored
+            "def show(done, total):\n    print('block', flush=True); time.sleep(60)\n"
+            "convert_memory(sys.argv[1], sys.argv[2], 'int8', show)\n"
+        )
     )
     for sign, number in ((signal.SIGKILL, 1), (signal.SIGINT, 0)):
         arguments = [sys.executable, "-c", code, str(tmp_path / "a"), str(tmp_path / "b")]

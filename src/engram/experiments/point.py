@@ -89,9 +89,8 @@ def run_point(
         return json.loads((out / RESULT).read_text(encoding="utf-8"))
     solved = recipe.solved()
     model = build_model(solved, data.tokenizer)
-    before = (
-        None if solved.model is None else _measure_all(model, data, solved.bf16)
-    )  # a new memory is empty: what it was without
+    # A new memory is empty: this is what the model was without it.
+    before = None if solved.model is None else _measure_all(model, data, solved.bf16)
     curve = _Curve(solved, data)
     trainer = _trainer(solved, data, model, out, [curve, *callbacks], report_to)
     curve.trainer = trainer

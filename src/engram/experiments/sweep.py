@@ -145,7 +145,7 @@ class SweepRun:
         if not file.is_file():
             return None
         error = json.loads(file.read_text(encoding="utf-8"))
-        return _failure(point, error) if error.pop("for_good", False) else None
+        return _failure(point, error) if error.get("for_good") else None
 
     def _note(self, point: Point, error: dict[str, Any] | None, results: dict[str, Any], total: int) -> None:
         if error is None:

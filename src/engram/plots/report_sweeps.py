@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from engram.plots.markdown import count, interval, literal_text, plural, span, table
+from engram.plots.marks import points_of
 
 __all__ = ["ANSWERS", "contamination", "failures", "progress", "protocol", "tuning"]
 
@@ -141,12 +142,11 @@ def _allocation(result: Mapping[str, Any]) -> list[str]:
 
 def _largest_loads(result: Mapping[str, Any], budget: str) -> dict[str, str]:
     """By share of experts, over seeds."""
-    loads: dict[str, list[float]] = {}
-    for point in result["points"]:
-        others = [label for name, label in point["labels"].items() if name != "rho"]
-        if point["expert_load_max"] is not None and (", ".join(others) or "all") == budget:
-            loads.setdefault(point["labels"]["rho"], []).append(point["expert_load_max"])
-    return {rho: span([round(load, 1) for load in found]) for rho, found in loads.items()}
+    loads = {
+        rho: [round(point["expert_load_max"], 1) for point in points if point["expert_load_max"] is not None]
+        for rho, points in points_of(result, "rho", budget).items()
+    }
+    return {rho: span(found) for rho, found in loads.items() if found}
 
 
 def _parabola(summary: Mapping[str, Any]) -> str:

@@ -1,4 +1,5 @@
 import json
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from engram.data.corpus import CorpusRecipe, DocumentStream, FolderSource, TextS
 from engram.data.html_text import html_to_text
 from engram.data.near_duplicates import NearDuplicates, estimated_overlap, signature
 from engram.data.recipe import KINDS, parse_corpus, read_corpus_recipe
+from engram.data.sources import installed_versions
 
 ROOT = Path(__file__).parents[2]
 LINES = "A line of text that is long enough.\nAnother line of it.\n"
@@ -77,6 +79,15 @@ def test_documentation_is_what_the_installation_says_about_itself():
     assert "distributions/engram-memory" not in names
     assert not any("/test/" in name or "site-packages" in name for name in names)
     assert len(names) == len(documents)
+
+
+def test_what_is_read_of_the_installation_has_versions():
+    assert installed_versions(CorpusRecipe(texts=(TextSource("a.txt"),))) == {}
+    assert installed_versions(CorpusRecipe(standard_library=True)) == {"python": platform.python_version()}
+    versions = installed_versions(CorpusRecipe(documentation=True))
+    assert versions["numpy"] == np.__version__
+    assert versions["python"] == platform.python_version()
+    assert "engram-memory" not in versions
 
 
 def test_near_duplicates_leave_the_first(tmp_path):

@@ -66,6 +66,12 @@ def test_the_same_store_is_opened_and_another_refused(store, text_recipe, tokeni
     with pytest.raises(FingerprintError, match="made with another source files;"):
         build_store(text_recipe, tokenizer, folder, out)
     assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == before
+    description = json.loads((out / "store.json").read_text())
+    assert description["installed"] == {}  # nothing of the Python installation is read here
+    description["installed"] = {f"package{number}": "1.0" for number in range(7)}
+    (out / "store.json").write_text(json.dumps(description))
+    with pytest.raises(FingerprintError, match=r"another source files \(package0 1\.0, now absent; .*; 2 more\);"):
+        build_store(text_recipe, tokenizer, folder, out)
 
 
 def test_building_twice_gives_the_same_bytes(store, text_recipe, tokenizer, text_folder, tmp_path):

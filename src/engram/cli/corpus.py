@@ -55,6 +55,7 @@ def corpus_command(
         fields = {
             name: store.description[name] for name in ("counts", "duplicates", "skipped_files", "vocab_size", "fingerprint")
         }
+        fields["installed"] = store.description.get("installed", {})  # stores of earlier versions do not say
         command = f"engram corpus {recipe} --out STORE" + (f" --vocab-size {vocab_size}" if vocab_size else "")
         command += "".join(f" --contamination {n}" for n in contamination or ())
         counted = {"contamination": [entry.to_dict() for entry in found]}

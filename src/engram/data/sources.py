@@ -6,6 +6,7 @@ import ast
 import glob
 import hashlib
 import os
+import platform
 import re
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -18,7 +19,16 @@ from engram.data.html_text import html_to_text
 from engram.data.recipe import CorpusRecipe, FolderSource, TextSource
 from engram.errors import DataError
 
-__all__ = ["DOCUMENT_SEPARATOR", "Document", "Source", "UnfitSource", "bucket", "list_sources", "standard_library_sources"]
+__all__ = [
+    "DOCUMENT_SEPARATOR",
+    "Document",
+    "Source",
+    "UnfitSource",
+    "bucket",
+    "installed_versions",
+    "list_sources",
+    "standard_library_sources",
+]
 
 DOCUMENT_SEPARATOR = "<|doc|>"
 """A line that holds just this separates documents inside a text file."""
@@ -238,18 +248,28 @@ def _documentation_sources(recipe: CorpusRecipe) -> Iterator[Source]:
         if not {"test", "tests"} & set(parts):  # data of tests, some of it broken on purpose
             name = "stdlib/" + "/".join(parts)
             yield Source(name, partial(_load_some, file), partial(_whole_file, name, "documentation"))
-    for distribution, text in sorted(_descriptions().items()):
-        name = f"distributions/{distribution}"
+    for name, (_, text) in sorted(_described().items()):
+        name = f"distributions/{name}"
         yield Source(name, text.encode, partial(_whole_file, name, "documentation"))
 
 
-def _descriptions() -> dict[str, str]:
-    """What installed distributions say about themselves, by canonical name (PEP 503); the first on the path counts."""
-    found: dict[str, str] = {}
+def installed_versions(recipe: CorpusRecipe) -> dict[str, str]:
+    """Versions of what a recipe reads from the Python installation, by name: what has to be installed to read the same text again."""
+    versions: dict[str, str] = {}
+    if recipe.standard_library or recipe.documentation:
+        versions["python"] = platform.python_version()
+    if recipe.documentation:
+        versions |= {name: version for name, (version, _) in sorted(_described().items())}
+    return versions
+
+
+def _described() -> dict[str, tuple[str, str]]:
+    """Version of installed distributions and what they say about themselves, by canonical name (PEP 503); the first on the path counts."""
+    found: dict[str, tuple[str, str]] = {}
     for distribution in distributions():
         fields = distribution.metadata.json if distribution.metadata else {}
         name = re.sub(r"[-_.]+", "-", str(fields.get("name", ""))).lower()
         text = fields.get("description")
         if name and name != _OURSELVES and isinstance(text, str):
-            found.setdefault(name, text.encode("utf-8", "replace").decode())
+            found.setdefault(name, (distribution.version, text.encode("utf-8", "replace").decode()))
     return found

@@ -19,6 +19,7 @@ import numpy as np
 
 from engram.data.corpus import SPLITS, DocumentStream, SourceDigest
 from engram.data.recipe import KINDS, CorpusRecipe
+from engram.data.sources import installed_versions
 from engram.data.store_writer import (
     DOCUMENTS_NAME,
     FORMAT_VERSION,
@@ -35,6 +36,8 @@ from engram.data.store_writer import (
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 
 __all__ = ["STORE_NAME", "TokenStore", "begin_token", "build_store", "tokenizer_digest"]
+
+_MOVED_NAMED = 5
 
 
 class TokenStore:
@@ -154,14 +157,15 @@ def build_store(
     stream = DocumentStream(recipe, Path(folder))
     sources = stream.digest()
     identity = _identity(recipe, tokenizer, sources)
+    installed = installed_versions(recipe)
     if (out / STORE_NAME).exists():
-        return _open_same(out, identity)
+        return _open_same(out, identity, installed)
     _refuse_other_files(out)
     with sole_builder(out):
         if (out / STORE_NAME).exists():  # somebody else was faster
-            return _open_same(out, identity)
+            return _open_same(out, identity, installed)
         with appearing_whole(out) as temporary:
-            write_store_files(temporary, stream, tokenizer, identity, sources, show, note or {})
+            write_store_files(temporary, stream, tokenizer, identity, sources, show, {"installed": installed, **(note or {})})
     return TokenStore(out)
 
 
@@ -200,16 +204,28 @@ def _identity(recipe: CorpusRecipe, tokenizer: Any, sources: SourceDigest) -> di
     }
 
 
-def _open_same(out: Path, identity: Mapping[str, Any]) -> TokenStore:
+def _open_same(out: Path, identity: Mapping[str, Any], installed: Mapping[str, str]) -> TokenStore:
     store = TokenStore(out)
     if store.fingerprint != fingerprint_of(identity):
         there = store.description.get("identity", {})
         differing = [name.replace("_", " ") for name in identity if there.get(name) != identity[name]]
         raise FingerprintError(
-            f"{out} holds a token store made with another {' and another '.join(differing)}; choose another folder, or delete this one "
-            "if nothing needs it any more."
+            f"{out} holds a token store made with another {' and another '.join(differing)}{_moved(store, installed)}; choose another "
+            "folder, or delete this one if nothing needs it any more."
         )
     return store
+
+
+def _moved(store: TokenStore, installed: Mapping[str, str]) -> str:
+    """Which parts of the Python installation a store was made with in another version, in words."""
+    there = store.description.get("installed")
+    if not isinstance(there, dict):
+        return ""
+    names = sorted(name for name in {*there, *installed} if there.get(name) != installed.get(name))
+    moved = [f"{name} {there.get(name, 'absent')}, now {installed.get(name, 'absent')}" for name in names[:_MOVED_NAMED]]
+    if len(names) > _MOVED_NAMED:
+        moved.append(f"{len(names) - _MOVED_NAMED} more")
+    return f" ({'; '.join(moved)})" if moved else ""
 
 
 def _refuse_other_files(out: Path) -> None:

@@ -44,6 +44,7 @@ def test_a_plain_model_beside_another(tmp_path):
     assert len(result["cka"]["map"][0]) == 4
     assert set(result["logit_lens"]["subjects"]) == {"plain", "against"}
     page = render_look(result, plot_look(result, tmp_path))
+    assert f"<th class=n>{result['against']}</th>" in page  # by its name, not as "against"
     assert "Left out: it looks at a memory" in page
 
 

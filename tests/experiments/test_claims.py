@@ -163,17 +163,21 @@ def test_long_context_asks_for_models_of_their_own():
 
 
 def test_looks_need_a_second_model():
-    def look(difference, against="experts"):
+    def look(difference, against="experts", layers=(0, 1)):
         curve = [{"layer": i, "mean": m, "low": m - 0.1, "high": m + 0.1} for i, m in enumerate(difference)]
         lens = {"difference": {"against" if against else "memory off": curve}}
-        return {"logit_lens": lens, "against": against, "cka": {"soft_alignment": [1.5, 2.0], "top": 5, "map": [[1.0, 0.5]]}}
+        rows = {"layers": {str(layer): {} for layer in layers}}
+        cka = {"soft_alignment": [1.5, 2.0], "top": 5, "map": [[1.0, 0.5]]}
+        return {"logit_lens": lens, "rows": rows, "against": against, "cka": cka}
 
-    for difference, verdict in (
-        ([0.3, 0.2, 0, 0], "agrees"),
-        ([-0.3, -0.2, 0, 0], "disagrees"),
-        ([0.3, -0.3, 0, 0], "cannot tell"),
+    for difference, layers, verdict in (
+        ([0.3, 0.2, 0, 0], (0, 1), "agrees"),
+        ([-0.3, -0.2, 0, 0], (0, 1), "disagrees"),
+        ([0.3, -0.3, 0, 0], (0, 1), "cannot tell"),
+        ([0.3, -0.3, 0, 0], (1, 2), "disagrees"),  # block 0 lies before the first module
+        ([-0.3, -0.3, -0.3, 0.3], (3,), "agrees"),
     ):
-        (found,) = verdicts("look", look(difference), "logit_lens")
+        (found,) = verdicts("look", look(difference, layers=layers), "logit_lens")
         assert found["verdict"] == verdict
     assert verdicts("look", look([0.3]), "alignment")[0]["verdict"] == "cannot tell"
     for claim in ("logit_lens", "alignment"):

@@ -12,18 +12,21 @@ __all__ = ["alignment", "logit_lens", "recall"]
 
 
 def logit_lens(results: Results) -> Iterator[Evidence]:
-    """KL of the lens in the first half of the blocks: the second model's less that of the model with a memory."""
+    """KL of the lens in the first half of the blocks, from the first that has a memory: the second model's less that of the first."""
     for where, result in results.get("look", {}).items():
         curve = result.get("logit_lens", {}).get("difference", {}).get("against")
         if not curve:
             continue
-        early = curve[
-            : max(1, len(curve) // 2)
-        ]  # the difference is that of the other model: above zero, the memory's knows more
+        # Above zero, the model with a memory knows more. Blocks before its first module say nothing about it.
+        first = min((int(layer) for layer in result.get("rows", {}).get("layers", {})), default=0)
+        early = curve[first : max(first + 1, len(curve) // 2)]
         verdicts = [sign_verdict(p["low"], p["high"], 1) for p in early]
         clear = set(verdicts) - {CANNOT_TELL}
         mean = math.fsum(p["mean"] for p in early) / len(early)
-        note = f"{verdicts.count(AGREES)} of {len(early)} early blocks with an interval above zero, {verdicts.count(DISAGREES)} below"
+        note = (
+            f"{len(early)} early {'block' if len(early) == 1 else 'blocks'} from the first with a memory: "
+            f"{verdicts.count(AGREES)} with an interval above zero, {verdicts.count(DISAGREES)} below"
+        )
         yield Evidence(clear.pop() if len(clear) == 1 else CANNOT_TELL, where, mean, note=note)
 
 

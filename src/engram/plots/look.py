@@ -9,7 +9,7 @@ from typing import Any
 
 from engram.plots.figure import COLOURS, new_figure, save_figure
 
-__all__ = ["plot_look"]
+__all__ = ["named_subjects", "plot_look"]
 
 _LABEL_LENGTH = 34
 _BARS = 12
@@ -23,7 +23,21 @@ def plot_look(result: Mapping[str, Any], folder: str | Path) -> dict[str, list[P
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # tokens may be of any script
-        return {name: draw(result[name], Path(folder)) for name, draw in _DRAWERS.items() if name in result}
+        shown = named_subjects(result)
+        return {name: draw(shown[name], Path(folder)) for name, draw in _DRAWERS.items() if name in shown}
+
+
+def named_subjects(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The result with the second model under its own name, where the lens's curves are told apart."""
+    if not result["against"] or "logit_lens" not in result:
+        return result
+    lens = {
+        key: {result["against"] if name == "against" else name: curve for name, curve in part.items()}
+        if key in ("subjects", "difference")
+        else part
+        for key, part in result["logit_lens"].items()
+    }
+    return {**result, "logit_lens": lens}
 
 
 def _gates(result: Mapping[str, Any], folder: Path) -> list[Path]:

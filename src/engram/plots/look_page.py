@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from engram.plots.look import named_subjects
 from engram.plots.report import heat_map, html_page
 
 __all__ = ["render_look"]
@@ -43,6 +44,7 @@ def render_look(result: Mapping[str, Any], pictures: Mapping[str, Sequence[Path]
     """The page for a result of ``engram look`` and the pictures that ``plot_look`` drew of it."""
     sections = [f"<h1>{escape('engram look: ' + result['model'])}</h1>", f"<p class=quiet>{escape(_provenance(result))}</p>"]
     sections.append(_texts(result))
+    result = named_subjects(result)
     for name, (heading, explanation) in _HEADINGS.items():
         if name in result:
             images = "".join(_image(path) for path in pictures.get(name, ()))

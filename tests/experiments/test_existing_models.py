@@ -36,7 +36,7 @@ def memory_run(tmp_path_factory):
     """A memory trained on the bundled model: its folder, its text, its result."""
     out = tmp_path_factory.mktemp("memory")
     data = prepare_data(TEXT, RECIPES, out / "data", tokenizer=load_bundled()[1])
-    return out, data, run_point(recipe(keep_model=True, learning_rate=5e-3), data, out)
+    return out, data, run_point(recipe(keep_model=True, learning_rate=5e-3, memory_dropout=0.1), data, out)
 
 
 @pytest.mark.slow
@@ -45,6 +45,7 @@ def test_a_memory_is_trained_on_a_model_that_stays_as_it_is(memory_run):
     base, tokenizer = load_bundled()
     assert result["held_out_before"]["test"] == half_precision_loss(base, data)
     assert result["held_out"]["test"]["loss"] < result["held_out_before"]["test"]["loss"]
+    assert result["held_out_off"] == result["held_out_before"]
     assert not (out / "model").exists()
     weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     again = EngramModel.from_pretrained(base, out / "memory", tokenizer)
@@ -83,6 +84,8 @@ def test_what_cannot_be_trained_is_refused(tmp_path, memory_run):
         ({"optimizer": "muon"}, "'adamw'"),
         ({"model": None}, "train_backbone"),
         ({"train_backbone": "no"}, "true or false"),
+        ({"memory_dropout": 1.0}, "share below 1"),
+        ({"memory_dropout": -0.1}, "at least 0"),
     ):
         with pytest.raises(ConfigError, match=words):
             recipe(**changes)
@@ -103,5 +106,5 @@ def test_sweeps_start_from_fresh_backbones(tmp_path):
 
 def test_options_that_came_later_change_no_identity():
     identity = read_point(RECIPES / "train_tiny.yaml").identity()
-    assert not {"model", "train_backbone"} & set(identity)
+    assert not {"model", "train_backbone", "memory_dropout"} & set(identity)
     assert {"model", "train_backbone"} <= set(recipe().identity())

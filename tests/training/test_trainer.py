@@ -153,6 +153,7 @@ def test_clipping_includes_the_tables(tmp_path):
 @pytest.mark.parametrize("train_backbone", [False, True])
 def test_resuming_gives_the_same_losses_to_the_last_digit(tmp_path, train_backbone):
     options = {"save_strategy": "steps", "save_steps": 4, "train_backbone": train_backbone, "lr_scheduler_type": "cosine"}
+    options["memory_dropout"] = 0.5 if train_backbone else 0.0
     whole = make(tmp_path / "a", tiny_memory(tiny_model(attention_dropout=0.1), speak=False), **options)
     whole.train()
     checkpoint = tmp_path / "a" / "run" / "checkpoint-4"
@@ -245,6 +246,39 @@ def test_what_to_train_is_chosen_by_the_arguments(tmp_path):
         make(tmp_path, tiny_model())
     with pytest.raises(ConfigError, match="expected EngramTrainingArguments"):
         EngramTrainer(memory, TrainingArguments(output_dir=str(tmp_path), report_to=[]))
+
+
+def test_dropped_sequences_train_the_backbone_alone(tmp_path):
+    def run(share):
+        torch.manual_seed(0)
+        memory = tiny_memory(tiny_model())
+        before = {name: p.clone() for name, p in memory.engrams.named_parameters()}
+        trainer = make(tmp_path, memory, train_backbone=True, memory_dropout=share, table_weight_decay=0.0, weight_decay=0.0)
+        routes = []
+        original = memory.routed
+        memory.routed = lambda route: routes.append(route) or original(route)
+        trainer.train()
+        changed = {name for name, p in memory.engrams.named_parameters() if not torch.equal(p, before[name])}
+        return losses(trainer), changed, routes
+
+    all_dropped, changed, routes = run(1 - 2**-50)  # as good as always
+    assert not changed
+    assert not any(route.any() for route in routes)
+    plain_model = tiny_model()
+    arguments = EngramTrainingArguments(**fields_for(tmp_path, train_backbone=True))
+    plain = EngramTrainer(plain_model, arguments, train_dataset=Rows())
+    plain.train()
+    assert all_dropped == pytest.approx(losses(plain), rel=1e-4)
+    half, changed, routes = run(0.5)
+    assert changed
+    dropped = 1 - torch.cat(routes).float().mean()
+    assert 0.2 < dropped < 0.8  # of 32 sequences
+    never, _, routes = run(0.0)
+    assert routes == [None] * 8
+    assert half != never != all_dropped
+    for share in (-0.1, 1.0, True):
+        with pytest.raises(ConfigError, match="memory_dropout"):
+            make(tmp_path, memory_dropout=share)
 
 
 def test_the_tokenizer_is_saved_with_a_checkpoint(tmp_path):

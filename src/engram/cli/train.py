@@ -39,8 +39,10 @@ def train_command(
     print(f"{counts['total']:,} parameters, {counts['active']:,} per token, {counts['table_rows']:,} rows; embeddings left out")
     for half, measured in result["held_out"].items():
         kinds = ", ".join(f"{kind} {entry['loss']:.4f}" for kind, entry in measured["by_kind"].items())
-        before = result.get("held_out_before", {}).get(half)
-        was = "" if before is None else f", before {before['bits_per_byte']:.4f}"
-        print(f"{half}: {measured['loss']:.4f} nats per token, {measured['bits_per_byte']:.4f} bits per byte{was} ({kinds})")
+        others = {
+            name: result.get(key, {}).get(half) for name, key in (("memory off", "held_out_off"), ("before", "held_out_before"))
+        }
+        beside = "".join(f", {name} {other['bits_per_byte']:.4f}" for name, other in others.items() if other)
+        print(f"{half}: {measured['loss']:.4f} nats per token, {measured['bits_per_byte']:.4f} bits per byte{beside} ({kinds})")
     places = [out / name for name in ("model", "memory", "result.json") if (out / name).exists()]
     print("written: " + ", ".join(map(str, places)))

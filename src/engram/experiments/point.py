@@ -102,6 +102,9 @@ def run_point(
     result = _result(solved, data, model, trainer, time.monotonic() - started)
     if before is not None:
         result["held_out_before"] = before
+    if solved.memory_dropout and isinstance(model, EngramModel):
+        with model.disable_engram():
+            result["held_out_off"] = _measure_all(model, data, solved.bf16)
     if recipe.keep_model:
         _keep(model, data, out, solved.train_backbone)
     write_json_atomically(out / RESULT, {**result, **present})
@@ -179,6 +182,7 @@ def _trainer(
     }
     if isinstance(model, EngramModel):
         arguments["table_lr_multiplier"] = recipe.table_lr_multiplier
+        arguments["memory_dropout"] = recipe.memory_dropout
     if find_routers(model):
         callbacks = [*callbacks, BalanceCallback(model, recipe.balance_rate)]
     return _Trainer(

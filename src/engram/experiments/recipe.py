@@ -79,6 +79,8 @@ class PointRecipe:
     optimizer: str = "adamw"
     """``adamw`` or ``muon`` for the backbone's matrices."""
     table_lr_multiplier: float = 5.0
+    memory_dropout: float = 0.0
+    """Share of training sequences that do not read the memory; with one, held-out losses are told with the memory off too."""
     weight_decay: float = 0.1
     warmup_share: float = 0.05
     min_lr_ratio: float = 0.1
@@ -114,6 +116,9 @@ class PointRecipe:
             _number(self, name)
             if getattr(self, name) > 1:
                 raise ConfigError(f"PointRecipe.{name}: got {getattr(self, name)!r}, expected 0 to 1.")
+        _number(self, "memory_dropout")
+        if self.memory_dropout >= 1:
+            raise ConfigError(f"PointRecipe.memory_dropout: got {self.memory_dropout!r}, expected a share below 1.")
         if self.steps < 1:
             raise ConfigError(f"PointRecipe.tokens: got {self.tokens}, expected at least one batch, {self.batch_tokens}.")
         if self.model is None:
@@ -180,7 +185,11 @@ class PointRecipe:
         return fields
 
 
-_LATER = ("model", "train_backbone")  # options that came once results had been made: their defaults are in no identity
+_LATER = (
+    "model",
+    "train_backbone",
+    "memory_dropout",
+)  # options that came once results had been made: their defaults are in no identity
 _WITHOUT_EFFECT = ("keep_model", "curve_points", "save_steps")
 
 

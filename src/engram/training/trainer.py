@@ -43,6 +43,12 @@ class EngramTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Whether rows of bfloat16 or float16 tables are rounded by chance, so that small steps count."},
     )
+    memory_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of training sequences that do not read the memory, so that the model is of use without it too."
+        },
+    )
     train_tables: bool = field(default=True, metadata={"help": "Whether table rows are trained."})
     train_reader: bool = field(default=True, metadata={"help": "Whether projections, norms and the convolution are trained."})
     train_backbone: bool = field(
@@ -165,11 +171,24 @@ class EngramTrainer(SafeTrainer):
         return float(next((group for group in groups if group.get("name") != "tables"), groups[0])["lr"])
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """As ``SafeTrainer.training_step``; before a log entry the gates are recorded."""
-        every = max(1, self.state.logging_steps)
-        if not isinstance(self.model, EngramModel) or self.model.is_recording or (self.state.global_step + 1) % every:
+        """As ``SafeTrainer.training_step``; sequences are dropped from the memory, and before a log entry the gates are recorded."""
+        if not isinstance(self.model, EngramModel):
             return super().training_step(model, inputs, num_items_in_batch)
-        with self.model.record() as traces:
+        with self.model.routed(self._route(inputs)):
+            return self._memory_step(self.model, inputs, num_items_in_batch)
+
+    def _route(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """Which sequences of a batch read the memory, ``[B]``; drawn from PyTorch's state, which checkpoints hold."""
+        share, ids = self.args.memory_dropout, inputs.get("input_ids")  # type: ignore[attr-defined]
+        if not share or ids is None:
+            return None
+        return torch.rand(len(ids)) >= share
+
+    def _memory_step(self, model: EngramModel, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        every = max(1, self.state.logging_steps)
+        if model.is_recording or (self.state.global_step + 1) % every:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with model.record() as traces:
             loss = super().training_step(model, inputs, num_items_in_batch)
         gates = [trace["gate"].float().mean() for trace in traces.values() if "gate" in trace]
         self._gate_mean = torch.stack(gates).mean() if gates else None
@@ -218,6 +237,10 @@ def _check_arguments(args: EngramTrainingArguments) -> None:
     if args.backbone_optimizer not in BACKBONE_OPTIMIZERS:
         raise ConfigError(
             f"EngramTrainingArguments.backbone_optimizer: got {args.backbone_optimizer!r}, expected one of {', '.join(BACKBONE_OPTIMIZERS)}."
+        )
+    if isinstance(args.memory_dropout, bool) or not 0 <= args.memory_dropout < 1:
+        raise ConfigError(
+            f"EngramTrainingArguments.memory_dropout: got {args.memory_dropout!r}, expected a share of at least 0 and below 1."
         )
     if args.backbone_optimizer == "muon" and not args.train_backbone:
         raise ConfigError(

@@ -129,3 +129,15 @@ def test_wrong_row_numbers_are_refused():
         native_rows.claim_slots(
             torch.tensor([1]), torch.zeros(5, dtype=torch.int32), torch.zeros(10, dtype=torch.int64)[::2], 0
         )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_that_cannot_be_had_is_an_error_on_every_thread(threads):
+    with pytest.raises(MemoryError):
+        native.core().sum_rows(0, 0, 0, 1 << 20, 0, 0, 1 << 48, 0, threads)  # scratch comes before the first address is used
+    with pytest.raises(MemoryError):
+        native.core().group_rows(0, 1 << 50, 1 << 50, 0, 0, 0)
+    ids = torch.tensor([3, 3, 5])
+    assert torch.equal(
+        native_rows.sum_duplicates(gradient(ids, torch.ones(3, 2), 9)).values(), torch.tensor([[2.0, 2], [1, 1]])
+    )

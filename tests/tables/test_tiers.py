@@ -685,3 +685,10 @@ def test_row_files_are_filled_once_and_trained_rows_are_not_overwritten(tmp_path
             file.write(b"else")
         assert torch.equal(logits(load(changed_rows="refill")), trained)
         assert len(filled) > first
+        filled.clear()
+        (tmp_path / "rows" / "layer-0.rows").unlink()
+        with open(tmp_path / "rows" / "layer-2.rows", "r+b") as file:
+            file.write(b"else")
+        with pytest.raises(CheckpointError, match=r"layer-2\.rows holds other rows"):
+            load()
+        assert not filled  # layer 0 was not begun

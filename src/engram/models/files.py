@@ -207,22 +207,17 @@ def _fill_tables(memory: EngramModel, tensors: TensorReader, saved_dtype: str, c
     Those mapped where they lie are left, and row files that hold the rows of this very file, unchanged.
 
     Raises:
-        CheckpointError: a row file holds other rows, and nobody said what to do with them (``TableConfig.changed_rows``).
+        CheckpointError: a row file holds other rows, and nobody said what to do with them (``TableConfig.changed_rows``); no row was changed.
     """
     form = row_format(saved_dtype)
-    for layer_id, engram in memory.engrams.items():
-        table, prefix = engram.multi_head_embedding.embedding, f"layers.{layer_id}.{_TABLE}"
-        cold = table.cold if isinstance(table, HybridTable) else table
-        stamp = row_stamp(tensors.file.name, layer_id, table.format_name)
-        if isinstance(cold, MmapTable) and (cold.mode == "r" or rows_are(cold.path, stamp)):
+    tables = {layer_id: engram.multi_head_embedding.embedding for layer_id, engram in memory.engrams.items()}
+    stamps = {layer_id: row_stamp(tensors.file.name, layer_id, table.format_name) for layer_id, table in tables.items()}
+    # All are looked at before the first is changed.
+    filled = [layer_id for layer_id, table in tables.items() if _is_filled(table, stamps[layer_id], tensors.file, changed_rows)]
+    for layer_id, table in tables.items():
+        if layer_id in filled:
             continue
-        if isinstance(cold, MmapTable) and not cold.is_new and changed_rows != "refill":
-            if changed_rows == "keep":
-                continue
-            raise CheckpointError(
-                f"{cold.path} holds other rows than {tensors.file}: they were trained or edited and not saved, or are another memory's. "
-                "Choose another path, or TableConfig(changed_rows='keep') to go on with them, 'refill' to write the saved rows over them."
-            )
+        prefix, cold = f"layers.{layer_id}.{_TABLE}", _cold(table)
         for start in range(0, table.rows, _ROWS_AT_ONCE):
             stop = start + _ROWS_AT_ONCE
             block = tensors.read(f"{prefix}weight", start, stop)
@@ -230,7 +225,28 @@ def _fill_tables(memory: EngramModel, tensors: TensorReader, saved_dtype: str, c
             table.load_rows(start, block if scales is None else form.decode(block, scales))
         if isinstance(cold, MmapTable):
             cold.flush()
-            stamp_rows(cold.path, stamp)
+            stamp_rows(cold.path, stamps[layer_id])
+
+
+def _cold(table: Any) -> Any:
+    return table.cold if isinstance(table, HybridTable) else table
+
+
+def _is_filled(table: Any, stamp: str, source: Path, changed_rows: str) -> bool:
+    """Whether a table's rows are to stay as they are."""
+    cold = _cold(table)
+    if not isinstance(cold, MmapTable):
+        return False
+    if cold.mode == "r" or rows_are(cold.path, stamp):
+        return True
+    if cold.is_new or changed_rows == "refill":
+        return False
+    if changed_rows == "keep":
+        return True
+    raise CheckpointError(
+        f"{cold.path} holds other rows than {source}: they were trained or edited and not saved, or are another memory's. "
+        "Choose another path, or TableConfig(changed_rows='keep') to go on with them, 'refill' to write the saved rows over them."
+    )
 
 
 def row_stamp(source: str, layer_id: int | str, dtype: str) -> str:

@@ -6,7 +6,9 @@
 
 #include <array>
 #include <cstring>
+#include <exception>
 #include <memory>
+#include <new>
 
 #include "gated.h"
 #include "gather.h"
@@ -41,6 +43,16 @@ T* address(int64_t value) {
   return reinterpret_cast<T*>(static_cast<intptr_t>(value));
 }
 
+// Runs fn while other Python threads run, and takes the lock back however fn ends.
+template <class Fn>
+auto without_gil(const Fn& fn) {
+  struct Released {
+    PyThreadState* state = PyEval_SaveThread();
+    ~Released() { PyEval_RestoreThread(state); }
+  } released;
+  return fn();
+}
+
 PyObject* result(const Outcome& outcome) {
   if (outcome.ok) return PyLong_FromLongLong(outcome.value);
   PyErr_Format(PyExc_IndexError, "%lld", static_cast<long long>(outcome.value));
@@ -70,10 +82,9 @@ PyObject* hash_ngrams(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::array<int64_t, 9> a;
   const HashPlan* plan = count > 0 ? plan_of(args[0]) : nullptr;
   if (PyErr_Occurred() || !read_integers(args + 1, count - 1, a)) return nullptr;
-  Outcome outcome;
-  Py_BEGIN_ALLOW_THREADS
-  outcome = engram::hash_ngrams(*plan, input_of(a.data()), address<int64_t>(a[6]), address<int32_t>(a[7]), a[8]);
-  Py_END_ALLOW_THREADS
+  const Outcome outcome = without_gil([&] {
+    return engram::hash_ngrams(*plan, input_of(a.data()), address<int64_t>(a[6]), address<int32_t>(a[7]), a[8]);
+  });
   return result(outcome);
 }
 
@@ -116,10 +127,7 @@ PyObject* hash_array(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return nullptr;
   }
   const HashInput input{ids.data(), nullptr, nullptr, ids.size(0), ids.size(1), 0};
-  Outcome outcome;
-  Py_BEGIN_ALLOW_THREADS
-  outcome = engram::hash_ngrams(*plan, input, out.data(), nullptr, threads);
-  Py_END_ALLOW_THREADS
+  const Outcome outcome = without_gil([&] { return engram::hash_ngrams(*plan, input, out.data(), nullptr, threads); });
   return result(outcome);
 }
 
@@ -128,19 +136,18 @@ PyObject* find_verified(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const HashPlan* plan = count > 0 ? plan_of(args[0]) : nullptr;
   if (PyErr_Occurred() || !read_integers(args + 1, count - 1, a)) return nullptr;
   const engram::VerifiedIndex index{address<const int64_t>(a[7]), address<const int64_t>(a[8]), a[9], address<const uint8_t>(a[10])};
-  Outcome outcome;
-  Py_BEGIN_ALLOW_THREADS
-  outcome = engram::find_verified(*plan, a[6], input_of(a.data()), index, a[11] != 0, address<int64_t>(a[12]), a[13]);
-  Py_END_ALLOW_THREADS
+  const Outcome outcome = without_gil([&] {
+    return engram::find_verified(*plan, a[6], input_of(a.data()), index, a[11] != 0, address<int64_t>(a[12]), a[13]);
+  });
   return result(outcome);
 }
 
 PyObject* build_buckets(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::array<int64_t, 5> a;
   if (!read_integers(args, count, a)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  engram::build_buckets(address<const int64_t>(a[0]), address<const int32_t>(a[1]), a[2], address<int64_t>(a[3]), a[4]);
-  Py_END_ALLOW_THREADS
+  without_gil([&] {
+    engram::build_buckets(address<const int64_t>(a[0]), address<const int32_t>(a[1]), a[2], address<int64_t>(a[3]), a[4]);
+  });
   Py_RETURN_NONE;
 }
 
@@ -149,30 +156,27 @@ PyObject* gather_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!read_integers(args, count, a)) return nullptr;
   const engram::Rows rows{address<const uint8_t>(a[0]), address<const uint8_t>(a[1]), a[2], a[3], a[4],
                           static_cast<engram::RowFormat>(a[5])};
-  int64_t bad;
-  Py_BEGIN_ALLOW_THREADS
-  bad = engram::gather_rows(rows, address<const int64_t>(a[6]), a[7], address<uint8_t>(a[8]), a[9]);
-  Py_END_ALLOW_THREADS
+  const int64_t bad = without_gil([&] {
+    return engram::gather_rows(rows, address<const int64_t>(a[6]), a[7], address<uint8_t>(a[8]), a[9]);
+  });
   return PyLong_FromLongLong(bad);
 }
 
 PyObject* touch_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::array<int64_t, 7> a;
   if (!read_integers(args, count, a)) return nullptr;
-  int64_t warm;
-  Py_BEGIN_ALLOW_THREADS
-  warm = engram::touch_rows(address<const uint8_t>(a[0]), a[1], a[2], address<const int64_t>(a[3]), a[4], a[5], a[6] != 0);
-  Py_END_ALLOW_THREADS
+  const int64_t warm = without_gil([&] {
+    return engram::touch_rows(address<const uint8_t>(a[0]), a[1], a[2], address<const int64_t>(a[3]), a[4], a[5], a[6] != 0);
+  });
   return PyLong_FromLongLong(warm);
 }
 
 PyObject* scan_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::array<int64_t, 6> a;
   if (!read_integers(args, count, a)) return nullptr;
-  int64_t sum;
-  Py_BEGIN_ALLOW_THREADS
-  sum = engram::scan_rows(address<const uint8_t>(a[0]), a[1], a[2], address<const int64_t>(a[3]), a[4], a[5]);
-  Py_END_ALLOW_THREADS
+  const int64_t sum = without_gil([&] {
+    return engram::scan_rows(address<const uint8_t>(a[0]), a[1], a[2], address<const int64_t>(a[3]), a[4], a[5]);
+  });
   return PyLong_FromLongLong(sum);
 }
 
@@ -191,9 +195,7 @@ PyObject* read_stream(PyObject*, PyObject* const* args, Py_ssize_t count) {
                                 a[11] != 0, address<float>(a[12]), a[13], address<const float>(a[14]), a[15], a[16],
                                 address<const float>(a[17]), real(a[18]), address<float>(a[19]), a[20], address<const float>(a[21]),
                                 a[22], a[23], a[24]};
-  Py_BEGIN_ALLOW_THREADS
-  engram::read_stream(task);
-  Py_END_ALLOW_THREADS
+  without_gil([&] { engram::read_stream(task); });
   Py_RETURN_NONE;
 }
 
@@ -207,9 +209,9 @@ PyObject* gated_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::array<int64_t, 20> a;
   if (!read_integers(args, count, a)) return nullptr;
   const engram::Gated task = gated_of(a.data());
-  Py_BEGIN_ALLOW_THREADS
-  engram::gated_forward(task, {address<uint8_t>(a[17]), task.streams.half}, address<engram::Kept>(a[18]), a[19]);
-  Py_END_ALLOW_THREADS
+  without_gil([&] {
+    engram::gated_forward(task, {address<uint8_t>(a[17]), task.streams.half}, address<engram::Kept>(a[18]), a[19]);
+  });
   Py_RETURN_NONE;
 }
 
@@ -222,20 +224,17 @@ PyObject* gated_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
                                          {address<uint8_t>(a[20]), task.streams.half},
                                          address<float* const>(a[21]),
                                          address<float>(a[22])};
-  Py_BEGIN_ALLOW_THREADS
-  engram::gated_backward(task, address<const engram::Kept>(a[17]), gradients, a[23]);
-  Py_END_ALLOW_THREADS
+  without_gil([&] { engram::gated_backward(task, address<const engram::Kept>(a[17]), gradients, a[23]); });
   Py_RETURN_NONE;
 }
 
 PyObject* group_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::array<int64_t, 6> a;
   if (!read_integers(args, count, a)) return nullptr;
-  int64_t groups;
-  Py_BEGIN_ALLOW_THREADS
-  groups = engram::group_rows(address<const int64_t>(a[0]), a[1], a[2], address<int64_t>(a[3]), address<int64_t>(a[4]),
+  const int64_t groups = without_gil([&] {
+    return engram::group_rows(address<const int64_t>(a[0]), a[1], a[2], address<int64_t>(a[3]), address<int64_t>(a[4]),
                               address<int64_t>(a[5]));
-  Py_END_ALLOW_THREADS
+  });
   return PyLong_FromLongLong(groups);
 }
 
@@ -246,21 +245,20 @@ engram::RowGroups groups_of(const int64_t* a) {
 PyObject* sum_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::array<int64_t, 9> a;
   if (!read_integers(args, count, a)) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  engram::sum_rows(groups_of(a.data()), address<const uint8_t>(a[4]), static_cast<engram::RowType>(a[5]), a[6], address<uint8_t>(a[7]),
-                   a[8]);
-  Py_END_ALLOW_THREADS
+  without_gil([&] {
+    engram::sum_rows(groups_of(a.data()), address<const uint8_t>(a[4]), static_cast<engram::RowType>(a[5]), a[6], address<uint8_t>(a[7]),
+                     a[8]);
+  });
   Py_RETURN_NONE;
 }
 
 PyObject* claim_slots(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::array<int64_t, 8> a;
   if (!read_integers(args, count, a)) return nullptr;
-  int64_t used;
-  Py_BEGIN_ALLOW_THREADS
-  used = engram::claim_slots(address<const int64_t>(a[0]), a[1], address<int32_t>(a[2]), a[3], address<int64_t>(a[4]), a[5], a[6],
-                             address<int64_t>(a[7]));
-  Py_END_ALLOW_THREADS
+  const int64_t used = without_gil([&] {
+    return engram::claim_slots(address<const int64_t>(a[0]), a[1], address<int32_t>(a[2]), a[3], address<int64_t>(a[4]), a[5], a[6],
+                               address<int64_t>(a[7]));
+  });
   return PyLong_FromLongLong(used);
 }
 
@@ -275,9 +273,7 @@ PyObject* step_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
                              static_cast<engram::RowState>(a[8]), address<const int64_t>(a[9]), address<float>(a[10]),
                              address<float>(a[11]), numbers, a[13] != 0,
                              static_cast<uint64_t>(a[14])};
-  Py_BEGIN_ALLOW_THREADS
-  engram::step_rows(groups_of(a.data()), step, a[15]);
-  Py_END_ALLOW_THREADS
+  without_gil([&] { engram::step_rows(groups_of(a.data()), step, a[15]); });
   Py_RETURN_NONE;
 }
 
@@ -291,9 +287,22 @@ PyObject* limit_instruction_set(PyObject*, PyObject* name) {
   return PyBool_FromLong(known);
 }
 
+// Python knows nothing of C++ exceptions: one that got through would end the process.
+template <PyObject* (*Function)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyObject* guarded(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  try {
+    return Function(self, args, count);
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
 template <PyObject* (*Function)(PyObject*, PyObject* const*, Py_ssize_t)>
 PyMethodDef fast(const char* name, const char* doc) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(Function)), METH_FASTCALL, doc};
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(guarded<Function>)), METH_FASTCALL, doc};
 }
 
 PyMethodDef kMethods[] = {

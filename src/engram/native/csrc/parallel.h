@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -13,6 +15,27 @@
 
 namespace engram {
 
+// The first exception of several threads, thrown again where they have met: one that left its own thread would end the process.
+class FirstError {
+ public:
+  template <class Fn>
+  void guard(const Fn& fn) noexcept {
+    try {
+      fn();
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::exception_ptr error_;
+};
+
 // Calls fn(begin, end) on parts of [0, count), each at least `grain` long, on at most `threads` threads of its own: for work that waits (for
 // a disk), where there may be more threads than cores.
 template <class Fn>
@@ -20,21 +43,24 @@ void parallel_wait(int64_t count, int64_t grain, int64_t threads, const Fn& fn) 
   const int64_t parts = std::max<int64_t>(1, std::min(threads, count / std::max<int64_t>(grain, 1)));
   std::vector<std::thread> others;
   others.reserve(parts - 1);
+  FirstError first;
+  const auto run = [&](int64_t begin, int64_t end) { first.guard([&] { fn(begin, end); }); };
   int64_t begin = 0;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t end = count * (part + 1) / parts;
     if (part + 1 == parts) {
-      fn(begin, end);
+      run(begin, end);
     } else {
       try {
-        others.emplace_back(fn, begin, end);
+        others.emplace_back(run, begin, end);
       } catch (...) {  // the system gives no more threads
-        fn(begin, end);
+        run(begin, end);
       }
     }
     begin = end;
   }
   for (auto& other : others) other.join();
+  first.rethrow();
 }
 
 // The entry of the OpenMP library that PyTorch has loaded for everybody, or null. Its threads spin for a while after each of PyTorch's
@@ -70,15 +96,17 @@ void parallel_for(int64_t count, int64_t grain, int64_t threads, const Fn& fn) {
     const Fn& fn;
     int64_t count, parts;
     std::atomic<int64_t> next;
-  } shared{fn, count, parts, {0}};
+    FirstError first;
+  } shared{fn, count, parts, {0}, {}};
   pool(
       [](void* data) {
         Shared& work = *static_cast<Shared*>(data);
         // However many threads have come: nested calls, for one, get a single one.
         for (int64_t part; (part = work.next.fetch_add(1)) < work.parts;)
-          work.fn(work.count * part / work.parts, work.count * (part + 1) / work.parts);
+          work.first.guard([&] { work.fn(work.count * part / work.parts, work.count * (part + 1) / work.parts); });
       },
       &shared, static_cast<unsigned>(parts), 0);
+  shared.first.rethrow();
 }
 
 }  // namespace engram

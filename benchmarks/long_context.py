@@ -1,7 +1,8 @@
 """Recall over long text of the bundled model trained on with and without a memory: same data, several seeds, at equal steps and loss.
 
 Models of this size that start from nothing learn no recall in an hour (`--scratch`; docs/lab_notes.md), so both arms go on from weights
-that know the language and how to look back a little.
+that know the language and how to look back a little. A memory that starts empty beside such a model gains nothing in these few steps: give
+two runs of `engram train`, one with a memory and one without, on equal tokens (`--plain`, `--joint`; recipes/train_joint.yaml).
 """
 
 import argparse
@@ -19,7 +20,7 @@ from engram.data.corpus import CorpusRecipe, build_corpus, held_out_standard_lib
 from engram.data.long_context_mix import long_context_mix
 from engram.data.packing import pack
 from engram.evaluation import ShareResult, measure_recall, recall_table
-from engram.models.bundled import load_bundled
+from engram.models.bundled import BUNDLED_NAME, load_bundled, load_model, load_tokenizer
 from engram.training.tokenizer import train_tokenizer
 
 RECIPE = CorpusRecipe(standard_library=True, test_percent=0)
@@ -60,7 +61,10 @@ NAMES = {
 }
 
 
-def build(tokenizer, sizes):
+def build(tokenizer, sizes, run):
+    """The model to go on from: that of a run, the bundled one, or a fresh one."""
+    if run:
+        return load_model(f"{run}/model")[0]
     if "hidden" not in sizes:
         return load_bundled()[0]
     return LlamaForCausalLM(
@@ -120,9 +124,9 @@ def arguments(folder, sizes, seed):
 
 
 def attached(model, tokenizer, sizes):
-    """The memory that was trained before, or an empty one."""
-    if sizes["memory"]:
-        return EngramModel.from_pretrained(model, sizes["memory"], tokenizer)
+    """The memory that was trained with the model, or an empty one."""
+    if sizes["joint"]:
+        return EngramModel.from_pretrained(model, f"{sizes['joint']}/memory", tokenizer)
     config = EngramConfig(
         engram_vocab_size=sizes["rows"],
         n_embed_per_ngram=64,
@@ -135,7 +139,7 @@ def attached(model, tokenizer, sizes):
 
 def trained(memory, seed, tokenizer, train, sizes, watch):
     set_seed(seed)
-    model = build(tokenizer, sizes)
+    model = build(tokenizer, sizes, sizes["joint" if memory else "plain"])
     with tempfile.TemporaryDirectory() as folder:
         options = arguments(folder, sizes, seed)
         if memory:
@@ -216,7 +220,12 @@ def main():
     parser.add_argument("--steps", type=int, default=FULL["steps"])
     parser.add_argument("--out", default=RESULTS / "long_context.json")
     parser.add_argument("--scratch", action="store_true", help="models and a tokenizer that start from nothing")
-    parser.add_argument("--memory", help="a memory trained on the bundled model, to go on from (an empty one without)")
+    parser.add_argument(
+        "--plain", help="run folder of `engram train` to go on from without a memory (the bundled model if not given)"
+    )
+    parser.add_argument(
+        "--joint", help="the same with a memory, of equal tokens and text (the bundled model and an empty memory)"
+    )
     parser.add_argument("--learning-rate", type=float, default=FULL["learning_rate"])
     parser.add_argument(
         "--length", type=int, default=FULL["length"], help="tokens per training block, and of the longest questions"
@@ -225,9 +234,9 @@ def main():
     args = parser.parse_args()
     chosen = {name: getattr(args, name) for name in ("steps", "length", "share", "learning_rate")}
     sizes = QUICK if args.quick else {**FULL, **chosen, "batch": max(1, FULL["batch"] * FULL["length"] // args.length)}
-    if args.scratch and args.memory:
-        parser.error("--memory was trained on the bundled model; it cannot go with --scratch")
-    sizes = {**sizes, "memory": args.memory, **(SCRATCH if args.scratch else {})}
+    if (args.plain is None) != (args.joint is None) or (args.plain and args.scratch):
+        parser.error("expected --plain and --joint together, and without --scratch")
+    sizes = {**sizes, "plain": args.plain, "joint": args.joint, **(SCRATCH if args.scratch else {})}
     sizes = {**sizes, "lengths": sorted({max(96, sizes["length"] // parts) for parts in (4, 2, 1)})}
     seeds = [0] if args.quick else list(range(args.seeds))
     held_out_documents = held_out_standard_library(RECIPE)
@@ -236,7 +245,7 @@ def main():
     if args.scratch:
         tokenizer = train_tokenizer((doc.text for doc in documents[::TOKENIZER_SHARE]), sizes["vocab"], 1 << 16)
     else:
-        tokenizer = load_bundled()[1]
+        tokenizer = load_tokenizer(f"{args.joint}/model" if args.joint else BUNDLED_NAME)
     held_out = pack(held_out_documents, tokenizer, sizes["length"], sizes["held_out"], seed=0)
     entries = []
     for seed in seeds:

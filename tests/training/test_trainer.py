@@ -158,7 +158,10 @@ def test_resuming_gives_the_same_losses_to_the_last_digit(tmp_path, train_backbo
     whole.train()
     checkpoint = tmp_path / "a" / "run" / "checkpoint-4"
     again = make(tmp_path / "b", tiny_memory(tiny_model(attention_dropout=0.1), speak=False), **options)
+    assert 0 < json.loads((checkpoint / "time.json").read_text())["seconds"] < whole.seconds
+    (checkpoint / "time.json").write_text('{"seconds": 1000.0}')
     again.train(resume_from_checkpoint=str(checkpoint))
+    assert 1000 < again.seconds < 2000
     assert losses(again)[-4:] == losses(whole)[-4:]
     for (name, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters()):
         assert torch.equal(a, b), name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,11 +94,10 @@ def run_point(
     trainer = _trainer(solved, data, model, out, [curve, *callbacks], report_to)
     curve.trainer = trainer
     last = last_checkpoint(out / "checkpoints")
-    started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.interrupt.interrupted:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
-    result = _result(solved, data, model, trainer, time.monotonic() - started)
+    result = _result(solved, data, model, trainer)
     if before is not None:
         result["held_out_before"] = before
     if solved.memory_dropout and isinstance(model, EngramModel):
@@ -193,8 +191,8 @@ def _trainer(
     )
 
 
-def _result(recipe: PointRecipe, data: PreparedData, model: Any, trainer: SafeTrainer, seconds: float) -> dict[str, Any]:
-    history = trainer.state.log_history
+def _result(recipe: PointRecipe, data: PreparedData, model: Any, trainer: SafeTrainer) -> dict[str, Any]:
+    seconds, history = trainer.seconds, trainer.state.log_history
     dataset: Any = trainer.train_dataset
     losses = [(entry["step"], round(entry["loss"], 4)) for entry in history if "loss" in entry]
     if not losses or not all(math.isfinite(loss) for _, loss in losses):

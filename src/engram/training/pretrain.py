@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,6 @@ class _Run:
     recipe: PretrainRecipe
     corpus: Corpus
     tokenizer: PreTrainedTokenizerFast
-    started: float = field(default_factory=time.monotonic)
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -246,7 +244,7 @@ def _finish(run: _Run, trainer: SafeTrainer, losses: list[dict[str, float]], tar
         "held_out_bits_per_byte": bits_per_byte(model.to(torch.bfloat16).float(), run.tokenizer, held_out, run.recipe.seq_len)
         if held_out
         else None,
-        "seconds": round(time.monotonic() - run.started),
+        "seconds": round(trainer.seconds),
         "loss": losses[:: max(1, len(losses) // 200)],
         "bits_per_byte": curve,
         "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers_version},

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = ["InOrder", "SafeTrainer", "SaveOnInterrupt", "last_checkpoint"]
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _OPTIMIZER, _SCHEDULER, _RANDOM, _SCALER = "optimizer", "scheduler", "random_state", "scaler"
+_TIME = "time.json"
 
 
 class InOrder:
@@ -92,6 +94,7 @@ class SafeTrainer(Trainer):
         check_reports(kwargs["args"] if "args" in kwargs else args[1] if len(args) > 1 else None)
         super().__init__(*args, **kwargs)
         self.throughput = Throughput()
+        self._started, self._seconds_before = time.monotonic(), 0.0
         self.args.logging_nan_inf_filter = False  # a loss that is no number never gets that far, and asking costs a wait
         self.interrupt = SaveOnInterrupt()
         self.add_callback(self.interrupt)
@@ -115,12 +118,18 @@ class SafeTrainer(Trainer):
             TrainingError: the loss, the gradient norm or the weights became NaN or infinite.
         """
         self.throughput.reset()
+        self._started, self._seconds_before = time.monotonic(), 0.0
         try:
             with _interrupt_handler_given_back():
                 return super().train(_complete_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
         finally:
             for display in self._displays():
                 display.close()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since training began, that of the runs it was resumed from included."""
+        return self._seconds_before + time.monotonic() - self._started
 
     def _displays(self) -> list[LiveProgress]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, LiveProgress)]
@@ -177,11 +186,15 @@ class SafeTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_tree(os.path.join(output_dir, _OPTIMIZER), self.optimizer.state_dict())
         save_tree(os.path.join(output_dir, _SCHEDULER), _plain(self.lr_scheduler.state_dict()))
+        write_json_atomically(Path(output_dir, _TIME), {"seconds": round(self.seconds, 3)})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self.optimizer.load_state_dict(load_tree(os.path.join(checkpoint, _OPTIMIZER)))
             self.lr_scheduler.load_state_dict(load_tree(os.path.join(checkpoint, _SCHEDULER)))
+            file = Path(checkpoint, _TIME)
+            if file.is_file():  # checkpoints of earlier versions have none
+                self._seconds_before = float(json.loads(file.read_text(encoding="utf-8"))["seconds"])
 
     def _save_rng_state(self, output_dir: str) -> None:
         os.makedirs(output_dir, exist_ok=True)

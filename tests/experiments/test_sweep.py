@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -15,8 +16,10 @@ from filelock import FileLock
 
 from engram import CheckpointError, ConfigError, DataError
 from engram.checkpoint import sole_writer
-from engram.experiments import read_point, read_sweep, run_point, run_sweep
+from engram.config import EngramConfig
+from engram.experiments import BackboneConfig, read_point, read_sweep, run_point, run_sweep
 from engram.experiments.data import prepare_data
+from engram.experiments.recipe import BudgetRecipe, DataRecipe
 from engram.experiments.summary import summarise
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -317,6 +320,14 @@ def test_the_identity_of_a_point_leaves_out_defaults_and_what_has_no_effect():
     assert [json.dumps(recipe.identity()) for recipe in same] == [identity] * 3
     assert len({json.dumps(recipe.identity()) for recipe in [base, *others]}) == 4
     assert "use_conv" not in identity  # at its default
+
+
+def test_defaults_that_no_identity_holds_stay_as_they_were():
+    """Change one, and points made with the old would pass for points of the new: leave it, or write the old value into every recipe and result."""
+    kinds = (BackboneConfig, EngramConfig, DataRecipe, BudgetRecipe)
+    defaults = [{f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING} for kind in kinds]
+    digest = hashlib.sha256(json.dumps(defaults, sort_keys=True).encode()).hexdigest()[:16]
+    assert digest == "fcdf67d0dfa7fb58", defaults
 
 
 @pytest.mark.slow

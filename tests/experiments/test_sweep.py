@@ -323,7 +323,7 @@ def test_the_identity_of_a_point_leaves_out_defaults_and_what_has_no_effect():
 
 
 def test_defaults_that_no_identity_holds_stay_as_they_were():
-    """Change one, and points made with the old would pass for points of the new: leave it, or write the old value into every recipe and result."""
+    """Change one, and points made with the old would pass for points of the new: leave it, or write the old value into every recipe."""
     kinds = (BackboneConfig, EngramConfig, DataRecipe, BudgetRecipe)
     defaults = [{f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING} for kind in kinds]
     digest = hashlib.sha256(json.dumps(defaults, sort_keys=True).encode()).hexdigest()[:16]

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engram import AttachError, CheckpointError, ConfigError, EngramModel, FingerprintError, get_engram_model
+from engram.checkpoint import store
 from engram.checkpoint import DESCRIPTION_NAME
 from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from engram.training.tokenizer import train_tokenizer
@@ -55,6 +56,45 @@ def test_saving_again_replaces_the_pair_and_keeps_other_files(saved):
     assert not first.exists()
     assert len(list(saved.glob("*.safetensors"))) == 1
     assert (saved / "notes.txt").read_text() == "mine"
+
+
+def test_an_error_after_the_save_has_landed_loses_nothing(saved, monkeypatch):
+    first, memory = weights(saved), tiny_memory(seed=1)
+
+    def interrupted(path):
+        if path == saved:
+            raise KeyboardInterrupt
+        return sync(path)
+
+    sync = store._sync
+    monkeypatch.setattr(store, "_sync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        memory.save_pretrained(saved)
+    assert weights(saved).is_file()
+    assert not first.exists()
+    again = load(saved, allow_other_base=True)
+    assert all(torch.equal(a, b) for a, b in zip(again.engrams.state_dict().values(), memory.engrams.state_dict().values()))
+
+    def refused(path):
+        if path == saved:
+            raise OSError(22, "Invalid argument")  # a file system that has no sync for folders
+        return sync(path)
+
+    monkeypatch.setattr(store, "_sync", refused)
+    memory.save_pretrained(saved)
+    assert {file.name for file in saved.iterdir()} == {DESCRIPTION_NAME, weights(saved).name, ".engram.lock"}
+
+
+def test_weights_without_a_description_are_left_alone(saved, tmp_path):
+    """A copy that is not finished, its description not yet there."""
+    names = {weights(saved).name, "engram-backup.safetensors"}
+    (saved / DESCRIPTION_NAME).rename(tmp_path / "later")
+    (saved / "engram-backup.safetensors").write_bytes(b"mine")
+    for _ in range(2):
+        tiny_memory(seed=1).save_pretrained(saved)
+    assert names <= {file.name for file in saved.iterdir()}
+    (tmp_path / "later").rename(saved / DESCRIPTION_NAME)
+    load(saved)
 
 
 def expect(error, match, path, **options):

@@ -43,6 +43,7 @@ _WEIGHTS_PREFIX = "engram-"
 _WEIGHTS_SUFFIX = ".safetensors"
 _LEDGER_SUFFIX = ".ledger.json"
 _TEMPORARY_SUFFIX = ".tmp"
+_PENDING_SUFFIX = ".pending.tmp"
 _LOCK_NAME = ".engram.lock"
 _CHECKED_BYTES = 256 << 20
 """Files up to this size carry a checksum; reading all of a larger table just to check it would defeat mapping it."""
@@ -120,10 +121,13 @@ def _write_locked(
 ) -> None:
     name = f"{_WEIGHTS_PREFIX}{secrets.token_hex(6)}"
     weights, account = folder / f"{name}{_WEIGHTS_SUFFIX}", folder / f"{name}{_LEDGER_SUFFIX}"
-    temporary = folder / f".{weights.name}{_TEMPORARY_SUFFIX}"
+    temporary, pending = folder / f".{weights.name}{_TEMPORARY_SUFFIX}", folder / f".{name}{_PENDING_SUFFIX}"
+    replaced: set[str] = set()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)  # they may fill the disk
+        replaced = _named_files(folder) or set()
+        pending.write_text(json.dumps(sorted(replaced)), encoding="utf-8")  # what a kill leaves is ours to remove, nothing else
         write_tensors(temporary, specs, parts)
         os.replace(temporary, weights)
         files = {"weights": _finished(weights)}
@@ -132,13 +136,16 @@ def _write_locked(
             files["ledger"] = _finished(account)
         write_json_atomically(folder / DESCRIPTION_NAME, {"format_version": FORMAT_VERSION, **description, **files})
     except BaseException as error:  # Ctrl-C while writing too: leave no half file behind
-        _discard(temporary, weights, account)
+        if weights.name in (_named_files(folder) or ()):  # it came after the save was done
+            _discard(*(folder / file for file in replaced), pending)
+            raise
+        _discard(temporary, weights, account, pending)
         if isinstance(error, OSError) and not isinstance(error, CheckpointError):
             raise CheckpointError(
                 f"cannot save the memory to {folder}: {error}. Nothing saved before was changed; free space or choose another folder."
             ) from error
         raise
-    _remove_stale_files(folder, keep={weights.name, account.name})
+    _discard(*(folder / file for file in replaced), pending)
 
 
 def write_json_atomically(path: Path, fields: Mapping[str, Any]) -> None:
@@ -148,7 +155,8 @@ def write_json_atomically(path: Path, fields: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         _sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        with suppress(OSError):  # some file systems have no sync for folders; the file itself is written
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -296,20 +304,40 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _named_files(folder: Path) -> set[str] | None:
+    """Files that the description in a folder names; none where there is no description, None where it cannot be read."""
+    file = folder / DESCRIPTION_NAME
+    if not file.exists():
+        return set()
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        names = {str(entry["file"]) for entry in fields.values() if isinstance(entry, dict) and "file" in entry}
+    except (OSError, ValueError, AttributeError):
+        return None
+    return {name for name in names if Path(name).name == name}
+
+
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs left beside the memory in a folder; nothing is touched beside a description that cannot be read."""
-    file, named = folder / DESCRIPTION_NAME, set[str]()
-    if file.exists():
-        try:
-            fields = json.loads(file.read_text(encoding="utf-8"))
-            named = {entry["file"] for entry in fields.values() if isinstance(entry, dict) and "file" in entry}
-        except (OSError, ValueError, AttributeError):
-            return
-    _remove_stale_files(folder, named)
+    """Remove what killed saves left beside the memory in a folder: half files, and those listed as pending that no description names.
 
-
-def _remove_stale_files(folder: Path, keep: set[str]) -> None:
-    """Remove what earlier runs left: files of the store's own kinds that are not to be kept."""
-    for pattern in (f"{_WEIGHTS_PREFIX}*{_WEIGHTS_SUFFIX}", f"{_WEIGHTS_PREFIX}*{_LEDGER_SUFFIX}"):
-        _discard(*(file for file in folder.glob(pattern) if file.name not in keep))
+    Weights that nothing lists are left alone (their description may be on its way: a copy that is not finished), and so is everything
+    beside a description that cannot be read.
+    """
+    keep = _named_files(folder)
+    if keep is None:
+        return
+    for pending in folder.glob(f".{_WEIGHTS_PREFIX}*{_PENDING_SUFFIX}"):
+        name = pending.name[1 : -len(_PENDING_SUFFIX)]
+        listed = {f"{name}{_WEIGHTS_SUFFIX}", f"{name}{_LEDGER_SUFFIX}"}
+        if keep:  # without a description, what was to be replaced may be all there is
+            listed |= _replaced(pending)
+        _discard(*(folder / file for file in listed - keep), pending)
     _discard(*folder.glob(f".{_WEIGHTS_PREFIX}*{_TEMPORARY_SUFFIX}"))
+
+
+def _replaced(pending: Path) -> set[str]:
+    try:
+        names = json.loads(pending.read_text(encoding="utf-8"))
+        return {name for name in names if Path(name).name == name and name.startswith(_WEIGHTS_PREFIX)}
+    except (OSError, ValueError, TypeError):  # killed while it was written
+        return set()

@@ -81,9 +81,7 @@ class MultiHeadEmbedding(nn.Module):
         """Concatenated rows ``[..., heads * head_dim]`` of slots ``[..., heads]``."""
         table = self.embedding
         if slots.device.type != "cpu" and type(table) is VerifiedTable and table.stored_rows:
-            # Picking the present ones first would make the host wait for their number.
-            rows = table.weight[slots.clamp_min(0)]
-            return rows.masked_fill((slots == ABSENT).unsqueeze(-1), 0).flatten(-2)
+            return table.gather_without_waiting(slots).flatten(-2)
         return self.embedding.gather(slots).flatten(-2)  # type: ignore[operator]
 
     def row_index(self, heads_per_order: int) -> RowIndex | None:

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engram import AttachError, CheckpointError, ConfigError, EngramModel, FingerprintError, get_engram_model
-from engram.checkpoint import store
-from engram.checkpoint import DESCRIPTION_NAME
+from engram.checkpoint import DESCRIPTION_NAME, store
 from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from engram.training.tokenizer import train_tokenizer
 

@@ -122,6 +122,15 @@ def test_usage_of_a_memory():
     assert result["layers"]["2"]["used_rows"] == len(np.unique(rows_read(memory, sample)[2]))
 
 
+def test_every_layer_is_counted_by_its_own_orders():
+    memory, sample = tiny_memory(layer_orders={0: [3], 2: [2]}), make_sample()
+    layers, plain = row_usage(memory, sample)["layers"], row_usage(tiny_memory(), sample)["layers"]
+    assert {head["order"] for head in layers["0"]["heads"]} == {3}
+    assert {head["order"] for head in layers["2"]["heads"]} == {2}
+    assert layers["0"]["heads"][0]["ngrams"] == plain["0"]["heads"][4]["ngrams"]
+    assert layers["2"]["heads"][0]["ngrams"] == plain["2"]["heads"][0]["ngrams"]
+
+
 def test_verified_rows_are_read_by_their_owners_only():
     editor = make_editor()
     editor.teach(FACTS)

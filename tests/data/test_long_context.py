@@ -1,4 +1,5 @@
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 from engram import DataError
 from engram.data.corpus import Document
 from engram.data.long_context import RECALL_TASKS, RecallTask, make_example
-from engram.data.long_context_mix import long_context_mix
+from engram.data.long_context_mix import RecallMix, long_context_mix
 from engram.data.long_context_words import Distraction, RecallWords
 from engram.data.packing import pack
 from engram.errors import ConfigError
@@ -160,6 +161,12 @@ def test_the_mix_keeps_every_block_and_spreads_the_others_evenly(tokenizer):
     assert all(block["input_ids"].shape == block["labels"].shape == (96,) for block in got)
     with pytest.raises(IndexError):
         mix[40]
+
+
+def test_a_share_that_is_rounded_up_asks_for_no_block_too_many():
+    mix = RecallMix(list(range(71)), SimpleNamespace(block=lambda number: None), 0.29)
+    got = [mix[i] for i in range(len(mix))]
+    assert [block for block in got if block is not None][-1] == 70
 
 
 def test_recall_blocks_use_training_words_alone(tokenizer):

@@ -151,12 +151,15 @@ def test_one_seed_gives_no_verdict():
 def test_long_context_asks_for_models_of_their_own():
     (found,) = verdicts("long_context", pool_recall(made_up.long_context()), "multi_query")
     assert (found["verdict"], found["where"]) == ("agrees", "result, 256 tokens")
+    (one,) = verdicts("long_context", pool_recall(made_up.long_context(seeds=(0,), queries=(200,))), "multi_query")
+    assert one["verdict"] == "cannot tell"
+    assert "one seed" in one["note"]
     assert found["value"] == pytest.approx(100 * (405 - 256) / 512)
     (found,) = verdicts("long_context", pool_recall(made_up.long_context()), "tracking")
     assert found["verdict"] == "cannot tell"
     (found,) = verdicts("long_context", pool_recall(made_up.long_context(queries=(256, 100))), "multi_query")
     assert found["verdict"] == "cannot tell"
-    assert "seeds differ in sign" in found["note"]
+    assert found["low"] < 0 < found["high"]  # two trainings that differ in sign
     (found,) = verdicts("long_context", pool_recall(made_up.recall()), "multi_query")
     assert found["verdict"] == "cannot tell"
     assert "trained without" in found["note"]
@@ -170,15 +173,21 @@ def test_looks_need_a_second_model():
         cka = {"soft_alignment": [1.5, 2.0], "top": 5, "map": [[1.0, 0.5]]}
         return {"logit_lens": lens, "rows": rows, "against": against, "cka": cka}
 
-    for difference, layers, verdict in (
-        ([0.3, 0.2, 0, 0], (0, 1), "agrees"),
-        ([-0.3, -0.2, 0, 0], (0, 1), "disagrees"),
-        ([0.3, -0.3, 0, 0], (0, 1), "cannot tell"),
-        ([0.3, -0.3, 0, 0], (1, 2), "disagrees"),  # block 0 lies before the first module
-        ([-0.3, -0.3, -0.3, 0.3], (3,), "agrees"),
+    for difference, layers, value, counts in (
+        ([0.3, 0.2, 0, 0], (0, 1), 0.25, "2 with an interval over documents above zero, 0 below"),
+        ([0.3, -0.3, 0, 0], (0, 1), 0, "1 with an interval over documents above zero, 1 below"),
+        (
+            [0.3, -0.3, 0, 0],
+            (1, 2),
+            -0.3,
+            "0 with an interval over documents above zero, 1 below",
+        ),  # block 0 lies before the first module
+        ([-0.3, -0.3, -0.3, 0.3], (3,), 0.3, "1 with an interval over documents above zero, 0 below"),
     ):
         (found,) = verdicts("look", look(difference, layers=layers), "logit_lens")
-        assert found["verdict"] == verdict
+        assert found["value"] == pytest.approx(value)
+        assert counts in found["note"]
+        assert found["verdict"] == "cannot tell"  # one training of each kind
     assert verdicts("look", look([0.3]), "alignment")[0]["verdict"] == "cannot tell"
     for claim in ("logit_lens", "alignment"):
         assert verdicts("look", look([0.3], None), claim)[0]["verdict"] == "not measured"

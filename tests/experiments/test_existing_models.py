@@ -9,6 +9,7 @@ import torch
 from engram import CheckpointError, ConfigError, EngramModel, load_bundled
 from engram.config import EngramConfig
 from engram.experiments import BackboneConfig, read_point, read_sweep, run_point
+from engram.experiments.backbone import build_backbone
 from engram.experiments.data import prepare_data
 from engram.experiments.held_out import measure
 from engram.experiments.recipe import BudgetRecipe
@@ -70,6 +71,29 @@ def test_a_model_that_was_trained_here_is_trained_on(memory_run, tmp_path):
     assert measure(trained, data.held_out["test"])["loss"] == pytest.approx(result["held_out"]["test"]["loss"], rel=1e-3)
     assert result["held_out"] != result["held_out_before"]
     assert not (tmp_path / "run" / "memory").exists()
+
+
+def test_a_frozen_mixture_of_experts_keeps_its_balance_too(memory_run, tmp_path):
+    _, data, _ = memory_run
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 16,
+        "intermediate_size": 32,
+    }
+    sizes |= {"num_attention_heads": 2, "head_dim": 16, "kv_lora_rank": 16, "vocab_size": len(data.tokenizer)}
+    base = build_backbone(BackboneConfig(**sizes), data.tokenizer)
+    base.save_pretrained(tmp_path / "experts")
+    data.tokenizer.save_pretrained(tmp_path / "experts")
+    mine = recipe(model=str(tmp_path / "experts"), tokens=512, balance_rate=1.0, memory_dropout=0.1)
+    result = run_point(mine, data, tmp_path / "run")
+    assert result["expert_load_max"] is None
+    assert result["held_out_off"] == result["held_out_before"]
+    base.model.embed_tokens.weight.data += 1
+    base.save_pretrained(tmp_path / "experts")
+    with pytest.raises(CheckpointError, match="from another model"):  # of the same name
+        run_point(mine, data, tmp_path / "run")
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path, memory_run):

@@ -46,6 +46,8 @@ def test_a_parabola_is_found_and_a_seed_that_one_arm_lacks_does_not_bend_it():
     whole = summarise("allocation", entries)["all"]["parabola"]
     without = [e for e in entries if (e["labels"]["rho"], e["seed"]) != ("0.2", 2)]  # a high seed is missing at one end
     part = summarise("allocation", without)["all"]["parabola"]
+    least = summarise("allocation", [e for e in entries if e["seed"] == 0 or e["labels"]["rho"] == "0.6"] + entries[:2])
+    assert least["all"]["best"]["rho"] == 0.6  # not 0.2 or 0.8, whose means lack the high seeds
     for found in (whole, part):
         assert found["lowest"] == pytest.approx(0.6)
         assert found["lowest_interval"] == pytest.approx((0.6, 0.6))

@@ -73,6 +73,15 @@ def test_a_sweep_tunes_runs_and_sums_up(finished):
 
 
 @pytest.mark.slow
+def test_points_made_on_other_text_are_not_mixed_in(finished, tmp_path):
+    out, _, _ = finished
+    shutil.copytree(out, tmp_path / "sweep")
+    file = next((tmp_path / "sweep" / "points").glob("*/result.json"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "text": "0" * 64}))
+    with pytest.raises(CheckpointError, match="made on other text"):
+        run_sweep(tiny(), RECIPES, tmp_path / "sweep", show=lambda line: None)
+
+
 def test_a_finished_sweep_trains_nothing_again(finished, monkeypatch):
     out, result, _ = finished
     monkeypatch.setattr(subprocess, "Popen", None)  # starting a worker would fail
@@ -259,6 +268,7 @@ def test_models_side_by_side_are_compared_with_the_one_that_the_recipe_names():
         ({"tune": ["x"]}, "wrong form"),
         ({"base": ["x"]}, "wrong form"),
         ({"variants": ["x"]}, "wrong form"),
+        ({"variants": {"rho": {0.6: {"budget.rho": 0.6}}}}, 'expected text: write "0.6"'),
         ({"question": "slots"}, "'rows'"),
         ({"reference": "0.6"}, "sweep.reference"),
         ({"question": "ablation"}, "'arm'"),
@@ -276,6 +286,22 @@ def test_impossible_sweeps_are_refused_before_anything_runs(tmp_path, change, wo
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(fields))
     with pytest.raises((ConfigError, DataError), match=words):
         read_sweep(tmp_path / "sweep.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": None}, "wrong form"),
+        ({"data": {"corpus": None}}, "DataRecipe.corpus"),
+        ({"backbone": None}, "wrong form"),
+        ({"engram": {"layer_ids": 1}}, "wrong form"),
+    ],
+)
+def test_impossible_runs_are_refused_too(tmp_path, change, words):
+    fields = {**yaml.safe_load((RECIPES / "train_tiny.yaml").read_text()), **change}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(fields))
+    with pytest.raises(ConfigError, match=words):
+        read_point(tmp_path / "run.yaml")
 
 
 def test_a_missing_corpus_is_one_clear_error(tmp_path):

@@ -8,7 +8,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engram import CheckpointError, ConfigError, DataError
+from engram.data.corpus import build_corpus
 from engram.evaluation import bits_per_byte
+from engram.training import pretrain as pretraining
 from engram.training.pretrain import pretrain, read_recipe
 from engram.training.safe_trainer import last_checkpoint
 
@@ -31,7 +33,7 @@ def recipe():
     return read_recipe(RECIPES / "tiny_pretrain.yaml")
 
 
-def test_a_run_writes_a_model_that_loads(recipe, tmp_path):
+def test_a_run_writes_a_model_that_loads(recipe, tmp_path, monkeypatch):
     target = pretrain(recipe, tmp_path / "run", RECIPES)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
     assert model.dtype == torch.bfloat16
@@ -48,6 +50,11 @@ def test_a_run_writes_a_model_that_loads(recipe, tmp_path):
         pretrain(dataclasses.replace(recipe, seed=1), tmp_path / "run", RECIPES)
     with pytest.raises(CheckpointError, match="resume it"):
         pretrain(recipe, tmp_path / "run", RECIPES, resume=False)
+    corpus = build_corpus(recipe.corpus, RECIPES)
+    changed = dataclasses.replace(corpus, train=[*corpus.train[1:], dataclasses.replace(corpus.train[0], text="Changed.")])
+    monkeypatch.setattr(pretraining, "build_corpus", lambda *_: changed)
+    with pytest.raises(CheckpointError, match="other text"):
+        pretrain(recipe, tmp_path / "run", RECIPES)
 
 
 def test_resuming_is_exact(recipe, tmp_path):
@@ -72,6 +79,7 @@ def test_resuming_is_exact(recipe, tmp_path):
         ({"corpus": {"texts": [{"file": "a"}]}}, ConfigError, "unknown key.*file"),
         ({"corpus": {"stdlib": True}}, ConfigError, "unknown key.*stdlib"),
         ({"corpus": None}, ConfigError, "'corpus'"),
+        ({"seed": -1}, ConfigError, "seed: got -1"),
         ({"steps": "a"}, ConfigError, "steps: got 'a', expected int"),
         ({"bf16": 1}, ConfigError, "bf16: got 1, expected bool"),
         ({"corpus": {"texts": None}}, ConfigError, "texts: got None"),

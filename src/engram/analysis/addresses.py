@@ -66,9 +66,9 @@ def found_orders(memory: Any, sample: Sample) -> np.ndarray:
     config = memory.engram_config
     positions = sum(len(window.ids) for window in sample.windows)
     if not config.verify_rows:
-        return np.full(positions, config.max_ngram_size)
+        return np.full(positions, max(max(config.orders_of(layer)) for layer in config.layer_ids))
     largest = np.zeros(positions, dtype=np.int64)
-    for rows in rows_read(memory, sample).values():
+    for layer, rows in rows_read(memory, sample).items():
         by_order = (rows != NOTHING).reshape(positions, -1, config.n_head_per_ngram).any(axis=-1)
-        largest = np.maximum(largest, (by_order * np.array(config.orders)).max(axis=-1))
+        largest = np.maximum(largest, (by_order * np.array(config.orders_of(layer))).max(axis=-1))
     return largest

@@ -31,7 +31,7 @@ def row_usage(memory: Any, sample: Sample) -> dict[str, Any]:
     for layer, rows in rows_read(memory, sample).items():
         heads = []
         for number, size in enumerate(memory.mapping.head_sizes(layer)):
-            order, head = config.orders[number // config.n_head_per_ngram], number % config.n_head_per_ngram
+            order, head = config.orders_of(layer)[number // config.n_head_per_ngram], number % config.n_head_per_ngram
             measured = head_usage(rows[:, number], codes[order], size)
             expected = expected_usage(size, measured["ngrams"])
             heads.append({"order": order, "head": head, "rows": size, **measured, "expected": expected})

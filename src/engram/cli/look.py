@@ -67,7 +67,7 @@ def look_command(
     second = None if against is None else _open_second(against)
     with _bars() as start:
         result = look(subject, tokenizer, read, names, second, tokens, row_tokens, length, start)
-    result["texts"] = "held-out standard texts" if texts is None else texts.name
+    result["texts"] = "standard texts" if texts is None else texts.name
     result["provenance"] = _provenance(memory, model, texts, what, against, tokens, row_tokens, length)
     for file in (out / "look.json", json_out):
         if file is not None:

@@ -26,6 +26,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return len(self.stream) // self.seq_len
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
         block = torch.from_numpy(self.stream[index * self.seq_len : (index + 1) * self.seq_len].astype(np.int64))
         return {"input_ids": block, "labels": block.clone()}
 

@@ -21,6 +21,7 @@ from engram.experiments.held_out import measure
 from engram.experiments.recipe import PointRecipe
 from engram.experiments.versions import made_with
 from engram.models import EngramModel, get_engram_model, load_model
+from engram.models.identity import base_identity
 from engram.training import EngramTrainer, EngramTrainingArguments
 from engram.training.balance import BalanceCallback, find_routers
 from engram.training.safe_trainer import InOrder, SafeTrainer, last_checkpoint
@@ -80,14 +81,18 @@ def run_point(
         CheckpointError: ``out`` holds another recipe.
         ConfigError: the budget cannot be met.
     """
-    present = json.loads(
-        json.dumps({"identity": recipe.identity(), "text": data.store.fingerprint, "recipe": recipe.to_dict()})
-    )
+    solved = recipe.solved()
+    present = {"identity": recipe.identity(), "text": data.store.fingerprint, "recipe": recipe.to_dict()}
+    model = None
+    if recipe.model is not None:  # a name says where a model lies, not what it is
+        model = build_model(solved, data.tokenizer)
+        present["model"] = base_identity(model.base_model if isinstance(model, EngramModel) else model)["weights_sha256"]
+    present = json.loads(json.dumps(present))
     _claim(out, present)
     if (out / RESULT).is_file():
         return json.loads((out / RESULT).read_text(encoding="utf-8"))
-    solved = recipe.solved()
-    model = build_model(solved, data.tokenizer)
+    if model is None:
+        model = build_model(solved, data.tokenizer)
     # A new memory is empty: this is what the model was without it.
     before = None if solved.model is None else _measure_all(model, data, solved.bf16)
     curve = _Curve(solved, data)
@@ -115,8 +120,8 @@ def _claim(out: Path, recipe: dict[str, Any]) -> None:
     file = out / _RECIPE
     if file.is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
-        for name, what in (("identity", "of another recipe"), ("text", "on other text")):
-            if found.get(name) != recipe[name]:
+        for name, what in (("identity", "of another recipe"), ("text", "on other text"), ("model", "from another model")):
+            if found.get(name) != recipe.get(name):
                 raise CheckpointError(f"{out} holds a run {what}; choose another folder (nothing was overwritten).")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -181,7 +186,7 @@ def _trainer(
     if isinstance(model, EngramModel):
         arguments["table_lr_multiplier"] = recipe.table_lr_multiplier
         arguments["memory_dropout"] = recipe.memory_dropout
-    if find_routers(model):
+    if recipe.train_backbone and find_routers(model):  # the biases are buffers: nothing else would keep a frozen model as it is
         callbacks = [*callbacks, BalanceCallback(model, recipe.balance_rate)]
     return _Trainer(
         model=model,

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from engram.config import EngramConfig
 from engram.data.recipe import CorpusRecipe, parse_corpus, read_yaml
 from engram.data.recipe import build_fields as build_flat
-from engram.errors import ConfigError
+from engram.errors import ConfigError, EngramError
 from engram.experiments.backbone import BackboneConfig
 from engram.experiments.budget import allocate
 from engram.optim import BACKBONE_OPTIMIZERS
 
-__all__ = ["BudgetRecipe", "DataRecipe", "PointRecipe", "build_fields", "insert_corpus", "read_mapping", "read_point"]
+__all__ = [
+    "BudgetRecipe",
+    "DataRecipe",
+    "PointRecipe",
+    "build_fields",
+    "insert_corpus",
+    "read_mapping",
+    "read_point",
+    "wrong_forms",
+]
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,10 @@ class DataRecipe:
     which reports."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.corpus, CorpusRecipe):
+            raise ConfigError(
+                "DataRecipe.corpus: got none, expected a mapping, or the name of a recipe beside this one that has it."
+            )
         for name in ("vocab_size", "seq_len", "held_out_tokens"):
             _positive(self, name, whole=True)
 
@@ -229,10 +243,29 @@ def read_point(path: str | os.PathLike[str]) -> PointRecipe:
         ConfigError: a key is unknown, a value impossible, or the budget cannot be met.
     """
     fields = read_mapping(path)
-    insert_corpus(fields, path)
-    recipe = build_fields(PointRecipe, fields, f"recipe {path}")
-    recipe.solved()
+    with wrong_forms(f"recipe {path}", "recipes/train_tiny.yaml"):
+        insert_corpus(fields, path)
+        recipe = build_fields(PointRecipe, fields, f"recipe {path}")
+        recipe.solved()
     return recipe
+
+
+@contextmanager
+def wrong_forms(where: str, example: str) -> Iterator[None]:
+    """Inside, values of a type that nothing can be made of are errors of the recipe.
+
+    Raises:
+        ConfigError: instead of Python's own.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        if isinstance(error, EngramError):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{where}: a value has the wrong form ({reason}); expected lists, mappings and numbers as in {example}."
+        ) from None
 
 
 def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:

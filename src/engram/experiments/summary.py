@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from engram.experiments.arms import REFERENCE
@@ -89,14 +89,17 @@ def _curve(entries: Entries) -> dict[str, Any]:
     if len(rows) >= 4:
         summary["parabola"] = _parabola([r["rho"] for r in rows], _aligned([arms[r["label"]] for r in rows]))
     # The best rho is named by validation loss and reported by test loss, so that the choice does not flatter the report.
-    best = min((r for r in rows if r["rho"] < 1), key=lambda r: _validation(arms[r["label"]]), default=None)
-    if best is not None:
+    mixed = [row for row in rows if row["rho"] < 1]
+    seeds = set.intersection(*({e["seed"] for e in arms[row["label"]]} for row in mixed)) if mixed else set()
+    best = min(mixed, key=lambda row: _validation(arms[row["label"]], seeds), default=None)
+    if best is not None and seeds:  # seeds differ by more than shares do: all are compared on the same ones
         summary["best"] = {"rho": best["rho"], "label": best["label"], "gain": best["against_experts_alone"]}
     return summary
 
 
-def _validation(entries: Entries) -> float:
-    return sum(e["validation"]["loss"] for e in entries) / len(entries)
+def _validation(entries: Entries, seeds: Collection[int]) -> float:
+    losses = [e["validation"]["loss"] for e in entries if e["seed"] in seeds]
+    return sum(losses) / max(1, len(losses))
 
 
 def _parabola(rho: Sequence[float], losses: Sequence[Sequence[float]]) -> dict[str, Any]:

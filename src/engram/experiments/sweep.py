@@ -102,6 +102,7 @@ class SweepRun:
                 f"the given result was made with other text (fingerprint {other[:12]}, here {fingerprint[:12]}): another version of "
                 "Python or changed files. Use that text, or begin a result of its own."
             )
+        self._fingerprint = fingerprint
         return data.store
 
     def _run_all(
@@ -200,6 +201,11 @@ class SweepRun:
     def _read(self, point: Point) -> dict[str, Any]:
         """What the sweep's result keeps of a point."""
         result = json.loads((self._folder(point) / RESULT).read_text(encoding="utf-8"))
+        if result["text"] != self._fingerprint:
+            raise CheckpointError(
+                f"{self._folder(point)} holds a point made on other text than {self.out / 'data'}; choose another folder for this sweep "
+                "(nothing was overwritten)."
+            )
         held_out = result.pop("held_out")
         names = ("counts", "tokens", "epochs", "steps", "curve", "expert_load_max", "seconds", "made_with")
         kept = {name: result[name] for name in names if name in result}

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from engram.config import EngramConfig
 from engram.data.recipe import build_fields as build_flat
-from engram.errors import ConfigError, EngramError
+from engram.errors import ConfigError
 from engram.experiments.arms import REFERENCE
 from engram.experiments.backbone import BackboneConfig
-from engram.experiments.recipe import DataRecipe, PointRecipe, build_fields, insert_corpus, read_mapping
+from engram.experiments.recipe import DataRecipe, PointRecipe, build_fields, insert_corpus, read_mapping, wrong_forms
 
 __all__ = ["Choice", "Point", "SweepRecipe", "TuneGroup", "TuneRecipe", "read_base", "read_sweep"]
 
@@ -113,6 +113,9 @@ class SweepRecipe:
             raise ConfigError(f"sweep.question: got {self.question!r}, expected one of {', '.join(QUESTIONS)}.")
         if not self.variants or not all(isinstance(v, Mapping) and v for v in self.variants.values()):
             raise ConfigError("sweep.variants: expected at least one dimension with at least one variant each.")
+        labels = [*self.variants, *(label for variants in self.variants.values() for label in variants)]
+        if not_text := [label for label in labels if not isinstance(label, str)]:
+            raise ConfigError(f'sweep.variants: got the label {not_text[0]!r}, expected text: write "{not_text[0]}".')
         dimension = {"allocation": "rho", "slots": "rows"}.get(self.question, "arm")
         if dimension not in self.variants or (self.question == "slots" and len(self.variants) > 1):
             only = "only " if self.question == "slots" else ""
@@ -203,15 +206,8 @@ def read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
         DataError: the file is missing or not YAML.
         ConfigError: a key is unknown, a value impossible, or a budget cannot be met.
     """
-    try:
+    with wrong_forms(f"sweep {path}", "recipes/sweep_tiny.yaml"):
         return _read_sweep(path, changes)
-    except (TypeError, AttributeError, KeyError, ValueError) as error:
-        if isinstance(error, EngramError):
-            raise
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"sweep {path}: a value has the wrong form ({reason}); expected lists, mappings and numbers as in recipes/sweep_tiny.yaml."
-        ) from None
 
 
 def _read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None) -> SweepRecipe:

@@ -30,6 +30,10 @@ def looks(result: Mapping[str, Any]) -> list[str]:
             )
             for name, group in groups.items()
         ]
+        if "facts" in off["by_kind"] and str(result.get("texts")).endswith("standard texts"):
+            parts.append(
+                "The sentences of *facts* stand in `corpus/countries.txt`: a model whose corpus has that file was trained on them."
+            )
         parts.append(
             table(("text", "tokens", "loss, memory on", "loss, off", "lost, nats", "accuracy kept, %"), rows, right=range(1, 6))
         )

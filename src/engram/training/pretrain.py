@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ class PretrainRecipe:
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, int) and not isinstance(value, bool) and name not in ("seed", "decay_steps") and value < 1:
                 raise ConfigError(f"PretrainRecipe.{name}: got {value}, expected a positive number.")
+        if self.seed < 0:
+            raise ConfigError(f"PretrainRecipe.seed: got {self.seed}, expected at least 0.")
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ConfigError(
                 f"PretrainRecipe: warmup_steps + decay_steps = {self.warmup_steps + self.decay_steps}, expected at most steps = {self.steps}."
@@ -107,7 +110,6 @@ class _Run:
     recipe: PretrainRecipe
     corpus: Corpus
     tokenizer: PreTrainedTokenizerFast
-    curve: list[dict[str, float]] = field(default_factory=list)
 
 
 def pretrain(
@@ -130,9 +132,9 @@ def pretrain(
     out = Path(out)
     checkpoints = out / "checkpoints"
     last = last_checkpoint(checkpoints)
-    _claim_folder(out, recipe, last if resume else None, fresh=not resume)
-    set_seed(recipe.seed)
     corpus = build_corpus(recipe.corpus, Path(folder))
+    _claim_folder(out, recipe, corpus, last if resume else None, fresh=not resume)
+    set_seed(recipe.seed)
     tokenizer = train_tokenizer((doc.text for doc in corpus.train), recipe.vocab_size, recipe.max_position_embeddings)
     tokenizer.save_pretrained(out / "tokenizer")  # so that any checkpoint can be tried before the run ends
     run = _Run(recipe, corpus, tokenizer)
@@ -167,7 +169,6 @@ class _Measure(TrainerCallback):
             texts = [doc.text for doc in self.run.corpus.held_out[: recipe.eval_texts]]
             bits = bits_per_byte(model, self.run.tokenizer, texts, recipe.seq_len)
             model.train()
-            self.run.curve.append({"step": state.global_step, "bits_per_byte": round(bits, 4)})
             state.log_history.append({"step": state.global_step, "bits_per_byte": round(bits, 4)})
 
 
@@ -216,18 +217,26 @@ def _training_arguments(recipe: PretrainRecipe, checkpoints: Path) -> TrainingAr
     )
 
 
-def _claim_folder(out: Path, recipe: PretrainRecipe, last: Path | None, fresh: bool) -> None:
-    """One folder holds one recipe: refuse to mix two runs or to overwrite one."""
-    file, present = out / "recipe.json", recipe.to_dict()
+def _claim_folder(out: Path, recipe: PretrainRecipe, corpus: Corpus, last: Path | None, fresh: bool) -> None:
+    """One folder holds one recipe on one text, which the tokenizer follows from: refuse to mix two runs or to overwrite one."""
+    file, present = out / "recipe.json", {**recipe.to_dict(), "text_sha256": _text_digest(corpus)}
     if fresh and last_checkpoint(out / "checkpoints"):
         raise CheckpointError(f"{out} holds checkpoints of an earlier run; resume it or choose another folder.")
     if last is not None and file.is_file() and json.loads(file.read_text(encoding="utf-8")) != present:
-        raise CheckpointError(f"{out} holds a run of another recipe; choose another folder.")
+        raise CheckpointError(f"{out} holds a run of another recipe or on other text; choose another folder.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json_atomically(file, present)
     except OSError as error:
         raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from None
+
+
+def _text_digest(corpus: Corpus) -> str:
+    digest = hashlib.sha256()
+    for document in (*corpus.train, *corpus.held_out):
+        for part in (document.name, document.text):
+            digest.update(hashlib.sha256(part.encode("utf-8", "surrogateescape")).digest())
+    return digest.hexdigest()
 
 
 def _finish(run: _Run, trainer: SafeTrainer, losses: list[dict[str, float]], target: Path) -> Path:

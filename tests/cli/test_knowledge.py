@@ -327,6 +327,14 @@ def test_prompts_that_are_no_text_or_too_long(engram, taught):
     assert (code, "the model's context" in err) == (2, True)
 
 
+def test_what_looks_like_markup_is_shown(engram, taught):
+    code, out, err = engram("why", "[INST] KEY:beta 20 [/INST]", "--memory", taught)
+    assert code == 0, err
+    assert "[INST] KEY:beta 20 [/INST]" in out
+    code, _, err = engram("trace", "\udcff")
+    assert (code, "not UTF-8" in err) == (2, True)
+
+
 def test_a_result_without_a_place_is_refused_before_the_work(engram, taught, tmp_path):
     for place in (tmp_path, "/proc/nowhere/r.json"):
         code, _, err = engram("eval", "--memory", taught, "--facts", "one.yaml", "--json", place)

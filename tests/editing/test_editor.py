@@ -54,6 +54,12 @@ def test_facts_go_in_exactly_and_only_rows_are_written():
         assert not any(a.exact for a in check_facts(editor.memory, editor.tokenizer, FACTS))
     again = editor.teach(FACTS)
     assert (again.taught, again.already_known, again.rows_written) == ([], ["alpha", "beta", "door"], 0)
+    for layer in editor.memory.engrams:  # the rows of one fact lose what they said
+        editor.table(layer).update_rows(torch.tensor(editor.rows_of("beta")[layer]), torch.zeros_like)
+    assert editor.verify() == {"alpha": True, "beta": False, "door": True}
+    again = editor.teach(fact for fact in FACTS)
+    assert (again.taught, again.already_known) == (["beta"], ["alpha", "door"])
+    assert all(editor.verify().values())
 
 
 def test_text_without_a_taught_ngram_gets_the_base_models_logits_bit_for_bit():

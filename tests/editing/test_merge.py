@@ -47,6 +47,25 @@ def test_the_union_holds_both_bit_for_bit(two):
     assert a.diff(tmp_path / "c").equal
 
 
+def test_memories_with_other_trained_readers_are_not_united(tmp_path):
+    for name, factor in (("a", 1), ("b", 2)):
+        editor = make_editor(reader="trained", n_embed_per_ngram=48)
+        for engram in editor.memory.engrams.values():
+            engram.value_proj.weight.data.add_(factor)
+        editor.save(tmp_path / name)
+    assert diff_memories(tmp_path / "a", tmp_path / "a").equal
+    with pytest.raises(FingerprintError, match="differ in reader"):
+        merge_memories(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+
+
+def test_rows_are_listed_for_the_facts_that_own_them(tmp_path):
+    editor = saved(tmp_path / "small", FACTS, engram_vocab_size=20)  # small enough for n-grams to meet
+    listed = StoredMemory(tmp_path / "small").rows_by_fact()
+    assert {fact.id: listed[fact.id] for fact in editor.facts} == {
+        fact.id: {layer: rows for layer, rows in editor.rows_of(fact.id).items() if rows} for fact in editor.facts
+    }
+
+
 def test_differences_are_listed(two):
     _, _, tmp_path = two
     found = diff_memories(tmp_path / "a", tmp_path / "b")

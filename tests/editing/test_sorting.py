@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from engram import Fact
 from engram.editing.keys import KeyedPrompt
 from engram.editing.ledger import Ledger, LedgerFact
-from engram.editing.sorting import sort_out
+from engram.editing.sorting import in_parts, sort_out
 
 
 def held(name, answer, *prompts):
@@ -43,6 +43,27 @@ def test_other_answers_are_never_joined():
     assert len(found.contradictions) == 1
     new, _ = outcome([held("A", "X", "p1", "p2")], fact("f", "X", "p1", "p3"), fact("g", "Y", "p2"))
     assert new == {"f": ("X", {"p1", "p3"}), "g": ("Y", {"p2"})}
+
+
+def test_what_is_held_but_no_longer_answered_is_taught_again():
+    ledger = Ledger([held("A", "X", "p1", "p2"), held("B", "Y", "q")])
+    lesson = [fact("f", "X", "p1"), fact("g", "Y", "q")]
+    assert sort_out(ledger, lesson).holding == ["A", "B"]
+    found = sort_out(ledger, lesson, stale=["A"])
+    assert found.already_known == ["g"]
+    assert {name: set(new.prompts) for name, new in found.new.items()} == {"A": {"p1", "p2"}}
+    assert found.leaving == {"A": ["A"]}
+
+
+def test_parts_of_a_long_lesson_do_what_the_whole_would():
+    ledger = Ledger([held("A", "X", "p1", "p2"), held("B", "Y", "q")])
+    lesson = [fact("f", "X", "p1"), fact("n1", "Z", "r1"), fact("n2", "Z", "r2"), fact("g", "Y", "p2"), fact("n3", "Z", "r3")]
+    parts = in_parts(ledger, lesson, 1)  # apart, the first would find p1 known, and g would then take A away whole
+    assert [[f.id for f in part] for part in parts] == [["f", "g"], ["n1"], ["n2"], ["n3"]]
+    assert [len(part) for part in in_parts(ledger, lesson, 3)] == [3, 2]
+    assert in_parts(ledger, lesson, 100) == [[lesson[0], lesson[3], lesson[1], lesson[2], lesson[4]]]
+    many = [fact(f"n{n}", "Z", f"r{n}") for n in range(20_000)]  # groups are found in one walk
+    assert sum(map(len, in_parts(ledger, many, 1000))) == 20_000
 
 
 @settings(max_examples=300, deadline=None)

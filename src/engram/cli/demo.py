@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from engram.cli.outputs import made_with
 
@@ -26,7 +27,7 @@ def demo_command(
     facts: Annotated[Path | None, typer.Option(help="Facts to teach (YAML); the bundled ones if not given.")] = None,
     model: Annotated[str, typer.Option(help="Base model: a folder, a hub name or 'bundled'.")] = "bundled",
     out: Annotated[Path, typer.Option(help="Folder for report.html, result.json and the memory.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of everything random.")] = 0,
 ) -> None:
     """Teach facts to a small real model through its memory and show, before and after, what it knows and what must not move."""
     import torch
@@ -61,7 +62,7 @@ def demo_command(
     )
     if demo.report.not_exact:
         missed = [fact.prompts[0] for fact in taught if fact.id in demo.report.not_exact]
-        console.print(f"[bold red]not exact ({len(missed)}):[/] {', '.join(missed[:10])}")
+        console.print(f"[bold red]not exact ({len(missed)}):[/] {escape(', '.join(missed[:10]))}")
         raise typer.Exit(1)
 
 

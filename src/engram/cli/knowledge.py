@@ -32,6 +32,7 @@ __all__ = [
 _SAVE_EVERY = 1000
 _LISTED = 20
 _ANSWER_TOKENS = 64
+_WHY_TOKENS = 32
 
 MemoryOption = Annotated[Path, typer.Option(help="Folder of the memory.")]
 ModelOption = Annotated[
@@ -72,8 +73,7 @@ def teach_command(
         started = time.perf_counter()
         with _progress(sum(len(fact.prompts) for fact in lessons)) as bar:
             done = 0
-            for start in range(0, len(lessons), _SAVE_EVERY):
-                part = lessons[start : start + _SAVE_EVERY]
+            for part in editor.in_parts(lessons, _SAVE_EVERY, replace):
                 show = partial(_shift, bar, done)
                 report = editor.teach(part, None, facts.name, checksum, replace, show, _report_conflicts)
                 editor.save(memory)
@@ -120,10 +120,11 @@ def ask_command(
     editor = _open_existing(memory, model)
     if chat:
         prompt = chat_prompt(editor.tokenizer, prompt)
-    _check_length(editor, prompt)
+    room = _check_length(editor, prompt)
     if max_new_tokens is None:
         lengths = [len(prompt.answer_ids) for fact in editor.facts for prompt in fact.prompts]
         max_new_tokens = max([_ANSWER_TOKENS, *lengths])
+    max_new_tokens = min(max_new_tokens, room)
     if off:
         with editor.memory.disable_engram():
             print(ask(editor.memory, editor.tokenizer, [prompt], max_new_tokens)[0])
@@ -145,8 +146,7 @@ def why_command(
     editor = _open_existing(memory, model)
     if chat:
         prompt = chat_prompt(editor.tokenizer, prompt)
-    _check_length(editor, prompt)
-    explanation = editor.why(prompt)
+    explanation = editor.why(prompt, min(_WHY_TOKENS, _check_length(editor, prompt)))
     if as_json:
         print(json.dumps(explanation.to_dict(), ensure_ascii=False, indent=1))
     else:
@@ -188,7 +188,7 @@ def forget_command(
     memory: MemoryOption,
     model: ModelOption = None,
 ) -> None:
-    """Take facts out of a memory, rows and all; what remains is what it would be had they never been taught."""
+    """Take facts out of a memory, rows and all; others stay as they were taught."""
     from engram.checkpoint import lock_store
 
     _require(memory)
@@ -315,8 +315,8 @@ def _check_prompt(prompt: str) -> None:
         raise typer.BadParameter("got bytes that are not UTF-8, expected text", param_hint="PROMPT") from None
 
 
-def _check_length(editor: MemoryEditor, prompt: str) -> None:
-    """Beyond its context a model answers anything."""
+def _check_length(editor: MemoryEditor, prompt: str) -> int:
+    """Tokens that an answer may have: beyond its context a model answers anything, or fails."""
     from engram.data.facts import tokenize_prompt
 
     context = getattr(editor.memory.config, "max_position_embeddings", None)
@@ -325,6 +325,7 @@ def _check_length(editor: MemoryEditor, prompt: str) -> None:
         raise typer.BadParameter(
             f"got {length:,} tokens, expected fewer than {context:,} (the model's context); shorten it", param_hint="PROMPT"
         )
+    return sys.maxsize if context is None else context - length
 
 
 def _size(memory: Path) -> int:
@@ -361,8 +362,9 @@ def _progress(total: int) -> Any:
 def _print_explanation(explanation: Explanation, editor: MemoryEditor) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{explanation.prompt!r} -> {explanation.answer!r}")
+    table = Table(title=Text(f"{explanation.prompt!r} -> {explanation.answer!r}"))
     for heading in ("token", "then says", "base says", "logit change", "n-gram read", "gate", "facts", "foreign rows"):
         table.add_column(heading)
     for token in explanation.tokens:

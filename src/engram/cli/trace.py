@@ -36,7 +36,7 @@ def trace_command(
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer for --demo-size: a folder or hub name; the bundled one if not given.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of everything random.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show each token's n-grams, canonical id, rows read per head, gates per layer, and where the rows live."""
@@ -50,6 +50,10 @@ def trace_command(
         raise ConfigError("--tokenizer goes with --demo-size; other models bring their own.")
     if not text.strip():
         raise ConfigError("trace: the text is empty.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("trace: got bytes that are not UTF-8, expected text.") from None
     torch.manual_seed(seed)
     engram_model, tokens = _demo_sized(tokenizer) if demo_size else _attached(model, memory)
     trace = trace_text(engram_model, tokens, text)

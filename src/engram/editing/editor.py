@@ -20,7 +20,7 @@ from engram.editing.keys import KeyedPrompt, PlannedRows, choose_keys, plan_rows
 from engram.editing.ledger import Ledger, LedgerFact
 from engram.editing.lesson import TeachSettings, answers_exactly
 from engram.editing.reports import ForgetReport, RowConflict, TeachReport
-from engram.editing.sorting import sort_out
+from engram.editing.sorting import in_parts, sort_out
 from engram.editing.teaching import Progress, Teaching
 from engram.errors import CheckpointError, ConfigError, TeachError
 from engram.models import EngramModel, find_decoder, get_engram_model
@@ -161,7 +161,8 @@ class MemoryEditor:
             TeachError: there are no facts, one contradicts the memory (and ``replace_answers`` is off), or an earlier fact would break.
         """
         settings = settings or TeachSettings()
-        if not isinstance(facts, Iterable) or not all(isinstance(fact, Fact) for fact in facts):
+        facts = list(facts) if isinstance(facts, Iterable) else facts  # a generator can be read only once
+        if not isinstance(facts, list) or not all(isinstance(fact, Fact) for fact in facts):
             raise TeachError("teach: expected a list of Fact objects; read a file with load_facts(path).")
         if not facts:
             raise TeachError("teach: got no facts, expected at least one.")
@@ -178,13 +179,25 @@ class MemoryEditor:
                 return report
         return TeachReport(not_exact=kept)
 
+    def in_parts(self, facts: Sequence[Fact], size: int, replace_answers: bool = False) -> list[list[Fact]]:
+        """A long lesson as lessons of about ``size`` facts, to save in between; one after the other they do what the whole would do.
+
+        Raises:
+            TeachError: a fact contradicts the memory (and ``replace_answers`` is off); ``teach`` would say so in the middle.
+        """
+        found = sort_out(self._ledger, facts)
+        if found.contradictions and not replace_answers:
+            raise _contradicted(found.contradictions)
+        return in_parts(self._ledger, facts, size)
+
     def forget(self, fact_ids: Sequence[str]) -> ForgetReport:
-        """Take facts out: rows that only they own are deleted, and the memory is what it would be had they never been taught.
+        """Take facts out: rows that only they own are deleted. If nothing was taught with them or after them, the memory is bit for bit what it
+        was before; other facts stay as they were taught, some beside those that leave.
 
         Raises:
             TeachError: an id is unknown; nothing is forgotten then.
         """
-        fact_ids = [fact_ids] if isinstance(fact_ids, str) else fact_ids
+        fact_ids = [fact_ids] if isinstance(fact_ids, str) else list(fact_ids)
         unknown = [fact_id for fact_id in fact_ids if fact_id not in self._ledger]
         if unknown or not fact_ids:
             raise TeachError(
@@ -317,6 +330,8 @@ class MemoryEditor:
             _WouldBeLostError: a fact cannot be made exact for which others had to make way.
         """
         found = sort_out(self._ledger, facts)
+        if stale := self._not_exact([self._ledger[fact_id] for fact_id in found.holding], settings.batch_size):
+            found = sort_out(self._ledger, facts, stale)
         if found.contradictions and not replace_answers:
             raise _contradicted(found.contradictions)
         report = TeachReport(already_known=found.already_known, replaced=found.contradictions, joined=found.joined)

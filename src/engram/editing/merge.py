@@ -23,6 +23,7 @@ from engram.tables import RowFormat, StoredRows, row_format
 __all__ = ["MemoryDiff", "MergeReport", "StoredMemory", "diff_memories", "merge_memories"]
 
 _IDENTITY = ("fingerprint", "reader_sha256")
+_TABLE = "multi_head_embedding.embedding."
 _SHOWN = 10
 Side = Literal["a", "b"]
 
@@ -98,7 +99,7 @@ class StoredMemory:
         result: dict[str, dict[str, list[int]]] = {fact.id: {} for fact in facts}
         for layer_id in self.config.layer_ids:
             stored = owners.rows_of(self, facts, layer_id)
-            for row, ids in sorted(owners.owners(facts, layer_id, stored.row_ids).items()):
+            for row, ids in sorted(owners.owners(facts, layer_id, stored).items()):
                 for fact_id in ids:
                     result[fact_id].setdefault(str(layer_id), []).append(row)
         return result
@@ -110,7 +111,7 @@ class StoredMemory:
 
     def rows(self, layer_id: int) -> StoredRows:
         """The rows of one layer as they are stored."""
-        prefix = f"layers.{layer_id}.multi_head_embedding.embedding."
+        prefix = f"layers.{layer_id}.{_TABLE}"
         names = ("row_ids", "tags", "weight", *(("scales",) if self.form.quantised else ()))
         return StoredRows(self.form, *(self.tensors[prefix + name] for name in names))
 
@@ -176,7 +177,7 @@ def merge_memories(
         parts = [mapping.rows_of(winner, kept_w, layer_id), mapping.rows_of(other, kept_o, layer_id)]
         fresh = ~torch.isin(parts[1].row_ids, parts[0].row_ids)  # what is left in common is equal, or lost to the winner
         rows = StoredRows.join([parts[0].in_format(first.form), parts[1].select(fresh).in_format(first.form)])
-        prefix = f"layers.{layer_id}.multi_head_embedding.embedding."
+        prefix = f"layers.{layer_id}.{_TABLE}"
         for name in ("row_ids", "tags", "weight", *(("scales",) if first.form.quantised else ())):
             tensors[prefix + name] = getattr(rows, name)
         total += len(rows)
@@ -202,10 +203,13 @@ class _Owners:
             owned[slot[(rows.row_ids[slot] == planned) & (rows.tags[slot] == planned_tags)]] = True
         return rows.select(owned)
 
-    def owners(self, facts: list[LedgerFact], layer_id: int, row_ids: Tensor) -> dict[int, list[str]]:
-        """Ids of the facts that plan each of some rows."""
-        planned, _, owner = self.plan(facts)[layer_id]
-        chosen = torch.isin(planned, row_ids)
+    def owners(self, facts: list[LedgerFact], layer_id: int, rows: StoredRows) -> dict[int, list[str]]:
+        """Ids of the facts that own each of some stored rows: those that plan them for the n-gram whose tag they carry."""
+        planned, planned_tags, owner = self.plan(facts)[layer_id]
+        if not len(rows):
+            return {}
+        slot = torch.searchsorted(rows.row_ids, planned).clamp_max(len(rows) - 1)
+        chosen = (rows.row_ids[slot] == planned) & (rows.tags[slot] == planned_tags)
         result: dict[int, list[str]] = {}
         for row, number in zip(planned[chosen].tolist(), owner[chosen].tolist()):
             ids = result.setdefault(row, [])
@@ -237,6 +241,9 @@ def _both(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> tuple[StoredM
     differing = [name for name in _IDENTITY if first.description.get(name) != second.description.get(name)]
     if first.config != second.config:  # read, not as written: fields that an older version did not know have their defaults
         differing.insert(0, "engram_config")
+    readers = [{name: t for name, t in memory.tensors.items() if _TABLE not in name} for memory in (first, second)]
+    if readers[0].keys() != readers[1].keys() or not all(torch.equal(t, readers[1][name]) for name, t in readers[0].items()):
+        differing.append("reader")  # a trained one: that of a seeded one is not saved
     bases = [memory.description.get("base_model") or {} for memory in (first, second)]
     if identity_mismatch(*bases):
         differing.append("base_model")
@@ -318,7 +325,7 @@ def _conflicts(first: StoredMemory, second: StoredMemory, prefer: Side | None) -
             continue
         rows = a.row_ids[differ]
         collided = dict(zip(rows.tolist(), (a.tags != b.tags)[differ].tolist()))
-        of_a, of_b = owners.owners(own_a, layer_id, rows), owners.owners(own_b, layer_id, rows)
+        of_a, of_b = owners.owners(own_a, layer_id, a.select(differ)), owners.owners(own_b, layer_id, b.select(differ))
         for row in rows.tolist():
             what = "two n-grams claim it" if collided[row] else "the same n-gram with other values"
             lines.append(f"layer {layer_id}, row {row}: {what}; facts {', '.join(of_a[row])} in a, {', '.join(of_b[row])} in b")

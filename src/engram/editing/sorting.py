@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from engram.data.facts import Fact
 from engram.editing.ledger import Ledger, LedgerFact
 
-__all__ = ["SortedFacts", "sort_out"]
+__all__ = ["SortedFacts", "in_parts", "sort_out"]
 
 
 @dataclass
@@ -24,12 +24,14 @@ class SortedFacts:
     joined: dict[str, str] = field(default_factory=dict)
     """Ids that will name nothing, and the id under which their prompts will stand."""
     already_known: list[str] = field(default_factory=list)
+    holding: list[str] = field(default_factory=list)
+    """The facts of the memory by which those are known."""
     contradictions: list[str] = field(default_factory=list)
     """One line each."""
 
 
-def sort_out(ledger: Ledger, facts: Sequence[Fact]) -> SortedFacts:
-    """Compare a lesson with what a memory holds.
+def sort_out(ledger: Ledger, facts: Sequence[Fact], stale: Collection[str] = ()) -> SortedFacts:
+    """Compare a lesson with what a memory holds; what it holds under a ``stale`` id counts as forgotten in part, and is taught again.
 
     A fact of the memory that any fact of the lesson contradicts leaves as a whole. Facts of one answer that share a prompt or an id, be it
     by way of others, are one fact, under the id of the first that the memory holds.
@@ -45,8 +47,9 @@ def sort_out(ledger: Ledger, facts: Sequence[Fact]) -> SortedFacts:
         members = [facts[number] for number in group]
         making_way = [holder.id for number in group for holder in opposed[number]]
         known = all(any(set(fact.prompts) <= set(h.to_fact().prompts) for h in holders.values()) for fact in members)
-        if known and not making_way:
+        if known and not making_way and not holders.keys() & set(stale):
             found.already_known += [fact.id for fact in members]
+            found.holding += holders
             continue
         joined = _joined([*(holder.to_fact() for holder in holders.values()), *members])
         found.new[joined.id] = joined
@@ -55,6 +58,18 @@ def sort_out(ledger: Ledger, facts: Sequence[Fact]) -> SortedFacts:
         found.joined |= {name: joined.id for name in [*found.given[joined.id], *holders] if name != joined.id}
     found.joined = {name: kept for name, kept in found.joined.items() if name not in found.new}
     return found
+
+
+def in_parts(ledger: Ledger, facts: Sequence[Fact], size: int) -> list[list[Fact]]:
+    """A long lesson as lessons of about ``size`` facts, in order; those that concern the same fact of the memory stay together, since it is
+    judged as a whole whether that one is known, joined or replaced.
+    """
+    parts: list[list[Fact]] = [[]]
+    for group in _connected([_relatives(ledger, fact) for fact in facts]):
+        if len(parts[-1]) >= size:
+            parts.append([])
+        parts[-1] += [facts[number] for number in group]
+    return parts
 
 
 def _relatives(ledger: Ledger, fact: Fact) -> list[LedgerFact]:
@@ -66,18 +81,23 @@ def _relatives(ledger: Ledger, fact: Fact) -> list[LedgerFact]:
 
 
 def _connected(holders: Sequence[Sequence[LedgerFact]]) -> list[list[int]]:
-    """Numbers of the facts of the lesson, those together that share holders."""
-    groups: list[tuple[list[int], set[str]]] = []
+    """Numbers of the facts of the lesson, those together that share holders, be it by way of others; in the lesson's order."""
+    leader, first = list(range(len(holders))), dict[str, int]()
+
+    def find(number: int) -> int:
+        while leader[number] != number:
+            leader[number] = leader[leader[number]]
+            number = leader[number]
+        return number
+
     for number, own in enumerate(holders):
-        members, ids = [number], {holder.id for holder in own}
-        apart = []
-        for other in groups:
-            if other[1] & ids:
-                members, ids = other[0] + members, other[1] | ids
-            else:
-                apart.append(other)
-        groups = [*apart, (members, ids)]
-    return [members for members, _ in groups]
+        for holder in own:
+            one, other = find(first.setdefault(holder.id, number)), find(number)
+            leader[max(one, other)] = min(one, other)
+    groups: dict[int, list[int]] = {}
+    for number in range(len(holders)):
+        groups.setdefault(find(number), []).append(number)
+    return list(groups.values())
 
 
 def _contradiction(held: LedgerFact, fact: Fact, said: set[str]) -> str:

@@ -57,7 +57,8 @@ def get_engram_model(
 class EngramModel(nn.Module):
     """A base model whose listed blocks read from hashed n-gram tables. Made by ``get_engram_model`` or ``from_pretrained``.
 
-    Anything not found here is looked up on the base model (``config``, ``generation_config``, ``device``, ...).
+    Anything not found here is looked up on the base model (``config``, ``generation_config``, ``device``, ...). One thread at a time may run
+    it: between a pass's start and its blocks the addresses wait here, and ``disable_engram`` and ``routed`` hold for the whole model.
 
     Attributes:
         base_model: the model as given, with hooks on some of its modules.

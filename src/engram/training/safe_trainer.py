@@ -85,7 +85,8 @@ class SaveOnInterrupt(TrainerCallback):
 class SafeTrainer(Trainer):
     """Trainer whose checkpoints are safetensors and JSON, for one process.
 
-    Optimiser, scheduler and random generators are restored exactly, so a resumed run has the losses the first would have had.
+    Optimiser, scheduler and random generators are restored exactly, so a resumed run has the losses the first would have had (the first average
+    logged after a stop covers the steps since).
     A loss or gradient norm that is NaN or infinite ends the run before the step is taken; a checkpoint that cannot be written is removed and
     those before it stay. Logs have ``tokens_per_second`` (positions, padding included; evaluation and saving do not count).
     """

@@ -284,7 +284,8 @@ class TableConfig:
     """For ``hybrid``: rows per layer that may be copied to the device (``HybridTable.rebalance`` and ``engram place`` choose them)."""
     changed_rows: Literal["refuse", "keep", "refill"] = "refuse"
     """For row files in ``path`` that do not hold the saved rows: trained since, or another memory's. ``refuse``: an error; ``keep``: take them
-    as they are (and save, to make them the memory's); ``refill``: write the saved rows over them."""
+    as they are (and save, to make them the memory's); ``refill``: write the saved rows over them. A new memory (``get_engram_model``) over
+    files that are there is refused too; with ``keep`` or ``refill`` it starts with their rows, until a checkpoint is loaded."""
     resident_bytes: int | None = None
     """For row files: about how many bytes of them the process may have mapped in at a time, all layers together; the rest is the system's
     to keep or drop. None leaves that to the system altogether."""

@@ -568,6 +568,26 @@ def logits(memory):
         return memory(input_ids=IDS, use_cache=False).logits
 
 
+def test_a_new_memory_does_not_start_with_the_rows_of_another(tmp_path):
+    placement = TableConfig(tier="mmap", path=str(tmp_path / "rows"))
+
+    def new(**changes):
+        config = tiny_config(table_init="zero")
+        return get_engram_model(tiny_model(), config, tiny_tokenizer(), dataclasses.replace(placement, **changes))
+
+    def rows(memory):
+        return [memory.engrams[layer].multi_head_embedding.embedding.lookup(torch.arange(5)) for layer in memory.engrams]
+
+    memory = new()
+    for engram in memory.engrams.values():
+        engram.multi_head_embedding.embedding.update_rows(torch.arange(5), lambda values: values + 1)
+    with pytest.raises(TableError, match=r"layer-0\.rows exists: .*changed_rows='keep'"):
+        new()
+    assert all(bool((part == 1).all()) for part in rows(memory))
+    del memory, engram
+    assert all(bool((part == 1).all()) for part in rows(new(changed_rows="keep")))
+
+
 def test_memories_are_carried_between_all_tiers(tmp_path):
     memory = trained_memory()
     expected = logits(memory)

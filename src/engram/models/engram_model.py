@@ -18,7 +18,7 @@ from engram.hashing import NgramHashMapping, build_mapping
 from engram.layers import Engram
 from engram.models.architectures import Decoder, find_decoder
 from engram.models.hooks import DecoderHooks
-from engram.tables import check_room
+from engram.tables import check_room, refuse_other_rows, row_file
 
 __all__ = ["DEFAULT_ROLLBACK_WINDOW", "EngramModel", "get_engram_model"]
 
@@ -49,8 +49,12 @@ def get_engram_model(
     Raises:
         AttachError: the model is of an unknown architecture, has a memory already, or does not fit the tokenizer.
         ConfigError: the config does not fit the model.
-        TableError: the tables do not fit into memory; nothing is allocated then.
+        TableError: the tables do not fit into memory, or the row files hold the rows of something else (``TableConfig.changed_rows``); nothing
+            is allocated then.
     """
+    if table_config is not None and table_config.path is not None and table_config.changed_rows == "refuse":
+        for layer_id in config.layer_ids:
+            refuse_other_rows(row_file(table_config.path, layer_id))
     return EngramModel(model, config, tokenizer, table_config, rollback_window)
 
 

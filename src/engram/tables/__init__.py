@@ -1,7 +1,7 @@
 """Floor 2: where rows live."""
 
 from engram.tables.base import EmbeddingTable
-from engram.tables.build import build_table, check_room, row_file
+from engram.tables.build import build_table, check_room, refuse_other_rows, row_file
 from engram.tables.counts import AccessCounts
 from engram.tables.device import DeviceTable
 from engram.tables.formats import FORMATS, RowFormat, row_format
@@ -35,6 +35,7 @@ __all__ = [
     "build_table",
     "check_fits",
     "check_room",
+    "refuse_other_rows",
     "row_file",
     "row_format",
     "rows_are",

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engram.config import TableConfig
-from engram.errors import ConfigError
+from engram.errors import ConfigError, TableError
 from engram.tables.base import EmbeddingTable
 from engram.tables.device import DeviceTable
 from engram.tables.formats import row_format
@@ -80,6 +80,19 @@ def check_room(rows: Iterable[int], dim: int, config: TableConfig, verified: boo
 def row_file(folder: str | os.PathLike[str], layer_id: int) -> Path:
     """The file of a layer's rows in ``TableConfig.path``."""
     return Path(folder) / f"layer-{layer_id}.rows"
+
+
+def refuse_other_rows(file: Path) -> None:
+    """Refuse a row file that is there already for the rows of a new memory: it would start with what that holds, and write over it.
+
+    Raises:
+        TableError: it is there.
+    """
+    if file.exists():
+        raise TableError(
+            f"{file} exists: it holds the rows of another memory, or of an earlier run. Choose another path, load that memory "
+            "(from_pretrained), or go on with its rows by TableConfig(changed_rows='keep'): so a run is resumed from a checkpoint."
+        )
 
 
 def _mapped(rows: int, dim: int, config: TableConfig, init: str, layer_id: int) -> MmapTable:

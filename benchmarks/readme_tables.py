@@ -379,33 +379,31 @@ def larger_than_memory():
 
 
 def allocation():
-    """The first budget of the allocation sweep."""
+    """Loss and gain at every share, the budgets side by side."""
     result = load("sweep_allocation")
-    budget, summary = next(iter(result["summary"].items()))
+    curves = {name: {float(row["label"]): row for row in summary["curve"]} for name, summary in result["summary"].items()}
+    shares = sorted(set().union(*curves.values()), reverse=True)
     rows = []
-    for row in reversed(summary["curve"]):
-        gain = row["against_experts_alone"]
-        rows.append(
-            [
-                f"{100 * row['rho']:.0f} %",
-                row["experts"],
-                f"{row['table_rows']:,}",
-                f"{row['loss']['mean']:.3f} ({row['loss']['min']:.3f}-{row['loss']['max']:.3f})",
-                f"{-gain['mean']:.3f} ({-gain['high']:.3f}-{-gain['low']:.3f})" if gain and gain["low"] is not None else "",
-            ]
+    for share in shares:
+        cells = [f"{100 * share:.0f} %"]
+        for curve in curves.values():
+            row = curve.get(share)
+            gain = row and row["against_experts_alone"]
+            cells += [f"{row['experts']}, {row['table_rows']:,}", f"{row['loss']['mean']:.3f}"] if row else ["", ""]
+            known = gain and gain["low"] is not None
+            cells.append(f"{-gain['mean']:.3f} ({-gain['high']:.3f}-{-gain['low']:.3f})" if known else "")
+        rows.append(cells)
+    notes = []
+    for name, curve in curves.items():
+        row, point = next(iter(curve.values())), next(p for p in result["points"] if p["labels"]["budget"] == name)
+        notes.append(
+            f"`{name}`: {row['total'] / 1e6:.2f} M parameters, {row['active'] / 1e3:.0f} k per token (embeddings left out), "
+            f"{point['tokens'] / 1e6:.1f} M tokens"
         )
-    first = summary["curve"][-1]
-    tokens = result["points"][0]["tokens"]
-    note = (
-        f"\n\nBudget `{budget}`: {first['total'] / 1e6:.2f} M parameters, {first['active'] / 1e3:.0f} k per token (embeddings left out), "
-        f"{tokens / 1e6:.1f} M tokens, {summary['curve'][0]['loss']['n']} seeds; losses with the range over seeds, gains seed by seed with "
-        "95 % intervals."
-    )
-    return (
-        table(["experts' share of sparse parameters", "experts", "rows", "held-out loss", "gain over experts alone"], rows)
-        + note
-        + source(result)
-    )
+    heads = [f"{name}: {what}" for name in curves for what in ("experts, rows", "held-out loss", "gain")]
+    seeds = next(iter(result["summary"].values()))["curve"][0]["loss"]["n"]
+    note = f"\n\n{'; '.join(notes)}; {seeds} seeds. Gain over experts alone, seed by seed, with 95 % intervals."
+    return table(["experts' share of sparse parameters", *heads], rows) + note + source(result)
 
 
 def base_model():

@@ -148,7 +148,7 @@ def test_a_killed_conversion_leaves_no_memory_and_runs_again(tmp_path):
             "convert_memory(sys.argv[1], sys.argv[2], 'int8', show)\n"
         )
     )
-    for sign, number in ((signal.SIGKILL, 1), (signal.SIGINT, 0)):
+    for sign, number in ((signal.SIGKILL, 2), (signal.SIGINT, 0)):  # half a file, and the note that it is ours to remove
         arguments = [sys.executable, "-c", code, str(tmp_path / "a"), str(tmp_path / "b")]
         process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert process.stdout is not None

@@ -331,7 +331,7 @@ def _remove_leftovers(folder: Path) -> None:
         listed = {f"{name}{_WEIGHTS_SUFFIX}", f"{name}{_LEDGER_SUFFIX}"}
         if keep:  # without a description, what was to be replaced may be all there is
             listed |= _replaced(pending)
-        _discard(*(folder / file for file in listed - keep), pending)
+        _discard(*(folder / file for file in listed - keep))
     _discard(*folder.glob(f".{_WEIGHTS_PREFIX}*{_TEMPORARY_SUFFIX}"))
 
 

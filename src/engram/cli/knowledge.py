@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from engram.cli.outputs import check_text
 from engram.errors import CheckpointError, TeachError
 
 if TYPE_CHECKING:
@@ -309,10 +310,7 @@ def _require(memory: Path) -> None:
 def _check_prompt(prompt: str) -> None:
     if not prompt.strip():
         raise typer.BadParameter("got an empty text, expected a question", param_hint="PROMPT")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise typer.BadParameter("got bytes that are not UTF-8, expected text", param_hint="PROMPT") from None
+    check_text(prompt, "PROMPT")
 
 
 def _check_length(editor: MemoryEditor, prompt: str) -> int:

@@ -11,7 +11,7 @@ import typer
 
 from engram._version import __version__
 
-__all__ = ["check_folder", "check_writable", "made_with"]
+__all__ = ["check_folder", "check_text", "check_writable", "made_with"]
 
 
 def made_with() -> dict[str, Any]:
@@ -23,6 +23,14 @@ def made_with() -> dict[str, Any]:
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def check_text(text: str, hint: str) -> None:
+    """Refuse what the shell handed over as bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter("got bytes that are not UTF-8, expected text", param_hint=hint) from None
 
 
 def check_writable(file: Path | None) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engram.cli.outputs import check_text
 from engram.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,10 +51,7 @@ def trace_command(
         raise ConfigError("--tokenizer goes with --demo-size; other models bring their own.")
     if not text.strip():
         raise ConfigError("trace: the text is empty.")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ConfigError("trace: got bytes that are not UTF-8, expected text.") from None
+    check_text(text, "TEXT")
     torch.manual_seed(seed)
     engram_model, tokens = _demo_sized(tokenizer) if demo_size else _attached(model, memory)
     trace = trace_text(engram_model, tokens, text)

@@ -41,9 +41,8 @@ class RecallMix(Dataset[dict[str, Tensor]]):
         before = int(index * self.share)
         if int((index + 1) * self.share) > before:
             return self.maker.block(before)
-        return self.blocks[
-            min(index - before, len(self.blocks) - 1)
-        ]  # shares such as 0.29 are rounded up to one block too many
+        # Shares such as 0.29 are rounded up to one block too many.
+        return self.blocks[min(index - before, len(self.blocks) - 1)]
 
 
 def long_context_mix(

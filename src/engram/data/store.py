@@ -157,15 +157,15 @@ def build_store(
     stream = DocumentStream(recipe, Path(folder))
     sources = stream.digest()
     identity = _identity(recipe, tokenizer, sources)
-    installed = installed_versions(recipe)
     if (out / STORE_NAME).exists():
-        return _open_same(out, identity, installed)
+        return _open_same(out, identity, recipe)
     _refuse_other_files(out)
     with sole_builder(out):
         if (out / STORE_NAME).exists():  # somebody else was faster
-            return _open_same(out, identity, installed)
+            return _open_same(out, identity, recipe)
         with appearing_whole(out) as temporary:
-            write_store_files(temporary, stream, tokenizer, identity, sources, show, {"installed": installed, **(note or {})})
+            made_of = {"installed": installed_versions(recipe), **(note or {})}
+            write_store_files(temporary, stream, tokenizer, identity, sources, show, made_of)
     return TokenStore(out)
 
 
@@ -204,14 +204,15 @@ def _identity(recipe: CorpusRecipe, tokenizer: Any, sources: SourceDigest) -> di
     }
 
 
-def _open_same(out: Path, identity: Mapping[str, Any], installed: Mapping[str, str]) -> TokenStore:
+def _open_same(out: Path, identity: Mapping[str, Any], recipe: CorpusRecipe) -> TokenStore:
     store = TokenStore(out)
     if store.fingerprint != fingerprint_of(identity):
         there = store.description.get("identity", {})
         differing = [name.replace("_", " ") for name in identity if there.get(name) != identity[name]]
+        moved = _moved(store, installed_versions(recipe))
         raise FingerprintError(
-            f"{out} holds a token store made with another {' and another '.join(differing)}{_moved(store, installed)}; choose another "
-            "folder, or delete this one if nothing needs it any more."
+            f"{out} holds a token store made with another {' and another '.join(differing)}{moved}; choose another folder, or delete this "
+            "one if nothing needs it any more."
         )
     return store
 

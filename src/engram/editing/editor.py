@@ -186,8 +186,8 @@ class MemoryEditor:
             TeachError: a fact contradicts the memory (and ``replace_answers`` is off); ``teach`` would say so in the middle.
         """
         found = sort_out(self._ledger, facts)
-        if found.contradictions and not replace_answers:
-            raise _contradicted(found.contradictions)
+        if not replace_answers:
+            found.refuse_contradictions()
         return in_parts(self._ledger, facts, size)
 
     def forget(self, fact_ids: Sequence[str]) -> ForgetReport:
@@ -332,8 +332,8 @@ class MemoryEditor:
         found = sort_out(self._ledger, facts)
         if stale := self._not_exact([self._ledger[fact_id] for fact_id in found.holding], settings.batch_size):
             found = sort_out(self._ledger, facts, stale)
-        if found.contradictions and not replace_answers:
-            raise _contradicted(found.contradictions)
+        if not replace_answers:
+            found.refuse_contradictions()
         report = TeachReport(already_known=found.already_known, replaced=found.contradictions, joined=found.joined)
         leaving = list(dict.fromkeys(fact_id for ids in found.leaving.values() for fact_id in ids))
         deleted, _ = self._take_out(leaving) if leaving else ({}, 0)
@@ -494,11 +494,3 @@ class _WouldBeLostError(Exception):
     def __init__(self, reasons: dict[str, str]) -> None:
         super().__init__()
         self.reasons = {fact_id: f"{reason}; what the memory said before is kept" for fact_id, reason in reasons.items()}
-
-
-def _contradicted(lines: Sequence[str]) -> TeachError:
-    more = f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-    return TeachError(
-        f"facts contradict the memory: {'; '.join(lines[:_SHOWN])}{more}. Forget those first, or have them replaced "
-        "(--replace, replace_answers=True)."
-    )

@@ -198,24 +198,28 @@ class _Owners:
         rows = memory.rows(layer_id)
         planned, planned_tags, _ = self.plan(facts)[layer_id]
         owned = torch.zeros(len(rows), dtype=torch.bool)
-        if len(rows):
-            slot = torch.searchsorted(rows.row_ids, planned).clamp_max(len(rows) - 1)
-            owned[slot[(rows.row_ids[slot] == planned) & (rows.tags[slot] == planned_tags)]] = True
+        slot, found = _find(rows, planned, planned_tags)
+        owned[slot[found]] = True
         return rows.select(owned)
 
     def owners(self, facts: list[LedgerFact], layer_id: int, rows: StoredRows) -> dict[int, list[str]]:
         """Ids of the facts that own each of some stored rows: those that plan them for the n-gram whose tag they carry."""
         planned, planned_tags, owner = self.plan(facts)[layer_id]
-        if not len(rows):
-            return {}
-        slot = torch.searchsorted(rows.row_ids, planned).clamp_max(len(rows) - 1)
-        chosen = (rows.row_ids[slot] == planned) & (rows.tags[slot] == planned_tags)
+        _, chosen = _find(rows, planned, planned_tags)
         result: dict[int, list[str]] = {}
         for row, number in zip(planned[chosen].tolist(), owner[chosen].tolist()):
             ids = result.setdefault(row, [])
             if facts[number].id not in ids:
                 ids.append(facts[number].id)
         return result
+
+
+def _find(rows: StoredRows, row_ids: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
+    """Where rows of these numbers and tags are stored, ``[n]``, and which are, bool ``[n]``."""
+    if not len(rows):
+        return torch.zeros_like(row_ids), torch.zeros_like(row_ids, dtype=torch.bool)
+    slot = torch.searchsorted(rows.row_ids, row_ids).clamp_max(len(rows) - 1)
+    return slot, (rows.row_ids[slot] == row_ids) & (rows.tags[slot] == tags)
 
 
 def _planner(memory: StoredMemory) -> Callable[[list[LedgerFact]], dict[int, tuple[Tensor, Tensor, Tensor]]]:

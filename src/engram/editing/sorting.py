@@ -7,8 +7,11 @@ from dataclasses import dataclass, field, replace
 
 from engram.data.facts import Fact
 from engram.editing.ledger import Ledger, LedgerFact
+from engram.errors import TeachError
 
 __all__ = ["SortedFacts", "in_parts", "sort_out"]
+
+_SHOWN = 5
 
 
 @dataclass
@@ -28,6 +31,20 @@ class SortedFacts:
     """The facts of the memory by which those are known."""
     contradictions: list[str] = field(default_factory=list)
     """One line each."""
+
+    def refuse_contradictions(self) -> None:
+        """Raise if there are any.
+
+        Raises:
+            TeachError: there are; the first few are listed.
+        """
+        if not self.contradictions:
+            return
+        more = f" and {len(self.contradictions) - _SHOWN} more" if len(self.contradictions) > _SHOWN else ""
+        raise TeachError(
+            f"facts contradict the memory: {'; '.join(self.contradictions[:_SHOWN])}{more}. Forget those first, or have them replaced "
+            "(--replace, replace_answers=True)."
+        )
 
 
 def sort_out(ledger: Ledger, facts: Sequence[Fact], stale: Collection[str] = ()) -> SortedFacts:

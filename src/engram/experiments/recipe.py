@@ -199,11 +199,8 @@ class PointRecipe:
         return fields
 
 
-_LATER = (
-    "model",
-    "train_backbone",
-    "memory_dropout",
-)  # options that came once results had been made: their defaults are in no identity
+# Options that came once results had been made: their defaults are in no identity.
+_LATER = ("model", "train_backbone", "memory_dropout")
 _WITHOUT_EFFECT = ("keep_model", "curve_points", "save_steps")
 
 

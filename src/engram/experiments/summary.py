@@ -90,16 +90,16 @@ def _curve(entries: Entries) -> dict[str, Any]:
         summary["parabola"] = _parabola([r["rho"] for r in rows], _aligned([arms[r["label"]] for r in rows]))
     # The best rho is named by validation loss and reported by test loss, so that the choice does not flatter the report.
     mixed = [row for row in rows if row["rho"] < 1]
-    seeds = set.intersection(*({e["seed"] for e in arms[row["label"]]} for row in mixed)) if mixed else set()
-    best = min(mixed, key=lambda row: _validation(arms[row["label"]], seeds), default=None)
-    if best is not None and seeds:  # seeds differ by more than shares do: all are compared on the same ones
+    # Seeds differ by more than shares do: all are compared on the same ones.
+    if mixed and (seeds := set.intersection(*({e["seed"] for e in arms[row["label"]]} for row in mixed))):
+        best = min(mixed, key=lambda row: _validation(arms[row["label"]], seeds))
         summary["best"] = {"rho": best["rho"], "label": best["label"], "gain": best["against_experts_alone"]}
     return summary
 
 
 def _validation(entries: Entries, seeds: Collection[int]) -> float:
     losses = [e["validation"]["loss"] for e in entries if e["seed"] in seeds]
-    return sum(losses) / max(1, len(losses))
+    return sum(losses) / len(losses)
 
 
 def _parabola(rho: Sequence[float], losses: Sequence[Sequence[float]]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
     memory.known_versions.add(version)
     for layer_id, engram in memory.engrams.items():  # row files hold what was saved
         table = engram.multi_head_embedding.embedding
-        cold = table.cold if isinstance(table, HybridTable) else table
+        cold = _cold(table)
         if isinstance(cold, MmapTable) and cold.mode == "r+":
             cold.flush()
             stamp_rows(cold.path, row_stamp(str(version), layer_id, table.format_name))
@@ -213,10 +213,12 @@ def _fill_tables(memory: EngramModel, tensors: TensorReader, saved_dtype: str, c
     tables = {layer_id: engram.multi_head_embedding.embedding for layer_id, engram in memory.engrams.items()}
     stamps = {layer_id: row_stamp(tensors.file.name, layer_id, table.format_name) for layer_id, table in tables.items()}
     # All are looked at before the first is changed.
-    filled = [layer_id for layer_id, table in tables.items() if _is_filled(table, stamps[layer_id], tensors.file, changed_rows)]
-    for layer_id, table in tables.items():
-        if layer_id in filled:
-            continue
+    empty = {
+        layer_id: table
+        for layer_id, table in tables.items()
+        if not _is_filled(table, stamps[layer_id], tensors.file, changed_rows)
+    }
+    for layer_id, table in empty.items():
         prefix, cold = f"layers.{layer_id}.{_TABLE}", _cold(table)
         for start in range(0, table.rows, _ROWS_AT_ONCE):
             stop = start + _ROWS_AT_ONCE

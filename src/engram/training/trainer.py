@@ -175,7 +175,7 @@ class EngramTrainer(SafeTrainer):
         if not isinstance(self.model, EngramModel):
             return super().training_step(model, inputs, num_items_in_batch)
         with self.model.routed(self._route(inputs)):
-            return self._memory_step(self.model, inputs, num_items_in_batch)
+            return self._memory_step(model, inputs, num_items_in_batch)
 
     def _route(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """Which sequences of a batch read the memory, ``[B]``; drawn from PyTorch's state, which checkpoints hold."""
@@ -184,11 +184,11 @@ class EngramTrainer(SafeTrainer):
             return None
         return torch.rand(len(ids)) >= share
 
-    def _memory_step(self, model: EngramModel, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+    def _memory_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         every = max(1, self.state.logging_steps)
-        if model.is_recording or (self.state.global_step + 1) % every:
+        if self.memory.is_recording or (self.state.global_step + 1) % every:
             return super().training_step(model, inputs, num_items_in_batch)
-        with model.record() as traces:
+        with self.memory.record() as traces:
             loss = super().training_step(model, inputs, num_items_in_batch)
         gates = [trace["gate"].float().mean() for trace in traces.values() if "gate" in trace]
         self._gate_mean = torch.stack(gates).mean() if gates else None

@@ -276,7 +276,7 @@ class TableConfig:
     files that are mapped into memory, so that tables may be larger than it. ``hybrid``: as ``host`` (or ``mmap``, with a path), with
     copies of the ``hot_rows`` on the device."""
     dtype: Literal["float32", "bfloat16", "float16", "int8", "float8", "int4"] = "float32"
-    """Storage type of the rows; the last three are read only as far as training goes."""
+    """Storage type of the rows, in any tier; the last three are read only as far as training goes."""
     path: str | None = None
     """For ``mmap`` and ``hybrid``: folder of the row files, one per layer, made if missing, read and written. Without one, ``mmap`` reads a
     saved memory where it lies, from its own file, which cannot be trained, and ``hybrid`` keeps rows in host memory."""
@@ -289,8 +289,9 @@ class TableConfig:
     resident_bytes: int | None = None
     """For row files: about how many bytes of them the process may have mapped in at a time, all layers together; the rest is the system's
     to keep or drop. None leaves that to the system altogether."""
-    files: Mapping[int, tuple[str, int]] | None = dataclasses.field(default=None, repr=False)
-    """For ``mmap`` without a path: per layer, the file and the first byte of its rows; filled in by ``from_pretrained``."""
+    files: Mapping[int, tuple[str, tuple[int, ...]]] | None = dataclasses.field(default=None, repr=False)
+    """For ``mmap`` without a path: per layer, the file and the first bytes in it of the rows' values and, if they have them, of their
+    scales; filled in by ``from_pretrained``."""
 
     def __post_init__(self) -> None:
         tiers, types = ("device", "host", "mmap", "hybrid"), ("float32", "bfloat16", "float16", "int8", "float8", "int4")
@@ -298,10 +299,6 @@ class TableConfig:
             raise ConfigError(f"TableConfig.tier: got {self.tier!r}, expected one of {', '.join(map(repr, tiers))}.")
         if self.dtype not in types:
             raise ConfigError(f"TableConfig.dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, types))}.")
-        if self.tier in ("mmap", "hybrid") and self.dtype not in types[:3]:
-            raise ConfigError(
-                f"TableConfig: got tier {self.tier!r} with dtype {self.dtype!r}, expected one of {', '.join(types[:3])} there."
-            )
         if self.path is not None and self.tier not in ("mmap", "hybrid"):
             raise ConfigError(f"TableConfig.path: got {self.path!r}, expected None unless tier is 'mmap' or 'hybrid'.")
         if (self.tier == "hybrid") != (self.hot_rows is not None):

@@ -41,7 +41,9 @@ def test_a_memory_is_moved_and_used_there(engram, tmp_path):
         "a": ("--tier", "hybrid", "--hot-rows", 20, "--hot-from", "text.txt", "--path", "rows"),
         "b": ("--tier", "mmap", "--resident-bytes", 1 << 20),
         "c": ("--tier", "host", "--dtype", "bfloat16"),
-        "d": ("--tier", "device", "--dtype", "int8", "--json"),
+        "d": ("--tier", "mmap", "--dtype", "float8"),
+        "e": ("--tier", "hybrid", "--hot-rows", 20, "--dtype", "int4", "--path", "more"),
+        "f": ("--tier", "device", "--dtype", "int8", "--json"),
     }
     ids = torch.arange(2, 12).view(1, 10)
     base, tokenizer = load_model("base")
@@ -75,7 +77,8 @@ def test_a_memory_is_moved_and_used_there(engram, tmp_path):
         (("m", "--tier", "hybrid", "--out", "x"), 2, "expected a number of rows"),
         (("m", "--tier", "host", "--hot-from", "text.txt", "--hot-rows", "3", "--out", "x"), 2, "goes with --hot-rows"),
         (("m", "--hot-from", "none.txt", "--hot-rows", "3"), 2, "cannot read none.txt"),
-        (("m", "--tier", "mmap", "--dtype", "int8", "--out", "x"), 2, "expected one of float32, bfloat16, float16"),
+        (("m", "--tier", "hybrid", "--hot-rows", "100000000", "--out", "x"), 2, "hot_rows: got 100,000,000, expected at most"),
+        (("m", "--tier", "mmap", "--path", "m/rows", "--out", "x"), 2, "path: got m/rows, inside the memory that is read"),
         (("m", "--tier", "host", "--dtype", "int3", "--out", "x"), 2, "got 'int3'"),
         (("m", "--tier", "host", "--path", "r", "--out", "x"), 2, "expected None unless tier is 'mmap'"),
         (("m", "--tier", "host", "--out", "m"), 2, "expected another folder"),

@@ -9,7 +9,7 @@ from engram import EngramAdamW, TableConfig, get_engram_model
 from engram.hashing import mapping_without_tokenizer, ngram
 from engram.models import StaticDecoder
 from engram.ops import dispatch
-from engram.tables import FORMATS, HostTable, QuantisedTable, RowPrefetcher, build_table
+from engram.tables import FORMATS, HostTable, HybridTable, QuantisedTable, RowPrefetcher, build_table
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 
 pytestmark = [
@@ -18,7 +18,6 @@ pytestmark = [
 ]
 
 ROWS, DIM = 3000, 64
-FLOATS = ("float32", "bfloat16", "float16")
 IDS = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(5))
 
 
@@ -39,7 +38,8 @@ def kernels(request, monkeypatch):
 
 def places(path):
     yield from ((TableConfig(tier=tier, dtype=form), f"{tier} {form}") for tier in ("device", "host") for form in FORMATS)
-    yield from ((TableConfig(tier="mmap", dtype=form, path=str(path / form)), f"mmap {form}") for form in FLOATS)
+    yield from ((TableConfig(tier="mmap", dtype=form, path=str(path / form)), f"mmap {form}") for form in FORMATS)
+    yield from ((TableConfig(tier="hybrid", dtype=form, hot_rows=ROWS), f"hybrid {form}") for form in FORMATS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -50,6 +50,8 @@ def test_look_ups_from_every_place(kernels, dtype, tmp_path):
         table.load_rows(0, random_rows())
         expected = table.read(numbers, dtype)
         table.to("cuda")
+        if isinstance(table, HybridTable):
+            table.promote(torch.arange(0, ROWS, 3))
         with torch.no_grad():
             assert torch.equal(table.lookup(numbers.cuda(), dtype).cpu(), expected), name
             for static in (False, True):

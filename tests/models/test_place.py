@@ -8,7 +8,7 @@ import torch
 from engram import CheckpointError, ConfigError, EngramModel, FingerprintError, TableConfig, TableError
 from engram.checkpoint import read_description
 from engram.models.place import check_fit, count_rows_read, layer_places, place_memory, placement_costs
-from engram.tables import FORMATS, DeviceTable, HybridTable, MmapTable
+from engram.tables import FORMATS, DeviceTable, HybridTable, MappedRows
 from engram.testing import tiny_config, tiny_model, tiny_tokenizer
 from engram.training.tokenizer import train_tokenizer
 
@@ -38,7 +38,7 @@ def test_places_and_costs_are_told(saved):
             rows = torch.frombuffer(bytearray(file.read(layer.bytes)), dtype=torch.float32).view(layer.rows, layer.dim)
         assert torch.equal(rows, table_of(load(saved), str(layer.layer_id)).weight)
     costs = {(cost.tier, cost.dtype): cost for cost in placement_costs(saved, hot_rows=10)}
-    assert len(costs) == 2 * len(FORMATS) + 2 * 3
+    assert len(costs) == 4 * len(FORMATS)
     size = sum(layer.bytes for layer in layers)
     assert costs["device", "float32"].device_bytes == costs["host", "float32"].host_bytes == size
     assert costs["host", "bfloat16"].host_bytes == size // 2
@@ -70,7 +70,7 @@ def test_a_placed_memory_loads_where_it_was_placed(saved, tmp_path):
     hot = {i: torch.tensor([7, 3, 200, 5]) for i in tiny_config().layer_ids}
     place_memory(saved, tmp_path / "mixed", TableConfig(tier="hybrid", hot_rows=3, path=str(tmp_path / "rows")), hot)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MmapTable, "load_rows", None)  # the row files are there: nothing is filled
+        patch.setattr(MappedRows, "load_rows", None)  # the row files are there: nothing is filled
         memory = load(tmp_path / "mixed")
     assert isinstance(table_of(memory), HybridTable)
     assert table_of(memory).hot_ids.tolist() == [3, 7, 200]
@@ -90,6 +90,23 @@ def test_a_placed_memory_loads_where_it_was_placed(saved, tmp_path):
         with pytest.raises(ConfigError):
             load(tmp_path / "inside")
         (tmp_path / "inside" / "engram.json").write_text(text)
+
+
+@pytest.mark.parametrize("form", ["int8", "float8", "int4"])
+def test_quantised_rows_are_placed_in_files_and_hybrids(saved, tmp_path, form):
+    place_memory(saved, tmp_path / "mapped", TableConfig(tier="mmap", dtype=form))
+    memory = load(tmp_path / "mapped")
+    assert (table_of(memory).tier, table_of(memory).format_name, table_of(memory).mode) == ("mmap", form, "r")
+    expected = logits(memory)
+    assert torch.equal(logits(load(saved, TableConfig(dtype=form))), expected)
+    hot = {i: torch.tensor([7, 3, 200, 5]) for i in tiny_config().layer_ids}
+    placement = TableConfig(tier="hybrid", hot_rows=3, dtype=form, path=str(tmp_path / "rows"))
+    place_memory(tmp_path / "mapped", tmp_path / "mixed", placement, hot)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MappedRows, "load_rows", None)  # the row files are there: nothing is filled
+        memory = load(tmp_path / "mixed")
+    assert table_of(memory).hot_ids.tolist() == [3, 7, 200]
+    assert torch.equal(logits(memory), expected)
 
 
 def test_row_files_that_cannot_be_written_leave_nothing(saved, tmp_path, monkeypatch):

@@ -28,8 +28,12 @@ from engram.tables import (
     HostTable,
     HybridTable,
     MmapTable,
+    QuantisedMmapTable,
     QuantisedTable,
+    RowPrefetcher,
     build_table,
+    row_file_layout,
+    row_format,
     rows_are,
     stamp_rows,
 )
@@ -442,26 +446,76 @@ def test_a_table_four_times_the_memory_works_within_it(tmp_path):
 # -- quantised rows -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["int8", "float8", "int4"])
-@pytest.mark.parametrize("host", [False, True])
-def test_quantised_tables_hold_what_their_format_holds(form, host):
-    table = QuantisedTable(ROWS, DIM, form, host=host)
-    assert bool((table.lookup(torch.arange(ROWS)) == 0).all())
-    table.load_rows(0, random_rows())
-    expected = table.form.decode(*table.form.encode(random_rows()))
+QUANTISED = ["int8", "float8", "int4"]
+
+
+@pytest.mark.parametrize("form", QUANTISED)
+def test_quantised_rows_are_what_their_format_holds_in_every_tier(make, form):
+    table = make(form)
+    expected = row_format(form).decode(*row_format(form).encode(random_rows()))
     row_ids = torch.randint(ROWS, (2, 50))
     assert torch.equal(table.lookup(row_ids), expected[row_ids])
-    assert table.lookup(row_ids, torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(table.lookup(table.prefetch(row_ids), torch.bfloat16), expected[row_ids].bfloat16())
+    with RowPrefetcherThread() as through:
+        assert torch.equal(table.lookup(table.prefetch(row_ids, through=through)), expected[row_ids])
+    assert table.lookup(row_ids[:0]).shape == (0, 50, DIM)
     assert torch.equal(torch.cat([rows for _, rows in table.iter_row_blocks(64)]), expected)
-    table.update_rows(torch.tensor([7]), lambda rows: rows * 0 + 3)
-    assert torch.allclose(table.lookup(torch.tensor([7])), torch.full((1, DIM), 3.0))
-    assert torch.equal(table.lookup(torch.tensor([8])), expected[8:9])
-    assert table.nbytes < ROWS * DIM * 4 / 2
+    table.update_rows(torch.tensor([6]), lambda rows: rows * 0 + 3)  # a hot row of a hybrid
+    assert torch.allclose(table.lookup(torch.tensor([6])), torch.full((1, DIM), 3.0))
+    assert torch.equal(table.lookup(torch.tensor([5, 7])), expected[[5, 7]])
     table.to(torch.float64)
     assert torch.equal(table.lookup(torch.tensor([8])), expected[8:9])
+    assert table.nbytes == ROWS * row_format(form).row_bytes(DIM) < ROWS * DIM * 4 / 2
+    assert table.format_name == form
+    assert not list(table.parameters())
+    assert sorted(table.state_dict()) == ["scales", "weight"]
     with pytest.raises(TableError, match=r"expected 0\.\.299"):
         table.update_rows(torch.tensor([-1]), lambda rows: rows)
-    assert (table.tier, table.format_name) == ("host" if host else "device", form)
+    with pytest.raises(TableError, match="up to row 299"):
+        table.load_rows(ROWS - 1, random_rows(2))
+    with pytest.raises(IndexError):
+        table.lookup(torch.tensor([0, ROWS]))
+
+
+class RowPrefetcherThread:
+    """A prefetcher that is used whatever the table, and closed."""
+
+    def __enter__(self):
+        self.prefetcher = RowPrefetcher(mode=True)
+        return self.prefetcher
+
+    def __exit__(self, *_):
+        self.prefetcher.close()
+
+
+@pytest.mark.parametrize("form", QUANTISED)
+def test_quantised_rows_are_in_the_file_and_come_back(form, tmp_path):
+    table = build_table(ROWS, DIM, TableConfig(tier="mmap", dtype=form, path=str(tmp_path)), layer_id=4)
+    table.load_rows(0, random_rows())
+    table.flush()
+    file = tmp_path / "layer-4.rows"
+    places, size = row_file_layout(ROWS, DIM, row_format(form))
+    assert file.stat().st_size == size
+    assert places[1] % 64 == 0
+    again = QuantisedMmapTable(ROWS, DIM, form, file)
+    assert torch.equal(again.lookup(torch.arange(ROWS)), table.lookup(torch.arange(ROWS)))
+    for change in (lambda: again.update_rows(torch.tensor([0]), lambda rows: rows), lambda: again.load_rows(0, random_rows())):
+        with pytest.raises(TableError, match="mapped read-only"):
+            change()
+    with pytest.raises(TableError, match="cannot be"):
+        copy.deepcopy(again)
+    with pytest.raises(TableError, match="is locked"):
+        QuantisedMmapTable(ROWS, DIM, form, file, "r+")
+    os.truncate(file, size - 1)
+    uses = (
+        lambda: again.lookup(torch.tensor([0])),
+        lambda: next(again.iter_row_blocks()),
+        lambda: table.update_rows(torch.tensor([0]), lambda rows: rows),
+        table.flush,
+    )
+    for use in uses:
+        with pytest.raises(TableError, match="was truncated"):
+            use()
 
 
 def test_hot_rows_are_counted_chosen_and_copied_again(tmp_path):
@@ -531,14 +585,11 @@ def test_impossible_placements_are_refused():
         ({"tier": "hybrid"}, "expected a number of rows when tier is 'hybrid'"),
         ({"hot_rows": 3}, "expected None unless tier is 'hybrid'"),
         ({"tier": "hybrid", "hot_rows": 0}, "hot_rows: got 0, expected a positive int"),
-        ({"tier": "hybrid", "hot_rows": 5, "dtype": "int8"}, "tier 'hybrid' with dtype 'int8'"),
         ({"tier": "mmap", "resident_bytes": -1}, "resident_bytes: got -1"),
         ({"resident_bytes": 1 << 20}, "expected None unless rows are in files"),
     ):
         with pytest.raises(ConfigError, match=message):
             TableConfig(**fields)
-    with pytest.raises(ConfigError, match="tier 'mmap' with dtype 'int8'"):
-        TableConfig(tier="mmap", dtype="int8")
     with pytest.raises(ConfigError, match="without a path"):
         build_table(4, 4, TableConfig(tier="mmap"))
     assert float(
@@ -548,6 +599,8 @@ def test_impossible_placements_are_refused():
         build_table(4, 4, TableConfig(tier="host"), verified=True)
     with pytest.raises(TableError, match="with scales"):
         QuantisedTable(4, 4, "float32")
+    with pytest.raises(TableError, match="with scales"):
+        QuantisedMmapTable(4, 4, "float32", "nowhere")
 
 
 # -- whole memories -------------------------------------------------------------------------------------------------------------------
@@ -612,7 +665,7 @@ def test_memories_are_carried_between_all_tiers(tmp_path):
     assert torch.equal(logits(EngramModel.from_pretrained(tiny_model(), tmp_path / source, tiny_tokenizer())), expected)
 
 
-@pytest.mark.parametrize("form", ["int8", "float8", "int4"])
+@pytest.mark.parametrize("form", QUANTISED)
 def test_memories_are_quantised_saved_and_read_in_any_format(form, tmp_path):
     memory = trained_memory()
     memory.save_pretrained(tmp_path / "float")
@@ -621,7 +674,16 @@ def test_memories_are_quantised_saved_and_read_in_any_format(form, tmp_path):
     expected = logits(quantised)
     quantised.save_pretrained(tmp_path / form)
     quantised.unload()
-    for placement in (None, TableConfig(tier="host", dtype=form), TableConfig(), TableConfig(tier="host")):
+    for placement in (
+        None,
+        TableConfig(tier="host", dtype=form),
+        TableConfig(tier="mmap", dtype=form),
+        TableConfig(tier="mmap", dtype=form, path=str(tmp_path / "rows"), resident_bytes=1 << 20),
+        TableConfig(tier="hybrid", dtype=form, hot_rows=9),
+        TableConfig(tier="hybrid", dtype=form, hot_rows=9, path=str(tmp_path / "cold")),
+        TableConfig(),
+        TableConfig(tier="host"),
+    ):
         memory = EngramModel.from_pretrained(tiny_model(), tmp_path / form, tiny_tokenizer(), placement)
         assert memory.table_config.dtype == (form if placement is None else placement.dtype)
         assert torch.equal(logits(memory), expected)

@@ -27,7 +27,7 @@ from engram.config import EngramConfig, TableConfig
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping
 from engram.models.identity import base_identity, identity_mismatch
-from engram.tables import HybridTable, MmapTable, StoredRows, VerifiedTable, row_format, rows_are, stamp_rows
+from engram.tables import HybridTable, MappedRows, StoredRows, VerifiedTable, row_format, rows_are, stamp_rows
 
 if TYPE_CHECKING:
     from engram.models.engram_model import EngramModel
@@ -60,7 +60,7 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
     for layer_id, engram in memory.engrams.items():  # row files hold what was saved
         table = engram.multi_head_embedding.embedding
         cold = _cold(table)
-        if isinstance(cold, MmapTable) and cold.mode == "r+":
+        if isinstance(cold, MappedRows) and cold.mode == "r+":
             cold.flush()
             stamp_rows(cold.path, row_stamp(str(version), layer_id, table.format_name))
 
@@ -104,10 +104,12 @@ def _in_place(
             "rows are read where they lie. Give a path to make a converted copy."
         )
     offsets = tensor_offsets(path, description)
-    names = {layer: f"layers.{layer}.{_TABLE}weight" for layer in config.layer_ids}
-    if config.verify_rows or any(name not in offsets for name in names.values()):
+    parts = ("weight", "scales") if row_format(saved_dtype).quantised else ("weight",)
+    names = {layer: [f"layers.{layer}.{_TABLE}{part}" for part in parts] for layer in config.layer_ids}
+    if config.verify_rows or any(name not in offsets for found in names.values() for name in found):
         return placement  # refused, or found malformed, further on
-    return replace(placement, files={layer: offsets[name] for layer, name in names.items()})
+    files = {layer: (offsets[found[0]][0], tuple(offsets[name][1] for name in found)) for layer, found in names.items()}
+    return replace(placement, files=files)
 
 
 def load_memory(
@@ -225,7 +227,7 @@ def _fill_tables(memory: EngramModel, tensors: TensorReader, saved_dtype: str, c
             block = tensors.read(f"{prefix}weight", start, stop)
             scales = tensors.read(f"{prefix}scales", start, stop) if form.quantised else None
             table.load_rows(start, block if scales is None else form.decode(block, scales))
-        if isinstance(cold, MmapTable):
+        if isinstance(cold, MappedRows):
             cold.flush()
             stamp_rows(cold.path, stamps[layer_id])
 
@@ -237,7 +239,7 @@ def _cold(table: Any) -> Any:
 def _is_filled(table: Any, stamp: str, source: Path, changed_rows: str) -> bool:
     """Whether a table's rows are to stay as they are."""
     cold = _cold(table)
-    if not isinstance(cold, MmapTable):
+    if not isinstance(cold, MappedRows):
         return False
     if cold.mode == "r" or rows_are(cold.path, stamp):
         return True

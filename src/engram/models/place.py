@@ -13,13 +13,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engram.checkpoint import ConversionReport, convert_memory, read_description, read_tensors, tensor_offsets
+from engram.checkpoint import ConversionReport, TensorReader, convert_memory, read_description, read_tensors, tensor_offsets
 from engram.checkpoint.convert import StoredTable, stored_tables
 from engram.config import EngramConfig, TableConfig
 from engram.errors import CheckpointError, ConfigError, FingerprintError, TableError
 from engram.hashing import build_mapping
 from engram.models.files import row_stamp
-from engram.tables import FORMATS, AccessCounts, available_memory, row_file, row_format, rows_per_second, stamp_rows
+from engram.tables import (
+    FORMATS,
+    AccessCounts,
+    available_memory,
+    row_file,
+    row_file_layout,
+    row_format,
+    rows_per_second,
+    stamp_rows,
+)
 
 __all__ = ["LayerPlace", "PlacementCost", "check_fit", "count_rows_read", "layer_places", "place_memory", "placement_costs"]
 
@@ -104,7 +113,7 @@ def placement_costs(
     costs = []
     for tier in ("device",) if verified else _TIERS:
         for form in FORMATS.values():
-            if tables[0].dim % form.values_per_item or (tier in ("mmap", "hybrid") and form.quantised):
+            if tables[0].dim % form.values_per_item:
                 continue
             hot = [hot_rows or max(1, table.rows // _HOT_SHARE) for table in tables]
             placement = TableConfig(tier=tier, dtype=form.name, hot_rows=hot[0] if tier == "hybrid" else None)  # type: ignore[arg-type]
@@ -118,8 +127,10 @@ def check_fit(path: str | os.PathLike[str], placement: TableConfig) -> None:
 
     Raises:
         TableError: with the bytes needed and available.
-        ConfigError: the memory's rows cannot be placed so.
+        ConfigError: the memory's rows cannot be placed so, or the row files would lie where others do, or inside the memory's folder.
     """
+    if placement.path is not None:
+        _check_row_files(path, placement.path)
     description = read_description(path)
     with read_tensors(path, description) as tensors:
         tables = stored_tables(description, tensors)
@@ -128,6 +139,9 @@ def check_fit(path: str | os.PathLike[str], placement: TableConfig) -> None:
             f"tier: got {placement.tier!r}, expected 'device': of a taught memory only written rows are stored "
             f"({sum(t.rows for t in tables):,} here), so they are small."
         )
+    most = max(table.rows for table in tables)
+    if (placement.hot_rows or 0) > most:
+        raise ConfigError(f"hot_rows: got {placement.hot_rows:,}, expected at most the {most:,} rows of a layer.")
     hot = [placement.hot_rows or 0] * len(tables)
     cost = _cost(tables, placement, hot, _available(Path(placement.path or path)), None)
     for place in ("device", "host", "disk"):
@@ -228,7 +242,6 @@ def place_memory(
     check_fit(source, placement)
     if placement.path is not None:
         placement = replace(placement, path=str(Path(placement.path).resolve()))
-        _check_row_files(source, placement.path or "")
     fields = {
         name: value
         for name, value in asdict(placement).items()
@@ -242,6 +255,8 @@ def place_memory(
 
 
 def _check_row_files(source: str | os.PathLike[str], folder: str) -> None:
+    if Path(folder).resolve().is_relative_to(Path(source).resolve()):
+        raise ConfigError(f"path: got {folder}, inside the memory that is read; expected a folder of the row files' own.")
     if Path(folder).exists() and not Path(folder).is_dir():
         raise ConfigError(f"path: got {folder}, which is a file; expected a folder for the row files.")
     for place in layer_places(source):
@@ -263,24 +278,30 @@ def write_row_files(
         done, total = 0, sum(table.nbytes for table in tables)
         for table in tables:
             file = row_file(folder, table.layer_id)
-            for written in _write_rows(file, table, (block for _, block, _ in table.blocks(tensors))):
+            for written in _write_rows(file, table, tensors):
                 done += written
                 if progress is not None:
                     progress(done, total)
             stamp_rows(file, row_stamp(tensors.file.name, table.layer_id, table.form.name))
 
 
-def _write_rows(file: Path, table: StoredTable, blocks: Iterable[Tensor]) -> Iterator[int]:
+def _write_rows(file: Path, table: StoredTable, tensors: TensorReader) -> Iterator[int]:
     """Yields the bytes of every block written."""
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+    cursors, size = row_file_layout(table.rows, table.dim, table.form)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         for left in file.parent.glob(f".{file.name}.*.tmp"):  # of a run that was killed
             left.unlink()
         with open(temporary, "wb") as opened:
-            for block in blocks:
-                opened.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                yield block.numel() * block.dtype.itemsize
+            opened.truncate(size)
+            for _, values, scales in table.blocks(tensors):
+                parts = [part.contiguous().reshape(-1).view(torch.uint8) for part in (values, scales) if part is not None]
+                for cursor, part in zip(cursors, parts):
+                    opened.seek(cursor)
+                    opened.write(part.numpy().data)
+                cursors = tuple(cursor + len(part) for cursor, part in zip(cursors, parts))
+                yield sum(len(part) for part in parts)
             opened.flush()
             os.fsync(opened.fileno())
         os.replace(temporary, file)

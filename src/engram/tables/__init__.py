@@ -5,8 +5,9 @@ from engram.tables.build import build_table, check_room, refuse_other_rows, row_
 from engram.tables.counts import AccessCounts
 from engram.tables.device import DeviceTable
 from engram.tables.formats import FORMATS, RowFormat, row_format
-from engram.tables.host import HostTable, MmapTable
+from engram.tables.host import HostTable
 from engram.tables.hybrid import HybridTable
+from engram.tables.mapped import MappedRows, MmapTable, QuantisedMmapTable, row_file_layout
 from engram.tables.measure import rows_per_second
 from engram.tables.memory import available_memory, check_fits
 from engram.tables.prefetch import RowHandle, RowPrefetcher
@@ -24,7 +25,9 @@ __all__ = [
     "EmbeddingTable",
     "HostTable",
     "HybridTable",
+    "MappedRows",
     "MmapTable",
+    "QuantisedMmapTable",
     "QuantisedTable",
     "RowFormat",
     "RowHandle",
@@ -37,6 +40,7 @@ __all__ = [
     "check_room",
     "refuse_other_rows",
     "row_file",
+    "row_file_layout",
     "row_format",
     "rows_are",
     "rows_per_second",

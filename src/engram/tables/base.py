@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engram.errors import TableError
 from engram.tables.prefetch import RowPrefetcher
 
-__all__ = ["EmbeddingTable"]
+__all__ = ["EmbeddingTable", "check_place"]
 
 
 class EmbeddingTable(nn.Module):
@@ -32,6 +33,11 @@ class EmbeddingTable(nn.Module):
     def dtype(self) -> torch.dtype:
         """Storage type of the rows."""
         return self.weight.dtype
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """Type that rows are read in where no other is asked for."""
+        return self.dtype
 
     @property
     def tier(self) -> str:
@@ -55,7 +61,7 @@ class EmbeddingTable(nn.Module):
 
     @abstractmethod
     def lookup(self, row_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows ``[..., dim]`` of int64 ``row_ids [...]`` in ``dtype`` (None: the table's own); gradients reach the touched rows only.
+        """Rows ``[..., dim]`` of int64 ``row_ids [...]`` in ``dtype`` (None: ``value_dtype``); gradients reach the touched rows only.
 
         What this table's ``prefetch`` gave may stand for the numbers; rows then come in the type that was asked for there.
         """
@@ -98,3 +104,13 @@ class EmbeddingTable(nn.Module):
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""
         return f"rows={self.rows}, dim={self.dim}, dtype={self.dtype}, location={self.location}"
+
+
+def check_place(start: int, rows: Tensor, count: int, dim: int) -> None:
+    """Refuse rows that do not fit at ``start`` of a table of ``count`` rows.
+
+    Raises:
+        TableError: they do not.
+    """
+    if start < 0 or start + rows.shape[0] > count or rows.shape[1:] != (dim,):
+        raise TableError(f"load_rows: got {list(rows.shape)} at row {start}, expected [n, {dim}] up to row {count - 1}.")

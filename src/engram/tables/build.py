@@ -13,8 +13,9 @@ from engram.errors import ConfigError, TableError
 from engram.tables.base import EmbeddingTable
 from engram.tables.device import DeviceTable
 from engram.tables.formats import row_format
-from engram.tables.host import HostTable, MmapTable
+from engram.tables.host import HostTable
 from engram.tables.hybrid import HybridTable
+from engram.tables.mapped import MmapTable, QuantisedMmapTable
 from engram.tables.memory import check_fits
 from engram.tables.quantised import QuantisedTable
 from engram.tables.verified import VerifiedTable
@@ -42,20 +43,33 @@ def build_table(
     config = config or TableConfig()
     if verified:
         return _verified(rows, dim, config, device)
-    form = row_format(config.dtype)
-    if form.quantised:
-        table = QuantisedTable(rows, dim, form.name, device, host=config.tier == "host")
-        if init == "normal":
-            for start in range(0, rows, _ROWS_AT_ONCE):
-                table.load_rows(start, torch.randn(min(_ROWS_AT_ONCE, rows - start), dim))
-        return table
+    table: DeviceTable | QuantisedTable
     if config.tier == "mmap" or (config.tier == "hybrid" and config.path is not None):
-        cold: HostTable = _mapped(rows, dim, config, init, layer_id)
-        return cold if config.hot_rows is None else HybridTable(cold, config.hot_rows, device)
-    if config.tier in ("host", "hybrid"):
-        cold = HostTable(rows, dim, init=init, dtype=form.dtype)
-        return cold if config.hot_rows is None else HybridTable(cold, config.hot_rows, device)
-    return DeviceTable(rows, dim, init=init, dtype=form.dtype, device=device)
+        table = _mapped(rows, dim, config, init, layer_id)
+    else:
+        table = _in_memory(rows, dim, config, device)
+        if init == "normal":
+            _fill_randomly(table)
+    if config.hot_rows is None:
+        return table
+    assert isinstance(table, HostTable | QuantisedTable)
+    return HybridTable(table, config.hot_rows, device)
+
+
+def _in_memory(rows: int, dim: int, config: TableConfig, device: torch.device | str | None) -> DeviceTable | QuantisedTable:
+    form, host = row_format(config.dtype), config.tier != "device"
+    if form.quantised:
+        return QuantisedTable(rows, dim, form.name, device, host=host)
+    return HostTable(rows, dim, dtype=form.dtype) if host else DeviceTable(rows, dim, dtype=form.dtype, device=device)
+
+
+def _fill_randomly(table: DeviceTable | QuantisedTable) -> None:
+    """Rows as N(0, 1)."""
+    if not isinstance(table, QuantisedTable):
+        torch.nn.init.normal_(table.weight)
+        return
+    for start in range(0, table.rows, _ROWS_AT_ONCE):
+        table.load_rows(start, torch.randn(min(_ROWS_AT_ONCE, table.rows - start), table.dim))
 
 
 def _verified(rows: int, dim: int, config: TableConfig, device: torch.device | str | None) -> VerifiedTable:
@@ -95,16 +109,21 @@ def refuse_other_rows(file: Path) -> None:
         )
 
 
-def _mapped(rows: int, dim: int, config: TableConfig, init: str, layer_id: int) -> MmapTable:
-    dtype = row_format(config.dtype).dtype
+def _mapped(rows: int, dim: int, config: TableConfig, init: str, layer_id: int) -> MmapTable | QuantisedMmapTable:
+    form, bound = row_format(config.dtype), config.resident_bytes
     if config.path is not None:
         file = row_file(config.path, layer_id)
-        fresh = not file.exists()
-        table = MmapTable(rows, dim, file, "r+", dtype=dtype, resident_bytes=config.resident_bytes)
-        if fresh and init == "normal":
-            torch.nn.init.normal_(table.weight)
+        table: MmapTable | QuantisedMmapTable
+        if form.quantised:
+            table = QuantisedMmapTable(rows, dim, form.name, file, "r+", resident_bytes=bound)
+        else:
+            table = MmapTable(rows, dim, file, "r+", dtype=form.dtype, resident_bytes=bound)
+        if table.is_new and init == "normal":
+            _fill_randomly(table)
         return table
     if config.files is None:
         raise ConfigError("TableConfig: got tier 'mmap' without a path, expected a folder for the row files of a new memory.")
-    path, offset = config.files[layer_id]
-    return MmapTable(rows, dim, path, "r", offset, dtype, config.resident_bytes)
+    saved, places = config.files[layer_id]
+    if form.quantised:
+        return QuantisedMmapTable(rows, dim, form.name, saved, places=places, resident_bytes=bound)
+    return MmapTable(rows, dim, saved, "r", places[0], form.dtype, bound)

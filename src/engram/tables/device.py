@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from engram.errors import TableError
 from engram.ops import lookup_rows, read_rows
-from engram.tables.base import EmbeddingTable
+from engram.tables.base import EmbeddingTable, check_place
 from engram.tables.memory import check_fits
 from engram.tables.prefetch import RowHandle, RowPrefetcher
 
@@ -91,10 +91,7 @@ class DeviceTable(EmbeddingTable):
         Raises:
             TableError: they do not fit there.
         """
-        if start < 0 or start + rows.shape[0] > self.rows or rows.shape[1:] != (self.dim,):
-            raise TableError(
-                f"load_rows: got {list(rows.shape)} at row {start}, expected [n, {self.dim}] up to row {self.rows - 1}."
-            )
+        check_place(start, rows, self.rows, self.dim)
         self.weight[start : start + rows.shape[0]] = rows.to(self.weight)
 
     def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:

@@ -12,9 +12,11 @@ from engram.errors import TableError
 from engram.ops import lookup_rows
 from engram.tables.base import EmbeddingTable
 from engram.tables.counts import AccessCounts
+from engram.tables.formats import row_format
 from engram.tables.host import HostTable
 from engram.tables.memory import check_fits
 from engram.tables.prefetch import RowHandle, RowPrefetcher
+from engram.tables.quantised import QuantisedTable
 
 __all__ = ["HybridTable"]
 
@@ -24,10 +26,10 @@ class HybridTable(EmbeddingTable):
 
     The cold table is the truth: its parameter is this table's, and gradients, optimisers and checkpoints see that alone. While gradients
     are recorded all rows are read from it. Otherwise hot rows come from the copies, which are fetched again after any change. So look-ups
-    are the cold table's, bit for bit, and a training step is that of any other tier.
+    are the cold table's, bit for bit, and a training step is that of any other tier. Copies are in the cold table's format.
 
     Args:
-        cold: a table in host memory or in a mapped file.
+        cold: a table in host memory or in a mapped file, its rows in any format.
         hot_rows: how many rows may be hot at a time.
         device: where hot rows are kept; they move with the module.
 
@@ -38,9 +40,11 @@ class HybridTable(EmbeddingTable):
     hot_ids: Tensor
     """Row numbers of the hot rows, int64 ``[h]``, sorted."""
     hot: Tensor
-    """Their values, ``[h, dim]``."""
+    """Their values as they are stored, ``[h, width]``."""
+    hot_scales: Tensor | None
+    """Their scales, if the format has them."""
 
-    def __init__(self, cold: HostTable, hot_rows: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, cold: HostTable | QuantisedTable, hot_rows: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         if hot_rows < 1:
             raise TableError(f"hot_rows: got {hot_rows}, expected at least 1; use the cold table alone for none.")
@@ -48,23 +52,46 @@ class HybridTable(EmbeddingTable):
         self.__dict__["cold"] = (
             cold  # not a submodule: its parameter is registered here, under the name that other tables save it
         )
-        self.weight = cold.weight
+        self.form = row_format(cold.format_name)
+        if isinstance(cold, QuantisedTable):
+            self.register_buffer("weight", cold.weight)
+            self.register_buffer("scales", cold.scales)
+        else:
+            self.weight = cold.weight
         self.register_buffer("hot_ids", torch.zeros(0, dtype=torch.int64, device=device), persistent=False)
-        self.register_buffer("hot", torch.zeros((0, self.dim), dtype=cold.dtype, device=device), persistent=False)
+        hot, scales = cold.read_stored(torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("hot", hot.to(device), persistent=False)
+        self.register_buffer("hot_scales", None if scales is None else scales.to(device), persistent=False)
         self.count_accesses = False
         """Whether look-ups are counted, for ``rebalance``."""
         self.counts = AccessCounts()
         self._copied: int | None = None
 
     @property
-    def cold(self) -> HostTable:
+    def cold(self) -> HostTable | QuantisedTable:
         """The table that holds every row."""
         return self.__dict__["cold"]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         device = fn(torch.empty(0, device=self.hot.device)).device  # copies move; neither they nor the cold rows change type
         self.hot_ids, self.hot = self.hot_ids.to(device), self.hot.to(device)
+        self.hot_scales = None if self.hot_scales is None else self.hot_scales.to(device)
         return self
+
+    @property
+    def format_name(self) -> str:
+        """How rows are stored, by its name in ``FORMATS``."""
+        return self.form.name
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """The cold table's."""
+        return self.cold.value_dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows, without the copies."""
+        return self.cold.nbytes
 
     @property
     def tier(self) -> str:
@@ -79,7 +106,8 @@ class HybridTable(EmbeddingTable):
     def lookup(self, row_ids: Tensor | RowHandle, dtype: torch.dtype | None = None) -> Tensor:
         """Rows ``[..., dim]`` on the device of ``row_ids``; gradients reach the cold table."""
         if isinstance(row_ids, RowHandle):
-            return lookup_rows(self.weight, row_ids.row_ids, fetched=row_ids.wait())
+            fetched = row_ids.wait()
+            return lookup_rows(self.weight, row_ids.row_ids, fetched=fetched) if self.weight.requires_grad else fetched
         if self.count_accesses:
             self.counts.add(row_ids)
         if torch.is_grad_enabled() and self.weight.requires_grad:
@@ -88,13 +116,13 @@ class HybridTable(EmbeddingTable):
         if len(self.hot_ids) == 0:
             return self.cold.lookup(row_ids, dtype)
         self._refresh()
-        return self._read(row_ids.reshape(-1), dtype or self.dtype).view(*row_ids.shape, self.dim)
+        return self._read(row_ids.reshape(-1), dtype or self.value_dtype).view(*row_ids.shape, self.dim)
 
     def _read(self, row_ids: Tensor, dtype: torch.dtype) -> Tensor:
         asked = row_ids.to(self.hot_ids.device)
         slots = torch.searchsorted(self.hot_ids, asked).clamp_max_(len(self.hot_ids) - 1)
         missed = (self.hot_ids[slots] != asked).nonzero()[:, 0]
-        rows = lookup_rows(self.hot, slots, dtype)
+        rows = self.form.read(self.hot, self.hot_scales, slots, dtype)
         if len(missed):
             rows[missed] = self.cold.lookup(asked[missed], dtype)
         return rows.to(row_ids.device)
@@ -104,7 +132,9 @@ class HybridTable(EmbeddingTable):
         """Copy the hot rows again if any row of the cold table changed since."""
         version = self.weight._version
         if self._copied != version:
-            self.hot = self.cold.lookup(self.hot_ids.cpu()).to(self.hot.device)
+            hot, scales = self.cold.read_stored(self.hot_ids.cpu())
+            self.hot = hot.to(self.hot.device)
+            self.hot_scales = None if scales is None else scales.to(self.hot.device)
             self._copied = version
 
     def promote(self, row_ids: Tensor) -> None:
@@ -118,9 +148,8 @@ class HybridTable(EmbeddingTable):
             raise TableError(f"promote: got {len(rows):,} rows, expected at most hot_rows = {self.hot_rows:,}.")
         if len(rows) and (int(rows[0]) < 0 or int(rows[-1]) >= self.rows):
             raise TableError(f"promote: got rows {int(rows[0])}..{int(rows[-1])}, expected 0..{self.rows - 1}.")
-        check_fits(len(rows) * self.dim * self.dtype.itemsize, self.hot.device, "hot rows")
+        check_fits(len(rows) * self.form.row_bytes(self.dim), self.hot.device, "hot rows")
         self.hot_ids, self._copied = rows.to(self.hot.device), None
-        self.hot = self.hot.new_empty((0, self.dim))
 
     def rebalance(self) -> int:
         """Make the rows hot that were asked for most since counting began; returns how many they are."""
@@ -133,7 +162,7 @@ class HybridTable(EmbeddingTable):
         """Start fetching rows, hot ones and others, where ``through`` thinks that it pays; without it, those of the cold table."""
         if through is None:
             return self.cold.prefetch(row_ids)
-        return through.start(self, row_ids, dtype or self.dtype) if through.pays(self, row_ids.device) else row_ids
+        return through.start(self, row_ids, dtype or self.value_dtype) if through.pays(self, row_ids.device) else row_ids
 
     def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
         """Replace rows in the cold table.

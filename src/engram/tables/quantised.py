@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engram.errors import TableError
-from engram.tables.base import EmbeddingTable
+from engram.tables.base import EmbeddingTable, check_place
 from engram.tables.formats import row_format
 from engram.tables.memory import check_fits, lazy_zeros
 from engram.tables.pinned import PageLock, through_host
@@ -41,20 +41,22 @@ class QuantisedTable(EmbeddingTable):
         self.rows, self.dim, self.form, self.host = rows, dim, row_format(form), host
         if not self.form.quantised or self.form.scale_dtype is None:
             raise TableError(f"QuantisedTable: got format {form!r}, expected one with scales; use a DeviceTable or HostTable.")
-        shape, scale_shape = (rows, self.form.width(dim)), self.form.scale_shape(rows, dim)
-        if host:
-            weight, scales = (
-                lazy_zeros(shape, self.form.dtype, "tier='host'"),
-                lazy_zeros(scale_shape, self.form.scale_dtype, "tier='host'"),
-            )
-        else:
-            check_fits(rows * self.form.row_bytes(dim), device, "tier='device'")
-            weight = torch.zeros(shape, dtype=torch.uint8, device=device).view(
-                self.form.dtype
-            )  # zeros() knows fewer types than tensors do
-            scales = torch.zeros(scale_shape, dtype=self.form.scale_dtype, device=device)
+        weight, scales = self._allocate(device)
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
+
+    def _allocate(self, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+        """Values and scales, all zero, where they shall live."""
+        form, rows, dim = self.form, self.rows, self.dim
+        assert form.scale_dtype is not None
+        shape, scale_shape = (rows, form.width(dim)), form.scale_shape(rows, dim)
+        if self.host:
+            return lazy_zeros(shape, form.dtype, "tier='host'"), lazy_zeros(scale_shape, form.scale_dtype, "tier='host'")
+        check_fits(rows * form.row_bytes(dim), device, "tier='device'")
+        weight = torch.zeros(shape, dtype=torch.uint8, device=device).view(
+            form.dtype
+        )  # zeros() knows fewer types than tensors do
+        return weight, torch.zeros(scale_shape, dtype=form.scale_dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self.host:
@@ -67,6 +69,11 @@ class QuantisedTable(EmbeddingTable):
             old = getattr(self, name)
             setattr(self, name, old.to(fn(torch.empty(0, device=old.device)).device))
         return self
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """float32."""
+        return torch.float32
 
     @property
     def tier(self) -> str:
@@ -90,7 +97,7 @@ class QuantisedTable(EmbeddingTable):
 
     def lookup(self, row_ids: Tensor | RowHandle, dtype: torch.dtype | None = None) -> Tensor:
         """Rows ``[..., dim]``, float32 unless ``dtype`` is given, on the device of ``row_ids``; no gradient."""
-        return row_ids.wait() if isinstance(row_ids, RowHandle) else self.read(row_ids, dtype or torch.float32)
+        return row_ids.wait() if isinstance(row_ids, RowHandle) else self.read(row_ids, dtype or self.value_dtype)
 
     def read(self, row_ids: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Rows ``[..., dim]`` on the device of ``row_ids``, into ``out`` if given; page-locked host rows are read by the device itself."""
@@ -108,13 +115,17 @@ class QuantisedTable(EmbeddingTable):
         rows = self.form.read(self.weight, self.scales, row_ids.to(self.weight.device), dtype).to(row_ids.device)
         return rows if out is None else out.copy_(rows)
 
+    def read_stored(self, row_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Values ``[n, width]`` and scales as they are stored, of rows numbered where the table is."""
+        return self.weight[row_ids], self.scales[row_ids]
+
     def prefetch(
         self, row_ids: Tensor, dtype: torch.dtype | None = None, through: RowPrefetcher | None = None
     ) -> Tensor | RowHandle:
         """Start fetching rows, where ``through`` thinks that it pays."""
         if through is None or not through.pays(self, row_ids.device):
             return row_ids
-        return through.start(self, row_ids, dtype or torch.float32)
+        return through.start(self, row_ids, dtype or self.value_dtype)
 
     def is_read_by(self, device: torch.device) -> bool:
         """Whether ``device`` reads rows and scales itself."""
@@ -155,7 +166,12 @@ class QuantisedTable(EmbeddingTable):
 
     @torch.no_grad()
     def load_rows(self, start: int, rows: Tensor) -> None:
-        """Quantise rows ``[n, dim]`` and put them at ``start`` and after."""
+        """Quantise rows ``[n, dim]`` and put them at ``start`` and after.
+
+        Raises:
+            TableError: they do not fit there, or a value is not finite.
+        """
+        check_place(start, rows, self.rows, self.dim)
         self._write(torch.arange(start, start + rows.shape[0], device=self.weight.device), rows)
 
     def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:

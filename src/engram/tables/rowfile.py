@@ -12,6 +12,7 @@ import mmap
 import os
 import secrets
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -36,13 +37,22 @@ class RowFile:
         end: bytes that must be there.
         mode: ``r`` or ``r+``; the second holds an exclusive lock as long as the map lives, and loses it with the process.
         resident_bytes: how many bytes of files the process may have mapped in at a time, all its row files together; None is no bound.
+        row_bytes: bytes of a row, in each of the tensors that hold a part of it.
 
     Raises:
         TableError: the file is missing, too short, locked by another writer, or cannot be made or mapped.
     """
 
-    def __init__(self, path: Path, end: int, mode: Literal["r", "r+"], resident_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        end: int,
+        mode: Literal["r", "r+"],
+        resident_bytes: int | None = None,
+        row_bytes: Sequence[int] = (),
+    ) -> None:
         self.path, self.end, self.mode, self.resident_bytes = path, end, mode, resident_bytes
+        self._in_order, self._at_random = sum(row_bytes), sum(size + _AROUND for size in row_bytes)
         self._unseen, self._before = 0, _resident() or 0
         self.created = mode == "r+" and not path.exists()
         """Whether the file is new, all zero."""
@@ -92,15 +102,15 @@ class RowFile:
                 "Copy it again and reload."
             )
 
-    def rows_at_once(self, row_bytes: int) -> int | None:
+    def rows_at_once(self) -> int | None:
         """Rows that may be touched between two calls of ``touched``; None if any number."""
-        return None if self.resident_bytes is None else max(1, self.resident_bytes // _SHARE // (row_bytes + _AROUND))
+        return None if self.resident_bytes is None else max(1, self.resident_bytes // _SHARE // self._at_random)
 
-    def touched(self, rows: int, row_bytes: int, in_order: bool = False) -> None:
+    def touched(self, rows: int, in_order: bool = False) -> None:
         """Note that rows were read or written, and let go of pages if the budget is used up. They stay in the system's cache."""
         if self.resident_bytes is None:
             return
-        self._unseen += rows * (row_bytes if in_order else row_bytes + _AROUND)
+        self._unseen += rows * (self._in_order if in_order else self._at_random)
         if self._unseen < self.resident_bytes // _SHARE:
             return
         self._unseen, now = 0, _resident()

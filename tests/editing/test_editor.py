@@ -286,6 +286,16 @@ def test_bad_lessons_are_refused(tmp_path):
             MemoryEditor(memory, tiny_tokenizer())
 
 
+def test_a_lock_of_which_nothing_came_leaves_nothing(tmp_path):
+    (tmp_path / "there").mkdir()
+    for place in ("a/b/c", "there/d"):
+        with lock_store(tmp_path / place):
+            assert (tmp_path / place).is_dir()
+    with lock_store(tmp_path / "e" / "f"):
+        (tmp_path / "e" / "of somebody else").touch()
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == ["e", "e/of somebody else", "there"]
+
+
 def test_two_processes_cannot_write_one_memory(tmp_path):
     script = "import sys; from engram.checkpoint import lock_store\nwith lock_store(sys.argv[1]): print('mine')"
     other = [sys.executable, "-c", script, str(tmp_path / "m")]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engram import AttachError, CheckpointError, ConfigError, EngramModel, FingerprintError, get_engram_model
+from engram import AttachError, CheckpointError, ConfigError, EngramModel, FingerprintError, TableConfig, get_engram_model
 from engram.checkpoint import DESCRIPTION_NAME, store
+from engram.models import files
 from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from engram.training.tokenizer import train_tokenizer
 
@@ -101,6 +102,29 @@ def expect(error, match, path, **options):
     with pytest.raises(error, match=match):
         load(path, model, **options)
     assert not any(m._forward_pre_hooks for m in model.modules())  # a refused memory leaves the model alone
+
+
+def test_a_save_by_others_while_a_memory_is_read_is_read_then(saved, monkeypatch):
+    writer = load(saved)
+    real, saves = files.check_memory, []
+
+    def slow_check(model, path, *rest):
+        checked = real(model, path, *rest)
+        if not saves:  # between the description and the weights
+            writer.save_pretrained(path)
+            saves.append(1)
+        return checked
+
+    for placement in (None, TableConfig(tier="mmap")):
+        saves.clear()
+        monkeypatch.setattr(files, "check_memory", slow_check)
+        memory = load(saved, table_config=placement)
+        assert saves
+        for name, tensor in writer.engrams.state_dict().items():
+            assert torch.equal(memory.engrams.state_dict()[name], tensor)
+    weights(saved).unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        load(saved)
 
 
 def test_missing_and_damaged_files(saved, tmp_path):

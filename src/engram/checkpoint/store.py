@@ -58,7 +58,7 @@ def lock_store(path: str | os.PathLike[str]) -> Iterator[None]:
         CheckpointError: another process or thread holds it, or the folder cannot be written.
     """
     folder = Path(path)
-    new = not folder.exists()
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.resolve() / _LOCK_NAME, is_singleton=True)
@@ -75,8 +75,9 @@ def lock_store(path: str | os.PathLike[str]) -> Iterator[None]:
         lock.release()
         if new and {file.name for file in folder.iterdir()} <= {_LOCK_NAME}:  # nothing came of it: leave nothing behind
             _discard(folder / _LOCK_NAME)
-            with suppress(OSError):
-                folder.rmdir()
+            with suppress(OSError):  # a folder above that others use by now stays
+                for place in new:
+                    place.rmdir()
 
 
 def write_store(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from engram.checkpoint import saved_version
 from engram.config import EngramConfig, TableConfig
-from engram.errors import AttachError, ConfigError
+from engram.errors import AttachError, CheckpointError, ConfigError, TableError
 from engram.hashing import NgramHashMapping, build_mapping
 from engram.layers import Engram
 from engram.models.architectures import Decoder, find_decoder
@@ -26,6 +27,8 @@ DEFAULT_ROLLBACK_WINDOW = 4096
 """Positions by which a cache may be cropped and continued when the memory has a convolution (ids alone can go back any distance)."""
 
 _ATTACHED = "_engram_memory"
+_READS = 4
+"""How often a memory is read anew that others save meanwhile."""
 
 
 def get_engram_model(
@@ -249,6 +252,25 @@ class EngramModel(nn.Module):
             CheckpointError, FingerprintError, ConfigError, AttachError: see ``load_memory`` and ``get_engram_model``; the model is
                 left as it was.
         """
+        for _ in range(_READS):
+            version = saved_version(path)
+            try:
+                return cls._load(model, path, tokenizer, table_config, rollback_window, allow_other_base)
+            except (CheckpointError, TableError):
+                if saved_version(path) == version:
+                    raise  # otherwise another process saved meanwhile, and cleared away what was being read
+        return cls._load(model, path, tokenizer, table_config, rollback_window, allow_other_base)
+
+    @classmethod
+    def _load(
+        cls,
+        model: PreTrainedModel,
+        path: str | os.PathLike[str],
+        tokenizer: Any,
+        table_config: TableConfig | None,
+        rollback_window: int | None,
+        allow_other_base: bool,
+    ) -> Self:
         from engram.models.files import check_memory, load_memory
 
         mapping, placement = check_memory(model, path, tokenizer, allow_other_base, table_config)

@@ -263,6 +263,9 @@ def _kind(data: Tensor, scales: Tensor | None) -> int:
 
 def _inputs(ids: Tensor, history: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     ids = ids.to(torch.int64).contiguous()
+    for name, tensor in (("history", history), ("mask", mask)):
+        if tensor is not None and tensor.device != ids.device:  # their addresses would mean nothing here
+            raise ValueError(f"hash: got {name} on {tensor.device}, expected it where the ids are, on {ids.device}.")
     if history is not None:
         history = history.to(torch.int64).contiguous()
     if mask is not None:

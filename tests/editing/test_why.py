@@ -1,6 +1,6 @@
 import pytest
 
-from engram import Fact
+from engram import DataError, Fact
 from tests.editing.helpers import FACTS, make_editor
 
 
@@ -43,3 +43,15 @@ def test_rows_of_others_are_counted():
     found = editor.why("The memory is addressed by the last tokens of the text.", max_new_tokens=1)
     assert sum(token.foreign_rows for token in found.tokens) > 0
     assert not any(token.hits for token in found.tokens)
+
+
+def test_an_answer_ends_where_the_context_does():
+    editor = make_editor()
+    context = editor.memory.config.max_position_embeddings
+    prompt = "word " * context
+    while len(editor.tokenizer(prompt)["input_ids"]) > context - 2:
+        prompt = prompt[5:]
+    found = editor.why(prompt, max_new_tokens=50)
+    assert len(found.tokens) <= context
+    with pytest.raises(DataError, match=rf"expected fewer than {context} \(the model's context\)"):
+        editor.why("word " * context)

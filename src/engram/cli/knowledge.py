@@ -121,7 +121,7 @@ def ask_command(
     editor = _open_existing(memory, model)
     if chat:
         prompt = chat_prompt(editor.tokenizer, prompt)
-    room = _check_length(editor, prompt)
+    room = _room(editor, prompt)
     if max_new_tokens is None:
         lengths = [len(prompt.answer_ids) for fact in editor.facts for prompt in fact.prompts]
         max_new_tokens = max([_ANSWER_TOKENS, *lengths])
@@ -147,7 +147,7 @@ def why_command(
     editor = _open_existing(memory, model)
     if chat:
         prompt = chat_prompt(editor.tokenizer, prompt)
-    explanation = editor.why(prompt, min(_WHY_TOKENS, _check_length(editor, prompt)))
+    explanation = editor.why(prompt, _WHY_TOKENS)
     if as_json:
         print(json.dumps(explanation.to_dict(), ensure_ascii=False, indent=1))
     else:
@@ -313,17 +313,11 @@ def _check_prompt(prompt: str) -> None:
     check_text(prompt, "PROMPT")
 
 
-def _check_length(editor: MemoryEditor, prompt: str) -> int:
-    """Tokens that an answer may have: beyond its context a model answers anything, or fails."""
-    from engram.data.facts import tokenize_prompt
+def _room(editor: MemoryEditor, prompt: str) -> int:
+    """Tokens that an answer may have."""
+    from engram.data.facts import room_for_answer, tokenize_prompt
 
-    context = getattr(editor.memory.config, "max_position_embeddings", None)
-    length = len(tokenize_prompt(editor.tokenizer, prompt))
-    if context is not None and length >= context:
-        raise typer.BadParameter(
-            f"got {length:,} tokens, expected fewer than {context:,} (the model's context); shorten it", param_hint="PROMPT"
-        )
-    return sys.maxsize if context is None else context - length
+    return room_for_answer(editor.memory.config, len(tokenize_prompt(editor.tokenizer, prompt)))
 
 
 def _size(memory: Path) -> int:

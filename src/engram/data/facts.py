@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,17 @@ from torch import Tensor
 
 from engram.errors import DataError
 
-__all__ = ["EncodedFact", "Fact", "check_conflicts", "encode_fact", "join_answer", "load_facts", "pad_right", "tokenize_prompt"]
+__all__ = [
+    "EncodedFact",
+    "Fact",
+    "check_conflicts",
+    "encode_fact",
+    "join_answer",
+    "load_facts",
+    "pad_right",
+    "room_for_answer",
+    "tokenize_prompt",
+]
 
 _KEYS = {"prompt", "prompts", "answer", "category", "held_out", "id", "template", "x"}
 _TEMPLATE_KEYS = {"prompts", "held_out", "category"}
@@ -184,6 +195,22 @@ def join_answer(prompt: str, answer: str) -> str:
 def tokenize_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Ids of a prompt as the model is asked it, beginning-of-text token included where the tokenizer adds one."""
     return list(tokenizer(prompt, verbose=False)["input_ids"])  # lengths are checked by who knows the limit
+
+
+def room_for_answer(config: Any, length: int) -> int:
+    """Tokens that the answer to a prompt of ``length`` tokens may have: beyond its context a model answers anything, or fails.
+
+    Args:
+        config: the model's; without ``max_position_embeddings`` there is no end of room.
+        length: of the prompt, tokens.
+
+    Raises:
+        DataError: there is room for none.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and length >= context:
+        raise DataError(f"prompt: got {length:,} tokens, expected fewer than {context:,} (the model's context); shorten it.")
+    return sys.maxsize if context is None else context - length
 
 
 def encode_fact(tokenizer: Any, fact: Fact, fact_index: int, max_length: int | None = None) -> list[EncodedFact]:

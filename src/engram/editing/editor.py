@@ -231,7 +231,11 @@ class MemoryEditor:
         return {fact.id: fact.id not in wrong for fact in self._ledger}
 
     def why(self, prompt: str, max_new_tokens: int = 32) -> Explanation:
-        """Answer a prompt and say, token by token, which facts spoke and what they changed."""
+        """Answer a prompt and say, token by token, which facts spoke and what they changed; see ``explain``.
+
+        Raises:
+            DataError: the prompt fills the model's context.
+        """
         from engram.editing.why import explain
 
         with self._evaluating():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram.data.facts import tokenize_prompt
+from engram.data.facts import room_for_answer, tokenize_prompt
 from engram.editing.editor import MemoryEditor
 from engram.tables import ABSENT
 
@@ -72,13 +72,17 @@ def explain(editor: MemoryEditor, prompt: str, max_new_tokens: int = 32) -> Expl
     Args:
         editor: of the memory to explain.
         prompt: what is asked.
-        max_new_tokens: longest answer.
+        max_new_tokens: longest answer; shorter where the model's context ends.
+
+    Raises:
+        DataError: the prompt fills the model's context.
     """
     memory, tokenizer = editor.memory, editor.tokenizer
     device = memory.get_input_embeddings().weight.device
     prompt_ids = tokenize_prompt(tokenizer, prompt)
     if not prompt_ids:  # a tokenizer without a beginning-of-text token, and an empty prompt
         return Explanation(prompt, "", [], {})
+    max_new_tokens = min(max_new_tokens, room_for_answer(memory.config, len(prompt_ids)))
     asked = torch.tensor([prompt_ids], device=device)
     said = memory.generate(
         input_ids=asked,

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import typer
-
-from engram._version import __version__
 
 __all__ = ["check_folder", "check_text", "check_writable", "made_with"]
 
 
 def made_with() -> dict[str, Any]:
     """The hardware and versions that a result was made with."""
-    import torch
-    import transformers
+    from engram.experiments.versions import made_with as made_with_device
 
-    return {
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }
+    found = made_with_device()
+    return {"hardware": found["device"], "versions": found["versions"]}
 
 
 def check_text(text: str, hint: str) -> None:

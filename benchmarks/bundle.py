@@ -1,0 +1,109 @@
+"""A model trained on together with a memory, as it could be shipped: backbone in bfloat16, rows in int8, and how well each predicts text.
+
+Takes the runs of `engram train recipes/train_joint.yaml` and `engram train recipes/train_joint_plain.yaml`, writes `base_model` and `memory`
+into `--out`, and measures what was written beside the bundled model and the run without a memory, on the documents that none of them was
+trained on. Differences have intervals over documents; there is one run of each.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import RESULTS, provenance, write
+
+from engram import EngramModel, TableConfig, load_bundled, load_facts
+from engram.analysis.intervals import document_mean
+from engram.data.corpus import CorpusRecipe, held_out_standard_library
+from engram.evaluation import check_facts
+from engram.evaluation.bits_per_byte import bits_per_byte
+from engram.models.bundled import BUNDLED_MODEL, BUNDLED_NAME, load_model
+from engram.training.pretrain import export_model
+
+WINDOW = 256  # tokens, as `engram pretrain` measures
+
+
+def export(run, out):
+    """Write the pair; the memory's description names the backbone as it was written, rounded."""
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    model, tokenizer = load_model(f"{run}/model")
+    found = json.loads((run / "result.json").read_text())
+    keys = ("recipe", "held_out", "held_out_off", "held_out_before", "seconds", "tokens")
+    export_model(model, tokenizer, out / "base_model", {key: found[key] for key in keys if key in found})
+    model, tokenizer = load_model(str(out / "base_model"))
+    model.config._name_or_path = BUNDLED_NAME
+    rows = TableConfig(dtype="int8")
+    memory = EngramModel.from_pretrained(model, run / "memory", tokenizer, rows, allow_other_base=True)
+    memory.save_pretrained(out / "memory")
+    memory.unload()
+
+
+def opened(model, tokenizer, folder):
+    model.config._name_or_path = BUNDLED_NAME
+    return EngramModel.from_pretrained(model, folder, tokenizer)
+
+
+def measure(model, tokenizer, documents, capitals):
+    """Bits of every document, and how many capitals are known."""
+    bits = [bits_per_byte(model, tokenizer, [doc.text], WINDOW) * len(doc.text.encode()) for doc in documents]
+    return np.array(bits), sum(answer.exact for answer in check_facts(model, tokenizer, capitals))
+
+
+def size(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plain", type=Path, required=True, help="run folder without a memory")
+    parser.add_argument("--joint", type=Path, required=True, help="run folder with one")
+    parser.add_argument("--out", type=Path, required=True, help="folder for what could be shipped; replaced")
+    parser.add_argument("--json", default=RESULTS / "bundle.json")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    export(args.joint, args.out)
+    documents = held_out_standard_library(CorpusRecipe(standard_library=True))
+    sizes = np.array([len(doc.text.encode()) for doc in documents])
+    capitals = load_facts(BUNDLED_MODEL.parent / "capitals.yaml")
+    bits, known = {}, {}
+
+    def look(name, model, tokenizer):
+        bits[name], known[name] = measure(model, tokenizer, documents, capitals)
+        print(f"{name}: {bits[name].sum() / sizes.sum():.4f} bits per byte, {known[name]} capitals", flush=True)
+
+    look("bundled", *load_bundled())
+    look("plain", *load_model(f"{args.plain}/model"))
+    model, tokenizer = load_model(f"{args.joint}/model")
+    memory = EngramModel.from_pretrained(model, args.joint / "memory", tokenizer)
+    look("joint", memory, tokenizer)
+    model, tokenizer = load_model(str(args.out / "base_model"))
+    memory = opened(model, tokenizer, args.out / "memory")
+    look("shipped", memory, tokenizer)
+    with memory.disable_engram():
+        look("shipped, memory off", memory, tokenizer)
+    pairs = [("joint", "plain"), ("shipped", "joint"), ("shipped, memory off", "plain"), ("shipped, memory off", "bundled")]
+    runs = {name: json.loads((run / "result.json").read_text()) for name, run in (("plain", args.plain), ("joint", args.joint))}
+    write(
+        args.json,
+        {
+            **provenance(0),
+            "documents": len(documents),
+            "bytes": int(sizes.sum()),
+            "bits_per_byte": {name: float(found.sum() / sizes.sum()) for name, found in bits.items()},
+            "difference": {f"{a} - {b}": document_mean(bits[a] - bits[b], sizes) for a, b in pairs},
+            "capitals_known": {**known, "asked": sum(len(fact.prompts) for fact in capitals)},
+            "shipped_bytes": {"base_model": size(args.out / "base_model"), "memory": size(args.out / "memory")},
+            "runs": {
+                name: {key: run[key] for key in run if key.startswith(("held_out", "seconds", "tokens"))}
+                for name, run in runs.items()
+            },
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

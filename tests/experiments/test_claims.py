@@ -50,9 +50,10 @@ def test_u_shape(changes, verdict, note):
     ("changes", "verdict", "note"),
     [
         ({"lowest": 0.78}, "agrees", "best share measured: 80 %"),
-        ({"lowest": 0.5}, "disagrees", "best share measured: 50 %, better than all measured between 75 and 85 %"),
-        ({"lowest": 0.5, "shares": (1.0, 0.6, 0.5, 0.4)}, "cannot tell", "none of the paper's best shares was measured"),
-        ({"lowest": 0.5, "seeds": (0,)}, "cannot tell", "no parabola"),
+        ({"lowest": 0.5}, "disagrees", "best share measured: 50 %, against 80 %, the nearest in loss of the paper's"),
+        ({"lowest": 0.78, "depth": 0.001}, "cannot tell", "best share measured"),
+        ({"lowest": 0.5, "shares": (1.0, 0.6, 0.5, 0.4)}, "cannot tell", "none of the paper's shares was measured"),
+        ({"lowest": 0.5, "seeds": (0,)}, "cannot tell", "against 80 %"),
     ],
 )
 def test_optimum(changes, verdict, note):

@@ -73,6 +73,10 @@ def _paper_layers(*numbers: int) -> str:
     return ", ".join(f"layer {n}: {PAPER['ablation']['layers'][n]:.3f}" for n in numbers)
 
 
+def _paper_tasks() -> str:
+    return ", ".join(f"{name} {engram} against {experts}" for name, (engram, experts) in PAPER["tasks"].items())
+
+
 def _paper_recall(kind: str) -> str:
     engram, experts = PAPER["recall"][kind]
     return f"{100 * engram:.1f} against {100 * experts:.1f} ({PAPER['comparison']['scale']})"
@@ -146,6 +150,14 @@ CLAIMS: tuple[Claim, ...] = (
         "tracking", "More is found again in long text: variable tracking", _paper_recall("tracking"), looks.recall("tracking")
     ),
     Claim(
+        "gates",
+        "Gates open at tokens that complete a name or a phrase",
+        "seen in a figure",
+        _nothing,
+        "no text with marked names was read",
+    ),
+    Claim("tasks", "Tasks are solved better: knowledge, reasoning, code, mathematics", _paper_tasks(), _nothing, _TASKS),
+    Claim(
         "memory_off",
         "With the memory off, facts are lost and reading comprehension is kept",
         f"{_percent(_KEPT['factual'][0])} to {_percent(_KEPT['factual'][1])} kept of factual tasks, {_percent(_KEPT['reading'][0])} to "
@@ -158,7 +170,7 @@ CLAIMS: tuple[Claim, ...] = (
         "A table in host memory costs inference next to nothing",
         ", ".join(f"{100 * change:+.1f} % ({size} backbone)" for size, change in PAPER["throughput"].items()),
         _nothing,
-        "training steps are timed here, not inference with a table of the paper's size",
+        "training steps are timed here, and decoding with a small table in docs/speed.md, not inference with a table of the paper's size",
     ),
 )
 """In the order of the report."""

@@ -39,10 +39,11 @@ def alignment(results: Results) -> Iterator[Evidence]:
             continue
         early = found["soft_alignment"][: max(1, len(found["soft_alignment"]) // 2)]
         ahead = math.fsum(index - block for block, index in enumerate(early)) / len(early)
-        note = (
-            f"no interval; the index is a mean over the {found['top']} most similar of {len(found['map'][0])} blocks, which pulls early "
-            "blocks towards the middle"
-        )
+        blocks = len(found["map"][0])
+        note = f"no interval; the index is a mean over the {found['top']} most similar of {blocks} blocks: early ones are pulled to the middle"
+        if found["top"] >= blocks:
+            nothing = math.fsum((blocks - 1) / 2 - block for block in range(len(early))) / len(early)
+            note += f": a map that is the same everywhere would give {nothing:+.4f}"
         yield Evidence(CANNOT_TELL, where, ahead, unit="blocks ahead", note=note)
 
 

@@ -30,11 +30,19 @@ PAPER: dict[str, Any] = {
         },
     },
     "comparison": {"scale": "27B", "engram": 1.622, "experts": 1.634},
+    "tasks": {
+        "MMLU": (60.4, 57.4),
+        "BBH": (55.9, 50.9),
+        "ARC-C": (73.8, 70.1),
+        "HumanEval": (40.8, 37.8),
+        "MATH": (30.7, 28.3),
+    },
     "recall": {"multi_query": (0.970, 0.842), "tracking": (0.890, 0.770)},
     "kept_with_memory_off": {"factual": (0.29, 0.44), "reading": (0.81, 0.93)},
     "similar_layers": (5, 12),
     "throughput": {"4B": -0.019, "8B": -0.028},
 }
-"""``layers``: one module at that layer, counted from 1. ``recall``: with Engram and with experts alone, both of 27B parameters.
+"""``layers``: one module at that layer, counted from 1. ``tasks`` and ``recall``: with Engram and with experts alone, both of 27B
+parameters.
 ``similar_layers``: this layer with Engram resembles that one with experts alone. ``throughput``: of inference with a table of 100B
 parameters in host memory, on an H800, by size of the backbone."""

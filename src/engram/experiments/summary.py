@@ -9,7 +9,7 @@ from typing import Any
 from engram.experiments.arms import REFERENCE
 from engram.experiments.statistics import fit_line, fit_parabola, mean_interval, seed_interval
 
-__all__ = ["summarise"]
+__all__ = ["aligned", "paired", "parabola", "summarise"]
 
 _SIZES = ("total", "active", "experts", "dense_width", "table_rows", "rows_per_head", "flops_per_token")
 
@@ -49,7 +49,7 @@ def paired(entries: Entries, others: Entries) -> dict[str, Any] | None:
     return mean_interval(differences) if differences else None
 
 
-def _aligned(groups: Sequence[Entries]) -> list[list[float]]:
+def aligned(groups: Sequence[Entries]) -> list[list[float]]:
     """Losses of each group by the seeds that all of them have, in one order; means of whatever there is where they share none."""
     by_seed = [{e["seed"]: _loss(e) for e in group} for group in groups]
     seeds = sorted(set.intersection(*(set(losses) for losses in by_seed)))
@@ -87,8 +87,9 @@ def _curve(entries: Entries) -> dict[str, Any]:
         row["against_experts_alone"] = None if pure is None or row["rho"] == 1 else paired(arms[row["label"]], pure)
     summary: dict[str, Any] = {"curve": rows}
     if len(rows) >= 4:
-        summary["parabola"] = _parabola([r["rho"] for r in rows], _aligned([arms[r["label"]] for r in rows]))
-    # The best rho is named by validation loss and reported by test loss, so that the choice does not flatter the report.
+        summary["parabola"] = parabola([r["rho"] for r in rows], aligned([arms[r["label"]] for r in rows]))
+    # The best rho is named by validation loss and reported by test loss. Both are of the same trained models, so that a lucky training can
+    # still flatter it, but not a lucky half of the text.
     mixed = [row for row in rows if row["rho"] < 1]
     # Seeds differ by more than shares do: all are compared on the same ones.
     if mixed and (seeds := set.intersection(*({e["seed"] for e in arms[row["label"]]} for row in mixed))):
@@ -102,7 +103,9 @@ def _validation(entries: Entries, seeds: Collection[int]) -> float:
     return sum(losses) / len(losses)
 
 
-def _parabola(rho: Sequence[float], losses: Sequence[Sequence[float]]) -> dict[str, Any]:
+def parabola(rho: Sequence[float], losses: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The parabola through mean losses at shares ``rho``, with intervals over seeds (``aligned`` losses)."""
+
     def lowest(means: list[float]) -> float | None:
         a, b, _ = fit_parabola(rho, means)
         return -b / (2 * a) if a > 0 else None
@@ -141,7 +144,7 @@ def _slots(entries: Entries) -> dict[str, Any]:
     summary: dict[str, Any] = {"curve": rows, "none": mean_interval([_loss(e) for e in without]) if without else None}
     if len(rows) >= 3:
         x = [math.log10(row["slots"]) for row in rows]
-        groups = _aligned([arms[row["label"]] for row in rows])
+        groups = aligned([arms[row["label"]] for row in rows])
         slope, intercept = fit_line(x, [sum(g) / len(g) for g in groups])
         summary["line"] = {
             "slope_per_decade": slope,

@@ -104,38 +104,44 @@ def _at(points: Sequence[Mapping[str, Any]], rho: str) -> list[Mapping[str, Any]
 
 
 def optimum(results: Results) -> Iterator[Evidence]:
-    """Where the parabola is lowest, against the paper's lowest shares; what it says must be seen in the points too."""
-    for where, summary, points in _budgets(results):
-        parabola = summary.get("parabola") or {}
-        interval = parabola.get("lowest_interval")
-        if interval is None or parabola["lowest"] is None or "best" not in summary:
-            yield Evidence(CANNOT_TELL, where, unit="%", note="no parabola with a lowest point and an interval")
-            continue
-        verdict, note = _judge_optimum(interval, summary, points)
-        yield Evidence(verdict, where, 100 * parabola["lowest"], 100 * interval[0], 100 * interval[1], "%", note)
-
-
-def _judge_optimum(
-    interval: Sequence[float], summary: Mapping[str, Any], points: Sequence[Mapping[str, Any]]
-) -> tuple[str, str]:
+    """The best share measured against the paper's best shares: by the points, since where a parabola is lowest depends on the range fitted."""
     (first, _), last = PAPER["optimum"]["text"], PAPER["optimum"]["plotted"]
     # The paper's own grid tells its lowest shares from no others than these neighbours.
     shares = sorted(next(iter(PAPER["allocation"].values()))["loss"])
     below, above = max(s for s in shares if s < first), min(s for s in shares if s > last)
-    low, high = interval
-    best = next(row for row in summary["curve"] if row["label"] == summary["best"]["label"])
+    for where, summary, points in _budgets(results):
+        if "best" not in summary:
+            continue
+        best = next(row for row in summary["curve"] if row["label"] == summary["best"]["label"])
+        inside = below <= best["rho"] <= above
+        # Told apart must be: the best from all outside, if it is one of the paper's, else from all of the paper's.
+        others = [
+            row
+            for row in summary["curve"]
+            if (not below <= row["rho"] <= above if inside else first - _ROUNDING <= row["rho"] <= last + _ROUNDING)
+        ]
+        yield _judge_optimum(where, best, others, inside, points)
+
+
+def _judge_optimum(
+    where: str,
+    best: Mapping[str, Any],
+    others: Sequence[Mapping[str, Any]],
+    inside: bool,
+    points: Sequence[Mapping[str, Any]],
+) -> Evidence:
     told = f"best share measured: {100 * best['rho']:.0f} %"
-    if first <= high and low <= last:
-        inside = below <= low and high <= above and below <= best["rho"] <= above
-        return (AGREES if inside else CANNOT_TELL), told
-    theirs = [row for row in summary["curve"] if first - _ROUNDING <= row["rho"] <= last + _ROUNDING]
-    for row in theirs:
-        better = paired(_at(points, best["label"]), _at(points, row["label"]))
-        if better is None or sign_verdict(better["low"], better["high"], -1) != AGREES:
-            return CANNOT_TELL, f"{told}, not clearly better than {100 * row['rho']:.0f} %"
-    if not theirs:
-        return CANNOT_TELL, f"{told}; none of the paper's best shares was measured"
-    return DISAGREES, f"{told}, better than all measured between {100 * first:.0f} and {100 * last:.0f} %"
+    found = [
+        (row, difference) for row in others if (difference := paired(_at(points, best["label"]), _at(points, row["label"])))
+    ]
+    theirs = "those outside the paper's shares" if inside else "the paper's shares"
+    if not found:
+        return Evidence(CANNOT_TELL, where, note=f"{told}; none of {theirs} was measured")
+    row, nearest = max(found, key=lambda pair: pair[1]["mean"])
+    note = f"{told}, against {100 * row['rho']:.0f} %, the nearest in loss of {theirs}"
+    clear = all(sign_verdict(difference["low"], difference["high"], -1) == AGREES for _, difference in found)
+    verdict = CANNOT_TELL if not clear else AGREES if inside else DISAGREES
+    return Evidence(verdict, where, nearest["mean"], nearest["low"], nearest["high"], note=note)
 
 
 def gain(results: Results) -> Iterator[Evidence]:

@@ -18,20 +18,24 @@ _ALWAYS = (
 )
 
 
-def limits(sweeps: Mapping[str, Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]], paper: Mapping[str, Any]) -> str:
+def limits(
+    sweeps: Mapping[str, Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]], paper: Mapping[str, Any], control: str = ""
+) -> str:
     """A list; what needs results is left out without them.
 
     Args:
         sweeps: results by name.
         verdicts: as ``engram.experiments.claims.judge`` gives them.
         paper: the paper's own figures.
+        control: a line on how good experts alone are.
     """
     judged = sum(entry["low"] is not None for entry in verdicts)
     many = (
         f"**Many questions.** {plural(judged, 'interval')} of 95 % are judged above; one in twenty would miss the truth by chance "
         "alone, and a sign that was claimed is counted as agreeing however much smaller or larger the effect is than the paper's."
     )
-    return "\n".join(f"- {line}" for line in (*_scale(sweeps, paper), *([many] if judged else []), *_ALWAYS))
+    lines = (*_scale(sweeps, paper), control, many if judged else "", *_ALWAYS)
+    return "\n".join(f"- {line}" for line in lines if line)
 
 
 def _scale(sweeps: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Any]) -> Iterator[str]:

@@ -16,6 +16,7 @@ def looks(result: Mapping[str, Any]) -> list[str]:
     against = f", beside {literal_text(result['against'])}" if result["against"] else ""
     parts = [f"Looked at: {literal_text(result['model'])}{against}, on {count(result['text']['tokens'])} tokens."]
     parts += [f"Left out: {literal_text(name)}: {literal_text(reason)}." for name, reason in result["skipped"].items()]
+    parts += _lens(result)
     off = result.get("memory_off")
     if off:
         groups = {"all": off["all"], **off["by_kind"], **{f"token: {name}": group for name, group in off["by_token"].items()}}
@@ -38,6 +39,27 @@ def looks(result: Mapping[str, Any]) -> list[str]:
             table(("text", "tokens", "loss, memory on", "loss, off", "lost, nats", "accuracy kept, %"), rows, right=range(1, 6))
         )
     return parts
+
+
+def _lens(result: Mapping[str, Any]) -> list[str]:
+    """What each block knows already of what the model will say."""
+    lens = result.get("logit_lens") or {}
+    differences = lens.get("difference", {}).get("against")
+    if not differences:
+        return []
+    with_memory, against = lens["subjects"][lens["reference"]], lens["subjects"]["against"]
+    rows = [
+        (str(a["layer"]), interval(a, 3), interval(b, 3), interval(difference, 3, signed=True))
+        for a, b, difference in [*zip(with_memory, against, differences)][:-1]  # of the last block it is zero
+    ]
+    documents = ", ".join(
+        f"{literal_text(kind)} {found['documents']}" for kind, found in result["text"].get("kinds", {}).items()
+    )
+    told = f" Intervals are over documents ({documents}): too narrow where they are few." if documents else ""
+    return [
+        table(("block", "KL of the lens, with memory", "without", "without less with"), rows, right=range(4)),
+        f"KL of what the head makes of a block's output to what the model says in the end, nats per token; one model of each kind.{told}",
+    ]
 
 
 def long_context(result: Mapping[str, Any]) -> list[str]:
@@ -76,4 +98,10 @@ def throughput(result: Mapping[str, Any]) -> list[str]:
         )
     header = ("backbone", "optimiser", "table rows", "tokens per step", "seconds without", "seconds with", "throughput kept")
     rounds = result["entries"][0][SHARE]["throughput"]["rounds"]
-    return [table(header, rows, right=range(2, 7)), f"Medians of {rounds} rounds; in brackets the range."]
+    shares = [entry[SHARE]["throughput"] for entry in result["entries"]]
+    level = sum(share["min"] <= 1 <= share["max"] for share in shares)
+    return [
+        table(header, rows, right=range(2, 7)),
+        f"Medians of {rounds} rounds, of the seconds and of the shares each for itself; in brackets the range, which includes 1 in {level} of "
+        f"{len(shares)} rows.",
+    ]

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from engram.experiments.cross_checks import (
+    against_experts_alone,
+    curvature_per_decade,
+    made_twice,
+    measured_tokens,
+    not_told_apart,
+    on_validation,
+    parabola_above,
+    pooled_half_width,
+)
 from engram.plots.markdown import count, interval, literal_text, plural, span, table
 from engram.plots.marks import points_of
 
-__all__ = ["ANSWERS", "contamination", "failures", "progress", "protocol", "tuning"]
+__all__ = ["ANSWERS", "contamination", "failures", "measured", "progress", "protocol", "repeats", "tuning", "weak_experts"]
+
+_PAPER_RANGE = 0.4
+"""The smallest share of experts that the paper measured."""
 
 
 def progress(result: Mapping[str, Any]) -> str:
@@ -76,8 +91,54 @@ def contamination(corpus: Mapping[str, Any]) -> str:
         for entry in corpus["contamination"]
     ]
     told = f"Left out of the corpus as duplicates: {count(removed['exact'])} exact, {count(removed['near'])} near."
-    return " ".join(
-        [told, *lines, "They stay in what is reported: a memory may gain more there than on text that is new throughout."]
+    rest = (
+        "This is of all held-out documents, of which losses are measured on a part. What is shared stays in: a memory may gain more there than "
+        "on text that is new throughout."
+    )
+    return " ".join([told, *lines, rest])
+
+
+def measured(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which tokens losses are measured on."""
+    halves = measured_tokens(results)
+    if not halves:
+        return ""
+    kinds = list(dict.fromkeys(kind for found in halves.values() for kind in found))
+    rows = [
+        (half, count(sum(found.values())), *(f"{100 * found.get(kind, 0) / sum(found.values()):.0f} %" for kind in kinds))
+        for half, found in halves.items()
+    ]
+    header = ("measured on", "tokens", *map(literal_text, kinds))
+    return table(header, rows, right=range(1, len(header))) + (
+        "\n\nIntervals are over seeds on this text: they tell how trainings differ, not how texts do. How much that is, the two halves show, "
+        "whose losses stand side by side below; their mixtures differ."
+    )
+
+
+def repeats(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """What runs of one recipe, text and seed that were made twice say about digits."""
+    found = made_twice(results)
+    if not found:
+        return ""
+    typical = math.sqrt(sum(x * x for x in found) / len(found))
+    return (
+        f"**Repeats.** {plural(len(found), 'run')} stand in two sweeps: one recipe, text and seed, run twice, with code of different days. "
+        f"Their losses differ by {typical:.4f} (root mean square; at most {max(map(abs, found)):.4f}). Other rounding grows in training, "
+        "so losses come back to about two decimals and not to the last digit, and intervals much narrower than this are luck."
+    )
+
+
+def weak_experts(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """What experts alone are worth beside the arms of other sweeps, where the runs can be compared; empty otherwise."""
+    told = [
+        f"{literal_text(arm)}: {interval(difference, signed=True)} nats against experts alone of {literal_text(other)}"
+        for arm, other, difference in against_experts_alone(results)
+    ]
+    if not told:
+        return ""
+    return (
+        f"**Weak experts.** {'; '.join(told)} (same text, tokens and seeds). Experts as small and as briefly trained as these are a weak "
+        "control: what a memory gains over them is not what it gains over good ones."
     )
 
 
@@ -107,20 +168,24 @@ def _listed(rates: Sequence[float]) -> str:
 
 
 def _allocation(result: Mapping[str, Any]) -> list[str]:
-    parts = []
+    parts, others = [], on_validation(result)
     for budget, summary in result["summary"].items():
         if budget != "all":
             parts.append(f"**Budget {literal_text(budget)}**")
-        loads = _largest_loads(result, budget)
+        loads, points = _largest_loads(result, budget), points_of(result, "rho", budget)
+        other_half = {row["label"]: row["against_experts_alone"] for row in others[budget]["curve"]}
         header = (
             "rho",
             "parameters",
             "active",
             "experts",
+            "dense width",
             "largest load",
             "rows per head",
             "test loss",
+            "bits per byte",
             "difference to experts alone",
+            "on the validation half",
         )
         rows = [
             (
@@ -128,15 +193,22 @@ def _allocation(result: Mapping[str, Any]) -> list[str]:
                 count(row["total"]),
                 count(row["active"]),
                 count(row["experts"]),
+                count(row["dense_width"]),
                 loads.get(row["label"], "–"),
                 count(max(row["rows_per_head"], default=0)),
                 interval(row["loss"]),
+                f"{statistics.fmean(p['test']['bits_per_byte'] for p in points[row['label']]):.3f}",
                 interval(row["against_experts_alone"], signed=True),
+                interval(other_half[row["label"]], signed=True),
             )
             for row in summary["curve"]
         ]
-        parts += [table(header, rows, right=range(8)), _parabola(summary)]
-    parts.append("*Largest load*: tokens of the busiest expert in the last step, as a multiple of the mean; 1 is balanced.")
+        flat = [point for found in points.values() for point in found]
+        parts += [table(header, rows, right=range(11)), _parabola(summary, flat), _best(summary, flat, other_half)]
+    parts.append(
+        "*Largest load*: tokens of the busiest expert in the last step, as a multiple of the mean; 1 is balanced. *Dense width*: of the "
+        "leading block, which takes up what the router and the memory's projections leave of the active parameters."
+    )
     return parts
 
 
@@ -149,26 +221,39 @@ def _largest_loads(result: Mapping[str, Any], budget: str) -> dict[str, str]:
     return {rho: span(found) for rho, found in loads.items() if found}
 
 
-def _parabola(summary: Mapping[str, Any]) -> str:
-    sentences = []
+def _parabola(summary: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> str:
     fit = summary.get("parabola")
     if fit is None:
-        sentences.append("Too few shares for a parabola.")
-    else:
-        curvature = interval({"mean": fit["coefficients"][0], **_ends(fit["curvature_interval"])}, digits=3, signed=True)
-        sentences.append(
-            f"Parabola: curvature {curvature} nats per unit of rho squared; root mean square residual {fit['residual']:.4f}."
+        return "Too few shares for a parabola."
+    curvature = interval({"mean": fit["coefficients"][0], **_ends(fit["curvature_interval"])}, digits=3, signed=True)
+    told = f"Parabola: curvature {curvature} nats per unit of rho squared; root mean square residual {fit['residual']:.4f}. {_lowest(fit)}"
+    theirs = parabola_above(summary["curve"], points, _PAPER_RANGE)
+    if theirs is not None and len(summary["curve"]) > sum(row["rho"] >= _PAPER_RANGE for row in summary["curve"]):
+        told += (
+            f" Through shares of {100 * _PAPER_RANGE:.0f} % and more alone, the paper's range: {_lowest(theirs, begin='it')} So the place "
+            "depends on the range that is fitted: the parabola describes, and nothing is judged by where it is lowest."
         )
-        if fit["lowest"] is None:
-            sentences.append("It has no lowest point.")
-        else:
-            place = interval({"mean": fit["lowest"], **_ends(fit["lowest_interval"])}, digits=1, factor=100)
-            sentences.append(f"It is lowest at {place} %.")
+    return told
+
+
+def _lowest(fit: Mapping[str, Any], begin: str = "It") -> str:
+    if fit["lowest"] is None:
+        return f"{begin} has no lowest point."
+    place = interval({"mean": fit["lowest"], **_ends(fit["lowest_interval"])}, digits=1, factor=100)
+    return f"{begin} is lowest at {place} %."
+
+
+def _best(summary: Mapping[str, Any], points: Sequence[Mapping[str, Any]], other_half: Mapping[str, Any]) -> str:
+    """The best share, and those that may be as good."""
     best = summary.get("best")
-    if best is not None:
-        against = "" if best["gain"] is None else f": {interval(best['gain'], signed=True)} nats against experts alone"
-        sentences.append(f"Best share by validation loss: {100 * best['rho']:.1f} %{against}.")
-    return " ".join(sentences)
+    if best is None:
+        return ""
+    told = f"Best share by validation loss: {100 * best['rho']:.1f} %"
+    if best["gain"] is not None:
+        other = interval(other_half[best["label"]], signed=True)
+        told += f": {interval(best['gain'], signed=True)} nats against experts alone ({other} on the validation half, by which it was chosen)"
+    equals = ", ".join(f"{100 * rho:.0f}" for rho in sorted(not_told_apart(summary["curve"], points, best["label"])))
+    return f"{told}. Shares that these seeds do not tell apart from it: {equals} %."
 
 
 def _ends(ends: Sequence[float] | None) -> dict[str, float | None]:
@@ -177,22 +262,41 @@ def _ends(ends: Sequence[float] | None) -> dict[str, float | None]:
 
 def _slots(result: Mapping[str, Any]) -> list[str]:
     summary = result["summary"]
+    other = on_validation(result)
+    other_half = {row["label"]: row["against_none"] for row in other["curve"]}
     rows = [
-        (literal_text(row["label"]), count(row["slots"]), interval(row["loss"]), interval(row["against_none"], signed=True))
+        (
+            literal_text(row["label"]),
+            count(row["slots"]),
+            interval(row["loss"]),
+            interval(row["against_none"], signed=True),
+            interval(other_half[row["label"]], signed=True),
+        )
         for row in summary["curve"]
     ]
     if summary["none"] is not None:
-        rows.insert(0, ("no memory", "0", interval(summary["none"]), "–"))
-    parts = [table(("table", "slots", "test loss", "difference to no memory"), rows, right=(1, 2, 3))]
+        rows.insert(0, ("no memory", "0", interval(summary["none"]), "–", "–"))
+    header = ("table", "slots", "test loss", "difference to no memory", "on the validation half")
+    parts = [table(header, rows, right=(1, 2, 3, 4))]
     line = summary.get("line")
     if line is None:
         return [*parts, "Too few table sizes for a line."]
-    slope = interval({"mean": line["slope_per_decade"], **_ends(line["slope_interval"])}, signed=True)
-    return [*parts, f"Slope: {slope} nats per decade of slots."]
+    slope, on_other = (
+        interval({"mean": found["slope_per_decade"], **_ends(found["slope_interval"])}, signed=True)
+        for found in (line, other["line"])
+    )
+    bent = curvature_per_decade(result)
+    told = f"Slope: {slope} nats per decade of slots ({on_other} on the validation half)."
+    return [
+        *parts,
+        told
+        if bent is None
+        else f"{told} Is the line one? Quadratic term: {interval(bent, signed=True)} nats per decade squared.",
+    ]
 
 
 def _arms(result: Mapping[str, Any]) -> list[str]:
-    parts = []
+    parts, others = [], on_validation(result)
     for setting, arms in result["summary"].items():
         if setting != "all":
             parts.append(f"**{literal_text(setting)}**")
@@ -206,10 +310,35 @@ def _arms(result: Mapping[str, Any]) -> list[str]:
             for label, arm in ordered
         ]
         if compared:
-            header.append(f"difference to {literal_text(result['recipe'].get('reference', 'reference'))}")
-            rows = [[*row, interval(arm["against_reference"], signed=True)] for row, (_, arm) in zip(rows, ordered)]
-        parts.append(table(header, rows, right=range(1, 6)))
+            header += [
+                f"difference to {literal_text(result['recipe'].get('reference', 'reference'))}",
+                "on the validation half",
+            ]
+            other_half = {label: arm["against_reference"] for label, arm in others[setting].items()}
+            rows = [
+                [*row, interval(arm["against_reference"], signed=True), interval(other_half[label], signed=True)]
+                for row, (label, arm) in zip(rows, ordered)
+            ]
+        parts.append(table(header, rows, right=range(1, 7)))
+        points = [point for found in points_of(result, "arm", setting).values() for point in found]
+        if compared and (half := pooled_half_width(points)) is not None:
+            parts.append(_pooled(arms, half))
     return parts
+
+
+def _pooled(arms: Mapping[str, Any], half: float) -> str:
+    """What would be told apart if all arms were as noisy as each other."""
+    differences = {label: arm["against_reference"] for label, arm in arms.items() if arm["against_reference"]}
+    clear = [
+        f"{literal_text(label)} ({'' if found['low'] is not None and not found['low'] <= 0 <= found['high'] else 'not '}by its own interval)"
+        for label, found in differences.items()
+        if abs(found["mean"]) > half
+    ]
+    return (
+        f"If all arms with a memory are as noisy as each other (arm + seed + noise), 95 % of differences lie within ±{half:.4f} of the truth. "
+        f"By that, clearly unlike the reference: {', '.join(clear) or 'none'}. This was computed after the data were seen and corrects for no "
+        "number of comparisons; the verdicts below go by each arm's own interval."
+    )
 
 
 ANSWERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {

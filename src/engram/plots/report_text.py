@@ -12,7 +12,17 @@ from engram.plots.figure import Picture
 from engram.plots.markdown import count, interval, literal_text, plural, table
 from engram.plots.report_limits import limits
 from engram.plots.report_looks import long_context, looks, throughput
-from engram.plots.report_sweeps import ANSWERS, contamination, failures, progress, protocol, tuning
+from engram.plots.report_sweeps import (
+    ANSWERS,
+    contamination,
+    failures,
+    measured,
+    progress,
+    protocol,
+    repeats,
+    tuning,
+    weak_experts,
+)
 from engram.plots.results import SWEEPS, ResultFile, reading
 
 __all__ = ["Report"]
@@ -86,7 +96,7 @@ class Report:
             "## What agrees with the paper, and what does not",
             *self._agreement(),
             "## What this scale cannot show",
-            limits(self._sweeps(), self.verdicts, self.paper),
+            limits(self._sweeps(), self.verdicts, self.paper, weak_experts(self._sweeps())),
             "## How to make this again",
             *self._provenance(),
         ]
@@ -104,15 +114,16 @@ class Report:
             "seed and setting in the result files it is made from."
         )
         found = Counter(entry["verdict"] for entry in self.verdicts)
-        measured = sum(number for verdict, number in found.items() if verdict != "not measured")
-        if not measured:
+        judged = sum(number for verdict, number in found.items() if verdict != "not measured")
+        claims_judged = len({entry["claim"] for entry in self.verdicts if entry["verdict"] != "not measured"})
+        if not judged:
             yield "**In short:** nothing has been measured yet."
             return
         parts = [f"{text}: {found[verdict]}" for verdict, text in _IN_SHORT.items()]
         claims = "claim was" if found["not measured"] == 1 else "claims were"
         yield (
-            f"**In short:** {plural(measured, 'judgement')} on the paper's claims ({'; '.join(parts)}); {found['not measured']} {claims} not "
-            "measured."
+            f"**In short:** {plural(judged, 'judgement')} on {plural(claims_judged, 'claim')} of the paper ({'; '.join(parts)}); "
+            f"{found['not measured']} {claims} not measured. Judgements of one claim hang together, and so do those that share a control."
         )
         lines = [line for file in self._of("allocation") for line in _best_shares(file)]
         if lines:
@@ -127,8 +138,12 @@ class Report:
         yield (
             "Parameters leave embeddings and head out; active are those a token is multiplied with. Settings are chosen by the validation "
             "half of the held-out text, everything reported is the loss on its test half, in nats per token. Intervals of means and of "
-            "differences are 95 % by Student's t over seeds, differences taken seed by seed; those of fits likewise, with a fit for each seed."
+            "differences are 95 % by Student's t over seeds, differences taken seed by seed; those of fits likewise, with a fit for each seed. "
+            "Operations per token leave out embeddings and head, masked positions of attention and the mixing of residual streams. Losses in "
+            "nats per token belong to a tokenizer: beside the paper's only signs compare."
         )
+        yield measured(sweeps)
+        yield repeats(sweeps)
         bases = {name: _base(result) for name, result in sweeps.items()}
         yield "\n".join(
             f"- Base of {literal_text(name)}: `{base}`; all else at its default." for name, base in bases.items() if base
@@ -216,7 +231,10 @@ def _best_shares(file: ResultFile) -> Iterator[str]:
         if best is not None and best["gain"] is not None:
             where = literal_text(file.name if budget == "all" else f"{file.name}, {budget}")
             gain = interval(best["gain"], signed=True)
-            yield f"- {where}: with {100 * best['rho']:.0f} % experts, the best share, the loss differs from experts alone by {gain} nats."
+            yield (
+                f"- {where}: with {100 * best['rho']:.0f} % experts, the best share by validation loss, the test loss differs from experts "
+                f"alone by {gain} nats; which share is best is told apart from few of its neighbours."
+            )
 
 
 def _base(result: Mapping[str, Any]) -> str:

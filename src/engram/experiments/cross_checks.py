@@ -1,0 +1,146 @@
+"""What points say beyond a sweep's summary: the other half of the text, noise pooled over arms, runs made twice, arms of two sweeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from engram.experiments.arms import REFERENCE
+from engram.experiments.statistics import mean_interval, seed_interval, student_t
+from engram.experiments.summary import aligned, paired, parabola, summarise
+
+__all__ = [
+    "against_experts_alone",
+    "curvature_per_decade",
+    "made_twice",
+    "measured_tokens",
+    "not_told_apart",
+    "on_validation",
+    "parabola_above",
+    "pooled_half_width",
+]
+
+_SAME_SIZE = 0.02
+"""Active parameters of two models that are compared across sweeps differ by less than this."""
+
+Results = Mapping[str, Mapping[str, Any]]
+Points = Sequence[Mapping[str, Any]]
+
+
+def on_validation(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A sweep's summary with the losses of the validation half in place of those of the test half."""
+    points = [{**point, "test": point["validation"]} for point in result["points"]]
+    return summarise(result["question"], points, result["recipe"].get("reference") or REFERENCE)
+
+
+def measured_tokens(results: Results) -> dict[str, dict[str, int]]:
+    """Tokens that losses are measured on, by half and kind of text; of the first point that says so."""
+    points = [point for result in results.values() for point in result["points"]]
+    if not points:
+        return {}
+    halves = {half: points[0][half].get("by_kind", {}) for half in ("validation", "test")}
+    return {half: {kind: entry["tokens"] for kind, entry in kinds.items()} for half, kinds in halves.items() if kinds}
+
+
+def pooled_half_width(points: Points) -> float | None:
+    """Half of the 95 % interval of a difference between two arms, if all arms with a memory are as noisy as each other.
+
+    Losses are taken as arm + seed + noise; the noise's variance is that of all residuals, with (arms - 1) (seeds - 1) degrees of freedom.
+
+    Returns:
+        None for fewer than three arms or two seeds that all of them have.
+    """
+    arms: dict[str, dict[int, float]] = {}
+    for point in points:
+        if point["counts"]["table_rows"]:
+            arms.setdefault(point["labels"]["arm"], {})[point["seed"]] = point["test"]["loss"]
+    seeds = sorted(set.intersection(*map(set, arms.values()))) if arms else []
+    if len(arms) < 3 or len(seeds) < 2:
+        return None
+    losses = np.array([[of_seed[seed] for seed in seeds] for of_seed in arms.values()])
+    residuals = losses - losses.mean(axis=1, keepdims=True) - losses.mean(axis=0) + losses.mean()
+    degrees = (len(arms) - 1) * (len(seeds) - 1)
+    return float(student_t(degrees) * math.sqrt((residuals**2).sum() / degrees * 2 / len(seeds)))
+
+
+def made_twice(results: Results) -> list[float]:
+    """Differences of test loss between runs of one recipe, text and seed that stand in two sweeps, the later name less the earlier."""
+    losses: dict[str, list[float]] = {}
+    for _, result in sorted(results.items()):
+        found = {p["digest"] + result["data"]["fingerprint"]: p["test"]["loss"] for p in (*result["points"], *result["tuning"])}
+        for key, loss in found.items():
+            losses.setdefault(key, []).append(loss)
+    return [other - found[0] for found in losses.values() for other in found[1:]]
+
+
+def against_experts_alone(results: Results) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Arms of comparisons beside experts alone of an allocation: same text, tokens and seeds, active parameters within 2 %.
+
+    Yields:
+        Names of both, and the difference of test losses, seed by seed.
+    """
+    pure = [
+        (name, budget, points)
+        for name, result in results.items()
+        if result["question"] == "allocation"
+        for budget, points in _groups(result, "budget").items()
+    ]
+    for name, result in results.items():
+        if result["question"] != "comparison":
+            continue
+        for arm, points in _groups(result, "arm").items():
+            for other, budget, candidates in pure:
+                experts = [p for p in candidates if p["counts"]["rho"] == 1]
+                same_text = result["data"]["fingerprint"] == results[other]["data"]["fingerprint"]
+                if experts and same_text and _comparable(points[0], experts[0]) and (found := paired(points, experts)):
+                    yield f"{name}, {arm}", f"{other}, {budget}" if budget else other, found
+
+
+def _groups(result: Mapping[str, Any], dimension: str) -> dict[str, list[Mapping[str, Any]]]:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for point in result["points"]:
+        groups.setdefault(point["labels"].get(dimension, ""), []).append(point)
+    return groups
+
+
+def _comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    sizes = a["counts"]["active"], b["counts"]["active"]
+    return a["tokens"] == b["tokens"] and max(sizes) <= (1 + _SAME_SIZE) * min(sizes)
+
+
+def not_told_apart(curve: Points, points: Points, best: str) -> list[float]:
+    """Shares whose loss does not differ clearly from that of the share labelled ``best``, itself included."""
+    of = {row["label"]: [p for p in points if p["labels"]["rho"] == row["label"]] for row in curve}
+    found = []
+    for row in curve:
+        difference = None if row["label"] == best else paired(of[row["label"]], of[best])
+        if difference is None or difference["low"] is None or difference["low"] <= 0 <= difference["high"]:
+            found.append(row["rho"])
+    return found
+
+
+def parabola_above(curve: Points, points: Points, smallest: float) -> dict[str, Any] | None:
+    """The parabola through shares from ``smallest`` alone; None for fewer than four."""
+    rows = [row for row in curve if row["rho"] >= smallest]
+    if len(rows) < 4:
+        return None
+    groups = [[p for p in points if p["labels"]["rho"] == row["label"]] for row in rows]
+    return parabola([row["rho"] for row in rows], aligned(groups))
+
+
+def curvature_per_decade(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The quadratic term of loss over the logarithm of slots, nats per decade squared; zero if the line is one. None for too few sizes."""
+    curve = result["summary"]["curve"]
+    if len(curve) < 4:
+        return None
+    x = [math.log10(row["slots"]) for row in curve]
+    groups = aligned([[p for p in result["points"] if p["labels"]["rows"] == row["label"]] for row in curve])
+
+    def quadratic(losses: Sequence[float]) -> float:
+        return float(np.polyfit(x, losses, 2)[0])
+
+    low, high = seed_interval(groups, quadratic) or (None, None)
+    return {**mean_interval([quadratic([sum(group) / len(group) for group in groups])]), "low": low, "high": high}

@@ -61,8 +61,10 @@ def test_a_memory_is_moved_and_used_there(engram, tmp_path):
     assert json.loads(out)["moved"]["dtype_after"] == "int8"
     assert sorted(file.name for file in (tmp_path / "rows").iterdir()) == [
         "layer-0.rows",
+        "layer-0.rows.form",
         "layer-0.rows.json",
         "layer-2.rows",
+        "layer-2.rows.form",
         "layer-2.rows.json",
     ]
 

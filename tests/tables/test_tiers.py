@@ -552,6 +552,76 @@ def test_hot_rows_are_counted_chosen_and_copied_again(tmp_path):
     assert counts.most_frequent(3).tolist() == [0, 1, 2]
 
 
+def test_a_copied_hybrid_has_the_rows_of_now():
+    table = build_table(ROWS, DIM, TableConfig(tier="hybrid", hot_rows=3))
+    table.load_rows(0, random_rows())
+    table.promote(torch.tensor([5]))
+    with torch.no_grad():
+        table.lookup(torch.tensor([5]))
+        table.update_rows(torch.tensor([5]), lambda rows: rows * 0 + 5)
+        assert bool((copy.deepcopy(table).lookup(torch.tensor([5])) == 5).all())
+
+
+def test_read_only_rows_are_not_trained(tmp_path):
+    """Steps would be lost with the pages that they went into."""
+    MmapTable(ROWS, DIM, tmp_path / "rows", "r+").load_rows(0, random_rows())
+    table = MmapTable(ROWS, DIM, tmp_path / "rows")
+    assert not table.can_be_trained
+    table.requires_grad_(True)
+    with pytest.raises(TableError, match="mapped read-only: its rows cannot be trained"):
+        table.lookup(torch.tensor([3]))
+    with torch.no_grad():
+        assert torch.equal(table.lookup(torch.tensor([3])), random_rows()[3:4])
+
+
+@pytest.mark.parametrize("form", QUANTISED)
+def test_stored_rows_are_put_in_bit_for_bit(make, form):
+    """Values and scales that no encoder would choose: the largest value is not the largest code."""
+    table = make(form)
+    cold = table.cold if isinstance(table, HybridTable) else table
+    values = torch.randint(1, 5, (20, cold.weight.shape[1])).to(torch.uint8).view(cold.weight.dtype)
+    scales = torch.full_like(cold.scales[:20], 100)
+    cold.load_stored(7, values, scales)
+    stored, of_them = cold.read_stored(torch.arange(7, 27))
+    assert torch.equal(stored.view(torch.uint8), values.view(torch.uint8))
+    assert torch.equal(of_them, scales)
+    assert torch.equal(table.lookup(torch.arange(7, 27)), row_format(form).decode(values, scales))
+
+
+def test_row_files_of_another_format_are_refused(tmp_path):
+    def build(dtype, rows=ROWS):
+        return build_table(rows, DIM, TableConfig(tier="mmap", dtype=dtype, path=str(tmp_path)))
+
+    build("float16").load_rows(0, random_rows())
+    for dtype, rows in (("bfloat16", ROWS), ("int8", ROWS), ("float16", ROWS - 1)):
+        with pytest.raises(TableError, match=r"got rows stored as \{'format': 'float16', 'rows': 300, 'dim': 16\}"):
+            build(dtype, rows)
+    assert torch.equal(build("float16").lookup(torch.arange(ROWS)), random_rows().half())
+    (tmp_path / "layer-0.rows").unlink()
+    build("bfloat16")  # its rows are gone, so it is nobody's
+
+
+def test_one_budget_of_pages_for_all_tables(tmp_path):
+    program = f"""
+import torch
+from engram.tables import MmapTable, rowfile
+BUDGET = 16 << 20
+tables = [MmapTable(4 * BUDGET // 256, 64, f"{tmp_path}/{{i}}", "r+", resident_bytes=BUDGET) for i in range(4)]
+start, peak = rowfile._resident(), 0
+for part in torch.arange(tables[0].rows).split(1 << 12):
+    for table in tables:
+        table.load_rows(int(part[0]), part.float().unsqueeze(1).expand(-1, 64))
+        peak = max(peak, rowfile._resident() - start)
+for table in tables:
+    with torch.no_grad():
+        assert torch.equal(table.lookup(torch.arange(0, table.rows, 999))[:, 3], torch.arange(0, table.rows, 999).float())
+print(peak / BUDGET)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.5
+
+
 def test_tables_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
     monkeypatch.setattr("engram.tables.memory.available_memory", lambda: 100 << 20)
     rows = (101 << 20) // 256
@@ -690,6 +760,34 @@ def test_memories_are_quantised_saved_and_read_in_any_format(form, tmp_path):
         memory.unload()
 
 
+@pytest.mark.parametrize("placement", [TableConfig(tier="mmap"), TableConfig(tier="mmap", path="rows", resident_bytes=1 << 20)])
+def test_mapped_rows_are_saved_and_a_truncated_file_is_an_error_then(placement, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    memory = trained_memory()
+    expected = logits(memory)
+    memory.save_pretrained(tmp_path / "a")
+    memory.unload()
+    memory = EngramModel.from_pretrained(tiny_model(), tmp_path / "a", tiny_tokenizer(), placement)
+    memory.save_pretrained(tmp_path / "b")
+    assert torch.equal(logits(EngramModel.from_pretrained(tiny_model(), tmp_path / "b", tiny_tokenizer())), expected)
+    table = memory.engrams["0"].multi_head_embedding.embedding
+    os.truncate(table.path, 4096)
+    with pytest.raises(TableError, match="was truncated"):
+        memory.save_pretrained(tmp_path / "b")
+    assert torch.equal(logits(EngramModel.from_pretrained(tiny_model(), tmp_path / "b", tiny_tokenizer())), expected)
+
+
+def test_rows_mapped_in_place_are_those_of_one_memory_only(tmp_path):
+    memory = trained_memory()
+    memory.save_pretrained(tmp_path / "a")
+    memory.save_pretrained(tmp_path / "b")
+    memory.unload()
+    memory = EngramModel.from_pretrained(tiny_model(), tmp_path / "a", tiny_tokenizer(), TableConfig(tier="mmap"))
+    with pytest.raises(CheckpointError, match="mapped where they lie"):
+        memory.load_memory(tmp_path / "b")
+    memory.load_memory(tmp_path / "a")
+
+
 def test_rows_mapped_in_place_keep_their_type(tmp_path):
     memory = trained_memory()
     memory.save_pretrained(tmp_path)
@@ -767,10 +865,10 @@ def test_row_files_are_filled_once_and_trained_rows_are_not_overwritten(tmp_path
             file.write(b"else")
         assert torch.equal(logits(load(changed_rows="refill")), trained)
         assert len(filled) > first
-        filled.clear()
-        (tmp_path / "rows" / "layer-0.rows").unlink()
+        for name in ("layer-0.rows", "layer-0.rows.json"):
+            (tmp_path / "rows" / name).unlink()
         with open(tmp_path / "rows" / "layer-2.rows", "r+b") as file:
             file.write(b"else")
         with pytest.raises(CheckpointError, match=r"layer-2\.rows holds other rows"):
             load()
-        assert not filled  # layer 0 was not begun
+        assert not (tmp_path / "rows" / "layer-0.rows.json").exists()  # layer 0 was not begun

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import torch
@@ -253,11 +253,11 @@ class EngramModel(nn.Module):
                 left as it was.
         """
         for _ in range(_READS):
-            version = saved_version(path)
+            version = _version_of(path)
             try:
                 return cls._load(model, path, tokenizer, table_config, rollback_window, allow_other_base)
             except (CheckpointError, TableError):
-                if saved_version(path) == version:
+                if _version_of(path) == version:
                     raise  # otherwise another process saved meanwhile, and cleared away what was being read
         return cls._load(model, path, tokenizer, table_config, rollback_window, allow_other_base)
 
@@ -330,6 +330,13 @@ def _check_fit(model: PreTrainedModel, decoder: Decoder, config: EngramConfig, t
         raise AttachError(
             f"the tokenizer has {len(tokenizer)} tokens, the model's embeddings {vocab}; is it this model's tokenizer?"
         )
+
+
+def _version_of(path: str | os.PathLike[str]) -> str | None:
+    """Of the memory saved there; None if it cannot be read, which whoever reads all of it will say better."""
+    with suppress(CheckpointError):
+        return saved_version(path)
+    return None
 
 
 def _device_of(block: nn.Module) -> torch.device:

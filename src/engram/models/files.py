@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +20,15 @@ from engram.checkpoint import (
     read_description,
     read_ledger,
     saved_version,
+    stream_store,
     tensor_offsets,
-    write_store,
 )
-from engram.checkpoint.stream import type_code
+from engram.checkpoint.stream import TensorSpec, as_parts, type_code
 from engram.config import EngramConfig, TableConfig
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping
 from engram.models.identity import base_identity, identity_mismatch
-from engram.tables import HybridTable, MappedRows, StoredRows, VerifiedTable, row_format, rows_are, stamp_rows
+from engram.tables import HybridTable, MappedRows, QuantisedTable, StoredRows, VerifiedTable, row_format, rows_are, stamp_rows
 
 if TYPE_CHECKING:
     from engram.models.engram_model import EngramModel
@@ -54,7 +55,14 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
     }
     if memory.engram_config.reader == "seeded":
         description["reader_sha256"] = _reader_digest(memory)
-    write_store(path, _tensors(memory), description, memory.ledger)
+    tensors = _tensors(memory)
+    stream_store(
+        path,
+        {name: TensorSpec.of(tensor) for name, tensor in tensors.items()},
+        _parts(memory, tensors),
+        description,
+        memory.ledger,
+    )
     version = saved_version(path)
     memory.known_versions.add(version)
     for layer_id, engram in memory.engrams.items():  # row files hold what was saved
@@ -163,6 +171,19 @@ def _tensors(memory: EngramModel) -> dict[str, Tensor]:
     }
 
 
+def _parts(memory: EngramModel, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in parts; rows in files block by block and checked, so that a truncated one is an error and a budget of pages is kept."""
+    mapped = {
+        f"layers.{layer_id}.{_TABLE}": cold
+        for layer_id, engram in memory.engrams.items()
+        if isinstance(cold := _cold(engram.multi_head_embedding.embedding), MappedRows)
+    }
+    yield from as_parts({name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(mapped))})
+    for prefix, table in mapped.items():
+        for block in table.stored_blocks():
+            yield from zip((f"{prefix}weight", f"{prefix}scales"), block)
+
+
 def _table_shapes(memory: EngramModel, saved_dtype: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the saved tables' tensors; the first dimension is -1 where any number of rows may be."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -226,7 +247,12 @@ def _fill_tables(memory: EngramModel, tensors: TensorReader, saved_dtype: str, c
             stop = start + _ROWS_AT_ONCE
             block = tensors.read(f"{prefix}weight", start, stop)
             scales = tensors.read(f"{prefix}scales", start, stop) if form.quantised else None
-            table.load_rows(start, block if scales is None else form.decode(block, scales))
+            if scales is None:
+                table.load_rows(start, block)
+            elif isinstance(cold, QuantisedTable) and cold.form == form:
+                cold.load_stored(start, block, scales)
+            else:
+                table.load_rows(start, form.decode(block, scales))
         if isinstance(cold, MappedRows):
             cold.flush()
             stamp_rows(cold.path, stamps[layer_id])
@@ -241,15 +267,23 @@ def _is_filled(table: Any, stamp: str, source: Path, changed_rows: str) -> bool:
     cold = _cold(table)
     if not isinstance(cold, MappedRows):
         return False
-    if cold.mode == "r" or rows_are(cold.path, stamp):
+    if cold.mode == "r":
+        if cold.path.resolve() != source.resolve():
+            raise CheckpointError(
+                f"the rows are mapped where they lie in {cold.path}, and {source} holds others. Load that memory anew (from_pretrained), or "
+                "give the rows files of their own: TableConfig(tier='mmap', path=...)."
+            )
+        return True
+    if rows_are(cold.path, stamp):
         return True
     if cold.is_new or changed_rows == "refill":
         return False
     if changed_rows == "keep":
         return True
     raise CheckpointError(
-        f"{cold.path} holds other rows than {source}: they were trained or edited and not saved, or are another memory's. "
-        "Choose another path, or TableConfig(changed_rows='keep') to go on with them, 'refill' to write the saved rows over them."
+        f"{cold.path} holds other rows than {source}: they were trained or edited and not saved, are another memory's, or were being "
+        "filled when that was stopped. Choose another path, or TableConfig(changed_rows='keep') to go on with them, 'refill' to write the "
+        "saved rows over them."
     )
 
 

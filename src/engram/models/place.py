@@ -23,6 +23,7 @@ from engram.tables import (
     FORMATS,
     AccessCounts,
     available_memory,
+    note_form,
     row_file,
     row_file_layout,
     row_format,
@@ -282,6 +283,7 @@ def write_row_files(
                 done += written
                 if progress is not None:
                     progress(done, total)
+            note_form(file, table.form.name, table.rows, table.dim)
             stamp_rows(file, row_stamp(tensors.file.name, table.layer_id, table.form.name))
 
 
@@ -294,7 +296,7 @@ def _write_rows(file: Path, table: StoredTable, tensors: TensorReader) -> Iterat
         for left in file.parent.glob(f".{file.name}.*.tmp"):  # of a run that was killed
             left.unlink()
         with open(temporary, "wb") as opened:
-            opened.truncate(size)
+            os.posix_fallocate(opened.fileno(), 0, size)  # a full disk is an error now, not in the middle
             for _, values, scales in table.blocks(tensors):
                 parts = [part.contiguous().reshape(-1).view(torch.uint8) for part in (values, scales) if part is not None]
                 for cursor, part in zip(cursors, parts):

@@ -12,7 +12,7 @@ from engram.tables.measure import rows_per_second
 from engram.tables.memory import available_memory, check_fits
 from engram.tables.prefetch import RowHandle, RowPrefetcher
 from engram.tables.quantised import QuantisedTable
-from engram.tables.rowfile import rows_are, stamp_rows
+from engram.tables.rowfile import note_form, rows_are, stamp_rows
 from engram.tables.stored import StoredRows
 from engram.tables.verified import ABSENT, DraftTable, VerifiedTable
 
@@ -38,6 +38,7 @@ __all__ = [
     "build_table",
     "check_fits",
     "check_room",
+    "note_form",
     "refuse_other_rows",
     "row_file",
     "row_file_layout",

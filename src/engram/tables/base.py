@@ -50,6 +50,11 @@ class EmbeddingTable(nn.Module):
         return str(self.dtype).removeprefix("torch.")
 
     @property
+    def can_be_trained(self) -> bool:
+        """Whether rows are a parameter that may be written."""
+        return True
+
+    @property
     def location(self) -> str:
         """Where the rows are, for people (``cpu``, ``cuda:0``, a file)."""
         return str(self.weight.device)

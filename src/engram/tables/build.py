@@ -15,9 +15,10 @@ from engram.tables.device import DeviceTable
 from engram.tables.formats import row_format
 from engram.tables.host import HostTable
 from engram.tables.hybrid import HybridTable
-from engram.tables.mapped import MmapTable, QuantisedMmapTable
+from engram.tables.mapped import MappedRows, MmapTable, QuantisedMmapTable
 from engram.tables.memory import check_fits
 from engram.tables.quantised import QuantisedTable
+from engram.tables.rowfile import check_form, note_form
 from engram.tables.verified import VerifiedTable
 
 __all__ = ["build_table", "check_room", "row_file"]
@@ -65,7 +66,7 @@ def _in_memory(rows: int, dim: int, config: TableConfig, device: torch.device | 
 
 def _fill_randomly(table: DeviceTable | QuantisedTable) -> None:
     """Rows as N(0, 1)."""
-    if not isinstance(table, QuantisedTable):
+    if not isinstance(table, QuantisedTable | MappedRows):
         torch.nn.init.normal_(table.weight)
         return
     for start in range(0, table.rows, _ROWS_AT_ONCE):
@@ -113,13 +114,16 @@ def _mapped(rows: int, dim: int, config: TableConfig, init: str, layer_id: int) 
     form, bound = row_format(config.dtype), config.resident_bytes
     if config.path is not None:
         file = row_file(config.path, layer_id)
+        check_form(file, form.name, rows, dim)
         table: MmapTable | QuantisedMmapTable
         if form.quantised:
             table = QuantisedMmapTable(rows, dim, form.name, file, "r+", resident_bytes=bound)
         else:
             table = MmapTable(rows, dim, file, "r+", dtype=form.dtype, resident_bytes=bound)
-        if table.is_new and init == "normal":
-            _fill_randomly(table)
+        if table.is_new:
+            note_form(file, form.name, rows, dim)
+            if init == "normal":
+                _fill_randomly(table)
         return table
     if config.files is None:
         raise ConfigError("TableConfig: got tier 'mmap' without a path, expected a folder for the row files of a new memory.")

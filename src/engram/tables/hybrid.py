@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -89,6 +89,11 @@ class HybridTable(EmbeddingTable):
         return self.cold.value_dtype
 
     @property
+    def can_be_trained(self) -> bool:
+        """Whether the cold table can."""
+        return self.cold.can_be_trained
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the rows, without the copies."""
         return self.cold.nbytes
@@ -136,6 +141,10 @@ class HybridTable(EmbeddingTable):
             self.hot = hot.to(self.hot.device)
             self.hot_scales = None if scales is None else scales.to(self.hot.device)
             self._copied = version
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies fetch their hot rows anew: the versions of copied tensors count from zero."""
+        return {**self.__dict__, "_copied": None}
 
     def promote(self, row_ids: Tensor) -> None:
         """Make these rows the hot ones, in place of those before.

@@ -118,6 +118,11 @@ class MappedRows(EmbeddingTable):
         """Where the rows are, for people."""
         return str(self.path)
 
+    @property
+    def can_be_trained(self) -> bool:
+        """Whether the file may be written and holds floating point rows."""
+        return self.mode == "r+" and super().can_be_trained
+
     def is_read_by(self, device: torch.device) -> bool:
         """No device but the CPU reads them: page-locking would read the whole file."""
         return False
@@ -216,12 +221,29 @@ class MappedRows(EmbeddingTable):
         """
         blocks = super().iter_row_blocks(block_rows)  # type: ignore[safe-super]  # of the table that this stands in front of
         for start in range(0, self.rows, block_rows):
-            self._file.check()  # some tables read a block when it is asked for, others leave that to whoever gets it
-            for place, size in zip(self._places, self._row_bytes):
-                self._file.soon(place + start * size, 2 * block_rows * size)
+            self._read_ahead(
+                start, block_rows
+            )  # some tables read a block when it is asked for, others leave that to whoever gets it
             _, block = next(blocks)
             yield start, block
             self._file.touched(len(block), in_order=True)
+
+    def stored_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[Tensor, ...]]:
+        """Consecutive rows as they are stored, copied: values ``[n, width]`` and, if there are any, scales; for saving.
+
+        Raises:
+            TableError: the file was truncated since it was mapped.
+        """
+        for start in range(0, self.rows, block_rows):
+            self._read_ahead(start, block_rows)
+            block = tuple(tensor[start : start + block_rows].clone() for tensor in self._tensors())
+            yield block
+            self._file.touched(len(block[0]), in_order=True)
+
+    def _read_ahead(self, start: int, rows: int) -> None:
+        self._file.check()
+        for place, size in zip(self._places, self._row_bytes):
+            self._file.soon(place + start * size, 2 * rows * size)
 
     def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
         """Replace rows in the file.
@@ -305,12 +327,17 @@ class MmapTable(MappedRows, HostTable):
         """Rows ``[..., dim]``; those that are not in memory yet are read by many threads at once.
 
         Raises:
-            TableError: the file was truncated since it was mapped.
+            TableError: the file was truncated since it was mapped, or is mapped read-only and a gradient is wanted.
         """
         if isinstance(row_ids, RowHandle):
             return super().lookup(row_ids, dtype)
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return self.read(row_ids, dtype or self.dtype)
+        if self.mode == "r":  # steps would go into pages of the process's own, and be lost with them
+            raise TableError(
+                f"{self.path} is mapped read-only: its rows cannot be trained. Freeze them (requires_grad_(False)), or load the memory with "
+                "TableConfig(tier='mmap', path=...), which makes row files."
+            )
         if row_ids.device.type == "cpu":
             self._bring(row_ids)
         rows = super().lookup(row_ids, dtype)
@@ -362,6 +389,17 @@ class QuantisedMmapTable(MappedRows, QuantisedTable):
 
     def _gather(self, row_ids: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         return self.form.read(self.weight, self.scales, row_ids, dtype, out)
+
+    def load_stored(self, start: int, values: Tensor, scales: Tensor) -> None:
+        """Put rows of this very format into the file at ``start`` and after, bit for bit.
+
+        Raises:
+            TableError: the file is mapped read-only or was truncated.
+        """
+        self._refuse_read_only()
+        self._file.changing()
+        super().load_stored(start, values, scales)
+        self._file.touched(values.shape[0], in_order=True)
 
     def _stored_on(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         return None  # not page-locked: see ``is_read_by``

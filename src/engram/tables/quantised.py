@@ -76,6 +76,11 @@ class QuantisedTable(EmbeddingTable):
         return torch.float32
 
     @property
+    def can_be_trained(self) -> bool:
+        """No: they are read and edited."""
+        return False
+
+    @property
     def tier(self) -> str:
         """``host`` or ``device``."""
         return "host" if self.host else "device"
@@ -163,6 +168,19 @@ class QuantisedTable(EmbeddingTable):
         self._lock.settle()
         self.weight.view(torch.uint8)[row_ids] = stored.view(torch.uint8).to(self.weight.device)
         self.scales[row_ids] = scales.to(self.scales.device)
+
+    @torch.no_grad()
+    def load_stored(self, start: int, values: Tensor, scales: Tensor) -> None:
+        """Put rows of this very format at ``start`` and after, bit for bit: float8 made anew would round small values again.
+
+        Args:
+            start: first row.
+            values: ``[n, width]``.
+            scales: of these rows.
+        """
+        self._lock.settle()
+        self.weight[start : start + values.shape[0]].view(torch.uint8).copy_(values.view(torch.uint8))
+        self.scales[start : start + values.shape[0]].copy_(scales)
 
     @torch.no_grad()
     def load_rows(self, start: int, rows: Tensor) -> None:

@@ -12,6 +12,7 @@ import mmap
 import os
 import secrets
 import shutil
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Literal
 
 from engram.errors import TableError
 
-__all__ = ["RowFile", "rows_are", "stamp_rows"]
+__all__ = ["RowFile", "check_form", "note_form", "rows_are", "stamp_rows"]
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has the name since 3.12; 0x4000 on Linux
 _AROUND = 1 << 16
@@ -53,7 +54,6 @@ class RowFile:
     ) -> None:
         self.path, self.end, self.mode, self.resident_bytes = path, end, mode, resident_bytes
         self._in_order, self._at_random = sum(row_bytes), sum(size + _AROUND for size in row_bytes)
-        self._unseen, self._before = 0, _resident() or 0
         self.created = mode == "r+" and not path.exists()
         """Whether the file is new, all zero."""
         try:
@@ -72,6 +72,8 @@ class RowFile:
                     )
         except OSError as error:
             raise TableError(f"cannot map {path}: {error.strerror}; check the path and the space on its disk.") from error
+        if resident_bytes is not None:
+            _PAGES.watch(self)
         with suppress(OSError, AttributeError):
             self.map.madvise(mmap.MADV_RANDOM)
             if resident_bytes is not None:  # one touch of a file in huge pages would bring in two megabytes
@@ -110,12 +112,13 @@ class RowFile:
         """Note that rows were read or written, and let go of pages if the budget is used up. They stay in the system's cache."""
         if self.resident_bytes is None:
             return
-        self._unseen += rows * (self._in_order if in_order else self._at_random)
-        if self._unseen < self.resident_bytes // _SHARE:
+        _PAGES.unseen += rows * (self._in_order if in_order else self._at_random)
+        if _PAGES.unseen < self.resident_bytes // _SHARE:
             return
-        self._unseen, now = 0, _resident()
-        if now is None or now - self._before > self.resident_bytes // _SHARE:
-            self.release()
+        _PAGES.unseen, now = 0, _resident()
+        if now is None or now - _PAGES.before > self.resident_bytes // _SHARE:
+            for file in list(_PAGES.files):
+                file.release()
 
     def soon(self, start: int, size: int) -> None:
         """Have bytes read ahead that are needed next, in order; the map as a whole expects single rows."""
@@ -127,6 +130,23 @@ class RowFile:
         """Let go of all pages; what was written is safe in the system's cache, and on the disk when that is written."""
         with suppress(OSError, AttributeError):
             self.map.madvise(mmap.MADV_DONTNEED)
+
+
+class _Pages:
+    """Pages of all row files with a budget: it is one for the process."""
+
+    def __init__(self) -> None:
+        self.files: weakref.WeakSet[RowFile] = weakref.WeakSet()
+        self.unseen = self.before = 0
+
+    def watch(self, file: RowFile) -> None:
+        """Count a file's pages in; what the process had mapped before the first of them belongs to others."""
+        if not self.files:
+            self.unseen, self.before = 0, _resident() or 0
+        self.files.add(file)
+
+
+_PAGES = _Pages()
 
 
 def _create(path: Path, size: int) -> None:
@@ -190,6 +210,32 @@ def rows_are(path: Path, source: str) -> bool:
         note = json.loads(_note_of(path).read_text(encoding="utf-8"))
         return note == {"source": source, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
     return False
+
+
+def note_form(path: Path, form: str, rows: int, dim: int) -> None:
+    """Note beside a row file, for as long as it lives, how its rows are stored: other formats may be as many bytes."""
+    temporary = _form_of(path).with_suffix(".tmp")
+    temporary.write_text(json.dumps({"format": form, "rows": rows, "dim": dim}) + "\n", encoding="utf-8")
+    os.replace(temporary, _form_of(path))
+
+
+def check_form(path: Path, form: str, rows: int, dim: int) -> None:
+    """Refuse a row file whose rows are stored otherwise, if that was noted.
+
+    Raises:
+        TableError: they are.
+    """
+    found, expected = None, {"format": form, "rows": rows, "dim": dim}
+    with suppress(OSError, ValueError):
+        found = json.loads(_form_of(path).read_text(encoding="utf-8"))
+    if found is not None and path.exists() and found != expected:
+        raise TableError(
+            f"{path}: got rows stored as {found}, expected {expected}; choose another folder, or the dtype they have."
+        )
+
+
+def _form_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.form")
 
 
 def _note_of(path: Path) -> Path:

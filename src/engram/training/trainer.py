@@ -253,10 +253,23 @@ def _set_trainable(model: EngramModel | PreTrainedModel, args: EngramTrainingArg
     if not isinstance(model, EngramModel):
         model.requires_grad_(True)
         return
+    if args.train_tables:
+        _refuse_untrainable(model)
     tables = {id(p) for engram in model.engrams.values() for p in engram.multi_head_embedding.parameters()}
     for parameter in model.engrams.parameters():
         parameter.requires_grad_(args.train_tables if id(parameter) in tables else args.train_reader)
     model.base_model.requires_grad_(args.train_backbone)
+
+
+def _refuse_untrainable(model: EngramModel) -> None:
+    for layer_id, engram in model.engrams.items():
+        table = engram.multi_head_embedding.embedding
+        if not table.can_be_trained:
+            raise ConfigError(
+                f"EngramTrainingArguments.train_tables: got True with the rows of layer {layer_id} in {table.location} as {table.format_name}, "
+                "which are only read; expected float32, bfloat16 or float16 rows that may be written (tier 'mmap' needs a path), or "
+                "train_tables=False."
+            )
 
 
 def _load_backbone(base: Any, weights: Path) -> None:

@@ -10,7 +10,15 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from engram import CheckpointError, ConfigError, EngramTrainer, EngramTrainingArguments, TableConfig, get_engram_model
+from engram import (
+    CheckpointError,
+    ConfigError,
+    EngramModel,
+    EngramTrainer,
+    EngramTrainingArguments,
+    TableConfig,
+    get_engram_model,
+)
 from engram.optim import EngramAdamW
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from engram.training.safe_trainer import last_checkpoint
@@ -235,6 +243,17 @@ def test_kill_and_interrupt(tmp_path, signal_name):
     again.train(resume_from_checkpoint=str(tmp_path / "i" / "run" / last))
     rest = 8 - state["global_step"]
     assert losses(again)[-rest:] == losses(whole)[-rest:]
+
+
+@pytest.mark.parametrize("placement", [TableConfig(dtype="int8"), TableConfig(tier="mmap")])
+def test_rows_that_are_only_read_are_not_trained_by_mistake(tmp_path, placement):
+    memory = tiny_memory(tiny_model())
+    memory.save_pretrained(tmp_path / "m")
+    memory.unload()
+    memory = EngramModel.from_pretrained(tiny_model(), tmp_path / "m", tiny_tokenizer(), placement)
+    with pytest.raises(ConfigError, match=r"train_tables: got True with the rows of layer 0 in .* which are only read"):
+        make(tmp_path, memory)
+    make(tmp_path, memory, train_tables=False).train()
 
 
 def test_what_to_train_is_chosen_by_the_arguments(tmp_path):

@@ -132,7 +132,10 @@ class HeldOutBlocks(Dataset[dict[str, Tensor]]):
             raise ConfigError(f"HeldOutBlocks: got seq_len {seq_len} and limit {limit}, expected at least 2 and at least 1.")
         documents = store.split("held_out")
         if not len(documents):
-            raise DataError(f"{store.folder} holds nothing out; raise held_out_percent or add text files of weight 1.")
+            raise DataError(
+                f"{store.folder} holds nothing out; whole files are held out, so split a large one into many (a hundred, say), raise "
+                "held_out_percent, or add text files of weight 1."
+            )
         self.store, self.seq_len = store, seq_len
         documents = documents[epoch_order(_HELD_OUT_SEED, 0, len(documents))]  # so that the first of them are of all kinds
         documents = documents[part[0] :: part[1]]

@@ -1,13 +1,15 @@
 """On a GPU: decoding with a table in page-locked host memory beside no memory and a table on the device, and the gather beside the bus.
 
-The backbone has random weights in the shape of a model of 4 billion parameters: what is measured does not depend on what it says. All
-three variants share its weights and take turns, round after round, in one process; a step is one replayed CUDA graph. Rows of the host
-table are fetched by the device itself (unified addressing), on a side stream, when a step starts. Rows are compared before anything is
-timed. With `--quick` it runs on the CPU in tiny sizes: only to see that it runs.
+The backbone has random weights in the shape of a model of 4 billion parameters: what is measured does not depend on what it says, and the
+tokens that it is fed are drawn beforehand. All three variants share its weights and take turns, round after round, in one process; a step is
+one replayed CUDA graph. Rows of the host table are fetched by the device itself (unified addressing), on a side stream, when a step starts.
+Rows are compared before anything is timed. With `--quick` it runs on the CPU in tiny sizes: only to see that it runs.
 """
 
 import argparse
+import collections
 import copy
+import itertools
 import time
 
 import torch
@@ -33,6 +35,7 @@ FULL = {
 QUICK = {"vocab": 300, "hidden": 32, "layers": 3, "intermediate": 48, "heads": 4, "kv_heads": 2, "engram_layers": (0, 2)}
 ROW_BYTES, HEADS = 128, 16  # 64 values in bfloat16; 8 heads for each of two orders
 SAMPLE_BLOCKS, SAMPLE_ROWS = 16, 4096
+DRAWS = 16
 
 
 def synchronize(device):
@@ -125,9 +128,10 @@ def gather_and_copy(table, device, rounds, copied_bytes, counts):
     target = torch.empty(copied_bytes, dtype=torch.uint8, device=device)
     calls = {"copy": lambda: target.copy_(pinned, non_blocking=True)}
     for count in counts:
-        numbers = torch.randint(table.rows, (count,), generator=torch.Generator().manual_seed(count)).to(device)
-        out = torch.empty((count, table.dim), dtype=table.dtype, device=device)
-        calls[count] = lambda numbers=numbers, out=out: table.read(numbers, table.dtype, out)
+        # Other rows at every call: the same ones would come from caches.
+        drawn = torch.randint(table.rows, (DRAWS, count), generator=torch.Generator().manual_seed(count)).to(device)
+        numbers, out = itertools.cycle(drawn), torch.empty((count, table.dim), dtype=table.dtype, device=device)
+        calls[count] = lambda numbers=numbers, out=out: table.read(next(numbers), table.dtype, out)
     seconds = {name: [] for name in calls}
     for name in calls:
         calls[name]()
@@ -155,11 +159,12 @@ def gather_and_copy(table, device, rounds, copied_bytes, counts):
 class Variant:
     """One way to decode, on buffers of its own."""
 
-    def __init__(self, memory, on, prompts, max_length):
+    def __init__(self, memory, on, prompts, max_length, tokens):
         self.memory, self.on, self.seconds = memory, on, []
         self.decoder = StaticDecoder(memory, max_length)
+        self.tokens = iter(tokens)
         with self.mode():
-            self.tokens = self.decoder.prefill(prompts).argmax(-1)
+            self.decoder.prefill(prompts)
         self.run(2)  # the graph is captured
 
     def mode(self):
@@ -169,7 +174,8 @@ class Variant:
     def run(self, steps):
         with self.mode():
             for _ in range(steps):
-                self.tokens = self.decoder.step(self.tokens).argmax(-1)
+                # Drawn before, not what was said: a random model repeats itself, and its rows would come from caches.
+                self.decoder.step(next(self.tokens)).argmax(-1)
 
     def timed(self, steps, device):
         self.seconds.append(seconds_of(lambda: self.run(steps), device, 1) / steps)
@@ -178,14 +184,18 @@ class Variant:
 def decode(host, device_memory, sizes, args, device):
     prompts = torch.randint(1, sizes["vocab"], (args.sequences, args.context), generator=torch.Generator().manual_seed(SEED))
     length = args.context + args.rounds * args.steps + 2
+    generator = torch.Generator().manual_seed(SEED + 1)
+    tokens = torch.randint(1, sizes["vocab"], (length - args.context, args.sequences), generator=generator).to(device)
     variants = {
-        "off": Variant(host, False, prompts.to(device), length),
-        "host, prefetched": Variant(host, True, prompts.to(device), length),
-        "device": Variant(device_memory, True, prompts.to(device), length),
+        "off": Variant(host, False, prompts.to(device), length, tokens),
+        "host, prefetched": Variant(host, True, prompts.to(device), length, tokens),
+        "device": Variant(device_memory, True, prompts.to(device), length, tokens),
     }
+    order = collections.deque(variants.values())
     for number in range(args.rounds):
-        for variant in variants.values():
+        for variant in order:
             variant.timed(args.steps, device)
+        order.rotate(1)
         print(f"round {number + 1} of {args.rounds}", flush=True)
     off = variants["off"].seconds
     entries = {}

@@ -7,6 +7,7 @@ from engram import AttachError, EngramError, TableConfig, get_engram_model, nati
 from engram.models import StaticDecoder
 from engram.models.static_decoding import StaticTail
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
+from tests.editing.helpers import FACTS, make_editor
 
 TEXTS = ["def lookup(self, ids): return self", "The memory", "CAPITAL:France is the capital of"]
 
@@ -124,3 +125,25 @@ def test_what_fixed_buffers_cannot_do_is_refused():
     assert torch.equal(tail.buffer, torch.tensor([[5.0, 3, 4], [5, 1, 2]]))
     with pytest.raises(EngramError, match="cannot go back"):
         tail.trim(1)
+
+
+def test_a_graph_is_known_to_be_old_when_rows_moved(monkeypatch):
+    """A graph replays addresses; what is counted here is how often one would be made."""
+    editor = make_editor()
+    editor.teach(FACTS[:1])
+    decoder, made = StaticDecoder(editor.memory, 32, capture=True), []
+
+    class Graph:
+        def replay(self):
+            decoder._forward()
+
+    monkeypatch.setattr(decoder, "_captured", lambda: made.append(1) or Graph())
+    ids = editor.tokenizer("KEY:", return_tensors="pt")["input_ids"]
+    tokens = decoder.prefill(ids).argmax(-1)
+    decoder.step(tokens)
+    decoder.step(tokens)
+    assert len(made) == 1
+    editor.teach(FACTS[1:2])
+    decoder.step(tokens)
+    decoder.step(tokens)
+    assert len(made) == 2

@@ -273,3 +273,38 @@ if child == 0:
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_a_default_device_does_not_reach_the_native_core():
+    """What the core writes to is on the CPU, wherever new tensors would be made: an address of another device would end the process."""
+    program = """
+import torch
+from engram import EngramAdamW, Fact
+from engram.tables import HostTable, MmapTable, build_table
+from engram import TableConfig
+from engram.hashing import build_mapping
+from engram.testing import tiny_config, tiny_tokenizer
+from tests.editing.helpers import make_editor
+editor = make_editor()
+editor.teach([Fact(("KEY:alpha",), "42", id="alpha")])
+ids = editor.tokenizer("KEY:alpha", return_tensors="pt")["input_ids"]
+mapping = build_mapping(tiny_config(), tiny_tokenizer())
+plain = mapping.hash(ids)
+table = HostTable(100, 16)
+optimizer = EngramAdamW(table.parameters(), lr=0.1)
+row_ids = torch.tensor([3, 5, 3])
+expected = editor.memory(input_ids=ids, use_cache=False).logits
+with torch.device("meta"):
+    found = mapping.hash(ids)
+    loss = table.lookup(row_ids).sum()
+    loss.backward()
+    optimizer.step()
+    logits = editor.memory(input_ids=ids, use_cache=False).logits
+    hybrid = build_table(100, 16, TableConfig(tier="hybrid", hot_rows=3), device="cpu")
+assert all(torch.equal(found[layer], plain[layer]) for layer in plain)
+assert torch.allclose(table.weight[[3, 5]], torch.tensor(-0.1)) and not bool(table.weight[4].any())
+assert torch.equal(logits, expected)
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

@@ -92,8 +92,8 @@ class MultiHeadEmbedding(nn.Module):
         if not isinstance(table, VerifiedTable) or table.row_ids.device.type != "cpu":
             return None
         if self._index is None or self._index[0] is not table or self._index[1] != table.version:
-            orders = torch.zeros(len(self.offsets) // heads_per_order, dtype=torch.bool)
-            orders[self._used_heads(table) // heads_per_order] = True
+            orders = torch.zeros(len(self.offsets) // heads_per_order, dtype=torch.bool, device="cpu")
+            orders[self._used_heads(table).cpu() // heads_per_order] = True
             self._index = (table, table.version, RowIndex(table.row_ids, table.tags, orders))
         return self._index[2]
 
@@ -101,7 +101,8 @@ class MultiHeadEmbedding(nn.Module):
         """Heads with at least one written row; found once per change of the table."""
         if not isinstance(table, VerifiedTable):  # a draft lives too briefly to be worth it
             return torch.arange(len(self.offsets), device=self.offsets.device)
-        if self._used is None or self._used[0] is not table or self._used[1] != table.version:
+        stale = self._used is None or self._used[0] is not table or self._used[1] != table.version
+        if stale or self._used[2].device != self.offsets.device:  # type: ignore[index]
             heads = torch.searchsorted(self.offsets, table.row_ids.to(self.offsets.device), right=True) - 1
             self._used = (table, table.version, heads.unique())
-        return self._used[2]
+        return self._used[2]  # type: ignore[index]

@@ -76,7 +76,8 @@ def find_verified(
         slots[layer] = found
     if native:
         return slots, {}
-    counts = _counts(slots, ids.device) if wait else dict.fromkeys(written, ids.numel())
+    # A layer in which nothing is written has none, or as many as all: known either way, so that nobody need ask the device.
+    counts = {**dict.fromkeys(slots, 0), **_counts(slots, ids.device)} if wait else dict.fromkeys(slots, ids.numel())
     return {layer: found if counts.get(layer) else None for layer, found in slots.items()}, counts
 
 

@@ -91,6 +91,7 @@ class StaticDecoder:
         self.prefetcher = RowPrefetcher(static=True)
         self.state = SimpleNamespace(ids=None, conv={})
         self._graph: Any = None
+        self._read_from: list[tuple[int, int, int]] = []
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -126,13 +127,21 @@ class StaticDecoder:
         """
         self.tokens.copy_(tokens.view(-1, 1))
         wanted = self.tokens.device.type == "cuda" if self._capture is None else self._capture
+        if self._graph is not None and self._read_from != self._tables():
+            self._graph = None  # it would read where rows were
         if wanted and self._graph is None:
+            self._read_from = self._tables()
             self._graph = self._captured()
         if self._graph is None:
             self._forward()
         else:
             self._graph.replay()
         return self.logits
+
+    def _tables(self) -> list[tuple[int, int, int]]:
+        """Where rows are: teaching, forgetting and moving put them elsewhere."""
+        tables = [engram.multi_head_embedding.embedding for engram in self._memory.engrams.values()]
+        return [(id(table), getattr(table, "version", 0), table.weight.data_ptr()) for table in tables]
 
     def _forward(self) -> None:
         """One step, from ``tokens`` to ``logits``: reads and writes of fixed buffers only."""
@@ -193,6 +202,6 @@ class StaticDecoder:
                 put_back()
         torch.cuda.current_stream(self.tokens.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # records, computes nothing
+        with torch.cuda.device(self.tokens.device), torch.cuda.graph(graph, stream=stream):  # records, computes nothing
             self._forward()
         return graph

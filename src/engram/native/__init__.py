@@ -84,10 +84,10 @@ class HashKernel:
         ids, history, mask = _inputs(ids, history, mask)
         shape = (self.layers, *ids.shape, self.width)
         if out is None:
-            out = torch.empty(shape, dtype=torch.int64)
+            out = torch.empty(shape, dtype=torch.int64, device="cpu")  # whatever the default device is, here and below
         elif out.shape != shape or out.dtype != torch.int64 or not out.is_contiguous() or out.device.type != "cpu":
             raise ValueError(f"hash: out is {out.dtype} {list(out.shape)}, expected contiguous int64 {list(shape)} on the CPU.")
-        tags = torch.empty(shape, dtype=torch.int32) if with_tags else None
+        tags = torch.empty(shape, dtype=torch.int32, device="cpu") if with_tags else None
         _core.hash_ngrams(
             self._indices, *_addresses(ids, history, mask), out.data_ptr(), _address(tags), torch.get_num_threads()
         )
@@ -121,7 +121,7 @@ class HashKernel:
             IndexError: with the first id that is not in the vocabulary.
         """
         ids, history, mask = _inputs(ids, history, mask)
-        slots = torch.full((*ids.shape, self.width), -1, dtype=torch.int64)
+        slots = torch.full((*ids.shape, self.width), -1, dtype=torch.int64, device="cpu")
         found = _core.find_verified(
             self._rows,
             *_addresses(ids, history, mask),
@@ -151,7 +151,7 @@ class RowIndex:
         self._row_ids, self._tags = row_ids.contiguous(), tags.contiguous()
         self._order_used = order_used.to(torch.uint8).contiguous()
         size = 1 << max(4, (2 * len(row_ids)).bit_length())  # at most half full
-        self._buckets = torch.empty(size, dtype=torch.int64)
+        self._buckets = torch.empty(size, dtype=torch.int64, device="cpu")
         _core.build_buckets(self._row_ids.data_ptr(), self._tags.data_ptr(), len(row_ids), self._buckets.data_ptr(), size - 1)
 
     @property

@@ -138,7 +138,7 @@ def _check(
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
+    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device="cpu")
 
 
 def _address(tensor: Tensor | None) -> int:

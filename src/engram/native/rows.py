@@ -50,7 +50,7 @@ class RowGroups:
             if not _all_below(row_ids, table_rows):
                 raise IndexError(int(row_ids.max()))
             return
-        rows, self._starts, self._order = (torch.empty(size, dtype=torch.int64) for size in (n, n + 1, n))
+        rows, self._starts, self._order = (torch.empty(size, dtype=torch.int64, device="cpu") for size in (n, n + 1, n))
         count = native.core().group_rows(
             row_ids.data_ptr(), n, table_rows, rows.data_ptr(), self._starts.data_ptr(), self._order.data_ptr()
         )
@@ -76,12 +76,12 @@ def sum_duplicates(gradient: Tensor) -> Tensor:
         return gradient.coalesce()
     values, dim = values.contiguous(), values.shape[1]
     groups = RowGroups(gradient._indices()[0], gradient.shape[0])
-    out = torch.empty((groups.rows.numel(), dim), dtype=values.dtype)
+    out = torch.empty((groups.rows.numel(), dim), dtype=values.dtype, device="cpu")
     native.core().sum_rows(
         *groups.addresses, values.data_ptr(), _TYPES[values.dtype], dim, out.data_ptr(), torch.get_num_threads()
     )
     indices = groups.rows.unsqueeze(0)
-    return torch.sparse_coo_tensor(indices, out, gradient.shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(indices, out, gradient.shape, device=out.device, is_coalesced=True, check_invariants=False)
 
 
 def claim_slots(rows: Tensor, slot_of_row: Tensor, row_of_slot: Tensor, used: int) -> tuple[Tensor, int]:
@@ -157,7 +157,7 @@ def step_rows(
     if slots.shape != groups.rows.shape or slots.dtype != torch.int64 or not _all_below(slots, capacity):
         raise ValueError(f"step_rows: got slots {slots.dtype} {list(slots.shape)}, expected one below {capacity} for each row.")
     *first, second = buffers.values()
-    packed = torch.tensor(numbers, dtype=torch.float64)
+    packed = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     native.core().step_rows(
         *groups.addresses,
         table.data_ptr(),

@@ -61,5 +61,5 @@ class _Lookup(torch.autograd.Function):
             row_ids.reshape(1, -1).to(context.device),
             values.to(context.device),
         )  # the optimiser works where rows live
-        sparse = torch.sparse_coo_tensor(indices, values, context.shape, check_invariants=False)
+        sparse = torch.sparse_coo_tensor(indices, values, context.shape, device=values.device, check_invariants=False)
         return sparse, None, None, None

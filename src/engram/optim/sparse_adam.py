@@ -120,7 +120,7 @@ class EngramAdamW(torch.optim.AdamW):
     def _row_step(self, group: dict[str, Any], table: Tensor, grad: Tensor) -> None:
         state = self.state[table]
         if not state:
-            state["step"], state["row_moments"] = torch.tensor(0.0), RowMoments(table, group["row_state"])
+            state["step"], state["row_moments"] = torch.tensor(0.0, device="cpu"), RowMoments(table, group["row_state"])
         # Not in place: a loaded state dict may share the tensor with the optimiser it came from.
         state["step"] = state["step"] + 1
         if grad._nnz() == 0:
@@ -131,7 +131,9 @@ class EngramAdamW(torch.optim.AdamW):
             _step_natively(table, grad, state["row_moments"], numbers)
             return
         if not grad.is_coalesced():  # duplicates are summed in float32, whatever the gradient's type
-            grad = torch.sparse_coo_tensor(grad._indices(), values.float(), grad.shape, check_invariants=False).coalesce()
+            grad = torch.sparse_coo_tensor(
+                grad._indices(), values.float(), grad.shape, device=grad.device, check_invariants=False
+            ).coalesce()
         rows, compact = grad.indices()[0], state.get("row_moments")
         # Torch's full moments, where a dense gradient came first, are found by the row itself.
         slots, buffers = (

@@ -14,8 +14,8 @@ class AccessCounts:
     """Counts per row, kept for rows that were seen only."""
 
     def __init__(self) -> None:
-        self._rows = torch.zeros(0, dtype=torch.int64)
-        self._counts = torch.zeros(0, dtype=torch.int64)
+        self._rows = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self._counts = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._waiting = 0
 

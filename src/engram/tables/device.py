@@ -78,6 +78,7 @@ class DeviceTable(EmbeddingTable):
             return
         if int(row_ids.min()) < 0 or int(row_ids.max()) >= self.rows:
             raise TableError(f"row_ids: got {int(row_ids.min())}..{int(row_ids.max())}, expected 0..{self.rows - 1}.")
+        row_ids = row_ids.to(self.weight.device)
         old = self.weight[row_ids]
         new = fn(old)
         if new.shape != old.shape:

@@ -42,7 +42,7 @@ class HostTable(DeviceTable):
         return lazy_zeros((self.rows, self.dim), dtype, "tier='host'")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        device = fn(torch.empty(0)).device
+        device = fn(torch.empty(0, device="cpu")).device
         if device.type == "cuda":  # page-locking takes a while: now, not at the first look-up
             self._view_on(device)
         return self  # rows stay where and as they are

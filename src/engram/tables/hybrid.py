@@ -59,7 +59,7 @@ class HybridTable(EmbeddingTable):
         else:
             self.weight = cold.weight
         self.register_buffer("hot_ids", torch.zeros(0, dtype=torch.int64, device=device), persistent=False)
-        hot, scales = cold.read_stored(torch.zeros(0, dtype=torch.int64))
+        hot, scales = cold.read_stored(torch.zeros(0, dtype=torch.int64, device="cpu"))
         self.register_buffer("hot", hot.to(device), persistent=False)
         self.register_buffer("hot_scales", None if scales is None else scales.to(device), persistent=False)
         self.count_accesses = False
@@ -171,6 +171,9 @@ class HybridTable(EmbeddingTable):
         """Start fetching rows, hot ones and others, where ``through`` thinks that it pays; without it, those of the cold table."""
         if through is None:
             return self.cold.prefetch(row_ids)
+        if torch.is_grad_enabled() and self.weight.requires_grad:  # as in ``lookup``: no copies that the next step makes old
+            self._copied = None
+            return self.cold.prefetch(row_ids, dtype, through)
         return through.start(self, row_ids, dtype or self.value_dtype) if through.pays(self, row_ids.device) else row_ids
 
     def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:

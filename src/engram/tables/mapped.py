@@ -91,7 +91,7 @@ class MappedRows(EmbeddingTable):
         """One of the file's tensors."""
         size = torch.Size(shape).numel() * dtype.itemsize
         if size == 0:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         content = torch.frombuffer(self._file.map, dtype=torch.uint8, count=size, offset=self._places[number])
         return content.view(dtype).view(shape)
 
@@ -138,7 +138,7 @@ class MappedRows(EmbeddingTable):
             step = self._file.rows_at_once()
             if step is None or numbers.numel() <= step:
                 return self._fetch(numbers, dtype, rows)
-            rows = torch.empty((*numbers.shape, self.dim), dtype=dtype) if rows is None else rows
+            rows = torch.empty((*numbers.shape, self.dim), dtype=dtype, device="cpu") if rows is None else rows
             for some, place in zip(numbers.reshape(-1).split(step), rows.view(-1, self.dim).split(step)):
                 self._fetch(some, dtype, place)
             return rows
@@ -329,15 +329,16 @@ class MmapTable(MappedRows, HostTable):
         Raises:
             TableError: the file was truncated since it was mapped, or is mapped read-only and a gradient is wanted.
         """
-        if isinstance(row_ids, RowHandle):
-            return super().lookup(row_ids, dtype)
-        if not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return self.read(row_ids, dtype or self.dtype)
-        if self.mode == "r":  # steps would go into pages of the process's own, and be lost with them
+        trained = torch.is_grad_enabled() and self.weight.requires_grad
+        if trained and self.mode == "r":  # steps would go into pages of the process's own, and be lost with them
             raise TableError(
                 f"{self.path} is mapped read-only: its rows cannot be trained. Freeze them (requires_grad_(False)), or load the memory with "
                 "TableConfig(tier='mmap', path=...), which makes row files."
             )
+        if isinstance(row_ids, RowHandle):
+            return super().lookup(row_ids, dtype)
+        if not trained:
+            return self.read(row_ids, dtype or self.dtype)
         if row_ids.device.type == "cpu":
             self._bring(row_ids)
         rows = super().lookup(row_ids, dtype)

@@ -111,7 +111,7 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> Tensor:
     size = count * dtype.itemsize
     check_fits(size, "cpu", what)
     if count == 0:
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device="cpu")
     # Private: shared anonymous memory is a file to the kernel, and gets no huge pages on most systems.
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     pages = mmap.mmap(-1, size, **private)

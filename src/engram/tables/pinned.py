@@ -55,9 +55,8 @@ class PageLock:
 
     def settle(self) -> None:
         """Wait until no device reads the memory any more; for whoever is about to write into it."""
-        if self.active:
-            for device in {device for device, _, _ in self._views}:
-                torch.cuda.synchronize(device)
+        for device in {device for device, _, _ in self._views}:  # memory that somebody else locked has views too
+            torch.cuda.synchronize(device)
 
     def _lock(self, tensor: Tensor) -> bool:
         part = (tensor.data_ptr(), tensor.nbytes)
@@ -102,7 +101,7 @@ def through_host(
         out: where on the device to put them; a new tensor if not given.
     """
     # The page-locked buffer belongs to torch's host allocator, which does not hand it out again before the copy has been made.
-    staging = torch.empty((*row_ids.shape, dim), dtype=dtype, pin_memory=row_ids.device.type == "cuda")
+    staging = torch.empty((*row_ids.shape, dim), dtype=dtype, device="cpu", pin_memory=row_ids.device.type == "cuda")
     rows = fetch(row_ids.to("cpu"), staging)
     return rows.to(row_ids.device, non_blocking=True) if out is None else out.copy_(rows, non_blocking=True)
 

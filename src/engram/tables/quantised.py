@@ -60,7 +60,7 @@ class QuantisedTable(EmbeddingTable):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self.host:
-            device = fn(torch.empty(0)).device
+            device = fn(torch.empty(0, device="cpu")).device
             if device.type == "cuda":  # page-locking takes a while: now, not at the first look-up
                 self._stored_on(device)
             return self

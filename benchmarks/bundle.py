@@ -1,7 +1,7 @@
 """A model trained on together with a memory, as it could be shipped: backbone in bfloat16, rows in int8, and how well each predicts text.
 
-Takes the runs of `engram train recipes/train_joint.yaml` and `engram train recipes/train_joint_plain.yaml`, writes `base_model` and `memory`
-into `--out`, and measures what was written beside the bundled model and the run without a memory, on the documents that none of them was
+Takes the runs of `engram train recipes/train_joint.yaml` and `engram train recipes/train_joint_plain.yaml`, writes `model` and `memory` into
+`--out`, and measures what was written beside the bundled model and the run without a memory, on the documents that none of them was
 trained on. Differences have intervals over documents; there is one run of each.
 """
 
@@ -19,7 +19,7 @@ from engram.analysis.intervals import document_mean
 from engram.data.corpus import CorpusRecipe, held_out_standard_library
 from engram.evaluation import check_facts
 from engram.evaluation.bits_per_byte import bits_per_byte
-from engram.models.bundled import BUNDLED_MODEL, BUNDLED_NAME, load_model
+from engram.models.bundled import BUNDLED_MODEL, load_model
 from engram.training.pretrain import export_model
 
 WINDOW = 256  # tokens, as `engram pretrain` measures
@@ -33,18 +33,12 @@ def export(run, out):
     model, tokenizer = load_model(f"{run}/model")
     found = json.loads((run / "result.json").read_text())
     keys = ("recipe", "held_out", "held_out_off", "held_out_before", "seconds", "tokens")
-    export_model(model, tokenizer, out / "base_model", {key: found[key] for key in keys if key in found})
-    model, tokenizer = load_model(str(out / "base_model"))
-    model.config._name_or_path = BUNDLED_NAME
+    export_model(model, tokenizer, out / "model", {key: found[key] for key in keys if key in found})
+    model, tokenizer = load_model(str(out / "model"))
     rows = TableConfig(dtype="int8")
     memory = EngramModel.from_pretrained(model, run / "memory", tokenizer, rows, allow_other_base=True)
     memory.save_pretrained(out / "memory")
     memory.unload()
-
-
-def opened(model, tokenizer, folder):
-    model.config._name_or_path = BUNDLED_NAME
-    return EngramModel.from_pretrained(model, folder, tokenizer)
 
 
 def measure(model, tokenizer, documents, capitals):
@@ -80,8 +74,8 @@ def main():
     model, tokenizer = load_model(f"{args.joint}/model")
     memory = EngramModel.from_pretrained(model, args.joint / "memory", tokenizer)
     look("joint", memory, tokenizer)
-    model, tokenizer = load_model(str(args.out / "base_model"))
-    memory = opened(model, tokenizer, args.out / "memory")
+    model, tokenizer = load_model(str(args.out / "model"))
+    memory = EngramModel.from_pretrained(model, args.out / "memory", tokenizer)
     look("shipped", memory, tokenizer)
     with memory.disable_engram():
         look("shipped, memory off", memory, tokenizer)
@@ -96,7 +90,7 @@ def main():
             "bits_per_byte": {name: float(found.sum() / sizes.sum()) for name, found in bits.items()},
             "difference": {f"{a} - {b}": document_mean(bits[a] - bits[b], sizes) for a, b in pairs},
             "capitals_known": {**known, "asked": sum(len(fact.prompts) for fact in capitals)},
-            "shipped_bytes": {"base_model": size(args.out / "base_model"), "memory": size(args.out / "memory")},
+            "shipped_bytes": {"model": size(args.out / "model"), "memory": size(args.out / "memory")},
             "runs": {
                 name: {key: run[key] for key in run if key.startswith(("held_out", "seconds", "tokens"))}
                 for name, run in runs.items()

@@ -228,6 +228,29 @@ def joint_training():
     return table(("", "held-out loss (nats per token)", "range over seeds"), rows) + note + source(result)
 
 
+def bundle():
+    result = load("bundle")
+    bits, capitals = result["bits_per_byte"], result["capitals_known"]
+    names = {
+        "bundled": "the bundled model",
+        "plain": "trained on without a memory",
+        "joint": "trained on with a memory",
+        "shipped": "as in models/joint (bfloat16, int8 rows)",
+        "shipped, memory off": "the same, memory off",
+    }
+    rows = [(text, f"{bits[name]:.4f}", f"{capitals[name]} of {capitals['asked']}") for name, text in names.items()]
+    gain, off = (
+        f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+        for found in (result["difference"][pair] for pair in ("joint - plain", "shipped, memory off - plain"))
+    )
+    tokens, size = result["runs"]["joint"]["tokens"], sum(result["shipped_bytes"].values())
+    note = (
+        f"\n\n{tokens / 1e6:.0f}M tokens each, one run each, {result['documents']} held-out documents. With a memory less without: {gain} bits per "
+        f"byte; memory off less trained without: {off} (95 %, over documents). `models/joint` is {size / 1e6:.1f} MB in all."
+    )
+    return table(("", "held-out bits per byte", "capitals known"), rows) + note + source(result)
+
+
 def train_step():
     return _train_step("train_step")
 

@@ -245,8 +245,8 @@ def bundle():
     )
     tokens, size = result["runs"]["joint"]["tokens"], sum(result["shipped_bytes"].values())
     note = (
-        f"\n\n{tokens / 1e6:.0f}M tokens each, one run each, {result['documents']} held-out documents. With a memory less without: {gain} bits per "
-        f"byte; memory off less trained without: {off} (95 %, over documents). `models/joint` is {size / 1e6:.1f} MB in all."
+        f"\n\n{tokens / 1e6:.0f}M tokens each, one run each, {result['documents']} held-out documents. With a memory less without: {gain} "
+        f"bits per byte; memory off less trained without: {off} (95 %, over documents). `models/joint` is {size / 1e6:.1f} MB in all."
     )
     return table(("", "held-out bits per byte", "capitals known"), rows) + note + source(result)
 

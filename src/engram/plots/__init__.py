@@ -1,4 +1,4 @@
-"""Floor 6: pictures, from result files alone."""
+"""Floor 7: pictures and the report, from result files alone."""
 
 from engram.plots.bench import plot_bench, plot_steps
 from engram.plots.draw import draw_result

@@ -1,3 +1,5 @@
+import os
+
 """Grouping, summing and claiming against PyTorch, and what the wrappers refuse before an address reaches the core."""
 
 import pytest
@@ -131,6 +133,9 @@ def test_wrong_row_numbers_are_refused():
         )
 
 
+@pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="the address sanitiser ends the process where memory cannot be had"
+)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_memory_that_cannot_be_had_is_an_error_on_every_thread(threads):
     with pytest.raises(MemoryError):

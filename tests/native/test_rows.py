@@ -1,6 +1,6 @@
-import os
-
 """Grouping, summing and claiming against PyTorch, and what the wrappers refuse before an address reaches the core."""
+
+import os
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ __all__ = ["check_folder", "check_text", "check_writable", "made_with"]
 
 def made_with() -> dict[str, Any]:
     """The hardware and versions that a result was made with."""
-    from engram.experiments.versions import made_with as made_with_device
+    from engram.evaluation.versions import made_with as made_with_device
 
     found = made_with_device()
     return {"hardware": found["device"], "versions": found["versions"]}

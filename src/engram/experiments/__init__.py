@@ -1,5 +1,6 @@
 """Floor 6: experiments. Budgets divided between experts and memory, backbones of transformers, and sweeps of many small trainings."""
 
+from engram.evaluation.versions import versions
 from engram.experiments.backbone import BackboneConfig, build_backbone
 from engram.experiments.budget import TOLERANCE, Allocation, allocate
 from engram.experiments.counts import Counts, count_model, predict_counts, predict_flops
@@ -9,7 +10,6 @@ from engram.experiments.recipe import BudgetRecipe, DataRecipe, PointRecipe, rea
 from engram.experiments.summary import summarise
 from engram.experiments.sweep import run_sweep
 from engram.experiments.sweep_recipe import SweepRecipe, read_base, read_sweep
-from engram.experiments.versions import versions
 
 __all__ = [
     "TOLERANCE",

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from engram.experiments.arms import REFERENCE
-from engram.experiments.statistics import mean_interval, seed_interval, student_t
-from engram.experiments.summary import aligned, paired, parabola, summarise
+from engram.experiments.statistics import excludes_zero, mean_interval, seed_interval, student_t
+from engram.experiments.summary import aligned, group_by, paired, parabola, summarise
 
 __all__ = [
     "against_experts_alone",
@@ -37,7 +37,7 @@ def on_validation(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measured_tokens(results: Results) -> dict[str, dict[str, int]]:
-    """Tokens that losses are measured on, by half and kind of text; of the first point that says so."""
+    """Tokens that losses are measured on, by half and kind of text; those of the first point."""
     points = [point for result in results.values() for point in result["points"]]
     if not points:
         return {}
@@ -86,24 +86,17 @@ def against_experts_alone(results: Results) -> Iterator[tuple[str, str, dict[str
         (name, budget, points)
         for name, result in results.items()
         if result["question"] == "allocation"
-        for budget, points in _groups(result, "budget").items()
+        for budget, points in group_by(result["points"], lambda p: p["labels"].get("budget", "")).items()
     ]
     for name, result in results.items():
         if result["question"] != "comparison":
             continue
-        for arm, points in _groups(result, "arm").items():
+        for arm, points in group_by(result["points"], lambda p: p["labels"]["arm"]).items():
             for other, budget, candidates in pure:
                 experts = [p for p in candidates if p["counts"]["rho"] == 1]
                 same_text = result["data"]["fingerprint"] == results[other]["data"]["fingerprint"]
                 if experts and same_text and _comparable(points[0], experts[0]) and (found := paired(points, experts)):
                     yield f"{name}, {arm}", f"{other}, {budget}" if budget else other, found
-
-
-def _groups(result: Mapping[str, Any], dimension: str) -> dict[str, list[Mapping[str, Any]]]:
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for point in result["points"]:
-        groups.setdefault(point["labels"].get(dimension, ""), []).append(point)
-    return groups
 
 
 def _comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -113,13 +106,13 @@ def _comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 def not_told_apart(curve: Points, points: Points, best: str) -> list[float]:
     """Shares whose loss does not differ clearly from that of the share labelled ``best``, itself included."""
-    of = {row["label"]: [p for p in points if p["labels"]["rho"] == row["label"]] for row in curve}
-    found = []
-    for row in curve:
-        difference = None if row["label"] == best else paired(of[row["label"]], of[best])
-        if difference is None or difference["low"] is None or difference["low"] <= 0 <= difference["high"]:
-            found.append(row["rho"])
-    return found
+    of = group_by(points, lambda p: p["labels"]["rho"])
+
+    def is_apart(label: str) -> bool:
+        difference = None if label == best else paired(of[label], of[best])
+        return difference is not None and excludes_zero(difference["low"], difference["high"])
+
+    return [row["rho"] for row in curve if not is_apart(row["label"])]
 
 
 def parabola_above(curve: Points, points: Points, smallest: float) -> dict[str, Any] | None:
@@ -127,8 +120,8 @@ def parabola_above(curve: Points, points: Points, smallest: float) -> dict[str, 
     rows = [row for row in curve if row["rho"] >= smallest]
     if len(rows) < 4:
         return None
-    groups = [[p for p in points if p["labels"]["rho"] == row["label"]] for row in rows]
-    return parabola([row["rho"] for row in rows], aligned(groups))
+    of = group_by(points, lambda p: p["labels"]["rho"])
+    return parabola([row["rho"] for row in rows], aligned([of[row["label"]] for row in rows]))
 
 
 def curvature_per_decade(result: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -137,7 +130,8 @@ def curvature_per_decade(result: Mapping[str, Any]) -> dict[str, Any] | None:
     if len(curve) < 4:
         return None
     x = [math.log10(row["slots"]) for row in curve]
-    groups = aligned([[p for p in result["points"] if p["labels"]["rows"] == row["label"]] for row in curve])
+    of = group_by(result["points"], lambda p: p["labels"]["rows"])
+    groups = aligned([of[row["label"]] for row in curve])
 
     def quadratic(losses: Sequence[float]) -> float:
         return float(np.polyfit(x, losses, 2)[0])

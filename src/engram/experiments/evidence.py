@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engram.experiments.statistics import excludes_zero
+
 __all__ = ["AGREES", "CANNOT_TELL", "DISAGREES", "NOT_MEASURED", "Evidence", "Results", "of_sign", "sign_verdict"]
 
 AGREES, DISAGREES, CANNOT_TELL, NOT_MEASURED = "agrees", "disagrees", "cannot tell", "not measured"
@@ -30,7 +32,7 @@ class Evidence:
 
 def sign_verdict(low: float | None, high: float | None, expected: int) -> str:
     """Whether an interval has the expected sign (1 or -1) all over: ``cannot tell`` if it touches zero or there is none."""
-    if low is None or high is None or low <= 0 <= high:
+    if low is None or not excludes_zero(low, high):
         return CANNOT_TELL
     return AGREES if (low > 0) == (expected > 0) else DISAGREES
 

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from engram.checkpoint import write_json_atomically
 from engram.errors import CheckpointError, ConfigError, TrainingError
+from engram.evaluation.versions import made_with
 from engram.experiments.backbone import build_backbone
 from engram.experiments.counts import count_model, predict_flops
 from engram.experiments.data import PreparedData
 from engram.experiments.held_out import measure
 from engram.experiments.recipe import PointRecipe
-from engram.experiments.versions import made_with
 from engram.models import EngramModel, get_engram_model, load_model
 from engram.models.identity import base_identity
 from engram.training import EngramTrainer, EngramTrainingArguments

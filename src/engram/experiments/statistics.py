@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["fit_line", "fit_parabola", "mean_interval", "seed_interval", "student_t"]
+__all__ = ["excludes_zero", "fit_line", "fit_parabola", "mean_interval", "seed_interval", "student_t"]
 
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom (any statistics table); 1.96 beyond.
 _T95 = (
@@ -31,6 +31,11 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
         half = student_t(len(values) - 1) * deviation / math.sqrt(len(values))
         entry |= {"low": mean - half, "high": mean + half}
     return entry
+
+
+def excludes_zero(low: float | None, high: float | None) -> bool:
+    """Whether there is an interval, and zero is not in it."""
+    return low is not None and high is not None and not low <= 0 <= high
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

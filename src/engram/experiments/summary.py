@@ -9,7 +9,7 @@ from typing import Any
 from engram.experiments.arms import REFERENCE
 from engram.experiments.statistics import fit_line, fit_parabola, mean_interval, seed_interval
 
-__all__ = ["aligned", "paired", "parabola", "summarise"]
+__all__ = ["aligned", "group_by", "paired", "parabola", "summarise"]
 
 _SIZES = ("total", "active", "experts", "dense_width", "table_rows", "rows_per_head", "flops_per_token")
 
@@ -35,7 +35,8 @@ def _loss(entry: Mapping[str, Any]) -> float:
     return entry["test"]["loss"]
 
 
-def _by(entries: Entries, key: Callable[[Mapping[str, Any]], Any]) -> dict[Any, list[Mapping[str, Any]]]:
+def group_by(entries: Entries, key: Callable[[Mapping[str, Any]], Any]) -> dict[Any, list[Mapping[str, Any]]]:
+    """Entries by what ``key`` makes of them, in the order in which that comes up."""
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for entry in entries:
         groups.setdefault(key(entry), []).append(entry)
@@ -65,11 +66,11 @@ def _others(entry: Mapping[str, Any], dimension: str) -> str:
 
 def _allocation(entries: Entries) -> dict[str, Any]:
     """By budget: the loss at every rho, a parabola through it, its lowest point, and the gain of the best rho over experts alone."""
-    return {budget: _curve(group) for budget, group in _by(entries, lambda e: _others(e, "rho")).items()}
+    return {budget: _curve(group) for budget, group in group_by(entries, lambda e: _others(e, "rho")).items()}
 
 
 def _curve(entries: Entries) -> dict[str, Any]:
-    arms = _by(entries, lambda e: e["labels"]["rho"])
+    arms = group_by(entries, lambda e: e["labels"]["rho"])
     rows = []
     for label, group in arms.items():
         counts = group[0]["counts"]
@@ -127,7 +128,7 @@ def parabola(rho: Sequence[float], losses: Sequence[Sequence[float]]) -> dict[st
 
 def _slots(entries: Entries) -> dict[str, Any]:
     """The loss at every table size, the slope per decade of rows, and the gain over no memory."""
-    arms = _by(entries, lambda e: e["labels"]["rows"])
+    arms = group_by(entries, lambda e: e["labels"]["rows"])
     without = next((group for group in arms.values() if not group[0]["counts"]["rows_per_head"]), None)
     rows = [
         {
@@ -157,8 +158,8 @@ def _slots(entries: Entries) -> dict[str, Any]:
 def _arms(entries: Entries, reference: str) -> dict[str, Any]:
     """By setting: the loss of every arm, and its difference to the reference, seed by seed."""
     summary = {}
-    for setting, group in _by(entries, lambda e: _others(e, "arm")).items():
-        arms = _by(group, lambda e: e["labels"]["arm"])
+    for setting, group in group_by(entries, lambda e: _others(e, "arm")).items():
+        arms = group_by(group, lambda e: e["labels"]["arm"])
         compared = arms.get(reference)
         summary[setting] = {
             label: {

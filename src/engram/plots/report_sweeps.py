@@ -18,6 +18,7 @@ from engram.experiments.cross_checks import (
     parabola_above,
     pooled_half_width,
 )
+from engram.experiments.statistics import excludes_zero
 from engram.plots.markdown import count, interval, literal_text, plural, span, table
 from engram.plots.marks import points_of
 
@@ -285,14 +286,11 @@ def _slots(result: Mapping[str, Any]) -> list[str]:
         interval({"mean": found["slope_per_decade"], **_ends(found["slope_interval"])}, signed=True)
         for found in (line, other["line"])
     )
-    bent = curvature_per_decade(result)
     told = f"Slope: {slope} nats per decade of slots ({on_other} on the validation half)."
-    return [
-        *parts,
-        told
-        if bent is None
-        else f"{told} Is the line one? Quadratic term: {interval(bent, signed=True)} nats per decade squared.",
-    ]
+    bent = curvature_per_decade(result)
+    if bent is not None:
+        told += f" Is the line one? Quadratic term: {interval(bent, signed=True)} nats per decade squared."
+    return [*parts, told]
 
 
 def _arms(result: Mapping[str, Any]) -> list[str]:
@@ -330,7 +328,7 @@ def _pooled(arms: Mapping[str, Any], half: float) -> str:
     """What would be told apart if all arms were as noisy as each other."""
     differences = {label: arm["against_reference"] for label, arm in arms.items() if arm["against_reference"]}
     clear = [
-        f"{literal_text(label)} ({'' if found['low'] is not None and not found['low'] <= 0 <= found['high'] else 'not '}by its own interval)"
+        f"{literal_text(label)} ({'' if excludes_zero(found['low'], found['high']) else 'not '}by its own interval)"
         for label, found in differences.items()
         if abs(found["mean"]) > half
     ]

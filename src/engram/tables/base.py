@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engram.errors import TableError
 from engram.tables.prefetch import RowPrefetcher
 
-__all__ = ["EmbeddingTable", "check_place"]
+__all__ = ["EmbeddingTable", "check_place", "check_row_ids"]
 
 
 class EmbeddingTable(nn.Module):
@@ -109,6 +109,17 @@ class EmbeddingTable(nn.Module):
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""
         return f"rows={self.rows}, dim={self.dim}, dtype={self.dtype}, location={self.location}"
+
+
+def check_row_ids(row_ids: Tensor, count: int) -> None:
+    """Refuse numbers (at least one) that are none of ``count`` rows.
+
+    Raises:
+        TableError: there is one.
+    """
+    low, high = int(row_ids.min()), int(row_ids.max())
+    if low < 0 or high >= count:
+        raise TableError(f"row_ids: got {low}..{high}, expected 0..{count - 1}.")
 
 
 def check_place(start: int, rows: Tensor, count: int, dim: int) -> None:

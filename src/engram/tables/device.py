@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from engram.errors import TableError
 from engram.ops import lookup_rows, read_rows
-from engram.tables.base import EmbeddingTable, check_place
+from engram.tables.base import EmbeddingTable, check_place, check_row_ids
 from engram.tables.memory import check_fits
 from engram.tables.prefetch import RowHandle, RowPrefetcher
 
@@ -76,8 +76,7 @@ class DeviceTable(EmbeddingTable):
         """
         if row_ids.numel() == 0:
             return
-        if int(row_ids.min()) < 0 or int(row_ids.max()) >= self.rows:
-            raise TableError(f"row_ids: got {int(row_ids.min())}..{int(row_ids.max())}, expected 0..{self.rows - 1}.")
+        check_row_ids(row_ids, self.rows)
         row_ids = row_ids.to(self.weight.device)
         old = self.weight[row_ids]
         new = fn(old)

@@ -22,6 +22,7 @@ from engram.tables.pinned import through_host
 from engram.tables.prefetch import RowHandle, RowPrefetcher
 from engram.tables.quantised import QuantisedTable
 from engram.tables.rowfile import RowFile
+from engram.tables.stored import as_bytes
 
 __all__ = ["MappedRows", "MmapTable", "QuantisedMmapTable", "row_file_layout"]
 
@@ -39,11 +40,6 @@ def row_file_layout(rows: int, dim: int, form: RowFormat) -> tuple[tuple[int, ..
         return (0,), values
     scales = -(-values // _ALIGNMENT) * _ALIGNMENT
     return (0, scales), scales + rows * form.row_bytes(dim) - values
-
-
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    """Parts one after the other, as bytes: torch joins float8 on few devices."""
-    return torch.cat([part.contiguous().view(torch.uint8) for part in parts]).view(parts[0].dtype)
 
 
 class MappedRows(EmbeddingTable):
@@ -162,7 +158,7 @@ class MappedRows(EmbeddingTable):
             self._bring(numbers)
             found.append([tensor[numbers] for tensor in self._tensors()])
             self._file.touched(len(numbers))
-        values, *scales = (_join(parts) for parts in zip(*found))
+        values, *scales = (as_bytes(torch.cat([as_bytes(part) for part in parts]), parts[0].dtype) for parts in zip(*found))
         return values, scales[0] if scales else None
 
     def prefetch(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engram.errors import TableError
-from engram.tables.base import EmbeddingTable, check_place
+from engram.tables.base import EmbeddingTable, check_place, check_row_ids
 from engram.tables.formats import row_format
 from engram.tables.memory import check_fits, lazy_zeros
 from engram.tables.pinned import PageLock, through_host
@@ -154,8 +154,7 @@ class QuantisedTable(EmbeddingTable):
         """
         if row_ids.numel() == 0:
             return
-        if int(row_ids.min()) < 0 or int(row_ids.max()) >= self.rows:
-            raise TableError(f"row_ids: got {int(row_ids.min())}..{int(row_ids.max())}, expected 0..{self.rows - 1}.")
+        check_row_ids(row_ids, self.rows)
         old = self.lookup(row_ids)
         new = fn(old)
         if new.shape != old.shape:

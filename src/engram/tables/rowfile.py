@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from engram.errors import TableError
 
@@ -198,9 +198,7 @@ def stamp_rows(path: Path, source: str) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - 1_000_000_000))
     status = os.stat(path)
     note = {"source": source, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-    temporary = _note_of(path).with_suffix(".tmp")
-    temporary.write_text(json.dumps(note) + "\n", encoding="utf-8")
-    os.replace(temporary, _note_of(path))
+    _write_note(_note_of(path), note)
 
 
 def rows_are(path: Path, source: str) -> bool:
@@ -214,9 +212,7 @@ def rows_are(path: Path, source: str) -> bool:
 
 def note_form(path: Path, form: str, rows: int, dim: int) -> None:
     """Note beside a row file, for as long as it lives, how its rows are stored: other formats may be as many bytes."""
-    temporary = _form_of(path).with_suffix(".tmp")
-    temporary.write_text(json.dumps({"format": form, "rows": rows, "dim": dim}) + "\n", encoding="utf-8")
-    os.replace(temporary, _form_of(path))
+    _write_note(_form_of(path), {"format": form, "rows": rows, "dim": dim})
 
 
 def check_form(path: Path, form: str, rows: int, dim: int) -> None:
@@ -232,6 +228,13 @@ def check_form(path: Path, form: str, rows: int, dim: int) -> None:
         raise TableError(
             f"{path}: got rows stored as {found}, expected {expected}; choose another folder, or the dtype they have."
         )
+
+
+def _write_note(file: Path, fields: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def _form_of(path: Path) -> Path:

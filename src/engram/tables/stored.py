@@ -12,7 +12,7 @@ from torch import Tensor
 from engram.errors import TableError
 from engram.tables.formats import RowFormat
 
-__all__ = ["StoredRows"]
+__all__ = ["StoredRows", "as_bytes"]
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class StoredRows:
         if bool((row_ids[1:] == row_ids[:-1]).any()):
             raise TableError("insert: a row is stored already or given twice; delete it first.")
         tags = torch.cat([part.tags for part in parts])[order]
-        weight = _as_bytes(torch.cat([_as_bytes(part.weight) for part in parts])[order], parts[0].weight.dtype)
+        weight = as_bytes(torch.cat([as_bytes(part.weight) for part in parts])[order], parts[0].weight.dtype)
         scales = [part.scales for part in parts if part.scales is not None]
         return cls(parts[0].form, row_ids, tags, weight, torch.cat(scales)[order] if scales else None)
 
 
-def _as_bytes(rows: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
+def as_bytes(rows: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
     """float8 tensors as bytes, or back: torch moves them, but joins and sorts them on few devices."""
     return rows.view(dtype) if torch.float8_e4m3fn in (rows.dtype, dtype) else rows

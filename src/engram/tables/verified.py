@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engram.errors import TableError
 from engram.ops import lookup_rows
-from engram.tables.base import EmbeddingTable
+from engram.tables.base import EmbeddingTable, check_row_ids
 from engram.tables.formats import FORMATS, RowFormat, row_format
 from engram.tables.stored import StoredRows
 
@@ -161,8 +161,7 @@ class VerifiedTable(EmbeddingTable):
             )
         if row_ids.numel() == 0:
             return
-        if int(row_ids.min()) < 0 or int(row_ids.max()) >= self.rows:
-            raise TableError(f"row_ids: got {int(row_ids.min())}..{int(row_ids.max())}, expected 0..{self.rows - 1}.")
+        check_row_ids(row_ids, self.rows)
         own = (row_ids.to(self.row_ids), tags.to(self.tags), values.detach().to(self.weight.device))
         self.stored = StoredRows.join([self.stored, StoredRows.encode(self.form, *own)])
 

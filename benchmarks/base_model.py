@@ -1,30 +1,69 @@
-"""What the bundled base model is and knows: its training record, its size, and the capitals it answers."""
+"""The bundled model, with its memory and without: its training, its size, held-out text of several kinds, and the capitals it answers."""
 
 import json
 
 from common import RESULTS, provenance, write
 
 from engram import load_bundled, load_facts
+from engram.analysis import Subject, look
+from engram.data.corpus import CorpusRecipe, held_out_standard_library
+from engram.data.texts import standard_texts
 from engram.evaluation import check_facts, score_by_category
-from engram.models.bundled import BUNDLED_MODEL
+from engram.evaluation.bits_per_byte import bits_per_byte
+from engram.models.bundled import BUNDLED_MEMORY, BUNDLED_MODEL
+
+WINDOW = 256  # tokens, as `engram pretrain` measures
+FIRST = "engram pretrain recipes/base_model.yaml --out runs/base"
+THEN = "engram train recipes/train_joint.yaml --out runs/joint"
+
+
+def stages():
+    """Both parts of the training, from the record beside the model."""
+    then = json.loads((BUNDLED_MODEL / "training.json").read_text())
+    first = then["went_on_from"]
+    return [
+        {"command": FIRST, "tokens": first["tokens_seen"], "seconds": first["seconds"], "hardware": first["hardware"]},
+        {"command": THEN, "tokens": then["tokens"], "seconds": then["seconds"], "hardware": then["made_with"]["device"]},
+    ]
+
+
+def knows(model, tokenizer, facts, texts):
+    answers = check_facts(model, tokenizer, facts)
+    return {
+        "bits_per_byte": bits_per_byte(model, tokenizer, texts, WINDOW),
+        "capitals": sum(answer.exact for answer in answers),
+        "by_phrasing": {score.category: [score.exact, score.prompts] for score in score_by_category(facts, answers)},
+        "capitals_missed": [f"{answer.prompt!r}: {answer.said!r}" for answer in answers if not answer.exact],
+    }
 
 
 def main():
-    model, tokenizer = load_bundled()
-    training = json.loads((BUNDLED_MODEL / "training.json").read_text())
+    memory, tokenizer = load_bundled(memory=True)
+    kinds = memory.num_parameters_by_kind()
     facts = load_facts(BUNDLED_MODEL.parent / "capitals.yaml")
-    answers = check_facts(model, tokenizer, facts)
-    scores = {score.category: [score.exact, score.prompts] for score in score_by_category(facts, answers)}
+    texts = [doc.text for doc in held_out_standard_library(CorpusRecipe(standard_library=True))]
+    kinds_of_text = look(Subject("bundled", memory), tokenizer, standard_texts(), ["memory_off"])["memory_off"]["by_kind"]
+    with_memory = knows(memory, tokenizer, facts, texts)
+    with memory.disable_engram():
+        alone = knows(memory, tokenizer, facts, texts)
     write(
         RESULTS / "base_model.json",
         {
-            **provenance(training["recipe"]["seed"]),
-            "training_command": "engram pretrain recipes/base_model.yaml --out runs/base",
-            "bytes": sum(file.stat().st_size for file in BUNDLED_MODEL.iterdir()),
-            **{key: value for key, value in training.items() if key not in ("versions", "hardware", "loss")},
-            "loss": training["loss"][:: max(1, len(training["loss"]) // 60)],
-            "capitals": {"known": sum(a.exact for a in answers), "prompts": len(answers), "by_phrasing": scores},
-            "capitals_missed": [f"{a.prompt!r}: {a.said!r}" for a in answers if not a.exact],
+            **provenance(0),
+            "stages": stages(),
+            "parameters": memory.base_model.num_parameters(),
+            "parameters_of_memory": sum(kinds[kind] for kind in ("tables", "reader")),
+            "bytes": {
+                folder.name: sum(f.stat().st_size for f in folder.iterdir()) for folder in (BUNDLED_MODEL, BUNDLED_MEMORY)
+            },
+            "held_out_documents": len(texts),
+            "prompts": sum(len(fact.prompts) for fact in facts),
+            "alone": alone,
+            "with_memory": with_memory,
+            "kinds_of_text": {  # nats per token; lost: loss without the memory less loss with it
+                kind: {key: found[key] for key in ("tokens", "documents", "loss_on", "loss_off", "lost")}
+                for kind, found in kinds_of_text.items()
+            },
         },
     )
 

@@ -25,7 +25,7 @@ CORPUS = Path(__file__).parents[1] / "corpus"
 SLICE = 1000
 DISTANCES = (50, 200, 1000, 2000)
 ASKED_FAR = 120
-UNSEEN = ("general_nature.txt", "general_people.txt", "general_computing.txt")  # not in the base model's training text
+UNSEEN = ("held_out/prose.txt",)  # in no training text of the base model
 
 
 def all_facts(seed, folder):

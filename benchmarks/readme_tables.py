@@ -228,25 +228,27 @@ def joint_training():
     return table(("", "held-out loss (nats per token)", "range over seeds"), rows) + note + source(result)
 
 
+def _interval(found, digits):
+    mean, low, high = (f"{found[key]:+.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
 def bundle():
     result = load("bundle")
     bits, capitals = result["bits_per_byte"], result["capitals_known"]
     names = {
-        "bundled": "the bundled model",
+        "before": "before (`runs/base`)",
         "plain": "trained on without a memory",
         "joint": "trained on with a memory",
-        "shipped": "as in models/joint (bfloat16, int8 rows)",
+        "shipped": "as bundled (bfloat16, int8 rows)",
         "shipped, memory off": "the same, memory off",
     }
     rows = [(text, f"{bits[name]:.4f}", f"{capitals[name]} of {capitals['asked']}") for name, text in names.items()]
-    gain, off = (
-        f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
-        for found in (result["difference"][pair] for pair in ("joint - plain", "shipped, memory off - plain"))
-    )
+    gain, off = (_interval(result["difference"][pair], 4) for pair in ("joint - plain", "shipped, memory off - plain"))
     tokens, size = result["runs"]["joint"]["tokens"], sum(result["shipped_bytes"].values())
     note = (
         f"\n\n{tokens / 1e6:.0f}M tokens each, one run each, {result['documents']} held-out documents. With a memory less without: {gain} "
-        f"bits per byte; memory off less trained without: {off} (95 %, over documents). `models/joint` is {size / 1e6:.1f} MB in all."
+        f"bits per byte; memory off less trained without: {off} (95 %, over documents). The bundled pair is {size / 1e6:.1f} MB in all."
     )
     return table(("", "held-out bits per byte", "capitals known"), rows) + note + source(result)
 
@@ -431,19 +433,43 @@ def allocation():
 
 def base_model():
     result = load("base_model")
+    alone, with_memory = result["alone"], result["with_memory"]
+    tokens, seconds = (sum(stage[key] for stage in result["stages"]) for key in ("tokens", "seconds"))
     rows = [
-        ("architecture", f"Llama, {result['parameters']:,} parameters, {result['bytes'] / 1e6:.1f} MB with its tokenizer"),
+        (
+            "architecture",
+            f"Llama, {result['parameters']:,} parameters; memory at blocks 1 and 3, {result['parameters_of_memory']:,}",
+        ),
+        (
+            "size",
+            " + ".join(f"{size / 1e6:.1f} MB" for size in result["bytes"].values()) + " (model with its tokenizer, memory)",
+        ),
         (
             "trained on",
-            f"{result['tokens_seen'] / 1e6:.1f} M tokens of the standard library and hand-written text, {result['seconds'] / 60:.0f} minutes",
+            f"{tokens / 1e6:.1f} M tokens of the standard library and hand-written text, {seconds / 60:.0f} minutes in all",
         ),
-        ("held-out bits per byte", f"{result['held_out_bits_per_byte']:.3f} on {result['held_out_documents']} documents"),
         (
-            "capitals known",
-            f"{result['capitals']['known']} of {result['capitals']['prompts']} prompts (117 countries, three phrasings)",
+            f"held-out bits per byte ({result['held_out_documents']} documents)",
+            f"{alone['bits_per_byte']:.3f} alone, {with_memory['bits_per_byte']:.3f} with its memory",
+        ),
+        (
+            f"capitals known ({result['prompts']} prompts: 117 countries, three phrasings)",
+            f"{alone['capitals']} alone, {with_memory['capitals']} with its memory",
         ),
     ]
-    return table(("", ""), rows) + source(result)
+    commands = " and ".join(f"`{stage['command']}`" for stage in result["stages"])
+    kinds = [
+        (
+            kind,
+            found["tokens"],
+            f"{found['loss_off']['mean']:.2f}",
+            f"{found['loss_on']['mean']:.2f}",
+            _interval(found["lost"], 2),
+        )
+        for kind, found in result["kinds_of_text"].items()
+    ]
+    header = ("kind of text", "tokens", "nats per token, alone", "with its memory", "lost without it")
+    return table(("", ""), rows) + f"\n\nTrained by {commands}.\n\n" + table(header, kinds) + source(result)
 
 
 def main():

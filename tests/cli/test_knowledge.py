@@ -363,3 +363,28 @@ def test_a_taught_memory_stays_on_the_device(engram, taught, tmp_path):
     assert not (tmp_path / "x").exists()
     assert engram("place", taught, "--tier", "device", "--dtype", "int8", "--out", tmp_path / "y")[0] == 0
     assert engram("ask", "KEY:beta 20", "--memory", tmp_path / "y")[1] == "7319\n"
+
+
+def test_a_model_in_bfloat16_is_taught_and_asked(engram, world, tmp_path):
+    half = ("--memory", tmp_path / "m", "--model-dtype", "bfloat16")
+    code, out, err = engram("teach", "one.yaml", *half, "--model", world / "base")
+    assert (code, "taught 2 facts" in out) == (0, True), err
+    assert engram("ask", "KEY:beta 20", *half)[:2] == (0, "7319\n")
+    assert engram("ask", "KEY:beta 20", "--memory", tmp_path / "m")[:2] == (0, "7319\n")  # and in float32
+    code, out, _ = engram("eval", *half, "--facts", "one.yaml", "--json", tmp_path / "out.json")
+    assert code == 0
+    assert json.loads((tmp_path / "out.json").read_text())["provenance"]["command"].endswith("--model-dtype bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--device", "abacus", "got 'abacus', expected a device of this machine"),
+        ("--device", "cuda:99", "got 'cuda:99', expected a device of this machine"),
+        ("--model-dtype", "int8", "got 'int8', expected one of float32, bfloat16, float16"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_anything_is_made(engram, world, tmp_path, option, value, message):
+    code, _, err = engram("teach", "one.yaml", "--memory", tmp_path / "m", "--model", world / "base", option, value)
+    assert (code, message in err) == (2, True), err
+    assert not (tmp_path / "m").exists()

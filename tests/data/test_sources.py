@@ -140,9 +140,10 @@ def test_every_recipe_has_a_corpus(file):
     assert parse_corpus(json.loads(json.dumps(recipe.to_dict())), "again") == recipe
 
 
-def test_the_recipe_of_the_bundled_model_means_what_it_meant():
-    file = Path(engram.__file__).parent / "bundled" / "base_model" / "training.json"
-    saved = json.loads(file.read_text())["recipe"]["corpus"]
+@pytest.mark.parametrize("half", ["first", "second"])
+def test_the_recipe_of_the_bundled_model_means_what_it_meant(half):
+    training = json.loads((Path(engram.__file__).parent / "bundled" / "base_model" / "training.json").read_text())
+    saved = training["went_on_from"]["recipe"]["corpus"] if half == "first" else training["recipe"]["data"]["corpus"]
     recipe = parse_corpus(saved, "training.json")
     assert recipe.to_dict() == {**recipe.to_dict(), **saved}
     assert set(recipe.to_dict()) == set(saved)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engram.cli.loading import Running, open_base
 from engram.cli.outputs import check_writable
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ DtypeOption = Annotated[str, typer.Option(help="Format of the rows: float32, bfl
 
 
 def convert_command(
-    memory: Annotated[Path, typer.Argument(help="Folder of the memory.")],
+    memory: Annotated[Path, typer.Argument(help="Folder of the memory, or 'bundled'.")],
     dtype: DtypeOption,
     out: Annotated[Path, typer.Option(help="Folder of the converted memory.")],
     json_out: Annotated[Path | None, typer.Option("--json", help="File for the error report.")] = None,
@@ -34,8 +35,9 @@ def convert_command(
     """Save a memory with its rows in another format, block by block, and report what that changed; exit code 1 if a fact was lost."""
     from engram.checkpoint import convert_memory, lock_store, write_json_atomically
     from engram.checkpoint.convert import check_target
-    from engram.models.bundled import load_tokenizer
+    from engram.models.bundled import load_tokenizer, memory_folder
 
+    memory = memory_folder(memory)
     check_dtype(dtype)
     check_writable(json_out)
     if model is not None and verify:
@@ -110,15 +112,13 @@ def _compare(source: Path, out: Path, model: str | None, text: str | None) -> di
     """Facts that are exact, and bits per byte, before and after. Without a model that can be loaded there is a line instead."""
     from engram.checkpoint import read_description
     from engram.errors import EngramError
-    from engram.models import load_model
 
     description = read_description(source)
     taught = "ledger" in description and description["engram_config"].get("verify_rows")
     if not taught and text is None:
         return {}
-    name = model or (description.get("base_model") or {}).get("name_or_path") or "bundled"
     try:
-        base, tokenizer = load_model(name)
+        base, tokenizer = open_base(source, model, Running())
         before, after = (_measure(base, tokenizer, folder, taught, text) for folder in (source, out))
     except EngramError as error:
         if text is not None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from engram.cli.loading import DeviceOption, ModelDtypeOption, Running
 from engram.cli.outputs import made_with
 
 __all__ = ["demo_command"]
@@ -28,6 +29,8 @@ def demo_command(
     model: Annotated[str, typer.Option(help="Base model: a folder, a hub name or 'bundled'.")] = "bundled",
     out: Annotated[Path, typer.Option(help="Folder for report.html, result.json and the memory.")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of everything random.")] = 0,
+    device: DeviceOption = "cpu",
+    model_dtype: ModelDtypeOption = "float32",
 ) -> None:
     """Teach facts to a small real model through its memory and show, before and after, what it knows and what must not move."""
     import torch
@@ -36,7 +39,6 @@ def demo_command(
     from engram.checkpoint import lock_store
     from engram.data.facts import load_facts
     from engram.errors import CheckpointError
-    from engram.models import load_model
 
     console = Console()
     taught = load_facts(facts or _FACTS / "facts.yaml")
@@ -47,13 +49,14 @@ def demo_command(
         raise CheckpointError(f"cannot write to {out}: {error.strerror}; choose another folder with --out.") from None
     started = time.monotonic()
     torch.manual_seed(seed)
-    base, tokenizer = load_model(model)
+    running = Running(device, model_dtype)
+    base, tokenizer = running.load(model)
     demo = _Demo(base, tokenizer, taught, seed, console, knows_capitals=model == "bundled")
     demo.run()
     with lock_store(out / "memory"):
         demo.editor.save(out / "memory", overwrite=True)  # a demo may be shown again
     result = demo.result(
-        command=_command(facts, model, seed), model=model, seed=seed, seconds=round(time.monotonic() - started)
+        command=_command(facts, model, seed, running), model=model, seed=seed, seconds=round(time.monotonic() - started)
     )
     _show(console, result)
     _write(out, result)
@@ -66,9 +69,9 @@ def demo_command(
         raise typer.Exit(1)
 
 
-def _command(facts: Path | None, model: str, seed: int) -> str:
+def _command(facts: Path | None, model: str, seed: int, running: Running) -> str:
     chosen = f" --facts {facts}" if facts else ""
-    return f"engram demo{chosen} --model {model} --seed {seed}"
+    return f"engram demo{chosen} --model {model} --seed {seed}{running.options()}"
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from engram.cli.loading import DeviceOption, ModelDtypeOption, Running
 from engram.cli.outputs import check_writable, made_with
 
 __all__ = ["eval_command"]
@@ -28,13 +29,15 @@ def eval_command(
     model: Annotated[str | None, typer.Option(help="Base model; the one the memory was made for if not given.")] = None,
     route: Annotated[bool, typer.Option("--route", help="Let the routing rules decide who reads the memory.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Ask every prompt as a chat turn too (chat template).")] = False,
+    device: DeviceOption = "cpu",
+    model_dtype: ModelDtypeOption = "float32",
 ) -> None:
     """Measure a memory: recall by category, harm to other text, latency and bytes."""
     from rich.console import Console
     from rich.markdown import Markdown
 
     from engram.checkpoint import write_json_atomically
-    from engram.cli.knowledge import _open_existing
+    from engram.cli.knowledge import open_editor
     from engram.data import load_facts, with_chat_prompts
     from engram.data.corpus import held_out_standard_library
     from engram.data.texts import load_texts
@@ -45,7 +48,8 @@ def eval_command(
         check_writable(file)
     asked = load_facts(facts)
     other = load_texts(texts or _BUNDLED / "none_of_its_business.yaml")
-    editor = _open_existing(memory, model)
+    running = Running(device, model_dtype)
+    editor = open_editor(memory, model, running)
     if chat:
         asked = with_chat_prompts(editor.tokenizer, asked)
     bundled = editor.memory.config.name_or_path == "bundled"
@@ -59,7 +63,7 @@ def eval_command(
         load_facts(_BUNDLED / "capitals.yaml") if bundled else (),
         EngramRouter.from_yaml() if route else None,
     )
-    result.provenance = _provenance(memory, facts, route)
+    result.provenance = _provenance(memory, facts, route, running)
     fields = result.to_dict()
     console = Console()
     console.print(Markdown(markdown_table(fields)))
@@ -73,8 +77,8 @@ def eval_command(
         plot_evaluation({memory.name: fields}, plots)
 
 
-def _provenance(memory: Path, facts: Path, route: bool) -> dict[str, Any]:
+def _provenance(memory: Path, facts: Path, route: bool, running: Running) -> dict[str, Any]:
     return {
-        "command": f"engram eval --memory {memory} --facts {facts}{' --route' if route else ''}",
+        "command": f"engram eval --memory {memory} --facts {facts}{' --route' if route else ''}{running.options()}",
         **made_with(),
     }

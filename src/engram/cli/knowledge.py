@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_base
 from engram.cli.outputs import check_text
-from engram.errors import CheckpointError, TeachError
+from engram.errors import TeachError
 
 if TYPE_CHECKING:
     from engram.editing import Explanation, MemoryEditor, RowConflict
@@ -26,6 +27,7 @@ __all__ = [
     "facts_command",
     "forget_command",
     "merge_command",
+    "open_editor",
     "teach_command",
     "why_command",
 ]
@@ -55,6 +57,8 @@ def teach_command(
         int | None, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of a new memory's addresses and reader (0 if not given).")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Teach every prompt as a chat turn too (chat template).")] = False,
+    device: DeviceOption = "cpu",
+    model_dtype: ModelDtypeOption = "float32",
 ) -> None:
     """Teach facts to a memory, new or existing; exit code 1 and a list if any fact is not exact.
 
@@ -66,7 +70,7 @@ def teach_command(
     lessons = load_facts(facts)
     checksum = hashlib.sha256(facts.read_bytes()).hexdigest()
     with lock_store(memory):
-        editor = _open(memory, model, seed)
+        editor = _open(memory, model, seed, Running(device, model_dtype))
         if chat:
             lessons = with_chat_prompts(editor.tokenizer, lessons)
         taught = known = 0
@@ -109,6 +113,8 @@ def ask_command(
         int | None, typer.Option(min=1, help="Longest answer, in tokens; 64, or as long as the longest fact, if not given.")
     ] = None,
     chat: ChatOption = False,
+    device: DeviceOption = "cpu",
+    model_dtype: ModelDtypeOption = "float32",
 ) -> None:
     """Ask a model with its memory; prints the answer and nothing else."""
     from engram.data import chat_prompt
@@ -118,7 +124,7 @@ def ask_command(
 
     _check_prompt(prompt)
     router = EngramRouter.from_yaml(rules or DEFAULT_RULES) if route or rules else None
-    editor = _open_existing(memory, model)
+    editor = open_editor(memory, model, Running(device, model_dtype))
     if chat:
         prompt = chat_prompt(editor.tokenizer, prompt)
     room = _room(editor, prompt)
@@ -139,12 +145,14 @@ def why_command(
     model: ModelOption = None,
     as_json: JsonOption = False,
     chat: ChatOption = False,
+    device: DeviceOption = "cpu",
+    model_dtype: ModelDtypeOption = "float32",
 ) -> None:
     """Ask, and show token by token which facts spoke, through which rows, and what they changed."""
     from engram.data import chat_prompt
 
     _check_prompt(prompt)
-    editor = _open_existing(memory, model)
+    editor = open_editor(memory, model, Running(device, model_dtype))
     if chat:
         prompt = chat_prompt(editor.tokenizer, prompt)
     explanation = editor.why(prompt, _WHY_TOKENS)
@@ -188,13 +196,15 @@ def forget_command(
     fact_ids: Annotated[list[str], typer.Argument(help="Ids of facts (`engram facts`), or their prompts word for word.")],
     memory: MemoryOption,
     model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    model_dtype: ModelDtypeOption = "float32",
 ) -> None:
     """Take facts out of a memory, rows and all; others stay as they were taught."""
     from engram.checkpoint import lock_store
 
     _require(memory)
     with lock_store(memory):
-        editor = _open_existing(memory, model)
+        editor = open_editor(memory, model, Running(device, model_dtype))
         by_prompt = {prompt.text: fact.id for fact in editor.facts for prompt in fact.prompts}
         known = {fact.id for fact in editor.facts}  # an id is meant as one, even if it is some other fact's prompt too
         report = editor.forget([name if name in known else by_prompt.get(name, name) for name in fact_ids])
@@ -256,7 +266,7 @@ def merge_command(
         if verify:
             with tempfile.TemporaryDirectory() as trial:
                 merge_memories(a, b, Path(trial) / "union", side)
-                exact = _open_existing(Path(trial) / "union", model).verify()
+                exact = open_editor(Path(trial) / "union", model, Running()).verify()
             wrong = [fact_id for fact_id, ok in exact.items() if not ok]
             if wrong:
                 raise TeachError(
@@ -270,34 +280,26 @@ def merge_command(
     )
 
 
-def _open(memory: Path, model: str | None, seed: int | None) -> MemoryEditor:
+def _open(memory: Path, model: str | None, seed: int | None, running: Running) -> MemoryEditor:
     """The memory in a folder, or a new one if there is none yet."""
     from engram.checkpoint import DESCRIPTION_NAME
     from engram.editing import MemoryEditor
-    from engram.models import load_model
 
     if (memory / DESCRIPTION_NAME).exists():
-        editor = _open_existing(memory, model)
+        editor = open_editor(memory, model, running)
         own = editor.memory.engram_config.seed
         if seed not in (None, own):
             raise TeachError(f"--seed: got {seed}, but the memory in {memory} was made with seed {own}; leave the option out.")
         return editor
-    base, tokenizer = load_model(model or "bundled")
+    base, tokenizer = running.load(model or "bundled")
     return MemoryEditor.create(base, tokenizer, seed=seed or 0)
 
 
-def _open_existing(memory: Path, model: str | None) -> MemoryEditor:
-    from engram.checkpoint import read_description
+def open_editor(memory: Path, model: str | None, running: Running) -> MemoryEditor:
+    """The memory in a folder on its base model, to be asked or changed."""
     from engram.editing import MemoryEditor
-    from engram.models import load_model
 
-    description = read_description(memory)
-    name = model or (description.get("base_model") or {}).get("name_or_path") or "bundled"
-    try:
-        base, tokenizer = load_model(name)
-    except CheckpointError as error:
-        hint = "" if model else f" The memory in {memory} names it as its base; if that has moved, say where with --model."
-        raise CheckpointError(f"{error}{hint}") from error
+    base, tokenizer = open_base(memory, model, running)
     return MemoryEditor.load(base, memory, tokenizer)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_base
 from engram.cli.outputs import check_folder, check_writable, made_with
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def look_command(
     memory: Annotated[
         Path | None,
         typer.Argument(
-            help="A saved memory, or a run folder with 'model' and 'memory' in it; without it the model alone is looked at."
+            help="A saved memory, 'bundled', or a run folder with 'model' and 'memory' in it; without it the model alone is looked at."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for look.json, pictures and look.html (needs matplotlib).")] = Path("look"),
@@ -46,6 +47,8 @@ def look_command(
     row_tokens: Annotated[int, typer.Option(min=16, help="Tokens of text that are only hashed, for rows and zipf.")] = 60_000,
     length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 128,
     json_out: Annotated[Path | None, typer.Option("--json", help="Another file for the result.")] = None,
+    device: DeviceOption = "cpu",
+    model_dtype: ModelDtypeOption = "float32",
 ) -> None:
     """Look inside: gates, logit lens, similarity of layers, memory off, rows, caches, n-grams; one page, pictures and JSON."""
     from engram.analysis import ANALYSES, look
@@ -63,12 +66,13 @@ def look_command(
     if unknown or names == []:
         raise typer.BadParameter(f"got {', '.join(unknown) or 'nothing'}, expected some of {_WHAT}", param_hint="--what")
     read = load_documents(texts) if texts is not None else standard_texts()
-    subject, tokenizer = _open(memory, model)
-    second = None if against is None else _open_second(against)
+    running = Running(device, model_dtype)
+    subject, tokenizer = _open(memory, model, running)
+    second = None if against is None else _open_second(against, running)
     with _bars() as start:
         result = look(subject, tokenizer, read, names, second, tokens, row_tokens, length, start)
     result["texts"] = "standard texts" if texts is None else texts.name
-    result["provenance"] = _provenance(memory, model, texts, what, against, tokens, row_tokens, length)
+    result["provenance"] = _provenance(memory, model, texts, what, against, tokens, row_tokens, length, running)
     for file in (out / "look.json", json_out):
         if file is not None:
             write_json_atomically(file, result)
@@ -80,40 +84,33 @@ def look_command(
         print(f"left out: {name}: {reason}")
 
 
-def _open(memory: Path | None, model: str | None) -> tuple[Subject, Any]:
+def _open(memory: Path | None, model: str | None, running: Running) -> tuple[Subject, Any]:
     """The model to look at, with its memory if one is given, and its tokenizer."""
     from engram.analysis import Subject
-    from engram.checkpoint import DESCRIPTION_NAME, read_description
-    from engram.errors import CheckpointError
-    from engram.models import EngramModel, load_model
+    from engram.checkpoint import DESCRIPTION_NAME
+    from engram.models import EngramModel
+    from engram.models.bundled import memory_folder
 
     if memory is None:
-        return _open_second(model or "bundled")
+        return _open_second(model or "bundled", running)
+    memory = memory_folder(memory)
     if not (memory / DESCRIPTION_NAME).exists() and (memory / "memory" / DESCRIPTION_NAME).exists():
         memory = memory / "memory"
-    description = read_description(memory)
-    beside = memory.parent / "model"
-    named = (description.get("base_model") or {}).get("name_or_path") or "bundled"
-    name = model or (str(beside) if (beside / "config.json").is_file() else named)
-    try:
-        base, tokenizer = load_model(name)
-    except CheckpointError as error:
-        hint = "" if model else f" The memory in {memory} names it as its base; if that has moved, say where with --model."
-        raise CheckpointError(f"{error}{hint}") from error
+    base, tokenizer = open_base(memory, model, running, beside=memory.parent / "model")
     return Subject(_short(memory), EngramModel.from_pretrained(base, memory, tokenizer).eval()), tokenizer
 
 
-def _open_second(name: str) -> tuple[Subject, Any]:
+def _open_second(name: str, running: Running) -> tuple[Subject, Any]:
     """A model by name, or that of a run folder with the memory that was trained with it."""
     from engram.analysis import Subject
     from engram.checkpoint import DESCRIPTION_NAME
-    from engram.models import EngramModel, load_model
+    from engram.models import EngramModel
 
     run = Path(name)
     if not (run / "model" / "config.json").is_file():
-        base, tokenizer = load_model(name)
+        base, tokenizer = running.load(name)
         return Subject(_short(run), base), tokenizer
-    base, tokenizer = load_model(str(run / "model"))
+    base, tokenizer = running.load(str(run / "model"))
     if not (run / "memory" / DESCRIPTION_NAME).is_file():
         return Subject(_short(run), base), tokenizer
     return Subject(_short(run), EngramModel.from_pretrained(base, run / "memory", tokenizer).eval()), tokenizer
@@ -156,11 +153,12 @@ def _provenance(
     tokens: int,
     row_tokens: int,
     length: int,
+    running: Running,
 ) -> dict[str, Any]:
     options = {"model": model, "texts": texts, "what": what, "against": against}
     given = "".join(f" --{name} {value}" for name, value in options.items() if value is not None)
     command = f"engram look{'' if memory is None else f' {memory}'}{given}"
     return {
-        "command": f"{command} --tokens {tokens} --row-tokens {row_tokens} --length {length}",
+        "command": f"{command} --tokens {tokens} --row-tokens {row_tokens} --length {length}{running.options()}",
         **made_with(),
     }

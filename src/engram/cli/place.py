@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engram.cli.convert import check_dtype, print_report, progress_bar, read_text
+from engram.cli.loading import base_name
 
 if TYPE_CHECKING:
     from engram.config import TableConfig
@@ -21,7 +22,7 @@ _NOTE = "rows/s: a quick measurement with a small table that is in memory; large
 
 
 def place_command(
-    memory: Annotated[Path, typer.Argument(help="Folder of the memory.")],
+    memory: Annotated[Path, typer.Argument(help="Folder of the memory, or 'bundled'.")],
     tier: Annotated[str | None, typer.Option(help="Where to move it: device, host, mmap or hybrid.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Format of the rows; as saved if not given.")] = None,
     path: Annotated[
@@ -39,9 +40,11 @@ def place_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show where a memory's rows are and what other places would cost; with --tier and --out, move it there."""
+    from engram.models.bundled import memory_folder
     from engram.models.place import layer_places, placement_costs
 
     _check_options(tier, path, out, hot_rows, hot_from)
+    memory = memory_folder(memory)
     if dtype is not None:
         check_dtype(dtype)
     layers = layer_places(memory)
@@ -110,13 +113,11 @@ def _move(memory: Path, out: Path, placement: TableConfig, hot: dict[int, Any] |
 
 def _hot(memory: Path, file: Path, number: int, model: str | None, fields: dict[str, Any]) -> dict[int, Any]:
     """The rows that a text asks for most, per layer."""
-    from engram.checkpoint import read_description
     from engram.models.bundled import load_tokenizer
     from engram.models.place import count_rows_read
 
     text = read_text(file)
-    description = read_description(memory)
-    tokenizer = load_tokenizer(model or (description.get("base_model") or {}).get("name_or_path") or "bundled")
+    tokenizer = load_tokenizer(base_name(memory, model))
     counted = count_rows_read(memory, tokenizer, [text])
     hot = {layer_id: counts.most_frequent(number) for layer_id, counts in counted.items()}
     fields["hot"] = {

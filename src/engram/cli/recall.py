@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_base
 from engram.cli.outputs import check_writable, made_with
 
 __all__ = ["recall_command"]
@@ -19,7 +20,9 @@ def recall_command(
             help="Model: a folder, a hub name or 'bundled'. The one the memory was made for, or the bundled one, if not given."
         ),
     ] = None,
-    memory: Annotated[Path | None, typer.Option(help="Folder of a memory; the model is measured with it and without.")] = None,
+    memory: Annotated[
+        Path | None, typer.Option(help="Folder of a memory, or 'bundled'; the model is measured with it and without.")
+    ] = None,
     tasks: Annotated[
         str, typer.Option(help="Questions, separated by commas: needle, multi_key, multi_query, multi_value, tracking.")
     ] = "needle,multi_query,tracking",
@@ -31,6 +34,8 @@ def recall_command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="File for the result.")] = None,
+    device: DeviceOption = "cpu",
+    model_dtype: ModelDtypeOption = "float32",
 ) -> None:
     """Hide notes in long text and ask for them: exact answers, and how likely the right ones were."""
     from rich.console import Console
@@ -44,11 +49,12 @@ def recall_command(
     tokens = _numbers(lengths)
     check_writable(json_out)
     hidden_in = [text for group in load_texts(texts).values() for text in group] if texts is not None else _library_text()
-    subject, tokenizer = _subject(model, memory)
+    running = Running(device, model_dtype)
+    subject, tokenizer = _subject(model, memory, running)
 
     def measure() -> dict[str, Any]:
         result = measure_recall(subject, tokenizer, hidden_in, asked, tokens, examples, seed)
-        result.provenance = _provenance(model, memory, tasks, lengths, examples, seed)
+        result.provenance = _provenance(model, memory, tasks, lengths, examples, seed, running)
         return result.to_dict()
 
     results = {}
@@ -82,20 +88,22 @@ def _library_text() -> list[str]:
     return [doc.text for doc in held_out_standard_library()]
 
 
-def _subject(model: str | None, memory: Path | None) -> tuple[Any, Any]:
-    from engram.checkpoint import read_description
-    from engram.models import EngramModel, load_model
+def _subject(model: str | None, memory: Path | None, running: Running) -> tuple[Any, Any]:
+    from engram.models import EngramModel
+    from engram.models.bundled import memory_folder
 
     if memory is None:
-        return load_model(model or "bundled")
-    name = model or (read_description(memory).get("base_model") or {}).get("name_or_path") or "bundled"
-    base, tokenizer = load_model(name)
+        return running.load(model or "bundled")
+    memory = memory_folder(memory)
+    base, tokenizer = open_base(memory, model, running)
     return EngramModel.from_pretrained(base, memory, tokenizer), tokenizer
 
 
-def _provenance(model: str | None, memory: Path | None, tasks: str, lengths: str, examples: int, seed: int) -> dict[str, Any]:
+def _provenance(
+    model: str | None, memory: Path | None, tasks: str, lengths: str, examples: int, seed: int, running: Running
+) -> dict[str, Any]:
     where = f"{f' --model {model}' if model else ''}{f' --memory {memory}' if memory else ''}"
     return {
-        "command": f"engram recall{where} --tasks {tasks} --lengths {lengths} --examples {examples} --seed {seed}",
+        "command": f"engram recall{where} --tasks {tasks} --lengths {lengths} --examples {examples} --seed {seed}{running.options()}",
         **made_with(),
     }

@@ -26,7 +26,8 @@ def trace_command(
     text: Annotated[str, typer.Argument(help="The sentence.")],
     model: Annotated[str, typer.Option(help="Base model: a folder, a hub name or 'bundled'.")] = "bundled",
     memory: Annotated[
-        Path | None, typer.Option(help="A saved memory; without it a fresh, untrained one at two layers is shown.")
+        Path | None,
+        typer.Option(help="A saved memory, or 'bundled'; without it a fresh, untrained one at two layers is shown."),
     ] = None,
     demo_size: Annotated[
         bool,
@@ -64,10 +65,11 @@ def trace_command(
 def _attached(model: str, memory: Path | None) -> tuple[EngramModel, Any]:
     from engram.config import EngramConfig
     from engram.models import EngramModel, get_engram_model, load_model
+    from engram.models.bundled import memory_folder
 
     base, tokenizer = load_model(model)
     if memory is not None:
-        return EngramModel.from_pretrained(base, memory, tokenizer), tokenizer
+        return EngramModel.from_pretrained(base, memory_folder(memory), tokenizer), tokenizer
     blocks = base.config.num_hidden_layers
     config = EngramConfig(
         engram_vocab_size=20_000,

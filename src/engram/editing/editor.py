@@ -21,6 +21,7 @@ from engram.editing.ledger import Ledger, LedgerFact
 from engram.editing.lesson import TeachSettings, answers_exactly
 from engram.editing.reports import ForgetReport, RowConflict, TeachReport
 from engram.editing.sorting import in_parts, sort_out
+from engram.editing.spelling import Speller
 from engram.editing.teaching import Progress, Teaching
 from engram.errors import CheckpointError, ConfigError, TeachError
 from engram.models import EngramModel, find_decoder, get_engram_model
@@ -68,6 +69,7 @@ class MemoryEditor:
             )
         self.memory, self.tokenizer = memory, tokenizer
         self._ledger = Ledger.from_dict(memory.ledger) if memory.ledger else Ledger()
+        self._speller = Speller(memory.base_model, tokenizer)
 
     @classmethod
     def create(cls, model: PreTrainedModel, tokenizer: Any, seed: int = 0, dtype: str = "bfloat16", **changes: Any) -> Self:
@@ -369,10 +371,17 @@ class MemoryEditor:
                 "lower min_order or make a memory with a larger max_ngram_size."
             )
         context = getattr(self.memory.config, "max_position_embeddings", None)
-        rows = [
-            KeyedPrompt(text, row.prompt_ids, row.answer_ids)
+        encoded = [
+            (text, row)
             for index, fact in enumerate(facts)
             for text, row in zip(fact.prompts, encode_fact(self.tokenizer, fact, index, context))
+        ]
+        spelt = self._speller.spell([row.answer_ids for _, row in encoded])
+        rows = [
+            KeyedPrompt(
+                text, row.prompt_ids, ids if context is None or len(row.prompt_ids) + len(ids) <= context else row.answer_ids
+            )
+            for (text, row), ids in zip(encoded, spelt)
         ]
         others = [prompt for fact in self._ledger for prompt in fact.prompts]
         bits = surprise_bits(self.memory, rows, settings.batch_size)

@@ -123,6 +123,12 @@ class Teaching:
             return f"its last {longest} tokens are those of another fact; ask with the distinctive words nearer to the end"
         if any(prompt.key_length + len(prompt.answer_ids) > longest + 1 for prompt in entry.prompts):
             return f"the end of its answer is out of reach of its key ({longest} tokens): shorten it, or make a memory with more max_ngram_size"
+        if unsaid := self.editor._speller.unsayable([token for prompt in entry.prompts for token in prompt.answer_ids]):
+            shown = ", ".join(self.editor.tokenizer.convert_ids_to_tokens(unsaid[:_SHOWN]))
+            return (
+                f"its answer has tokens that the model cannot tell from others because it hardly met them in training ({shown}): "
+                "put it in other words"
+            )
         return "its answer did not become greedy-exact; raise max_steps or lr, or shorten the answer"
 
     def _enter(self, before: dict[str, Tensor], earlier: list[LedgerFact]) -> None:

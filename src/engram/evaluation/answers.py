@@ -135,7 +135,7 @@ def check_facts(
     ]
     if not rows:
         return []
-    longest = max(_answer_length(tokenizer, fact, index) for index, fact in enumerate(facts))
+    longest = max(*(_answer_length(tokenizer, fact, index) for index, fact in enumerate(facts)), _longest_taught(model, facts))
     said = ask(model, tokenizer, [prompt for _, prompt, _ in rows], longest + 2, batch_size, progress, router)
     return [Answer(index, prompt, expected, text) for (index, prompt, expected), text in zip(rows, said)]
 
@@ -153,6 +153,13 @@ def score_by_category(facts: Sequence[Fact], answers: Sequence[Answer]) -> list[
 def _answer_length(tokenizer: Any, fact: Fact, index: int) -> int:
     rows: list[EncodedFact] = encode_fact(tokenizer, fact, index)
     return max(len(row.answer_ids) for row in rows)
+
+
+def _longest_taught(model: Any, facts: Sequence[Fact]) -> int:
+    """Tokens of the longest of these answers as the model's memory was taught them: some are spelt in more than the tokenizer would take."""
+    asked = {prompt for fact in facts for prompt in fact.prompts}
+    taught = (getattr(model, "ledger", None) or {"facts": ()})["facts"]
+    return max((len(ids) for fact in taught for text, _, ids, _ in fact["prompts"] if text in asked), default=0)
 
 
 def _before(row: list[int], end: int) -> list[int]:

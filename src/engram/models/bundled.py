@@ -1,31 +1,61 @@
-"""The small model that ships with engram."""
+"""The small model that ships with engram, and the memory that was trained with it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from engram.errors import CheckpointError
+from engram.models.engram_model import EngramModel
 
-__all__ = ["BUNDLED_MODEL", "BUNDLED_NAME", "load_bundled", "load_model", "load_tokenizer"]
+__all__ = [
+    "BUNDLED_MEMORY",
+    "BUNDLED_MODEL",
+    "BUNDLED_NAME",
+    "load_bundled",
+    "load_model",
+    "load_tokenizer",
+    "memory_folder",
+]
 
 BUNDLED_NAME = "bundled"
-"""Name that stands for the bundled model wherever a model path is asked for."""
+"""Name that stands for the bundled model wherever a model path is asked for, and for its memory where one is only read."""
 BUNDLED_MODEL = Path(__file__).parent.parent / "bundled" / "base_model"
+BUNDLED_MEMORY = Path(__file__).parent.parent / "bundled" / "memory"
 
 
-def load_bundled() -> tuple[PreTrainedModel, Any]:
+@overload
+def load_bundled(memory: Literal[False] = False) -> tuple[PreTrainedModel, Any]: ...
+
+
+@overload
+def load_bundled(memory: Literal[True]) -> tuple[EngramModel, Any]: ...
+
+
+def load_bundled(memory: bool = False) -> tuple[PreTrainedModel | EngramModel, Any]:
     """The bundled base model (float32, evaluation mode) and its tokenizer: a small Llama trained by this project.
+
+    Args:
+        memory: with the memory that was trained together with it (int8 rows). A model has one memory at a time: facts are taught to the
+            model without it, which was trained to do as well on its own.
 
     Raises:
         CheckpointError: the installation lacks the model's files.
     """
-    return load_model(BUNDLED_NAME)
+    model, tokenizer = load_model(BUNDLED_NAME)
+    if not memory:
+        return model, tokenizer
+    return EngramModel.from_pretrained(model, BUNDLED_MEMORY, tokenizer).eval(), tokenizer
+
+
+def memory_folder(memory: Path) -> Path:
+    """Where a memory lies that is only to be read: ``memory``, or the bundled one if that is ``bundled``."""
+    return BUNDLED_MEMORY if str(memory) == BUNDLED_NAME else memory
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:

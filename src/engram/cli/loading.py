@@ -1,0 +1,84 @@
+"""Models for commands: which, on which device, in which type."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engram.errors import CheckpointError
+
+__all__ = ["DeviceOption", "ModelDtypeOption", "Running", "base_name", "open_base"]
+
+DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
+ModelDtypeOption = Annotated[str, typer.Option(help="Type of the model's weights: float32, bfloat16 or float16.")]
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Running:
+    """Where a model runs and in which type, as the options say."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def load(self, name: str) -> tuple[Any, Any]:
+        """A model and its tokenizer (``models.load_model``), moved there; a device that is not there is refused before anything is loaded."""
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+
+        from engram.models import load_model
+
+        if not sys.stderr.isatty():
+            disable_progress_bar()
+        if self.dtype not in _DTYPES:
+            raise typer.BadParameter(f"got {self.dtype!r}, expected one of {', '.join(_DTYPES)}", param_hint="--model-dtype")
+        try:
+            torch.empty(0, device=self.device)
+        except (
+            RuntimeError,
+            AssertionError,
+            NotImplementedError,
+        ) as error:  # PyTorch says in three ways that it has no such device
+            reason = str(error).strip().splitlines()[0]
+            raise typer.BadParameter(
+                f"got {self.device!r}, expected a device of this machine, such as cpu or cuda: {reason}", param_hint="--device"
+            ) from None
+        loaded = load_model(name, getattr(torch, self.dtype))
+        model: Any = loaded[0]
+        return model.to(self.device), loaded[1]
+
+    def options(self) -> str:
+        """The options of a command line that say the same; empty for the defaults."""
+        device = "" if self.device == "cpu" else f" --device {self.device}"
+        return device + ("" if self.dtype == "float32" else f" --model-dtype {self.dtype}")
+
+
+def base_name(memory: Path, model: str | None) -> str:
+    """The base model of a saved memory: ``model`` if that is given, else the one that the memory names."""
+    from engram.checkpoint import read_description
+
+    named = (read_description(memory).get("base_model") or {}).get("name_or_path")
+    return model or named or "bundled"
+
+
+def open_base(memory: Path, model: str | None, running: Running, beside: Path | None = None) -> tuple[Any, Any]:
+    """The base model of a saved memory and its tokenizer.
+
+    Args:
+        memory: the memory's folder.
+        model: what ``--model`` says.
+        running: where and how.
+        beside: a folder to take the model from if nothing is said and there is one.
+    """
+    name = base_name(memory, model)
+    if model is None and beside is not None and (beside / "config.json").is_file():
+        name = str(beside)
+    try:
+        return running.load(name)
+    except CheckpointError as error:
+        hint = "" if model else f" The memory in {memory} names it as its base; if that has moved, say where with --model."
+        raise CheckpointError(f"{error}{hint}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -26,28 +27,37 @@ from engram.training import EngramTrainer, EngramTrainingArguments
 from engram.training.balance import BalanceCallback, find_routers
 from engram.training.safe_trainer import InOrder, SafeTrainer, last_checkpoint
 
-__all__ = ["RESULT", "build_model", "run_point"]
+__all__ = ["RESULT", "run_point"]
 
 RESULT = "result.json"
 """File of a finished point; where it is, nothing is run again."""
 
 _RECIPE = "recipe.json"
+_ROWS = "rows"
 _VALIDATION = "eval_validation_loss"
 
 
-def build_model(recipe: PointRecipe, tokenizer: Any) -> PreTrainedModel | EngramModel:
-    """A fresh model of a solved recipe, or the one that it goes on from, with its memory if it has one; everything that is trained trainable.
+def _build_base(recipe: PointRecipe, tokenizer: Any) -> PreTrainedModel:
+    """A fresh backbone of a solved recipe, or the model that it goes on from.
 
     Raises:
         CheckpointError: a model to go on from cannot be loaded.
         ConfigError: it takes no blocks as long as the recipe's.
     """
     set_seed(recipe.seed)
-    model = build_backbone(recipe.backbone, tokenizer) if recipe.model is None else _load(recipe.model, recipe.data.seq_len)
+    return build_backbone(recipe.backbone, tokenizer) if recipe.model is None else _load(recipe.model, recipe.data.seq_len)
+
+
+def _attach_memory(recipe: PointRecipe, model: PreTrainedModel, tokenizer: Any, out: Path) -> PreTrainedModel | EngramModel:
+    """The model with the recipe's memory, if it has one; everything that is trained trainable. Row files are made in ``out`` anew."""
     if recipe.engram is None:
         return model
     pad = {} if tokenizer.pad_token_id is None else {"pad_id": tokenizer.pad_token_id}
-    memory = get_engram_model(model, recipe.engram.replace(**pad, seed=recipe.seed), tokenizer)
+    placement = recipe.table
+    if placement is not None and placement.tier == "mmap":
+        shutil.rmtree(out / _ROWS, ignore_errors=True)  # what an interrupted run left; its checkpoint has them all
+        placement = dataclasses.replace(placement, path=str(out / _ROWS))
+    memory = get_engram_model(model, recipe.engram.replace(**pad, seed=recipe.seed), tokenizer, placement)
     memory.engrams.requires_grad_(True)
     memory.base_model.requires_grad_(recipe.train_backbone)
     return memory
@@ -83,16 +93,17 @@ def run_point(
     """
     solved = recipe.solved()
     present = {"identity": recipe.identity(), "text": data.store.fingerprint, "recipe": recipe.to_dict()}
-    model = None
+    base = None
     if recipe.model is not None:  # a name says where a model lies, not what it is
-        model = build_model(solved, data.tokenizer)
-        present["model"] = base_identity(model.base_model if isinstance(model, EngramModel) else model)["weights_sha256"]
+        base = _build_base(solved, data.tokenizer)
+        present["model"] = base_identity(base)["weights_sha256"]
     present = json.loads(json.dumps(present))
     _claim(out, present)
     if (out / RESULT).is_file():
         return json.loads((out / RESULT).read_text(encoding="utf-8"))
-    if model is None:
-        model = build_model(solved, data.tokenizer)
+    if base is None:
+        base = _build_base(solved, data.tokenizer)
+    model = _attach_memory(solved, base, data.tokenizer, out)
     # A new memory is empty: this is what the model was without it.
     before = None if solved.model is None else _measure_all(model, data, solved.bf16)
     curve = _Curve(solved, data)
@@ -111,7 +122,8 @@ def run_point(
     if recipe.keep_model:
         _keep(model, data, out, solved.train_backbone)
     write_json_atomically(out / RESULT, {**result, **present})
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    for folder in ("checkpoints", _ROWS):
+        shutil.rmtree(out / folder, ignore_errors=True)
     return json.loads((out / RESULT).read_text(encoding="utf-8"))
 
 
@@ -185,7 +197,8 @@ def _trainer(
     }
     if isinstance(model, EngramModel):
         arguments["table_lr_multiplier"] = recipe.table_lr_multiplier
-        arguments["memory_dropout"] = recipe.memory_dropout
+        for name in ("memory_dropout", "table_row_state", "table_stochastic_rounding"):
+            arguments[name] = getattr(recipe, name)
     if recipe.train_backbone and find_routers(model):  # the biases are buffers: nothing else would keep a frozen model as it is
         callbacks = [*callbacks, BalanceCallback(model, recipe.balance_rate)]
     return _Trainer(

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from engram.config import EngramConfig
+from engram.config import EngramConfig, TableConfig
 from engram.data.recipe import CorpusRecipe, parse_corpus, read_yaml
 from engram.data.recipe import build_fields as build_flat
 from engram.errors import ConfigError, EngramError
 from engram.experiments.backbone import BackboneConfig
 from engram.experiments.budget import allocate
-from engram.optim import BACKBONE_OPTIMIZERS
+from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES
 
 __all__ = [
     "BudgetRecipe",
@@ -84,6 +84,9 @@ class PointRecipe:
     """With a model: whether it is trained too. False leaves it as it is, bit for bit, and trains the memory alone."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     engram: EngramConfig | None = None
+    table: TableConfig | None = None
+    """Where the memory's rows are while they are trained, and in which type; float32 on the model's device if not given. The files of
+    ``mmap`` lie in the run's folder until it is finished."""
     budget: BudgetRecipe | None = None
     """With a budget, experts, dense width and table rows follow from it, and a rho of 1 means no memory."""
     tokens: int = 1_500_000
@@ -93,6 +96,10 @@ class PointRecipe:
     optimizer: str = "adamw"
     """``adamw`` or ``muon`` for the backbone's matrices."""
     table_lr_multiplier: float = 5.0
+    table_row_state: str = "adam"
+    """What the optimiser remembers per table row: ``adam``, ``rowwise_adam`` (half of it) or ``rowwise_adagrad`` (one number)."""
+    table_stochastic_rounding: bool = False
+    """Whether rows of 16 bits are rounded by chance, so that small steps count."""
     memory_dropout: float = 0.0
     """Share of training sequences that do not read the memory; with one, held-out losses are told with the memory off too."""
     weight_decay: float = 0.1
@@ -119,12 +126,16 @@ class PointRecipe:
             _number(self, name)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"PointRecipe.seed: got {self.seed!r}, expected a whole number of at least 0.")
-        for name in ("bf16", "keep_model", "train_backbone"):
+        for name in ("bf16", "keep_model", "train_backbone", "table_stochastic_rounding"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"PointRecipe.{name}: got {getattr(self, name)!r}, expected true or false.")
         if self.optimizer not in BACKBONE_OPTIMIZERS:
             raise ConfigError(
                 f"PointRecipe.optimizer: got {self.optimizer!r}, expected {' or '.join(map(repr, BACKBONE_OPTIMIZERS))}."
+            )
+        if self.table_row_state not in ROW_STATES:
+            raise ConfigError(
+                f"PointRecipe.table_row_state: got {self.table_row_state!r}, expected one of {', '.join(ROW_STATES)}."
             )
         for name in ("warmup_share", "min_lr_ratio"):
             _number(self, name)
@@ -133,12 +144,25 @@ class PointRecipe:
         _number(self, "memory_dropout")
         if self.memory_dropout >= 1:
             raise ConfigError(f"PointRecipe.memory_dropout: got {self.memory_dropout!r}, expected a share below 1.")
+        self._check_table()
         if self.steps < 1:
             raise ConfigError(f"PointRecipe.tokens: got {self.tokens}, expected at least one batch, {self.batch_tokens}.")
         if self.model is None:
             self._fit_backbone()
         else:
             self._check_model()
+
+    def _check_table(self) -> None:
+        if self.table is None:
+            return
+        if self.table.path is not None or self.table.changed_rows != "refuse":
+            raise ConfigError("PointRecipe.table: got path or changed_rows, expected neither: row files are the run's own.")
+        if self.table.dtype not in _TRAINED_TYPES:
+            raise ConfigError(
+                f"PointRecipe.table.dtype: got {self.table.dtype!r}, expected one of {', '.join(_TRAINED_TYPES)}."
+            )
+        if self.engram is None:
+            raise ConfigError("PointRecipe: got a 'table' and no 'engram', expected both or neither.")
 
     def _fit_backbone(self) -> None:
         if not self.train_backbone:
@@ -196,11 +220,13 @@ class PointRecipe:
         fields = dataclasses.asdict(self)
         fields["engram"] = None if self.engram is None else self.engram.to_dict()
         fields["data"]["corpus"] = self.data.corpus.to_dict()
+        fields["table"] = None if self.table is None else _identity(self.table)
         return fields
 
 
 # Options that came once results had been made: their defaults are in no identity.
-_LATER = ("model", "train_backbone", "memory_dropout")
+_LATER = ("model", "train_backbone", "memory_dropout", "table", "table_row_state", "table_stochastic_rounding")
+_TRAINED_TYPES = ("float32", "bfloat16", "float16")
 _WITHOUT_EFFECT = ("keep_model", "curve_points", "save_steps")
 
 
@@ -301,6 +327,7 @@ def insert_corpus(fields: dict[str, Any], path: str | os.PathLike[str]) -> None:
     fields["data"] = {**data, "corpus": found["corpus"]}
 
 
+_CONFIGS: dict[str, Any] = {"engram": EngramConfig, "table": TableConfig}
 _NESTED: dict[str, type] = {"data": DataRecipe, "backbone": BackboneConfig, "budget": BudgetRecipe, "corpus": CorpusRecipe}
 
 
@@ -315,7 +342,7 @@ def build_fields(cls: type, fields: Mapping[str, Any], where: str) -> Any:
 
 
 def _build_value(name: str, value: Any, where: str) -> Any:
-    if name not in _NESTED and name != "engram":
+    if name not in _NESTED and name not in _CONFIGS:
         return value
     if value is None or dataclasses.is_dataclass(value):
         return value
@@ -323,4 +350,4 @@ def _build_value(name: str, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: got {value!r}, expected a mapping.")
     if name == "corpus":
         return parse_corpus(value, where)
-    return EngramConfig.from_dict(value) if name == "engram" else build_fields(_NESTED[name], value, where)
+    return _CONFIGS[name].from_dict(value) if name in _CONFIGS else build_fields(_NESTED[name], value, where)

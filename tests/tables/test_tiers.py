@@ -290,6 +290,25 @@ def test_row_files_are_known_again_until_they_change(tmp_path):
     assert not rows_are(file, "a")
 
 
+@pytest.mark.parametrize("form", ["float32", "int8"])
+def test_a_refused_change_leaves_a_row_file_known(form, tmp_path):
+    path = tmp_path / "rows"
+    table = MmapTable(8, 4, path, "r+") if form == "float32" else QuantisedMmapTable(8, 4, form, path, "r+")
+    stamp_rows(path, "save")
+    refused = [
+        lambda: table.update_rows(torch.tensor([9]), lambda old: old),
+        lambda: table.update_rows(torch.tensor([1]), lambda old: old[:, :2]),
+        lambda: table.update_rows(torch.tensor([1]), lambda old: 1 / 0),
+        lambda: table.load_rows(7, torch.ones(2, 4)),
+    ]
+    for change in refused:
+        with pytest.raises((TableError, ZeroDivisionError)):
+            change()
+        assert rows_are(path, "save")
+    table.update_rows(torch.tensor([1]), lambda old: old + 1)
+    assert not rows_are(path, "save")
+
+
 def test_pages_are_let_go_within_a_budget(tmp_path):
     """A table four times the budget: read, trained and walked; the process keeps about the budget, and nothing is lost."""
     program = f"""

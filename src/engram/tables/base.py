@@ -101,6 +101,9 @@ class EmbeddingTable(nn.Module):
         numbers = torch.arange(start, start + rows.shape[0], device=self.weight.device)
         self.update_rows(numbers, lambda old: rows.to(old.device, old.dtype))
 
+    def _before_writing(self) -> None:
+        """Called when rows were found fit to be written, before the first of them is."""
+
     @property
     def nbytes(self) -> int:
         """Bytes of the rows."""
@@ -120,6 +123,18 @@ def check_row_ids(row_ids: Tensor, count: int) -> None:
     low, high = int(row_ids.min()), int(row_ids.max())
     if low < 0 or high >= count:
         raise TableError(f"row_ids: got {low}..{high}, expected 0..{count - 1}.")
+
+
+def replaced(old: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """What ``fn`` makes of rows.
+
+    Raises:
+        TableError: it is of another shape.
+    """
+    new = fn(old)
+    if new.shape != old.shape:
+        raise TableError(f"update_rows: fn returned shape {list(new.shape)}, expected {list(old.shape)}.")
+    return new
 
 
 def check_place(start: int, rows: Tensor, count: int, dim: int) -> None:

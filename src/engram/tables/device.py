@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from engram.errors import TableError
 from engram.ops import lookup_rows, read_rows
-from engram.tables.base import EmbeddingTable, check_place, check_row_ids
+from engram.tables.base import EmbeddingTable, check_place, check_row_ids, replaced
 from engram.tables.memory import check_fits
 from engram.tables.prefetch import RowHandle, RowPrefetcher
 
@@ -78,10 +77,8 @@ class DeviceTable(EmbeddingTable):
             return
         check_row_ids(row_ids, self.rows)
         row_ids = row_ids.to(self.weight.device)
-        old = self.weight[row_ids]
-        new = fn(old)
-        if new.shape != old.shape:
-            raise TableError(f"update_rows: fn returned shape {list(new.shape)}, expected {list(old.shape)}.")
+        new = replaced(self.weight[row_ids], fn)
+        self._before_writing()
         self.weight[row_ids] = new.to(self.weight.dtype)
 
     @torch.no_grad()
@@ -92,6 +89,7 @@ class DeviceTable(EmbeddingTable):
             TableError: they do not fit there.
         """
         check_place(start, rows, self.rows, self.dim)
+        self._before_writing()
         self.weight[start : start + rows.shape[0]] = rows.to(self.weight)
 
     def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:

@@ -88,12 +88,7 @@ class HostTable(DeviceTable):
             return self.weight.detach()
         return self._lock.view(self.weight, device) if device.type == "cuda" else None
 
-    def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
-        """Replace rows in place, when no device reads them any more."""
+    def _before_writing(self) -> None:
+        """Wait until no device reads the rows any more."""
         self._lock.settle()
-        super().update_rows(row_ids, fn)
-
-    def load_rows(self, start: int, rows: Tensor) -> None:
-        """Put rows ``[n, dim]`` at ``start`` and after, when no device reads them any more."""
-        self._lock.settle()
-        super().load_rows(start, rows)
+        super()._before_writing()

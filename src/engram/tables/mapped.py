@@ -248,7 +248,7 @@ class MappedRows(EmbeddingTable):
             TableError: the file is mapped read-only or was truncated, a row number is out of range or ``fn`` changed the shape.
         """
         self._refuse_read_only()
-        self._file.changing()
+        self._file.check()
         super().update_rows(row_ids, fn)  # type: ignore[safe-super]
         self._file.touched(row_ids.numel())
 
@@ -259,9 +259,13 @@ class MappedRows(EmbeddingTable):
             TableError: the file is mapped read-only or was truncated, or the rows do not fit there.
         """
         self._refuse_read_only()
-        self._file.changing()
         super().load_rows(start, rows)
         self._file.touched(rows.shape[0], in_order=True)
+
+    def _before_writing(self) -> None:
+        """Check that the file is whole, and note that it no longer holds what it held."""
+        self._file.changing()
+        super()._before_writing()
 
     def _refuse_read_only(self) -> None:
         if self.mode == "r":
@@ -394,7 +398,6 @@ class QuantisedMmapTable(MappedRows, QuantisedTable):
             TableError: the file is mapped read-only or was truncated.
         """
         self._refuse_read_only()
-        self._file.changing()
         super().load_stored(start, values, scales)
         self._file.touched(values.shape[0], in_order=True)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engram.errors import TableError
-from engram.tables.base import EmbeddingTable, check_place, check_row_ids
+from engram.tables.base import EmbeddingTable, check_place, check_row_ids, replaced
 from engram.tables.formats import row_format
 from engram.tables.memory import check_fits, lazy_zeros
 from engram.tables.pinned import PageLock, through_host
@@ -155,18 +155,19 @@ class QuantisedTable(EmbeddingTable):
         if row_ids.numel() == 0:
             return
         check_row_ids(row_ids, self.rows)
-        old = self.lookup(row_ids)
-        new = fn(old)
-        if new.shape != old.shape:
-            raise TableError(f"update_rows: fn returned shape {list(new.shape)}, expected {list(old.shape)}.")
-        self._write(row_ids.to(self.weight.device), new)
+        self._write(row_ids.to(self.weight.device), replaced(self.lookup(row_ids), fn))
 
     def _write(self, row_ids: Tensor, rows: Tensor) -> None:
         stored, scales = self.form.encode(rows)
         assert scales is not None
-        self._lock.settle()
+        self._before_writing()
         self.weight.view(torch.uint8)[row_ids] = stored.view(torch.uint8).to(self.weight.device)
         self.scales[row_ids] = scales.to(self.scales.device)
+
+    def _before_writing(self) -> None:
+        """Wait until no device reads the rows any more."""
+        self._lock.settle()
+        super()._before_writing()
 
     @torch.no_grad()
     def load_stored(self, start: int, values: Tensor, scales: Tensor) -> None:
@@ -177,7 +178,7 @@ class QuantisedTable(EmbeddingTable):
             values: ``[n, width]``.
             scales: of these rows.
         """
-        self._lock.settle()
+        self._before_writing()
         self.weight[start : start + values.shape[0]].view(torch.uint8).copy_(values.view(torch.uint8))
         self.scales[start : start + values.shape[0]].copy_(scales)
 

@@ -17,6 +17,7 @@ from common import RESULTS, provenance, write
 
 from engram import EngramModel, TableConfig, load_facts
 from engram.analysis.intervals import document_mean
+from engram.checkpoint import read_description
 from engram.data.corpus import CorpusRecipe, held_out_standard_library
 from engram.evaluation import check_facts
 from engram.evaluation.bits_per_byte import bits_per_byte
@@ -29,13 +30,14 @@ WINDOW = 256  # tokens, as `engram pretrain` measures
 
 def export(before, run, out):
     """Write the pair; the memory's description tells the backbone as it was written, rounded, under its name in the package."""
-    for part in ("base_model", "memory"):
-        shutil.rmtree(out / part, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(f"{run}/model")
     found = json.loads((run / "result.json").read_text())
     record = {key: found[key] for key in RECORDED if key in found}
     record["went_on_from"] = json.loads((before / "model" / "training.json").read_text())
+    read_description(run / "memory")  # all is there: what was in ``out`` may go
+    for part in ("base_model", "memory"):
+        shutil.rmtree(out / part, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
     export_model(model, tokenizer, out / "base_model", record)
     model, tokenizer = load_model(str(out / "base_model"))
     model.config._name_or_path = BUNDLED_NAME

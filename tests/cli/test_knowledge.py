@@ -380,6 +380,7 @@ def test_a_model_in_bfloat16_is_taught_and_asked(engram, world, tmp_path):
     ("option", "value", "message"),
     [
         ("--device", "abacus", "got 'abacus', expected a device of this machine"),
+        ("--device", "meta", "got 'meta', expected a device of this machine"),
         ("--device", "cuda:99", "got 'cuda:99', expected a device of this machine"),
         ("--model-dtype", "int8", "got 'int8', expected one of float32, bfloat16, float16"),
     ],

@@ -1,9 +1,12 @@
 """Answers whose tokens the model cannot tell from others."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from engram import Fact, MemoryEditor, load_bundled
+from engram import Fact, MemoryEditor, TeachSettings, load_bundled
+from engram.editing import spelling
 from engram.editing.spelling import Speller
 from engram.evaluation import check_facts
 from engram.testing import tiny_model, tiny_tokenizer
@@ -49,7 +52,26 @@ def test_what_cannot_be_spelt_otherwise_is_named(bundled):
         reason = editor.teach([Fact(("KEY:beep of the terminal",), "\x07\x08\x07", id="beep")]).not_exact["beep"]
     finally:
         editor.memory.unload()
-    assert "tokens that the model cannot tell from others" in reason
+    assert r"may not be able to tell from others ('\x07', '\x08'): put it in other words" in reason
+
+
+def test_the_rest_of_an_answer_is_spelt_beside_what_cannot_be(bundled):
+    model, tokenizer = bundled
+    answer = [*ids_of(tokenizer, " DZZHE \x07"), tokenizer.eos_token_id]
+    (spelt,) = Speller(model, tokenizer).spell([answer])
+    assert tokenizer.convert_ids_to_tokens(spelt)[:4] == [*tokenizer.convert_ids_to_tokens(answer)[:1], "Z", "Z", "HE"]
+    assert tokenizer.decode(spelt) == tokenizer.decode(answer)
+    assert tokenizer.eos_token_id not in Speller(model, tokenizer).unsayable(answer)
+
+
+def test_an_answer_that_would_leave_the_reach_or_the_context_keeps_its_tokens(bundled):
+    model, tokenizer = bundled
+    editor = MemoryEditor.create(model, tokenizer, max_ngram_size=8)
+    try:
+        (entry,) = editor._encode([Fact(("CODE:x1 and more of it",), "aaaaaaaa PPPP")], TeachSettings(), "", "")
+        assert entry.prompts[0].answer_ids[:-1] == tuple(ids_of(tokenizer, " aaaaaaaa PPPP"))
+    finally:
+        editor.memory.unload()
 
 
 def test_rows_that_are_alike_are_found_without_training_text():
@@ -62,8 +84,35 @@ def test_rows_that_are_alike_are_found_without_training_text():
     assert Speller(model, tokenizer).unsayable(answer) == answer[:1]
 
 
-def test_a_model_without_output_embeddings_is_taken_to_say_everything(bundled):
-    model, tokenizer = bundled
-    speller = Speller(model.model, tokenizer)
+@pytest.mark.parametrize("head", ["none", "wrapped", "packed", "offloaded"])
+def test_a_model_whose_output_rows_cannot_be_seen_is_taken_to_say_everything(head):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    rows = model.get_output_embeddings().weight.detach()
+    heads = {
+        "none": None,
+        "wrapped": torch.nn.Sequential(torch.nn.Linear(2, 2)),
+        "packed": SimpleNamespace(weight=rows.to(torch.uint8)),
+        "offloaded": SimpleNamespace(weight=rows.to("meta")),
+    }
+    speller = Speller(SimpleNamespace(get_output_embeddings=lambda: heads[head]), tokenizer)
     assert speller.spell([[1, 2], [3]]) == [(1, 2), (3,)]
     assert speller.unsayable([1, 2]) == []
+
+
+def test_distances_in_parts_are_those_of_the_whole(monkeypatch):
+    rows = torch.randn(70, 5, generator=torch.Generator().manual_seed(0))
+    expected = torch.cdist(rows, rows).fill_diagonal_(float("inf")).min(dim=1).values
+    monkeypatch.setattr(spelling, "_ROWS_AT_ONCE", 16)
+    monkeypatch.setattr(spelling, "_BLOCK", 8)
+    torch.testing.assert_close(spelling._nearest(rows, torch.arange(70)), expected)
+
+
+def test_a_vocabulary_that_grew_is_looked_at_again():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    speller = Speller(model, tokenizer)
+    assert speller.unsayable([5]) == []
+    model.resize_token_embeddings(len(model.get_output_embeddings().weight) + 8)
+    with torch.no_grad():
+        rows = model.get_output_embeddings().weight
+        rows[5] = rows[6]
+    assert speller.unsayable([5]) == [5]

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from engram import CheckpointError, ConfigError, TableConfig
-from engram.experiments import BackboneConfig, read_point, run_point
+from engram import CheckpointError, ConfigError, EngramAdamW, TableConfig
+from engram.checkpoint import sole_writer
+from engram.experiments import BackboneConfig, read_point, read_sweep, run_point
 from engram.experiments.data import prepare_data
+from tests.cli.test_cli import invoke
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = read_point(RECIPES / "train_tiny.yaml")
@@ -56,7 +58,14 @@ def test_a_run_over_row_files_that_was_stopped_goes_on_exactly(step, text, on_de
     assert losses(run_point(placed("mmap"), text, tmp_path)) == losses(on_device)
 
 
-def test_rows_in_half_the_bytes_are_trained_and_kept_so(text, tmp_path):
+def test_rows_in_half_the_bytes_are_trained_and_kept_so(text, tmp_path, monkeypatch):
+    seen = []
+
+    def recorded(*args, row_state, stochastic_rounding, **others):
+        seen.append({"row_state": row_state, "stochastic_rounding": stochastic_rounding})
+        return EngramAdamW(*args, row_state=row_state, stochastic_rounding=stochastic_rounding, **others)
+
+    monkeypatch.setattr("engram.training.trainer.EngramAdamW", recorded)
     options = {
         "keep_model": True,
         "table_row_state": "rowwise_adagrad",
@@ -64,6 +73,7 @@ def test_rows_in_half_the_bytes_are_trained_and_kept_so(text, tmp_path):
         "optimizer": "adamw",
     }
     run_point(dataclasses.replace(placed("mmap", dtype="bfloat16"), **options), text, tmp_path)
+    assert seen == [{"row_state": "rowwise_adagrad", "stochastic_rounding": True}]
     assert '"table_dtype": "bfloat16"' in (tmp_path / "memory" / "engram.json").read_text()
 
 
@@ -79,16 +89,31 @@ def test_another_run_in_the_folder_keeps_its_rows(text, tmp_path):
     assert (tmp_path / "rows" / "layer-1.rows").read_text() == "a day's work"
 
 
-def test_the_place_is_part_of_what_a_run_is_only_where_one_is_given():
-    assert "table" not in TINY.identity()
-    assert placed("host", dtype="float16").identity()["table"] == {"tier": "host", "dtype": "float16"}
+def test_the_type_of_rows_is_part_of_what_a_run_is_and_their_place_is_not():
+    assert placed("mmap").identity() == placed("hybrid").identity() == TINY.identity()
+    assert placed("host", dtype="float16").identity()["table"] == {"dtype": "float16"}
     assert placed("hybrid").to_dict()["table"] == {"tier": "hybrid", "hot_rows": 20}
+
+
+@pytest.mark.parametrize("name", ["sweep_tiny", "sweep_ablation"])
+def test_arms_of_a_sweep_that_have_no_memory_do_without(name):
+    table = {"tier": "host", "dtype": "float16"}
+    sweep = read_sweep(RECIPES / f"{name}.yaml", {"table": table})
+    assert any(point.recipe.solved().engram is None for point in sweep.points({}))
+    assert all(point.recipe.table == TableConfig(**table) for point in sweep.points({}))
+
+
+def test_two_runs_in_one_folder_do_not_meet(text, tmp_path, monkeypatch, capsys):
+    with sole_writer(tmp_path / "run", "training there"):
+        code, _, err = invoke(monkeypatch, capsys, "train", RECIPES / "train_tiny.yaml", "--out", tmp_path / "run")
+    assert (code, "another process is training in" in err) == (1, True)
 
 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("{tier: mmap, path: here}", "table: got path or changed_rows"),
+        ("{tier: mmap, path: here}", "table: got {'path': 'here'"),
+        ("{tier: mmap, files: {1: [rows, [0]]}}", "expected none of them to be set"),
         ("{dtype: int8}", "table.dtype: got 'int8', expected one of float32, bfloat16, float16"),
         ("{tier: cloud}", "tier: got 'cloud'"),
         ("{shelf: 3}", "unknown key"),
@@ -102,8 +127,3 @@ def test_places_that_cannot_be_trained_are_refused(table, message, tmp_path):
     recipe.write_text((RECIPES / "train_tiny.yaml").read_text() + f"table: {table}\n")
     with pytest.raises(ConfigError, match=message):
         read_point(recipe)
-
-
-def test_a_table_needs_a_memory(tmp_path):
-    with pytest.raises(ConfigError, match="'table' and no 'engram'"):
-        dataclasses.replace(placed("host"), engram=None)

@@ -1,5 +1,7 @@
 """The bundled model and its memory: what results/base_model.json says of them holds on a part of the text, under every name they have."""
 
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -9,7 +11,7 @@ from engram.cli.main import app
 from engram.data.corpus import held_out_standard_library
 from engram.evaluation import check_facts
 from engram.evaluation.bits_per_byte import bits_per_byte
-from engram.models.bundled import BUNDLED_MEMORY, BUNDLED_MODEL
+from engram.models.bundled import BUNDLED_MEMORY, BUNDLED_MODEL, memory_folder
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +54,23 @@ def test_it_knows_capitals_with_the_memory_and_without(pair):
     [
         ["trace", "The capital of France is Paris.", "--memory", "bundled"],
         ["place", "bundled", "--json"],
+        ["look", "bundled", "--what", "rows", "--row-tokens", "400"],
+        ["convert", "bundled", "--dtype", "float8", "--out", "converted"],
         ["recall", "--memory", "bundled", "--lengths", "96", "--examples", "2", "--tasks", "needle"],
     ],
 )
-def test_the_command_line_knows_the_memory_by_name(command):
+def test_the_command_line_knows_the_memory_by_name(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
+
+
+def test_a_memory_of_ones_own_may_be_called_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert memory_folder(Path("bundled")) == BUNDLED_MEMORY
+    Path("bundled").mkdir()
+    Path("bundled", "engram.json").touch()
+    assert memory_folder(Path("bundled")) == Path("bundled")
 
 
 def test_facts_are_taught_to_the_model_alone():

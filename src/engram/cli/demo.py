@@ -40,6 +40,8 @@ def demo_command(
     from engram.data.facts import load_facts
     from engram.errors import CheckpointError
 
+    running = Running(device, model_dtype)
+    running.check()
     console = Console()
     taught = load_facts(facts or _FACTS / "facts.yaml")
     try:
@@ -49,7 +51,6 @@ def demo_command(
         raise CheckpointError(f"cannot write to {out}: {error.strerror}; choose another folder with --out.") from None
     started = time.monotonic()
     torch.manual_seed(seed)
-    running = Running(device, model_dtype)
     base, tokenizer = running.load(model)
     demo = _Demo(base, tokenizer, taught, seed, console, knows_capitals=model == "bundled")
     demo.run()

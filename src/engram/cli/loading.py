@@ -26,30 +26,42 @@ class Running:
     dtype: str = "float32"
 
     def load(self, name: str) -> tuple[Any, Any]:
-        """A model and its tokenizer (``models.load_model``), moved there; a device that is not there is refused before anything is loaded."""
+        """A model and its tokenizer (``models.load_model``), moved there.
+
+        Raises:
+            CheckpointError: it cannot be loaded, or does not fit there.
+        """
         import torch
         from transformers.utils.logging import disable_progress_bar
 
         from engram.models import load_model
 
+        self.check()
         if not sys.stderr.isatty():
             disable_progress_bar()
+        loaded = load_model(name, getattr(torch, self.dtype))
+        model: Any = loaded[0]
+        try:
+            return model.to(self.device), loaded[1]
+        except torch.OutOfMemoryError as error:
+            raise CheckpointError(
+                f"model {name!r} does not fit on {self.device} in {self.dtype}: {str(error).splitlines()[0]} "
+                "Choose --model-dtype bfloat16, or another --device."
+            ) from None
+
+    def check(self) -> None:
+        """Refuse an unknown type and a device that is not there, before anything is made or loaded."""
+        import torch
+
         if self.dtype not in _DTYPES:
             raise typer.BadParameter(f"got {self.dtype!r}, expected one of {', '.join(_DTYPES)}", param_hint="--model-dtype")
         try:
-            torch.empty(0, device=self.device)
-        except (
-            RuntimeError,
-            AssertionError,
-            NotImplementedError,
-        ) as error:  # PyTorch says in three ways that it has no such device
+            torch.ones(1, device=self.device).item()  # on "meta" there is nothing to read
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch says so in three ways
             reason = str(error).strip().splitlines()[0]
             raise typer.BadParameter(
                 f"got {self.device!r}, expected a device of this machine, such as cpu or cuda: {reason}", param_hint="--device"
             ) from None
-        loaded = load_model(name, getattr(torch, self.dtype))
-        model: Any = loaded[0]
-        return model.to(self.device), loaded[1]
 
     def options(self) -> str:
         """The options of a command line that say the same; empty for the defaults."""

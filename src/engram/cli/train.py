@@ -23,6 +23,7 @@ def train_command(
 
     import torch
 
+    from engram.checkpoint import sole_writer
     from engram.cli.corpus import corpus_progress
     from engram.experiments import prepare_data, read_point, run_point
     from engram.models.bundled import load_tokenizer
@@ -34,7 +35,8 @@ def train_command(
     with corpus_progress() as show:
         own = None if point.model is None else load_tokenizer(point.model)
         data = prepare_data(point.data, recipe.parent, out / "data", show, own)
-    result = run_point(point, data, out, [LiveProgress()], report_to or ())
+    with sole_writer(out, f"training in {out}"):
+        result = run_point(point, data, out, [LiveProgress()], report_to or ())
     counts = result["counts"]
     print(f"{counts['total']:,} parameters, {counts['active']:,} per token, {counts['table_rows']:,} rows; embeddings left out")
     for half, measured in result["held_out"].items():

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from engram.checkpoint import lock_store, saved_version
 from engram.config import EngramConfig, TableConfig
-from engram.data.facts import Fact, check_conflicts, encode_fact, pad_right
+from engram.data.facts import EncodedFact, Fact, check_conflicts, encode_fact, pad_right
 from engram.editing.keys import KeyedPrompt, PlannedRows, choose_keys, plan_rows, surprise_bits
 from engram.editing.ledger import Ledger, LedgerFact
 from engram.editing.lesson import TeachSettings, answers_exactly
@@ -378,9 +378,7 @@ class MemoryEditor:
         ]
         spelt = self._speller.spell([row.answer_ids for _, row in encoded])
         rows = [
-            KeyedPrompt(
-                text, row.prompt_ids, ids if context is None or len(row.prompt_ids) + len(ids) <= context else row.answer_ids
-            )
+            KeyedPrompt(text, row.prompt_ids, ids if self._has_room(row, ids, context, settings) else row.answer_ids)
             for (text, row), ids in zip(encoded, spelt)
         ]
         others = [prompt for fact in self._ledger for prompt in fact.prompts]
@@ -411,6 +409,12 @@ class MemoryEditor:
             )
             for fact in facts
         ]
+
+    def _has_room(self, row: EncodedFact, spelt: tuple[int, ...], context: int | None, settings: TeachSettings) -> bool:
+        """Whether an answer may be spelt so: within the context, and within reach of the shortest key where it was so before."""
+        reach = self.memory.engram_config.max_ngram_size + 1 - settings.min_order
+        fits = context is None or len(row.prompt_ids) + len(spelt) <= context
+        return fits and (len(spelt) <= reach or len(row.answer_ids) > reach)
 
     def _row_conflicts(self, entries: list[LedgerFact]) -> list[RowConflict]:
         """Rows of new facts that belong to another n-gram, in the memory or among the new facts themselves."""

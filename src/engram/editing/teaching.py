@@ -124,9 +124,9 @@ class Teaching:
         if any(prompt.key_length + len(prompt.answer_ids) > longest + 1 for prompt in entry.prompts):
             return f"the end of its answer is out of reach of its key ({longest} tokens): shorten it, or make a memory with more max_ngram_size"
         if unsaid := self.editor._speller.unsayable([token for prompt in entry.prompts for token in prompt.answer_ids]):
-            shown = ", ".join(self.editor.tokenizer.convert_ids_to_tokens(unsaid[:_SHOWN]))
+            shown = ", ".join(repr(self.editor.tokenizer.decode([token])) for token in unsaid[:_SHOWN])
             return (
-                f"its answer has tokens that the model cannot tell from others because it hardly met them in training ({shown}): "
+                f"its answer has tokens that the model hardly met in training and may not be able to tell from others ({shown}): "
                 "put it in other words"
             )
         return "its answer did not become greedy-exact; raise max_steps or lr, or shorten the answer"

@@ -157,9 +157,9 @@ def _answer_length(tokenizer: Any, fact: Fact, index: int) -> int:
 
 def _longest_taught(model: Any, facts: Sequence[Fact]) -> int:
     """Tokens of the longest of these answers as the model's memory was taught them: some are spelt in more than the tokenizer would take."""
-    asked = {prompt for fact in facts for prompt in fact.prompts}
+    answers = {fact.answer for fact in facts}
     taught = (getattr(model, "ledger", None) or {"facts": ()})["facts"]
-    return max((len(ids) for fact in taught for text, _, ids, _ in fact["prompts"] if text in asked), default=0)
+    return max((len(ids) for fact in taught if fact["answer"] in answers for _, _, ids, _ in fact["prompts"]), default=0)
 
 
 def _before(row: list[int], end: int) -> list[int]:

@@ -100,6 +100,7 @@ def run_point(
     present = json.loads(json.dumps(present))
     _claim(out, present)
     if (out / RESULT).is_file():
+        _clear(out)
         return json.loads((out / RESULT).read_text(encoding="utf-8"))
     if base is None:
         base = _build_base(solved, data.tokenizer)
@@ -122,8 +123,7 @@ def run_point(
     if recipe.keep_model:
         _keep(model, data, out, solved.train_backbone)
     write_json_atomically(out / RESULT, {**result, **present})
-    for folder in ("checkpoints", _ROWS):
-        shutil.rmtree(out / folder, ignore_errors=True)
+    _clear(out)
     return json.loads((out / RESULT).read_text(encoding="utf-8"))
 
 
@@ -140,6 +140,12 @@ def _claim(out: Path, recipe: dict[str, Any]) -> None:
         write_json_atomically(file, recipe)
     except OSError as error:
         raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from None
+
+
+def _clear(out: Path) -> None:
+    """Take away what only an unfinished run needs."""
+    for folder in ("checkpoints", _ROWS):
+        shutil.rmtree(out / folder, ignore_errors=True)
 
 
 class _Trainer(InOrder, EngramTrainer):

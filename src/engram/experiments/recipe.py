@@ -86,7 +86,7 @@ class PointRecipe:
     engram: EngramConfig | None = None
     table: TableConfig | None = None
     """Where the memory's rows are while they are trained, and in which type; float32 on the model's device if not given. The files of
-    ``mmap`` lie in the run's folder until it is finished."""
+    ``mmap`` lie in the run's folder until it is finished. Without a memory it means nothing."""
     budget: BudgetRecipe | None = None
     """With a budget, experts, dense width and table rows follow from it, and a rho of 1 means no memory."""
     tokens: int = 1_500_000
@@ -155,14 +155,13 @@ class PointRecipe:
     def _check_table(self) -> None:
         if self.table is None:
             return
-        if self.table.path is not None or self.table.changed_rows != "refuse":
-            raise ConfigError("PointRecipe.table: got path or changed_rows, expected neither: row files are the run's own.")
+        given = {name: getattr(self.table, name) for name in ("path", "changed_rows", "files")}
+        if given != {"path": None, "changed_rows": "refuse", "files": None}:
+            raise ConfigError(f"PointRecipe.table: got {given}, expected none of them to be set: row files are the run's own.")
         if self.table.dtype not in _TRAINED_TYPES:
             raise ConfigError(
                 f"PointRecipe.table.dtype: got {self.table.dtype!r}, expected one of {', '.join(_TRAINED_TYPES)}."
             )
-        if self.engram is None:
-            raise ConfigError("PointRecipe: got a 'table' and no 'engram', expected both or neither.")
 
     def _fit_backbone(self) -> None:
         if not self.train_backbone:
@@ -212,6 +211,8 @@ class PointRecipe:
     def identity(self) -> dict[str, Any]:
         """What decides the result, JSON-ready: fields that are not at their defaults, so that options added later change no identity."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.table is not None:  # where rows are does not change what becomes of them, their type does
+            fields["table"] = None if self.table.dtype == "float32" else TableConfig(dtype=self.table.dtype)
         later = {f.name for f in dataclasses.fields(self) if f.name in _LATER and fields[f.name] == f.default}
         return {name: _identity(value) for name, value in fields.items() if name not in _WITHOUT_EFFECT and name not in later}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engram.errors import TableError
 from engram.tables.prefetch import RowPrefetcher
 
-__all__ = ["EmbeddingTable", "check_place", "check_row_ids"]
+__all__ = ["EmbeddingTable", "check_place", "check_row_ids", "replaced"]
 
 
 class EmbeddingTable(nn.Module):

@@ -148,6 +148,7 @@ def baselines():
     header += ("KL to the base on other text", "loss, first and last epoch", "size", "time")
     epochs = result["runs"][0]["epochs"]
     note = f"\n\nExact answers, {len(runs)} seeds, ranges over seeds; one thread. Fine-tuning and LoRA (rank 16): AdamW, {epochs} epochs. "
+    note += "Times were taken beside other work on the second core. " if result.get("beside_other_work") else ""
     note += (
         "Stuffing puts the three nearest taught prompts in front. engram-poc reported 8.6 -> 14.1 % for its LoRA on patterns."
     )

@@ -2,6 +2,7 @@
 
 import json
 
+from bundle import WINDOW, size
 from common import RESULTS, provenance, write
 
 from engram import load_bundled, load_facts
@@ -12,7 +13,6 @@ from engram.evaluation import check_facts, score_by_category
 from engram.evaluation.bits_per_byte import bits_per_byte
 from engram.models.bundled import BUNDLED_MEMORY, BUNDLED_MODEL
 
-WINDOW = 256  # tokens, as `engram pretrain` measures
 FIRST = "engram pretrain recipes/base_model.yaml --out runs/base"
 THEN = "engram train recipes/train_joint.yaml --out runs/joint"
 
@@ -53,9 +53,7 @@ def main():
             "stages": stages(),
             "parameters": memory.base_model.num_parameters(),
             "parameters_of_memory": sum(kinds[kind] for kind in ("tables", "reader")),
-            "bytes": {
-                folder.name: sum(f.stat().st_size for f in folder.iterdir()) for folder in (BUNDLED_MODEL, BUNDLED_MEMORY)
-            },
+            "bytes": {folder.name: size(folder) for folder in (BUNDLED_MODEL, BUNDLED_MEMORY)},
             "held_out_documents": len(texts),
             "prompts": sum(len(fact.prompts) for fact in facts),
             "alone": alone,

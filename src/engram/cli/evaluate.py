@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, Running
+from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_editor
 from engram.cli.outputs import check_writable, made_with
 
 __all__ = ["eval_command"]
@@ -37,7 +37,6 @@ def eval_command(
     from rich.markdown import Markdown
 
     from engram.checkpoint import write_json_atomically
-    from engram.cli.knowledge import open_editor
     from engram.data import load_facts, with_chat_prompts
     from engram.data.corpus import held_out_standard_library
     from engram.data.texts import load_texts

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_base
+from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_editor
 from engram.cli.outputs import check_text
 from engram.errors import TeachError
 
@@ -27,7 +27,6 @@ __all__ = [
     "facts_command",
     "forget_command",
     "merge_command",
-    "open_editor",
     "teach_command",
     "why_command",
 ]
@@ -293,14 +292,6 @@ def _open(memory: Path, model: str | None, seed: int | None, running: Running) -
         return editor
     base, tokenizer = running.load(model or "bundled")
     return MemoryEditor.create(base, tokenizer, seed=seed or 0)
-
-
-def open_editor(memory: Path, model: str | None, running: Running) -> MemoryEditor:
-    """The memory in a folder on its base model, to be asked or changed."""
-    from engram.editing import MemoryEditor
-
-    base, tokenizer = open_base(memory, model, running)
-    return MemoryEditor.load(base, memory, tokenizer)
 
 
 def _require(memory: Path) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from engram.errors import CheckpointError
 
-__all__ = ["DeviceOption", "ModelDtypeOption", "Running", "base_name", "open_base"]
+if TYPE_CHECKING:
+    from engram.editing import MemoryEditor
+
+__all__ = ["DeviceOption", "ModelDtypeOption", "Running", "base_name", "open_base", "open_editor"]
 
 DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
 ModelDtypeOption = Annotated[str, typer.Option(help="Type of the model's weights: float32, bfloat16 or float16.")]
@@ -94,3 +97,11 @@ def open_base(memory: Path, model: str | None, running: Running, beside: Path | 
     except CheckpointError as error:
         hint = "" if model else f" The memory in {memory} names it as its base; if that has moved, say where with --model."
         raise CheckpointError(f"{error}{hint}") from error
+
+
+def open_editor(memory: Path, model: str | None, running: Running) -> MemoryEditor:
+    """The memory in a folder on its base model, to be asked or changed."""
+    from engram.editing import MemoryEditor
+
+    base, tokenizer = open_base(memory, model, running)
+    return MemoryEditor.load(base, memory, tokenizer)

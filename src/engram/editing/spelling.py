@@ -51,6 +51,8 @@ class Speller:
 
     def _spell(self, ids: Sequence[int]) -> tuple[int, ...]:
         pieces = {token: self._pieces(token) for token in self.unsayable(ids)}
+        if not pieces:
+            return tuple(ids)
         spelt = tuple(piece for token in ids for piece in pieces.get(token, [token]))
         return spelt if self._tokenizer.decode(spelt) == self._tokenizer.decode(ids) else tuple(ids)
 

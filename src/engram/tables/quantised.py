@@ -181,10 +181,7 @@ class QuantisedTable(EmbeddingTable):
         Raises:
             TableError: they do not fit there.
         """
-        if start < 0 or start + values.shape[0] > self.rows or values.shape[1:] != self.weight.shape[1:]:
-            raise TableError(
-                f"load_stored: got {list(values.shape)} at row {start}, expected [n, {self.weight.shape[1]}] up to row {self.rows - 1}."
-            )
+        check_place(start, values, self.rows, self.weight.shape[1])
         self._before_writing()
         self.weight[start : start + values.shape[0]].view(torch.uint8).copy_(values.view(torch.uint8))
         self.scales[start : start + values.shape[0]].copy_(scales)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import os
 import pickle
 import resource
@@ -355,6 +356,51 @@ print(peak / BUDGET)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.1
+
+
+def test_a_budget_holds_for_files_that_lie_in_huge_pages(tmp_path):
+    rows = torch.arange(1 << 20, dtype=torch.float32).view(-1, 64)
+    with open(tmp_path / "rows", "wb", buffering=0) as file:
+        for _ in range(16):  # 64 MB in pieces of 4 MB
+            file.write(rows.numpy().tobytes())
+    program = f"""
+import torch
+from engram.tables import MmapTable, rowfile
+
+let_go, seen = rowfile.RowFile.touched, []
+
+
+def touched(file, rows, in_order=False):  # looks before pages go
+    seen.append(rowfile._resident())
+    let_go(file, rows, in_order)
+
+
+rowfile.RowFile.touched = touched
+torch.zeros(100)[torch.arange(50)]  # what the libraries need is in memory now
+for mode in ("r", "r+"):
+    table = MmapTable(16 << 14, 64, {str(tmp_path / "rows")!r}, mode, resident_bytes=8 << 20)
+    table.requires_grad_(False)
+    start = rowfile._resident()
+    for seed in range(50):
+        ids = torch.randint(table.rows, (100,))
+        assert torch.equal(table.lookup(ids)[:, 0], (ids % (1 << 14) * 64).float())
+    assert max(seen) - start < 9 << 20, (mode, max(seen) - start)
+    seen.clear()
+    del table
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_disk_that_refuses_rows_is_one_error(tmp_path, monkeypatch):
+    table = MmapTable(8, 4, tmp_path / "rows", "r+")
+
+    def refuse(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(TableError, match=r"cannot write rows to .*rows: Input/output error"):
+        table.load_rows(0, torch.ones(2, 4))
 
 
 def test_files_that_cannot_be_mapped_are_refused(tmp_path):

@@ -90,7 +90,11 @@ class DeviceTable(EmbeddingTable):
         """
         check_place(start, rows, self.rows, self.dim)
         self._before_writing()
-        self.weight[start : start + rows.shape[0]] = rows.to(self.weight)
+        self._put(start, rows.to(self.weight))
+
+    def _put(self, start: int, rows: Tensor) -> None:
+        """Store consecutive rows, which fit."""
+        self.weight[start : start + rows.shape[0]] = rows
 
     def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:
         """Views of consecutive rows, detached."""

@@ -28,7 +28,6 @@ __all__ = ["MappedRows", "MmapTable", "QuantisedMmapTable", "row_file_layout"]
 
 _COLD_READERS = 64
 """Threads that touch rows of a file: reads from a disk wait, they do not compute."""
-_POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 _ALIGNMENT = 64
 """Scales begin at a multiple of so many bytes of a row file."""
 
@@ -189,8 +188,7 @@ class MappedRows(EmbeddingTable):
 
     def populate(self) -> None:
         """Read the whole file into memory at once, where the system offers that; otherwise rows come as they are used."""
-        with suppress(OSError, ValueError):
-            self._file.map.madvise(_POPULATE_READ)
+        self._file.populate()
 
     def evict(self) -> None:
         """Drive the rows out of memory, as far as the system lets go of them; the next look-ups read the file again."""
@@ -261,6 +259,11 @@ class MappedRows(EmbeddingTable):
         self._refuse_read_only()
         super().load_rows(start, rows)
         self._file.touched(rows.shape[0], in_order=True)
+
+    def _put(self, start: int, *stored: Tensor) -> None:
+        for rows, held, place, size in zip(stored, self._tensors(), self._places, self._row_bytes, strict=True):
+            rows = rows.to("cpu", held.dtype).expand(len(rows), *held.shape[1:]).contiguous()
+            self._file.write(place + start * size, memoryview(rows.view(torch.uint8).view(-1).numpy()))
 
     def _before_writing(self) -> None:
         """Check that the file is whole, and note that it no longer holds what it held."""

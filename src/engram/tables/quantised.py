@@ -155,12 +155,10 @@ class QuantisedTable(EmbeddingTable):
         if row_ids.numel() == 0:
             return
         check_row_ids(row_ids, self.rows)
-        self._write(row_ids.to(self.weight.device), replaced(self.lookup(row_ids), fn))
-
-    def _write(self, row_ids: Tensor, rows: Tensor) -> None:
-        stored, scales = self.form.encode(rows)
+        stored, scales = self.form.encode(replaced(self.lookup(row_ids), fn))
         assert scales is not None
         self._before_writing()
+        row_ids = row_ids.to(self.weight.device)
         self.weight.view(torch.uint8)[row_ids] = stored.view(torch.uint8).to(self.weight.device)
         self.scales[row_ids] = scales.to(self.scales.device)
 
@@ -183,6 +181,10 @@ class QuantisedTable(EmbeddingTable):
         """
         check_place(start, values, self.rows, self.weight.shape[1])
         self._before_writing()
+        self._put(start, values, scales)
+
+    def _put(self, start: int, values: Tensor, scales: Tensor) -> None:
+        """Store consecutive rows, which fit."""
         self.weight[start : start + values.shape[0]].view(torch.uint8).copy_(values.view(torch.uint8))
         self.scales[start : start + values.shape[0]].copy_(scales)
 
@@ -194,7 +196,10 @@ class QuantisedTable(EmbeddingTable):
             TableError: they do not fit there, or a value is not finite.
         """
         check_place(start, rows, self.rows, self.dim)
-        self._write(torch.arange(start, start + rows.shape[0], device=self.weight.device), rows)
+        stored, scales = self.form.encode(rows)
+        assert scales is not None
+        self._before_writing()
+        self._put(start, stored, scales)
 
     def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:
         """Pairs (first row, float32 rows)."""

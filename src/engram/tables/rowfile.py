@@ -23,8 +23,11 @@ from engram.errors import TableError
 __all__ = ["RowFile", "check_form", "note_form", "rows_are", "stamp_rows"]
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has the name since 3.12; 0x4000 on Linux
+_POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 _AROUND = 1 << 16
 """Bytes that Linux maps around a page that is read, if they are in memory anyway."""
+_PROBES = 16
+"""Places of a file that are looked at for huge pages."""
 _SHARE = 2
 """Residency is looked at whenever half of the budget may have come in, and pages go if half of it has: the sum is the budget. Smaller parts
 would leave the threads that read cold rows too little to read together."""
@@ -64,6 +67,8 @@ class RowFile:
                 if mode == "r+":
                     _lock(file.fileno(), path)
                     self.map = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_WRITE)  # shares the lock until it is gone
+                    self._handle = os.dup(file.fileno())
+                    weakref.finalize(self, os.close, self._handle)
                 else:
                     # torch wants writable memory. Nothing is ever written, so no copy is made; but Linux would want memory for copies of
                     # all pages, and refuse files larger than the machine's, were it not told otherwise.
@@ -72,12 +77,55 @@ class RowFile:
                     )
         except OSError as error:
             raise TableError(f"cannot map {path}: {error.strerror}; check the path and the space on its disk.") from error
-        if resident_bytes is not None:
-            _PAGES.watch(self)
         with suppress(OSError, AttributeError):
             self.map.madvise(mmap.MADV_RANDOM)
-            if resident_bytes is not None:  # one touch of a file in huge pages would bring in two megabytes
-                self.map.madvise(mmap.MADV_NOHUGEPAGE)
+        if resident_bytes is not None:
+            self._out_of_huge_pages()
+            _PAGES.watch(self)
+
+    def _out_of_huge_pages(self) -> None:
+        """Drop the file from the system's cache if it lies there in huge pages, of which a touch maps two megabytes; it comes back in small
+        ones. What is read or written in large pieces is kept so.
+        """
+        for place in range(0, self.end, max(mmap.PAGESIZE, self.end // _PROBES)):
+            before = _resident()
+            self.map[place]
+            after = _resident()
+            if before is not None and after is not None and after - before > 4 * _AROUND:
+                self.release()
+                with suppress(OSError, AttributeError), open(self.path, "rb") as file:
+                    os.fdatasync(file.fileno())  # only what is on the disk is dropped
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                return
+        self.release()
+
+    def write(self, place: int, content: memoryview) -> None:
+        """Put bytes into a file of mode ``r+`` at ``place`` and after; the map shows them at once.
+
+        What the system is given in one piece it keeps in huge pages where it can, in which rows are found faster (Linux on XFS, since 6.16 on ext4).
+        Where residency has a bound pages must be small: these are written through the map.
+
+        Raises:
+            TableError: the disk refuses.
+        """
+        if self.resident_bytes is not None:
+            self.map[place : place + len(content)] = content
+            return
+        try:
+            while content:
+                written = os.pwrite(self._handle, content, place)
+                content, place = content[written:], place + written
+        except OSError as error:
+            raise TableError(f"cannot write rows to {self.path}: {error.strerror}; check its disk.") from error
+
+    def populate(self) -> None:
+        """Read the whole file into memory at once, where the system offers that, in large pieces; otherwise pages come as they are used."""
+        with suppress(OSError, ValueError, AttributeError):
+            self.map.madvise(mmap.MADV_NORMAL)
+            try:
+                self.map.madvise(_POPULATE_READ)
+            finally:
+                self.map.madvise(mmap.MADV_RANDOM)
 
     def check(self) -> None:
         """Raise if the file was truncated since it was mapped: touching pages past its end would kill the process.

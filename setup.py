@@ -20,6 +20,7 @@ setup(
                     "clones.h",
                     "gated.h",
                     "gather.h",
+                    "gather_loops.inc",
                     "hash.h",
                     "hash_loops.inc",
                     "loops.h",

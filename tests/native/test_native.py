@@ -5,6 +5,7 @@ import gc
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -19,6 +20,17 @@ from engram.tables import ABSENT
 from tests.editing.helpers import FACTS, logits, make_editor
 
 pytestmark = pytest.mark.skipif(native.core() is None, reason="the native core is not built")
+
+
+@contextmanager
+def limited_to(instructions):
+    """Kernels as on a machine that has these instructions at best."""
+    if not native.core().limit_instruction_set(instructions):
+        pytest.skip(f"this machine has no {instructions}")
+    try:
+        yield
+    finally:
+        native.core().limit_instruction_set("")
 
 
 @pytest.fixture
@@ -61,6 +73,24 @@ def test_verified_rows_are_found_as_pytorch_finds_them(data):
         assert not bool((expected != ABSENT).any())
     else:
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("heads", [8, 3])
+@pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
+def test_quotients_and_remainders_are_exact_where_rounding_is_worst(instructions, heads):
+    primes = [8209, 8221, 65_537, 1_000_003, 16_777_259, 2_147_483_647, 4_294_967_311, 1_099_511_627_791][:heads]
+    largest = (1 << 63) - 1
+    values = {0, 1, largest, largest - 1}
+    for prime in primes:
+        for quotient in (1, 2, 3, (1 << 50) // 3, largest // prime, *(largest // prime >> shift for shift in range(1, 50))):
+            values |= {v for v in range(quotient * prime - 2, quotient * prime + 3) if 0 <= v <= largest}
+    mixes = sorted(values)
+    # Ids stand for the mixes themselves: the one before is multiplied by nothing.
+    kernel = native.HashKernel(np.array(mixes), np.array([[1, 0]]), np.array([primes]), heads, 0)
+    with limited_to(instructions):
+        rows, tags = kernel.hash(torch.arange(len(mixes)).unsqueeze(0), None, None, True)
+    assert rows[0, 0].tolist() == [[mix % prime for prime in primes] for mix in mixes]
+    assert tags[0, 0].tolist() == [[mix // prime % (2**31 - 1) + 1 for prime in primes] for mix in mixes]
 
 
 def test_a_taught_memory_speaks_the_same_with_and_without_the_native_core(pytorch_alone):
@@ -109,10 +139,15 @@ def quantised(kind, rows, dim, rng):
     return data, scales, torch.where(halves > 7, halves - 16, halves).float() * scales[:, None]
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
+@settings(max_examples=40, deadline=None)
 @given(st.sampled_from(["copy", "bfloat16", "float16", "int8", "float8", "int4"]), st.integers(1, 50), st.data())
-def test_rows_are_gathered_as_pytorch_gathers_them(kind, rows, data):
-    dim = 2 * data.draw(st.integers(1, 80))
+def test_rows_are_gathered_as_pytorch_gathers_them(instructions, kind, rows, data):
+    dim = (
+        data.draw(st.sampled_from([16, 32, 64, 80, 96, 128, 192]))
+        if data.draw(st.booleans())
+        else 2 * data.draw(st.integers(1, 80))
+    )
     rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     count = data.draw(st.sampled_from([0, 1, 17, 700, 20_000]))
     row_ids = torch.randint(rows, (count,), generator=rng)
@@ -128,14 +163,18 @@ def test_rows_are_gathered_as_pytorch_gathers_them(kind, rows, data):
     else:
         table, scales, expected = quantised(kind, rows, dim, rng)
     out = torch.empty((count, dim), dtype=expected.dtype)
-    native.gather_rows(table, row_ids, out, scales, dim)
+    with limited_to(instructions):
+        native.gather_rows(table, row_ids, out, scales, dim)
     torch.testing.assert_close(out, expected[row_ids], rtol=0, atol=0, equal_nan=True)
 
 
-def test_every_half_is_turned_into_a_float_exactly():
-    table = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16).view(-1, 4)
-    out = torch.empty(len(table), 4)  # too short for the vector path
-    native.gather_rows(table, torch.arange(len(table)), out)
+@pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("dim", [4, 16, 64])  # the first is too short for the vector path
+def test_every_half_is_turned_into_a_float_exactly(dim, instructions):
+    table = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16).view(-1, dim)
+    out = torch.empty(len(table), dim)
+    with limited_to(instructions):
+        native.gather_rows(table, torch.arange(len(table)), out)
     torch.testing.assert_close(out, table.float(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -226,16 +265,13 @@ def test_arrays_of_every_kind_are_hashed_as_tensors_are():
 
 
 @pytest.mark.parametrize("width", [1, 7, 13, 32, 100, 256])
-@pytest.mark.parametrize("name", ["portable", ""])
+@pytest.mark.parametrize("name", ["portable", "avx2"])
 def test_scanning_rows_takes_in_every_byte(width, name):
     rows = torch.randint(0, 256, (50, width), dtype=torch.uint8)
     row_ids = torch.randint(50, (5000,))
     words = np.pad(rows.numpy(), ((0, 0), (0, -width % 8))).view(np.int64)[row_ids.numpy()]
-    native.core().limit_instruction_set(name)
-    try:
+    with limited_to(name):
         assert native.scan_rows(rows, row_ids) == int(np.bitwise_xor.reduce(words, axis=None))
-    finally:
-        native.core().limit_instruction_set("")
     assert native.scan_rows(rows, torch.tensor([-1, 50, 2**62])) == 0
 
 

@@ -55,7 +55,7 @@ class HashKernel:
         self._lookup = np.ascontiguousarray(lookup, dtype=np.int64)
         self._multipliers = np.ascontiguousarray(multipliers, dtype=np.int64)
         self._primes = np.ascontiguousarray(primes, dtype=np.int64)
-        self._inverses = 1.0 / self._primes
+        self._inverses = 1.0 / self._primes * (1.0 - 2.0**-51)  # less than exact, see hash.cpp
         ends = self._primes.cumsum(axis=1)
         self._offsets = np.ascontiguousarray(ends - self._primes)
         self.layers, self.width = self._primes.shape
@@ -82,6 +82,10 @@ class HashKernel:
             IndexError: with the first id that is not in the vocabulary.
         """
         ids, history, mask = _inputs(ids, history, mask)
+        if (
+            history is None and mask is None and out is None and not with_tags
+        ):  # arrays cost less than tensors, on the way in and out
+            return torch.from_numpy(self.hash_array(ids.numpy())), None
         shape = (self.layers, *ids.shape, self.width)
         if out is None:
             out = torch.empty(shape, dtype=torch.int64, device="cpu")  # whatever the default device is, here and below

@@ -102,7 +102,7 @@ class RowFile:
     def write(self, place: int, content: memoryview) -> None:
         """Put bytes into a file of mode ``r+`` at ``place`` and after; the map shows them at once.
 
-        What the system is given in one piece it keeps in huge pages where it can, in which rows are found faster (Linux on XFS, since 6.16 on ext4).
+        What the system is given in one piece it keeps in huge pages where it can, in which rows are found faster (Linux: XFS, ext4 since 6.16).
         Where residency has a bound pages must be small: these are written through the map.
 
         Raises:

@@ -93,137 +93,185 @@ inline float value_at(const Rows& rows, const uint8_t* data, int64_t row, int64_
   return 0.0f;
 }
 
+// The values of position i from `done` on; what is copied counts as float32. Never inlined: it would take the loops' registers.
+__attribute__((noinline)) void convert_rest(const Part& part, int64_t i, int64_t done) {
+  const Rows& rows = part.rows;
+  const uint8_t* data = part.row(i);
+  if (rows.format == RowFormat::kCopy) {
+    std::memcpy(part.out + i * rows.row_bytes + 4 * done, data + 4 * done, rows.row_bytes - 4 * done);
+    return;
+  }
+  float* to = reinterpret_cast<float*>(part.out) + i * rows.dim;
+  for (int64_t value = done; value < rows.dim; ++value) to[value] = value_at(rows, data, part.row_ids[i], value);
+}
+
 // Every loop returns -1, or the first position whose row number is out of range.
 int64_t gather_plain(const Part& part) {
-  const Rows& rows = part.rows;
   for (int64_t i = part.begin; i < part.end; ++i) {
     prefetch(part, i + kAhead);
     if (!part.has(i)) return i;
-    const uint8_t* data = part.row(i);
-    if (rows.format == RowFormat::kCopy) {
-      std::memcpy(part.out + i * rows.row_bytes, data, rows.row_bytes);
-      continue;
-    }
-    float* to = reinterpret_cast<float*>(part.out) + i * rows.dim;
-    for (int64_t j = 0; j < rows.dim; ++j) to[j] = value_at(rows, data, part.row_ids[i], j);
+    convert_rest(part, i, 0);
   }
   return -1;
 }
 
+// Values that are handled at a time, and the bytes they take up; what is copied counts as float32, whatever it is.
+constexpr int64_t kGroup = 16;
+constexpr int64_t bytes_of(RowFormat format, int64_t values) {
+  return format == RowFormat::kCopy ? 4 * values
+         : format == RowFormat::kBfloat16 || format == RowFormat::kFloat16 ? 2 * values
+         : format == RowFormat::kInt4 ? values / 2
+                                      : values;
+}
+
+// Values per chunk that rows consist of: loops of a known length, which the compiler unrolls, take half the time.
+int64_t chunk_of(int64_t values) { return values % 64 == 0 ? 64 : values % 32 == 0 ? 32 : kGroup; }
+
+template <RowFormat kFormat>
+inline float scale_at(const uint8_t* scales, int64_t value) {
+  if (kFormat == RowFormat::kFloat8) return power_of_two(scales[value / 32]);
+  float scale = 1.0f;
+  if (kFormat == RowFormat::kInt8 || kFormat == RowFormat::kInt4) std::memcpy(&scale, scales, 4);
+  return scale;
+}
+
 #ifdef ENGRAM_X86
-#define ENGRAM_AVX2 __attribute__((target("avx2,f16c")))
-#define ENGRAM_INLINE __attribute__((always_inline, target("avx2,f16c"))) inline
 
-// kStream: past the cache, to places that are multiples of 32.
-template <bool kStream>
-ENGRAM_INLINE void put(float* to, __m256 values) {
-  if (kStream) _mm256_stream_ps(to, values);
-  else _mm256_storeu_ps(to, values);
-}
+// Every namespace has `convert_group`: kGroup values of one scale, written past the cache if kStream, to a place that is a multiple of 64
+// then. Few wide loads and stores of whole lines are worth more here than few instructions: all of it waits for memory.
+//
+// e4m3fn codes, shifted into the fields of a half, whose exponent bias is 8 more, are the same number times 2^-8, subnormals included; where
+// all bits of the magnitude are set it is a NaN.
 
-template <bool kStream>
-ENGRAM_INLINE void copy_row(const uint8_t* from, uint8_t* to, int64_t bytes) {
-  int64_t at = 0;
-  for (; at + 32 <= bytes; at += 32) {
-    const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at));
-    if (kStream) _mm256_stream_si256(reinterpret_cast<__m256i*>(to + at), values);
-    else _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + at), values);
-  }
-  if (at < bytes) std::memcpy(to + at, from + at, bytes - at);  // never when streaming
-}
+namespace avx2 {
+
+#define ENGRAM_TARGET __attribute__((target("avx2,f16c")))
+#define ENGRAM_INLINE __attribute__((always_inline)) ENGRAM_TARGET inline
 
 ENGRAM_INLINE __m128i load8(const uint8_t* from) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)); }
 ENGRAM_INLINE __m128i load16(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
 
-// Eight e4m3fn codes, without their scale. Shifted into the fields of a half, whose exponent bias is 8 more, the eight bits are the same
-// number times 2^-8, subnormals included.
-ENGRAM_INLINE __m256 from_eight_bits(const uint8_t* from) {
-  const __m128i code = _mm_cvtepu8_epi16(load8(from)), magnitude = _mm_set1_epi16(0x7f);
+ENGRAM_INLINE __m256 from_eight_bits(__m128i codes) {
+  const __m128i code = _mm_cvtepu8_epi16(codes), magnitude = _mm_set1_epi16(0x7f);
   const __m128i bits = _mm_and_si128(code, magnitude), nan = _mm_cmpeq_epi16(bits, magnitude);
   const __m128i half = _mm_or_si128(_mm_slli_epi16(_mm_and_si128(code, _mm_set1_epi16(0x80)), 8), _mm_slli_epi16(bits, 7));
   const __m128i whole = _mm_or_si128(half, _mm_and_si128(nan, _mm_set1_epi16(0x7e00)));
   return _mm256_mul_ps(_mm256_cvtph_ps(whole), _mm256_set1_ps(256.0f));
 }
 
-// Whole groups of eight (int4: sixteen) values of a row; returns how many values that were.
-template <RowFormat kFormat, bool kStream>
-ENGRAM_INLINE int64_t convert_row(const Rows& rows, const uint8_t* from, int64_t row, float* to) {
-  int64_t i = 0;
-  if (kFormat == RowFormat::kBfloat16) {
-    for (; i + 8 <= rows.dim; i += 8)
-      put<kStream>(to + i, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(from + 2 * i)), 16)));
-  } else if (kFormat == RowFormat::kFloat16) {
-    for (; i + 8 <= rows.dim; i += 8) put<kStream>(to + i, _mm256_cvtph_ps(load16(from + 2 * i)));
-  } else if (kFormat == RowFormat::kInt8) {
-    const __m256 scale = _mm256_set1_ps(scale_of(rows, row, 0));
-    for (; i + 8 <= rows.dim; i += 8)
-      put<kStream>(to + i, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load8(from + i))), scale));
-  } else if (kFormat == RowFormat::kFloat8) {
-    while (i + 8 <= rows.dim) {
-      const __m256 scale = _mm256_set1_ps(scale_of(rows, row, i / 32));
-      for (const int64_t end = std::min(rows.dim - 7, i / 32 * 32 + 32); i < end; i += 8)
-        put<kStream>(to + i, _mm256_mul_ps(from_eight_bits(from + i), scale));
-    }
-  } else if (kFormat == RowFormat::kInt4) {
-    const __m256 scale = _mm256_set1_ps(scale_of(rows, row, 0));
-    for (; i + 16 <= rows.dim; i += 16) {
-      const __m128i pairs = _mm_cvtepu8_epi16(load8(from + i / 2));
-      const __m128i low = _mm_srai_epi16(_mm_slli_epi16(pairs, 12), 12), high = _mm_srai_epi16(_mm_slli_epi16(pairs, 8), 12);
-      put<kStream>(to + i, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_unpacklo_epi16(low, high))), scale));
-      put<kStream>(to + i + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_unpackhi_epi16(low, high))), scale));
-    }
+// int4: the lower or upper eight of sixteen values.
+ENGRAM_INLINE __m256 from_four_bits(__m128i codes, bool upper) {
+  const __m128i pairs = _mm_cvtepu8_epi16(codes);
+  const __m128i low = _mm_srai_epi16(_mm_slli_epi16(pairs, 12), 12), high = _mm_srai_epi16(_mm_slli_epi16(pairs, 8), 12);
+  return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(upper ? _mm_unpackhi_epi16(low, high) : _mm_unpacklo_epi16(low, high)));
+}
+
+template <RowFormat kFormat>
+ENGRAM_INLINE __m256 convert_eight(const uint8_t* from, __m256 scale, bool upper) {
+  const uint8_t* at = from + (upper ? bytes_of(kFormat, 8) : 0);
+  switch (kFormat) {
+    case RowFormat::kBfloat16: return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(at)), 16));
+    case RowFormat::kFloat16: return _mm256_cvtph_ps(load16(at));
+    case RowFormat::kInt8: return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load8(at))), scale);
+    case RowFormat::kFloat8: return _mm256_mul_ps(from_eight_bits(load8(at)), scale);
+    case RowFormat::kInt4: return _mm256_mul_ps(from_four_bits(load8(from), upper), scale);
+    case RowFormat::kCopy: break;
   }
-  return i;
+  return _mm256_loadu_ps(reinterpret_cast<const float*>(at));
 }
 
 template <RowFormat kFormat, bool kStream>
-ENGRAM_AVX2 int64_t gather_avx2(const Part& part) {
-  const Rows& rows = part.rows;
-  for (int64_t i = part.begin; i < part.end; ++i) {
-    prefetch(part, i + kAhead);
-    if (!part.has(i)) return i;
-    const uint8_t* data = part.row(i);
-    if (kFormat == RowFormat::kCopy) {
-      copy_row<kStream>(data, part.out + i * rows.row_bytes, rows.row_bytes);
-    } else {
-      float* to = reinterpret_cast<float*>(part.out) + i * rows.dim;
-      for (int64_t j = convert_row<kFormat, kStream>(rows, data, part.row_ids[i], to); j < rows.dim; ++j)
-        to[j] = value_at(rows, data, part.row_ids[i], j);
-    }
+ENGRAM_INLINE void convert_group(const uint8_t* from, float scale, float* to) {
+  for (int64_t half = 0; half < 2; ++half, to += 8) {
+    const __m256 values = convert_eight<kFormat>(from, _mm256_set1_ps(scale), half == 1);
+    if (kStream) _mm256_stream_ps(to, values);
+    else _mm256_storeu_ps(to, values);
   }
-  if (kStream) _mm_sfence();
-  return -1;
 }
 
-template <bool kStream>
-int64_t gather_x86(const Part& part) {
-  switch (part.rows.format) {
-    case RowFormat::kCopy: return gather_avx2<RowFormat::kCopy, kStream>(part);
-    case RowFormat::kBfloat16: return gather_avx2<RowFormat::kBfloat16, kStream>(part);
-    case RowFormat::kFloat16: return gather_avx2<RowFormat::kFloat16, kStream>(part);
-    case RowFormat::kInt8: return gather_avx2<RowFormat::kInt8, kStream>(part);
-    case RowFormat::kFloat8: return gather_avx2<RowFormat::kFloat8, kStream>(part);
-    case RowFormat::kInt4: return gather_avx2<RowFormat::kInt4, kStream>(part);
-  }
-  return -1;
+#include "gather_loops.inc"
+#undef ENGRAM_TARGET
+#undef ENGRAM_INLINE
+
+}  // namespace avx2
+
+namespace avx512 {
+
+#define ENGRAM_TARGET __attribute__((target("avx2,f16c,avx512f,avx512dq,avx512vl,avx512bw")))
+#define ENGRAM_INLINE __attribute__((always_inline)) ENGRAM_TARGET inline
+
+ENGRAM_INLINE __m256i load32(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+
+ENGRAM_INLINE __m512 from_eight_bits(__m128i codes) {
+  const __m256i code = _mm256_cvtepu8_epi16(codes), magnitude = _mm256_set1_epi16(0x7f);
+  const __m256i bits = _mm256_and_si256(code, magnitude), nan = _mm256_cmpeq_epi16(bits, magnitude);
+  const __m256i half = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x80)), 8), _mm256_slli_epi16(bits, 7));
+  const __m256i whole = _mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
+  return _mm512_mul_ps(_mm512_cvtph_ps(whole), _mm512_set1_ps(256.0f));
 }
+
+ENGRAM_INLINE __m512 from_four_bits(__m128i codes) {
+  const __m128i pairs = _mm_cvtepu8_epi16(codes);
+  const __m128i low = _mm_srai_epi16(_mm_slli_epi16(pairs, 12), 12), high = _mm_srai_epi16(_mm_slli_epi16(pairs, 8), 12);
+  const __m256i values = _mm256_set_m128i(_mm_unpackhi_epi16(low, high), _mm_unpacklo_epi16(low, high));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(values));
+}
+
+template <RowFormat kFormat>
+ENGRAM_INLINE __m512 convert_sixteen(const uint8_t* from, __m512 scale) {
+  switch (kFormat) {
+    case RowFormat::kBfloat16: return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load32(from)), 16));
+    case RowFormat::kFloat16: return _mm512_cvtph_ps(load32(from));
+    case RowFormat::kInt8: return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(avx2::load16(from))), scale);
+    case RowFormat::kFloat8: return _mm512_mul_ps(from_eight_bits(avx2::load16(from)), scale);
+    case RowFormat::kInt4: return _mm512_mul_ps(from_four_bits(avx2::load8(from)), scale);
+    case RowFormat::kCopy: break;
+  }
+  return _mm512_loadu_ps(from);
+}
+
+template <RowFormat kFormat, bool kStream>
+ENGRAM_INLINE void convert_group(const uint8_t* from, float scale, float* to) {
+  const __m512 values = convert_sixteen<kFormat>(from, _mm512_set1_ps(scale));
+  if (kStream) _mm512_stream_ps(to, values);
+  else _mm512_storeu_ps(to, values);
+}
+
+#include "gather_loops.inc"
+#undef ENGRAM_TARGET
+#undef ENGRAM_INLINE
+
+}  // namespace avx512
 
 // Reads the rows of a part and makes a number of them.
-ENGRAM_AVX2 int64_t scan_avx2(const Part& part) {
+template <int64_t kBytes>
+__attribute__((target("avx2"))) int64_t scan_avx2(const Part& part) {
+  const uint8_t* data = part.rows.data;
+  const int64_t rows = part.rows.rows, row_bytes = part.rows.row_bytes, n = part.n, end = part.end, *row_ids = part.row_ids;
+  const int64_t chunks = row_bytes / kBytes;
   __m256i sums = _mm256_setzero_si256();
   int64_t rest = 0;
-  for (int64_t i = part.begin; i < part.end; ++i) {
-    prefetch(part, i + kAhead);
-    if (!part.has(i)) continue;
-    const uint8_t* row = part.row(i);
-    int64_t at = 0;
-    for (; at + 32 <= part.rows.row_bytes; at += 32)
-      sums = _mm256_xor_si256(sums, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + at)));
-    for (; at < part.rows.row_bytes; ++at) rest ^= static_cast<int64_t>(row[at]) << at % 8 * 8;
+  for (int64_t i = part.begin; i < end; ++i) {
+    if (i + kAhead < n && static_cast<uint64_t>(row_ids[i + kAhead]) < static_cast<uint64_t>(rows)) {
+      const uint8_t* next = data + row_ids[i + kAhead] * row_bytes;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk, next += kBytes)
+        for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(next + at, 0, 2);
+    }
+    if (static_cast<uint64_t>(row_ids[i]) >= static_cast<uint64_t>(rows)) continue;
+    const uint8_t* row = data + row_ids[i] * row_bytes;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk, row += kBytes)
+      for (int64_t at = 0; at < kBytes; at += 32)
+        sums = _mm256_xor_si256(sums, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + at)));
+    for (int64_t at = chunks * kBytes; at < row_bytes; ++at, ++row) rest ^= static_cast<int64_t>(*row) << at % 8 * 8;
   }
   alignas(32) int64_t parts[4];
   _mm256_store_si256(reinterpret_cast<__m256i*>(parts), sums);
   return parts[0] ^ parts[1] ^ parts[2] ^ parts[3] ^ rest;
+}
+
+int64_t scan_x86(const Part& part) {
+  if (part.rows.row_bytes % 256 == 0) return scan_avx2<256>(part);
+  return part.rows.row_bytes % 64 == 0 ? scan_avx2<64>(part) : scan_avx2<32>(part);
 }
 
 bool has_avx2() {
@@ -279,9 +327,9 @@ int64_t gather_rows(const Rows& rows, const int64_t* row_ids, int64_t n, uint8_t
   Loop loop = gather_plain;
 #ifdef ENGRAM_X86
   const int64_t out_bytes = rows.format == RowFormat::kCopy ? rows.row_bytes : rows.dim * 4;
-  const int64_t whole = rows.format == RowFormat::kInt4 ? 64 : 32;  // bytes that a loop writes at a time
-  const bool streaming = n * out_bytes >= kStreamBytes && out_bytes % whole == 0 && reinterpret_cast<uintptr_t>(out) % 32 == 0;
-  if (has_avx2()) loop = streaming ? gather_x86<true> : gather_x86<false>;
+  const bool streaming = n * out_bytes >= kStreamBytes && out_bytes % (4 * kGroup) == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  if (has_avx2()) loop = streaming ? avx2::gather<true> : avx2::gather<false>;
+  if (!std::strcmp(instruction_set(), "avx512")) loop = streaming ? avx512::gather<true> : avx512::gather<false>;
 #endif
   std::atomic<int64_t> bad{-1};
   parallel_for(n, kGrain, threads, [&](int64_t begin, int64_t end) {
@@ -297,7 +345,7 @@ int64_t scan_rows(const uint8_t* data, int64_t rows, int64_t row_bytes, const in
   parallel_for(n, kGrain, threads, [&](int64_t begin, int64_t end) {
     const Part part{all, row_ids, begin, end, n, nullptr};
 #ifdef ENGRAM_X86
-    total ^= has_avx2() ? scan_avx2(part) : scan_plain(part);
+    total ^= has_avx2() ? scan_x86(part) : scan_plain(part);
 #else
     total ^= scan_plain(part);
 #endif

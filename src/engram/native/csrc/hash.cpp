@@ -26,8 +26,9 @@ struct Heads {
   int64_t per_order, width;
 };
 
-// The quotient of a mix (non-negative, below 2^63) by a prime of at least kSmallPrime is below 2^50, so that the double product is off by
-// less than one: one correction either way makes it exact.
+// `inverse` is that of the prime, made smaller by a factor of 1 - 2^-51 (hash.h), which is more than all roundings up to the product can add:
+// the quotient is never too large. It is below 2^50 for a mix (non-negative, below 2^63) and a prime of at least kSmallPrime, so that it is
+// too small by one at most, and one correction makes it exact.
 inline int64_t divide(int64_t mix, int64_t prime, double inverse, int64_t* rest) {
   if (prime < kSmallPrime) {
     *rest = mix % prime;
@@ -35,10 +36,7 @@ inline int64_t divide(int64_t mix, int64_t prime, double inverse, int64_t* rest)
   }
   int64_t quotient = static_cast<int64_t>(static_cast<double>(mix) * inverse);
   int64_t r = mix - quotient * prime;
-  if (r < 0) {
-    r += prime;
-    --quotient;
-  } else if (r >= prime) {
+  if (r >= prime) {
     r -= prime;
     ++quotient;
   }
@@ -62,7 +60,7 @@ inline void reduce_lanes(int64_t mix, const Heads& heads, int64_t head, int64_t*
 }
 
 template <bool kTags>
-inline void reduce_heads(const int64_t*, const Heads&, int64_t*, int32_t*) {}  // one lane divides every number of heads
+inline void reduce_heads(const int64_t*, const Heads&, int64_t*, int32_t*) {}  // never needed: one lane divides every number of heads
 
 #define ENGRAM_TARGET
 #define ENGRAM_LANES 1
@@ -87,15 +85,11 @@ ENGRAM_TARGET inline void reduce_vector(__m512i m, const Heads& heads, int64_t h
   const __m512d product = _mm512_mul_pd(_mm512_cvtepi64_pd(m), _mm512_maskz_loadu_pd(lanes, heads.inverses + head));
   __m512i q = _mm512_cvttpd_epi64(product);
   __m512i r = _mm512_sub_epi64(m, _mm512_mullo_epi64(q, p));
-  const __mmask8 low = _mm512_movepi64_mask(r);
-  const __mmask8 high = _mm512_cmpge_epi64_mask(r, p);
-  r = _mm512_mask_add_epi64(r, low, r, p);
-  r = _mm512_mask_sub_epi64(r, high, r, p);
+  if (kTags) q = _mm512_mask_add_epi64(q, _mm512_cmpge_epi64_mask(r, p), q, one);
+  r = _mm512_min_epu64(r, _mm512_sub_epi64(r, p));  // what is below zero is large as an unsigned number
   if (heads.offsets) r = _mm512_add_epi64(r, _mm512_maskz_loadu_epi64(lanes, heads.offsets + head));
   _mm512_mask_storeu_epi64(out + head, lanes, r);
   if (kTags) {
-    q = _mm512_mask_sub_epi64(q, low, q, one);
-    q = _mm512_mask_add_epi64(q, high, q, one);
     const __m512i t = _mm512_set1_epi64(kTagModulus);  // modulo 2^31 - 1 by folding: q is below 2^50
     q = _mm512_add_epi64(_mm512_and_si512(q, t), _mm512_maskz_srli_epi64(0xff, q, 31));
     q = _mm512_mask_sub_epi64(q, _mm512_cmpge_epi64_mask(q, t), q, t);
@@ -150,15 +144,13 @@ ENGRAM_TARGET inline void reduce_lanes(int64_t mix, const Heads& heads, int64_t 
   const __m256d whole = _mm256_add_pd(_mm256_floor_pd(product), shift);
   __m256i q = _mm256_xor_si256(_mm256_castpd_si256(whole), _mm256_castpd_si256(shift));
   __m256i r = _mm256_sub_epi64(m, low_product(q, p));
-  const __m256i low = _mm256_cmpgt_epi64(_mm256_setzero_si256(), r);
-  const __m256i high = _mm256_cmpgt_epi64(r, _mm256_sub_epi64(p, _mm256_set1_epi64x(1)));
-  r = _mm256_add_epi64(r, _mm256_and_si256(low, p));
-  r = _mm256_sub_epi64(r, _mm256_and_si256(high, p));
+  const __m256i right = _mm256_cmpgt_epi64(p, r);
+  r = _mm256_sub_epi64(r, _mm256_andnot_si256(right, p));
   if (heads.offsets) r = _mm256_add_epi64(r, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(heads.offsets + head)));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + head), r);
   if (kTags) {
-    q = _mm256_sub_epi64(_mm256_add_epi64(q, low), high);  // masks are -1
-    const __m256i t = _mm256_set1_epi64x(kTagModulus);     // modulo 2^31 - 1 by folding: q is below 2^50
+    q = _mm256_add_epi64(q, _mm256_add_epi64(right, _mm256_set1_epi64x(1)));  // the mask is -1
+    const __m256i t = _mm256_set1_epi64x(kTagModulus);                        // modulo 2^31 - 1 by folding: q is below 2^50
     q = _mm256_add_epi64(_mm256_and_si256(q, t), _mm256_srli_epi64(q, 31));
     q = _mm256_sub_epi64(q, _mm256_andnot_si256(_mm256_cmpgt_epi64(t, q), t));
     alignas(32) int64_t folded[4];
@@ -220,16 +212,18 @@ Heads heads_of(const HashPlan& plan, int64_t layer) {
 Outcome fill_context(const HashPlan& plan, const HashInput& input, int64_t row, int64_t begin, int64_t end, int64_t* context) {
   const int64_t* ids = input.ids + row * input.length;
   const uint8_t* mask = input.mask ? input.mask + row * input.length : nullptr;
-  for (int64_t position = begin - plan.orders; position < end; ++position) {
-    int64_t id = plan.raw_pad;
-    if (position >= 0) {
-      if (!mask || mask[position]) id = ids[position];
-      if (static_cast<uint64_t>(ids[position]) >= static_cast<uint64_t>(plan.vocab)) return {false, ids[position]};
-    } else if (input.history && input.history_length + position >= 0) {
-      id = input.history[row * input.history_length + input.history_length + position];
-    }
-    if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(plan.vocab)) return {false, id};
+  const auto known = [&](int64_t id) { return static_cast<uint64_t>(id) < static_cast<uint64_t>(plan.vocab); };
+  if (!known(plan.raw_pad)) return {false, plan.raw_pad};
+  int64_t position = begin - plan.orders;
+  for (; position < 0; ++position) {
+    const bool past = input.history && input.history_length + position >= 0;
+    const int64_t id = past ? input.history[row * input.history_length + input.history_length + position] : plan.raw_pad;
+    if (!known(id)) return {false, id};
     *context++ = plan.lookup[id];
+  }
+  for (; position < end; ++position) {
+    if (!known(ids[position])) return {false, ids[position]};
+    *context++ = plan.lookup[!mask || mask[position] ? ids[position] : plan.raw_pad];
   }
   return {true, 0};
 }

@@ -9,7 +9,7 @@ struct HashPlan {
   int64_t vocab;
   const int64_t* multipliers;  // [layers, orders + 1]
   const int64_t* primes;       // [layers, orders * heads]
-  const double* inverses;      // 1 / primes
+  const double* inverses;      // (1 - 2^-51) / primes: quotients made of them are never too large
   const int64_t* offsets;      // [layers, orders * heads], added to every index; may be null
   int64_t layers, orders, heads;  // heads per order
   int64_t raw_pad;             // raw id that stands before the start and at masked positions

@@ -61,6 +61,21 @@ def test_what_does_not_fit_is_refused_with_both_figures(saved, monkeypatch):
     assert not (saved.parent / "out").exists()
 
 
+def test_row_files_and_the_copy_beside_them_must_fit_together(saved, monkeypatch):
+    size, whole = sum(layer.bytes for layer in layer_places(saved)), (saved / layer_places(saved)[0].file).stat().st_size
+    placement = TableConfig(tier="mmap", dtype="float16", path=str(saved.parent / "rows"))
+    needed = size // 2 + whole - size // 2
+    for free, fits in ((needed - 1, False), (needed, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: type("Usage", (), {"free": free}))
+        check_fit(saved, placement)
+        if fits:
+            check_fit(saved, placement, saved.parent / "out")
+            continue
+        with pytest.raises(TableError, match=rf"needs {needed:,} bytes \(disk\), {free:,} are available"):
+            place_memory(saved, saved.parent / "out", placement)
+    assert not (saved.parent / "out").exists()
+
+
 def test_a_placed_memory_loads_where_it_was_placed(saved, tmp_path):
     expected = logits(load(saved))
     place_memory(saved, tmp_path / "inside", TableConfig(tier="mmap", resident_bytes=1 << 20))

@@ -123,8 +123,13 @@ def placement_costs(
     return costs
 
 
-def check_fit(path: str | os.PathLike[str], placement: TableConfig) -> None:
+def check_fit(path: str | os.PathLike[str], placement: TableConfig, out: str | os.PathLike[str] | None = None) -> None:
     """Refuse a placement for which this machine has no room.
+
+    Args:
+        path: folder of the memory.
+        placement: where its rows shall live.
+        out: folder of a copy in the placement's format, whose bytes count where row files go to the same disk.
 
     Raises:
         TableError: with the bytes needed and available.
@@ -134,7 +139,7 @@ def check_fit(path: str | os.PathLike[str], placement: TableConfig) -> None:
         _check_row_files(path, placement.path)
     description = read_description(path)
     with read_tensors(path, description) as tensors:
-        tables = stored_tables(description, tensors)
+        tables, saved = stored_tables(description, tensors), tensors.file.stat().st_size
     if description["engram_config"].get("verify_rows") and placement.tier != "device":
         raise ConfigError(
             f"tier: got {placement.tier!r}, expected 'device': of a taught memory only written rows are stored "
@@ -145,8 +150,12 @@ def check_fit(path: str | os.PathLike[str], placement: TableConfig) -> None:
         raise ConfigError(f"hot_rows: got {placement.hot_rows:,}, expected at most the {most:,} rows of a layer.")
     hot = [placement.hot_rows or 0] * len(tables)
     cost = _cost(tables, placement, hot, _available(Path(placement.path or path)), None)
-    for place in ("device", "host", "disk"):
-        needed, free = getattr(cost, f"{place}_bytes"), cost.available[place]
+    form = row_format(placement.dtype)
+    copied = 0
+    if placement.path is not None and out is not None and _disk(Path(out)) == _disk(Path(placement.path)):
+        copied = saved + sum(table.bytes_in(form) - table.nbytes for table in tables)
+    for place, beside in (("device", 0), ("host", 0), ("disk", copied)):
+        needed, free = getattr(cost, f"{place}_bytes") + beside, cost.available[place]
         if free is not None and needed > free:
             raise TableError(
                 f"tier {placement.tier!r} with {placement.dtype} rows needs {needed:,} bytes ({place}), {free:,} are available; "
@@ -180,9 +189,18 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _available(folder: Path) -> dict[str, int | None]:
+def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
+    return folder
+
+
+def _disk(folder: Path) -> int:
+    return _existing(folder.absolute()).stat().st_dev
+
+
+def _available(folder: Path) -> dict[str, int | None]:
+    folder = _existing(folder)
     host = available_memory()
     device = torch.cuda.mem_get_info()[0] if _device() == "cuda" else host
     return {"device": device, "host": host, "disk": shutil.disk_usage(folder).free}
@@ -240,7 +258,7 @@ def place_memory(
     Raises:
         ConfigError, CheckpointError, TableError: as ``check_fit`` and ``convert_memory``, or a row file exists already.
     """
-    check_fit(source, placement)
+    check_fit(source, placement, out)
     if placement.path is not None:
         placement = replace(placement, path=str(Path(placement.path).resolve()))
     fields = {

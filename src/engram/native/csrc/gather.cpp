@@ -115,6 +115,8 @@ int64_t gather_plain(const Part& part) {
   return -1;
 }
 
+#ifdef ENGRAM_X86
+
 // Values that are handled at a time, and the bytes they take up; what is copied counts as float32, whatever it is.
 constexpr int64_t kGroup = 16;
 constexpr int64_t bytes_of(RowFormat format, int64_t values) {
@@ -134,8 +136,6 @@ inline float scale_at(const uint8_t* scales, int64_t value) {
   if (kFormat == RowFormat::kInt8 || kFormat == RowFormat::kInt4) std::memcpy(&scale, scales, 4);
   return scale;
 }
-
-#ifdef ENGRAM_X86
 
 // Every namespace has `convert_group`: kGroup values of one scale, written past the cache if kStream, to a place that is a multiple of 64
 // then. Few wide loads and stores of whole lines are worth more here than few instructions: all of it waits for memory.

@@ -63,8 +63,10 @@ def test_what_does_not_fit_is_refused_with_both_figures(saved, monkeypatch):
 
 def test_row_files_and_the_copy_beside_them_must_fit_together(saved, monkeypatch):
     size, whole = sum(layer.bytes for layer in layer_places(saved)), (saved / layer_places(saved)[0].file).stat().st_size
-    placement = TableConfig(tier="mmap", dtype="float16", path=str(saved.parent / "rows"))
-    needed = size // 2 + whole - size // 2
+    form, (width,) = FORMATS["int8"], {layer.dim for layer in layer_places(saved)}
+    small = sum(layer.rows for layer in layer_places(saved)) * form.row_bytes(width)
+    placement = TableConfig(tier="mmap", dtype="int8", path=str(saved.parent / "rows"))
+    needed = small + whole - size + small  # row files, and a copy whose rows are small too
     for free, fits in ((needed - 1, False), (needed, True)):
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: type("Usage", (), {"free": free}))
         check_fit(saved, placement)

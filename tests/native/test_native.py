@@ -75,10 +75,11 @@ def test_verified_rows_are_found_as_pytorch_finds_them(data):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("heads", [8, 3])
+@pytest.mark.parametrize("heads", [3, 4, 8, 16])
 @pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
 def test_quotients_and_remainders_are_exact_where_rounding_is_worst(instructions, heads):
-    primes = [8209, 8221, 65_537, 1_000_003, 16_777_259, 2_147_483_647, 4_294_967_311, 1_099_511_627_791][:heads]
+    primes = [8209, 8221, 65_537, 1_000_003, 16_777_259, 2_147_483_647, 4_294_967_311, 1_099_511_627_791]
+    primes = [*primes, 8231, 8233, 8237, 8243, 16_411, 32_771, 131_101, 1_048_583][:heads]
     largest = (1 << 63) - 1
     values = {0, 1, largest, largest - 1}
     for prime in primes:
@@ -88,7 +89,9 @@ def test_quotients_and_remainders_are_exact_where_rounding_is_worst(instructions
     # Ids stand for the mixes themselves: the one before is multiplied by nothing.
     kernel = native.HashKernel(np.array(mixes), np.array([[1, 0]]), np.array([primes]), heads, 0)
     with limited_to(instructions):
-        rows, tags = kernel.hash(torch.arange(len(mixes)).unsqueeze(0), None, None, True)
+        ids = torch.arange(len(mixes)).unsqueeze(0)
+        rows, tags = kernel.hash(ids, None, None, True)
+        assert torch.equal(kernel.hash(ids, None, None, False)[0], rows)
     assert rows[0, 0].tolist() == [[mix % prime for prime in primes] for mix in mixes]
     assert tags[0, 0].tolist() == [[mix // prime % (2**31 - 1) + 1 for prime in primes] for mix in mixes]
 
@@ -264,7 +267,7 @@ def test_arrays_of_every_kind_are_hashed_as_tensors_are():
             mapping.hash(bad)
 
 
-@pytest.mark.parametrize("width", [1, 7, 13, 32, 100, 256])
+@pytest.mark.parametrize("width", [1, 7, 13, 32, 64, 100, 192, 256])
 @pytest.mark.parametrize("name", ["portable", "avx2"])
 def test_scanning_rows_takes_in_every_byte(width, name):
     rows = torch.randint(0, 256, (50, width), dtype=torch.uint8)

@@ -358,11 +358,13 @@ print(peak / BUDGET)
     assert float(done.stdout) < 1.1
 
 
-def test_a_budget_holds_for_files_that_lie_in_huge_pages(tmp_path):
-    rows = torch.arange(1 << 20, dtype=torch.float32).view(-1, 64)
+@pytest.mark.parametrize("mode", ["r", "r+"])
+@pytest.mark.parametrize("piece", [1 << 18, 1 << 22])
+def test_a_budget_holds_for_files_that_lie_in_large_pages(tmp_path, piece, mode):
+    content = torch.arange(1 << 20, dtype=torch.float32).numpy().tobytes() * 16  # 64 MB
     with open(tmp_path / "rows", "wb", buffering=0) as file:
-        for _ in range(16):  # 64 MB in pieces of 4 MB
-            file.write(rows.numpy().tobytes())
+        for start in range(0, len(content), piece):
+            file.write(content[start : start + piece])
     program = f"""
 import torch
 from engram.tables import MmapTable, rowfile
@@ -377,16 +379,13 @@ def touched(file, rows, in_order=False):  # looks before pages go
 
 rowfile.RowFile.touched = touched
 torch.zeros(100)[torch.arange(50)]  # what the libraries need is in memory now
-for mode in ("r", "r+"):
-    table = MmapTable(16 << 14, 64, {str(tmp_path / "rows")!r}, mode, resident_bytes=8 << 20)
-    table.requires_grad_(False)
-    start = rowfile._resident()
-    for seed in range(50):
-        ids = torch.randint(table.rows, (100,))
-        assert torch.equal(table.lookup(ids)[:, 0], (ids % (1 << 14) * 64).float())
-    assert max(seen) - start < 9 << 20, (mode, max(seen) - start)
-    seen.clear()
-    del table
+table = MmapTable(16 << 14, 64, {str(tmp_path / "rows")!r}, {mode!r}, resident_bytes=8 << 20)
+table.requires_grad_(False)
+start = rowfile._resident()
+for seed in range(50):
+    ids = torch.randint(table.rows, (100,))
+    assert torch.equal(table.lookup(ids)[:, 0], (ids % (1 << 14) * 64).float())
+assert max(seen) - start < 9 << 20, max(seen) - start
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -648,6 +647,38 @@ def test_a_copied_hybrid_has_the_rows_of_now():
         table.lookup(torch.tensor([5]))
         table.update_rows(torch.tensor([5]), lambda rows: rows * 0 + 5)
         assert bool((copy.deepcopy(table).lookup(torch.tensor([5])) == 5).all())
+
+
+@pytest.mark.parametrize("tier", ["host", "mmap"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_hot_rows_follow_when_rows_are_loaded(tmp_path, tier, dtype):
+    files = {"path": str(tmp_path)} if tier == "mmap" else {}
+    table = build_table(ROWS, DIM, TableConfig(tier="hybrid", hot_rows=3, dtype=dtype, **files))
+    table.load_rows(0, torch.ones(ROWS, DIM))
+    table.promote(torch.tensor([0, 5]))
+    rows = torch.tensor([0, 1, 5])
+    with torch.no_grad():
+        assert bool((table.lookup(rows) == 1).all())
+        table.load_rows(0, torch.full((ROWS, DIM), 7.0))
+        assert bool((table.lookup(rows) == 7).all())
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_stored_rows_come_in_any_layout_and_only_in_their_number(tmp_path, mapped):
+    form = row_format("float8")
+    table = QuantisedMmapTable(9, 32, "float8", tmp_path / "rows", "r+") if mapped else QuantisedTable(9, 32, "float8")
+    values, scales = form.encode(random_rows()[:8, :1].repeat(1, 32) + torch.arange(32))
+    bits = values.view(torch.uint8)
+    table.load_stored(0, bits[::2], scales[::2])  # as bytes, with gaps between them
+    assert torch.equal(table.weight[:4].view(torch.uint8), bits[::2])
+    assert torch.equal(table.scales[:4], scales[::2])
+    table.load_stored(4, values[:1], scales[::8])
+    assert torch.equal(table.weight[4].view(torch.uint8), bits[0])
+    assert torch.equal(table.scales[4], scales[0])
+    before = table.scales.clone()
+    with pytest.raises(TableError, match=r"got scales \[5, 1\] of 2 rows, expected \[2, 1\]"):
+        table.load_stored(0, values[:2], scales[:5])
+    assert torch.equal(table.scales, before)
 
 
 def test_read_only_rows_are_not_trained(tmp_path):

@@ -262,8 +262,9 @@ class MappedRows(EmbeddingTable):
 
     def _put(self, start: int, *stored: Tensor) -> None:
         for rows, held, place, size in zip(stored, self._tensors(), self._places, self._row_bytes, strict=True):
-            rows = rows.to("cpu", held.dtype).expand(len(rows), *held.shape[1:]).contiguous()
-            self._file.write(place + start * size, rows.view(torch.uint8).view(-1).numpy().data)
+            content = rows.detach().to("cpu", held.dtype).contiguous().view(-1)
+            self._file.write(place + start * size, content.view(torch.uint8).numpy().data)
+            torch.autograd.graph.increment_version(held)  # as any change of a tensor: copies of hot rows go by it
 
     def _before_writing(self) -> None:
         """Check that the file is whole, and note that it no longer holds what it held."""

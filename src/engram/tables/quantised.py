@@ -177,11 +177,14 @@ class QuantisedTable(EmbeddingTable):
             scales: of these rows.
 
         Raises:
-            TableError: they do not fit there.
+            TableError: they do not fit there, or scales are too few or too many.
         """
         check_place(start, values, self.rows, self.weight.shape[1])
+        expected = self.form.scale_shape(len(values), self.dim)
+        if scales.shape != expected:
+            raise TableError(f"load_stored: got scales {list(scales.shape)} of {len(values)} rows, expected {list(expected)}.")
         self._before_writing()
-        self._put(start, values, scales)
+        self._put(start, values.view(self.weight.dtype), scales)
 
     def _put(self, start: int, values: Tensor, scales: Tensor) -> None:
         """Store consecutive rows, which fit."""

@@ -68,7 +68,7 @@ class RowFile:
                     _lock(file.fileno(), path)
                     self.map = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_WRITE)  # shares the lock until it is gone
                     self._handle = os.dup(file.fileno())
-                    weakref.finalize(self, os.close, self._handle)
+                    weakref.finalize(self, os.close, self._handle).atexit = False  # threads may write until the very end
                 else:
                     # torch wants writable memory. Nothing is ever written, so no copy is made; but Linux would want memory for copies of
                     # all pages, and refuse files larger than the machine's, were it not told otherwise.
@@ -84,20 +84,20 @@ class RowFile:
             _PAGES.watch(self)
 
     def _out_of_huge_pages(self) -> None:
-        """Drop the file from the system's cache if it lies there in huge pages, of which a touch maps two megabytes; it comes back in small
-        ones. What is read or written in large pieces is kept so.
+        """Drop the file from the system's cache if it lies there in large pages, of which a touch maps up to two megabytes; it comes back
+        in small ones. What is read or written in large pieces is kept so.
         """
+        came_in = []
         for place in range(0, self.end, max(mmap.PAGESIZE, self.end // _PROBES)):
-            before = _resident()
+            before = _resident() or 0
             self.map[place]
-            after = _resident()
-            if before is not None and after is not None and after - before > 4 * _AROUND:
-                self.release()
-                with suppress(OSError, AttributeError), open(self.path, "rb") as file:
-                    os.fdatasync(file.fileno())  # only what is on the disk is dropped
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                return
+            came_in.append((_resident() or 0) - before)
         self.release()
+        # Twice, unless it is very much: now and then a page of a library comes in meanwhile.
+        if max(came_in) > 4 * _AROUND or sum(size > _AROUND for size in came_in) > 1:
+            with suppress(OSError, AttributeError), open(self.path, "rb") as file:
+                os.fdatasync(file.fileno())  # only what is on the disk is dropped
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def write(self, place: int, content: memoryview) -> None:
         """Put bytes into a file of mode ``r+`` at ``place`` and after; the map shows them at once.

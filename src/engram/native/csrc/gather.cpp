@@ -129,6 +129,17 @@ constexpr int64_t bytes_of(RowFormat format, int64_t values) {
 // Values per chunk that rows consist of: loops of a known length, which the compiler unrolls, take half the time.
 int64_t chunk_of(int64_t values) { return values % 64 == 0 ? 64 : values % 32 == 0 ? 32 : kGroup; }
 
+// Asks for the lines of a row that consists of so many chunks of kBytes, or of something else.
+template <int64_t kBytes>
+__attribute__((always_inline)) inline void prefetch_row(const uint8_t* row, int64_t row_bytes, int64_t chunks) {
+  if (kBytes % 64 != 0 || chunks * kBytes != row_bytes) {
+    for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+    return;
+  }
+  for (int64_t chunk = 0; chunk < chunks; ++chunk, row += kBytes)
+    for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
 template <RowFormat kFormat>
 inline float scale_at(const uint8_t* scales, int64_t value) {
   if (kFormat == RowFormat::kFloat8) return power_of_two(scales[value / 32]);
@@ -253,9 +264,7 @@ __attribute__((target("avx2"))) int64_t scan_avx2(const Part& part) {
   int64_t rest = 0;
   for (int64_t i = part.begin; i < end; ++i) {
     if (i + kAhead < n && static_cast<uint64_t>(row_ids[i + kAhead]) < static_cast<uint64_t>(rows)) {
-      const uint8_t* next = data + row_ids[i + kAhead] * row_bytes;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk, next += kBytes)
-        for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(next + at, 0, 2);
+      prefetch_row<kBytes>(data + row_ids[i + kAhead] * row_bytes, row_bytes, chunks);
     }
     if (static_cast<uint64_t>(row_ids[i]) >= static_cast<uint64_t>(rows)) continue;
     const uint8_t* row = data + row_ids[i] * row_bytes;

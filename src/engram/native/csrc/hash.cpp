@@ -27,7 +27,7 @@ struct Heads {
 };
 
 // `inverse` is that of the prime, made smaller by a factor of 1 - 2^-51 (hash.h), which is more than all roundings up to the product can add:
-// the quotient is never too large. It is below 2^50 for a mix (non-negative, below 2^63) and a prime of at least kSmallPrime, so that it is
+// the quotient is never too large. It is below 2^50 for a mix (non-negative, below 2^63) and a prime from kSmallPrime to 2^53, so that it is
 // too small by one at most, and one correction makes it exact.
 inline int64_t divide(int64_t mix, int64_t prime, double inverse, int64_t* rest) {
   if (prime < kSmallPrime) {

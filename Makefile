@@ -39,7 +39,7 @@ figures: $(VENV)/.developer
 	$(BIN)/python benchmarks/routing.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/train_step.py --rows 100000 10000000 --kinds frozen sparse --out results/train_step_rows.json
-	$(BIN)/engram bench --json results/bench.json
+	$(BIN)/engram bench --rounds 101 --json results/bench.json
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/formats.py
 	$(BIN)/python benchmarks/larger_than_memory.py

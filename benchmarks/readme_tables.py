@@ -170,11 +170,16 @@ def capacity():
         for tags in (True, False):
             line = [p for p in points if p["rows_per_head"] == rows_per_head and p["tags"] == tags]
             cells = [[p for p in line if p["facts"] == count] for count in counts]
-            shown = [f"{100 * min(p['recall'] for p in c):.1f} %, {max(p['kl'] for p in c):.2g}" if c else "" for c in cells]
+            shown = [f"{_share(min(p['recall'] for p in c))}, {max(p['kl'] for p in c):.2g}" if c else "" for c in cells]
             rows.append((f"{rows_per_head:,}", "yes" if tags else "ignored", *shown))
     header = ("rows per head", "tags", *(f"{count:,} facts" for count in counts))
     note = "\n\nExact answers and KL to the base on text nobody taught (nats per token). One attempt per fact; a fact that fails is taken out."
     return table(header, rows) + note + source(result)
+
+
+def _share(part):
+    """Percent, which are a hundred only if nothing is missing."""
+    return "100 %" if part == 1 else f"{100 * part:.2f} %"
 
 
 def readers():
@@ -333,8 +338,8 @@ def bench_gather():
             (name, f"{m['per_second'] / 1e6:.1f}", f"x{m['speedup']['median']:.2f}") for name, m in setting["variants"].items()
         ]
         parts.append(table((setting["label"], "M rows per second", "times as fast as the first line"), rows))
-    note = "\n\nLimit: every byte of the rows read and summed, many loads in flight, nothing written. In fresh outputs of this size (33 MB) "
-    note += "the first touch of their pages costs more than anything else."
+    note = "\n\nLimit: every byte of the rows read and summed, many loads in flight, nothing written. Where PyTorch "
+    note += "makes outputs of this size (33 MB) the first touch of their pages costs more than anything else; engram keeps such memory for the next time."
     return "\n\n".join(parts) + note + source(load("bench"))
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from engram import ConfigError, EngramConfig, native
 from engram.hashing import mapping_without_tokenizer
 from engram.layers import Engram
+from engram.ops import lookup_rows
 from engram.tables import ABSENT
 from tests.editing.helpers import FACTS, logits, make_editor
 
@@ -179,6 +180,19 @@ def test_every_half_is_turned_into_a_float_exactly(dim, instructions):
     with limited_to(instructions):
         native.gather_rows(table, torch.arange(len(table)), out)
     torch.testing.assert_close(out, table.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_outputs_hold_the_rows_and_train_as_small_ones_do(dtype):
+    table = torch.randn(50, 64).to(dtype).requires_grad_()
+    row_ids = torch.randint(50, (2, 1 << 18 if dtype == torch.bfloat16 else 1 << 17))  # 64 MB
+    rows = lookup_rows(table, row_ids)
+    assert rows.numel() * rows.element_size() == 1 << 26
+    assert rows.data_ptr() % 64 == 0
+    assert torch.equal(rows, table.detach()[row_ids])
+    rows[:, :3].sum().backward()
+    assert torch.equal(table.grad.to_dense()[:, 0].float(), torch.bincount(row_ids[:, :3].flatten(), minlength=50).float())
+    rows.detach().add_(1).resize_(5)  # memory like any other
 
 
 def test_row_numbers_out_of_range_are_named_and_bad_arguments_refused():

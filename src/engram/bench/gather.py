@@ -60,7 +60,7 @@ def _copying(table: Tensor, numbers: RowNumbers) -> Setting:
 
 
 def _converting(table: Tensor, numbers: RowNumbers) -> Setting:
-    """Into fresh memory, whose first touch costs most of the time in large outputs, and into a buffer that is used again."""
+    """Into new tensors, and into one that is used again. The system maps memory for large tensors anew each time, unless somebody keeps it."""
     out = torch.zeros(len(numbers.first), _DIM)
     stored: dict[str, tuple[Tensor, Tensor | None]] = {"bfloat16": (table, None)}
     stored |= {name: _encoded(FORMATS[name], table) for name in ("int8", "float8", "int4")}

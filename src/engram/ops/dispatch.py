@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engram.native import core, gather_rows
 from engram.native.optional import triton_kernel
+from engram.ops.outputs import new_output
 
 __all__ = ["gather", "kernel_serves", "triton_gather"]
 
@@ -63,7 +64,7 @@ def gather(
     """
     data, row_ids = data.detach(), row_ids.contiguous()
     if out is None:
-        out = torch.empty((*row_ids.shape, dim or data.shape[1]), dtype=dtype, device=row_ids.device)
+        out = new_output((*row_ids.shape, dim or data.shape[1]), dtype, row_ids.device)
     if data.device.type == "cuda":
         kernel = triton_gather()
         assert kernel is not None

@@ -339,7 +339,8 @@ def bench_gather():
         ]
         parts.append(table((setting["label"], "M rows per second", "times as fast as the first line"), rows))
     note = "\n\nLimit: every byte of the rows read and summed, many loads in flight, nothing written. Where PyTorch "
-    note += "makes outputs of this size (33 MB) the first touch of their pages costs more than anything else; engram keeps such memory for the next time."
+    note += "makes outputs of this size (33 MB) the first touch of their pages costs more than anything else; engram keeps such memory "
+    note += "for the next time."
     return "\n\n".join(parts) + note + source(load("bench"))
 
 

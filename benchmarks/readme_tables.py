@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -221,6 +222,19 @@ def routing():
         rows.append((tags, router, exact, f"{max(kl):.2g}", f"{_range(changed)} of {tokens:,}"))
     header = ("rows", "router", "taught prompts, exact", "KL to the base, text nobody taught", "next tokens changed")
     return table(header, rows) + f"\n\n{len(runs)} seeds, ranges over seeds (KL: the worst)." + source(result)
+
+
+def route_by_gain():
+    result = load("route_by_gain")
+    runs = [run["kinds"] for run in result["runs"]]
+    rows = []
+    for same in zip(*runs):
+        gains = [[kind[which] for kind in same] for which in ("always", "routed", "best")]
+        shown = [f"{statistics.mean(found):+.3f} ({min(found):+.2f} to {max(found):+.2f})" for found in gains]
+        rows.append((same[0]["kind"], f"{_range(kind['read'] for kind in same)} of {same[0]['texts']}", *shown))
+    header = ("kind of text", "texts that read the memory", "gain if all do", "gain, routed", "gain if those do that it helps")
+    note = f"\n\nNats per token over the model alone, on texts left out of the fit; mean and range of {len(runs)} divisions of the texts."
+    return table(header, rows) + note + source(result)
 
 
 def joint_training():

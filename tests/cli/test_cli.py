@@ -39,6 +39,7 @@ COMMANDS = [
     "convert",
     "eval",
     "recall",
+    "route",
     "generate",
     "trace",
     "corpus",

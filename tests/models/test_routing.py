@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engram import AttachError, ConfigError, EngramRouter, LearnedRouter
+from engram import AttachError, CheckpointError, ConfigError, EngramRouter, FingerprintError, LearnedRouter
 from engram.evaluation import ask
 from engram.models import RouteRule
 from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
@@ -100,3 +100,25 @@ def test_a_learned_router_tells_kinds_of_prompts_apart():
     assert router.scores([]) == []
     with pytest.raises(ConfigError, match="expected some of both"):
         LearnedRouter.fit(memory, tiny_tokenizer(), routed, [])
+
+
+def test_a_saved_router_judges_as_before_and_another_models_states_never(tmp_path):
+    memory, tokenizer = make_taught().memory, tiny_tokenizer()
+    prompts = [f"KEY:alpha {n}" for n in range(4)] + [f"The memory is in the text {n}." for n in range(4)]
+    router = LearnedRouter.fit_to_gains(memory, tokenizer, prompts, [1, 2, 1, 2, -1, -1, -2, 0], first_tokens=3)
+    router.save(tmp_path / "new" / "router.safetensors")
+    again = LearnedRouter.load(tmp_path / "new" / "router.safetensors", memory, tokenizer)
+    assert again.scores(prompts) == router.scores(prompts)
+    assert (again.threshold, again.first_tokens) == (0.5, 3)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["router.safetensors"]
+    with pytest.raises(FingerprintError, match=r"fitted to another model: .*fit it anew"):
+        LearnedRouter.load(tmp_path / "new" / "router.safetensors", tiny_model(seed=7), tokenizer)
+    (tmp_path / "broken").write_text("no router")
+    for wrong in ("missing", "broken"):
+        with pytest.raises(CheckpointError, match=f"cannot read a router from .*{wrong}"):
+            LearnedRouter.load(tmp_path / wrong, memory, tokenizer)
+    with pytest.raises(CheckpointError, match="cannot write"):
+        router.save(tmp_path / "broken" / "router.safetensors")
+    expected = router.scores(prompts)
+    base = memory.unload()
+    assert LearnedRouter.load(tmp_path / "new" / "router.safetensors", base, tokenizer).scores(prompts) == expected

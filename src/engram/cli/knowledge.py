@@ -108,6 +108,7 @@ def ask_command(
     off: Annotated[bool, typer.Option("--off", help="Ask the base model, memory switched off.")] = False,
     route: Annotated[bool, typer.Option("--route", help="Read the memory only if the routing rules say so.")] = False,
     rules: Annotated[Path | None, typer.Option(help="Routing rules (YAML); the bundled ones if not given.")] = None,
+    router: Annotated[Path | None, typer.Option(help="Router that `engram route` wrote; decides instead of rules.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer, in tokens; 64, or as long as the longest fact, if not given.")
     ] = None,
@@ -118,12 +119,16 @@ def ask_command(
     """Ask a model with its memory; prints the answer and nothing else."""
     from engram.data import chat_prompt
     from engram.evaluation import ask
-    from engram.models import EngramRouter
+    from engram.models import EngramRouter, LearnedRouter, Router
     from engram.models.router import DEFAULT_RULES
 
     _check_prompt(prompt)
-    router = EngramRouter.from_yaml(rules or DEFAULT_RULES) if route or rules else None
+    if router is not None and (route or rules is not None):
+        raise typer.BadParameter("got rules too, expected one way to decide", param_hint="--router")
+    decides: Router | None = EngramRouter.from_yaml(rules or DEFAULT_RULES) if route or rules else None
     editor = open_editor(memory, model, Running(device, model_dtype))
+    if router is not None:
+        decides = LearnedRouter.load(router, editor.memory, editor.tokenizer)
     if chat:
         prompt = chat_prompt(editor.tokenizer, prompt)
     room = _room(editor, prompt)
@@ -135,7 +140,7 @@ def ask_command(
         with editor.memory.disable_engram():
             print(ask(editor.memory, editor.tokenizer, [prompt], max_new_tokens)[0])
         return
-    print(ask(editor.memory, editor.tokenizer, [prompt], max_new_tokens, router=router)[0])
+    print(ask(editor.memory, editor.tokenizer, [prompt], max_new_tokens, router=decides)[0])
 
 
 def why_command(

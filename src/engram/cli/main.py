@@ -31,6 +31,7 @@ from engram.cli.place import place_command
 from engram.cli.plot import plot_command
 from engram.cli.pretrain import pretrain_command
 from engram.cli.recall import recall_command
+from engram.cli.route import route_command
 from engram.cli.sweep import sweep_command
 from engram.cli.trace import trace_command
 from engram.cli.train import train_command
@@ -69,6 +70,7 @@ app.command("convert")(convert_command)
 app.command("place")(place_command)
 app.command("eval")(eval_command)
 app.command("recall")(recall_command)
+app.command("route")(route_command)
 app.command("generate")(generate_command)
 app.command("trace")(trace_command)
 app.command("corpus")(corpus_command)

@@ -3,6 +3,7 @@
 from engram.evaluation.answers import Answer, CategoryScore, ask, check_facts, score_by_category, wilson_interval
 from engram.evaluation.bits_per_byte import bits_per_byte
 from engram.evaluation.drift import Drift, measure_drift
+from engram.evaluation.gains import RoutedKind, TextGain, fit_router_to_texts, measure_gains
 from engram.evaluation.long_context import RecallAnswer, RecallResult, RecallScore, measure_recall, recall_table, score_recall
 from engram.evaluation.result import EvalResult, FactResult, ShareResult, evaluate_memory, markdown_table
 from engram.evaluation.trace import Trace, trace_text
@@ -16,14 +17,18 @@ __all__ = [
     "RecallAnswer",
     "RecallResult",
     "RecallScore",
+    "RoutedKind",
     "ShareResult",
+    "TextGain",
     "Trace",
     "ask",
     "bits_per_byte",
     "check_facts",
     "evaluate_memory",
+    "fit_router_to_texts",
     "markdown_table",
     "measure_drift",
+    "measure_gains",
     "measure_recall",
     "recall_table",
     "score_by_category",

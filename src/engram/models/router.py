@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from engram.errors import ConfigError
+from engram.errors import CheckpointError, ConfigError, FingerprintError
+from engram.models.identity import base_identity, identity_mismatch
 
 __all__ = ["DEFAULT_RULES", "EngramRouter", "LearnedRouter", "RouteRule", "Router"]
 
@@ -95,13 +100,22 @@ class EngramRouter:
 class LearnedRouter:
     """Scores prompts by logistic regression on the base model's hidden states: the mean over a prompt's tokens, standardised.
 
-    Made by ``fit`` from prompts that should read the memory and prompts that should not.
+    Made by ``fit`` from prompts that should read the memory and prompts that should not, or by ``fit_to_gains`` from what reading it is
+    worth. ``first_tokens`` is how much of a prompt it looks at; None is all of it.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, mean: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, threshold: float
+        self,
+        model: Any,
+        tokenizer: Any,
+        mean: Tensor,
+        scale: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        threshold: float,
+        first_tokens: int | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.threshold = model, tokenizer, threshold
+        self.model, self.tokenizer, self.threshold, self.first_tokens = model, tokenizer, threshold, first_tokens
         self.mean, self.scale, self.weight, self.bias = mean, scale, weight, bias
 
     @classmethod
@@ -133,41 +147,160 @@ class LearnedRouter:
             )
         states = _mean_states(model, tokenizer, [*routed, *bypassed])
         label = torch.tensor([1.0] * len(routed) + [0.0] * len(bypassed))
-        share = torch.where(label == 1, 0.5 / len(routed), 0.5 / len(bypassed))
-        mean, scale = states.mean(0), states.std(0).clamp_min(1e-6)
-        x = (states - mean) / scale
-        weight, bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros((), requires_grad=True)
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+        return cls(model, tokenizer, *_regression(states, label, l2), threshold)
 
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            logits = x @ weight + bias
-            value = (share * torch.nn.functional.binary_cross_entropy_with_logits(logits, label, reduction="none")).sum()
-            value = value + l2 * weight.square().mean()
-            value.backward()
-            return value
+    @classmethod
+    def fit_to_gains(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        prompts: Sequence[str],
+        gains: Sequence[float],
+        first_tokens: int | None = 64,
+        strengths: Sequence[float] = (1e-2, 1.0, 1e2, 1e3),
+        folds: int = 5,
+    ) -> Self:
+        """Fit to what reading the memory is worth: prompts with a gain above zero should read it, the others should not.
 
-        with torch.enable_grad():
-            optimizer.step(loss)
-        return cls(model, tokenizer, mean, scale, weight.detach(), bias.detach(), threshold)
+        The penalty is the one that keeps most of the gains of prompts left out of the fit (every ``folds``-th in turn); of equals the
+        largest.
+
+        Args:
+            model: a causal language model, with or without a memory (which is not read here).
+            tokenizer: its tokenizer.
+            prompts: texts of every kind that the model will see.
+            gains: of each, loss without the memory less loss with it (``engram.evaluation.measure_gains``).
+            first_tokens: how much of a prompt the router looks at, here and later.
+            strengths: penalties to choose from, see ``fit``.
+            folds: parts for the choice.
+
+        Raises:
+            ConfigError: numbers of prompts and gains differ, or all prompts should do the same.
+        """
+        if len(prompts) != len(gains):
+            raise ConfigError(
+                f"LearnedRouter.fit_to_gains: got {len(prompts)} prompts and {len(gains)} gains, expected as many."
+            )
+        worth = torch.tensor(list(gains), dtype=torch.float64)
+        helped = int((worth > 0).sum())
+        if helped in (0, len(prompts)):
+            raise ConfigError(
+                f"LearnedRouter.fit_to_gains: the memory helps {helped} of {len(prompts)} prompts, expected some and not all; "
+                "without a router it is read always, or can be switched off."
+            )
+        states = _mean_states(model, tokenizer, prompts, first_tokens)
+        kept = {l2: _gains_kept(states, worth, l2, min(folds, len(prompts))) for l2 in sorted(strengths)}
+        l2 = max(kept, key=lambda strength: (kept[strength], strength))
+        return cls(model, tokenizer, *_regression(states, (worth > 0).float(), l2), 0.5, first_tokens)
 
     def scores(self, prompts: Sequence[str]) -> list[float]:
         """Score of every prompt, 0 to 1."""
         if not prompts:
             return []
-        states = _mean_states(self.model, self.tokenizer, prompts)
-        return ((states - self.mean) / self.scale @ self.weight + self.bias).sigmoid().tolist()
+        states = _mean_states(self.model, self.tokenizer, prompts, self.first_tokens)
+        return _predict(states, self.mean, self.scale, self.weight, self.bias).tolist()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the router to a file (safetensors), whole or not at all.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        about = {"threshold": self.threshold, "first_tokens": self.first_tokens, "base_model": base_identity(_base(self.model))}
+        file = Path(path)
+        temporary = file.with_name(f".{file.name}.tmp")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+            temporary.write_bytes(save(tensors, {_ABOUT: json.dumps(about)}))
+            os.replace(temporary, file)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {file}: {error.strerror or error}; choose another place.") from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any, tokenizer: Any) -> Self:
+        """Read a router that ``save`` wrote.
+
+        Args:
+            path: the file.
+            model: the model whose hidden states it judges, with or without a memory.
+            tokenizer: its tokenizer.
+
+        Raises:
+            CheckpointError: the file is missing or no router.
+            FingerprintError: it was fitted to another model.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})[_ABOUT])
+                mean, scale, weight, bias = (file.get_tensor(name) for name in _TENSORS)
+            threshold, first_tokens, saved = about["threshold"], about["first_tokens"], about["base_model"]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"cannot read a router from {path}: {error}; expected a file that `engram route` wrote."
+            ) from None
+        if differences := identity_mismatch(saved, base_identity(_base(model))):
+            raise FingerprintError(f"the router in {path} was fitted to another model: {'; '.join(differences)}; fit it anew.")
+        return cls(model, tokenizer, mean, scale, weight, bias, threshold, first_tokens)
+
+
+_TENSORS = ("mean", "scale", "weight", "bias")
+_ABOUT = "engram_router"
+
+
+def _base(model: Any) -> Any:
+    return getattr(model, "base_model", model) if hasattr(model, "disable_engram") else model
+
+
+def _regression(states: Tensor, label: Tensor, l2: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and scale of the states ``[n, d]``, weight ``[d]`` and bias; both labels weigh the same."""
+    share = torch.where(label == 1, 0.5 / label.sum(), 0.5 / (1 - label).sum())
+    mean, scale = states.mean(0), states.std(0).clamp_min(1e-6)
+    x = (states - mean) / scale
+    weight, bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        logits = x @ weight + bias
+        value = (share * torch.nn.functional.binary_cross_entropy_with_logits(logits, label, reduction="none")).sum()
+        value = value + l2 * weight.square().mean()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return mean, scale, weight.detach(), bias.detach()
+
+
+def _predict(states: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return ((states - mean) / scale @ weight + bias).sigmoid()
+
+
+def _gains_kept(states: Tensor, gains: Tensor, l2: float, folds: int) -> float:
+    """The sum of gains of prompts that a router would let read, each judged by a fit without it."""
+    part, kept = torch.arange(len(gains)) % folds, 0.0
+    for fold in range(folds):
+        fitted, asked = part != fold, part == fold
+        label = (gains[fitted] > 0).float()
+        if label.unique().numel() < 2:  # all of them do the same, and so will those asked
+            reads = label[:1].bool().expand(int(asked.sum()))
+        else:
+            reads = _predict(states[asked], *_regression(states[fitted], label, l2)) >= 0.5
+        kept += float(gains[asked][reads].sum())
+    return kept
 
 
 @torch.no_grad()
-def _mean_states(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Mean over the tokens of the last hidden state, float32 ``[prompts, d]``, computed without the memory."""
-    from contextlib import nullcontext
-
+def _mean_states(model: Any, tokenizer: Any, prompts: Sequence[str], first_tokens: int | None = None) -> Tensor:
+    """Mean over the (first) tokens of the last hidden state, float32 ``[prompts, d]``, computed without the memory."""
     device = model.get_input_embeddings().weight.device
     states = []
     for prompt in prompts:
-        ids = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"]], device=device)
+        ids = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"][:first_tokens]], device=device)
         with model.disable_engram() if hasattr(model, "disable_engram") else nullcontext():
             output = model(input_ids=ids, use_cache=False, output_hidden_states=True)
         last = output.hidden_states[-1][0].float()

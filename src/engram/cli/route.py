@@ -1,0 +1,73 @@
+"""`engram route`: a router that lets texts read a memory as far as it helps them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_base
+from engram.cli.outputs import check_writable, made_with
+
+if TYPE_CHECKING:
+    from engram.evaluation import RoutedKind
+
+__all__ = ["route_command"]
+
+
+def route_command(
+    memory: Annotated[Path, typer.Argument(help="Folder of the memory, or 'bundled'.")],
+    texts: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Texts of the kinds that the model will see, a file per kind (documents between lines of <|doc|>), or YAML (kind: "
+            "[texts]). Without any: code and manual pages of Python's library, prose, stories, sentences of facts."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the router; without it, it is only judged.")] = None,
+    first_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a text that the router looks at.")] = 64,
+    model: Annotated[str | None, typer.Option(help="Base model; the one the memory was made for if not given.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    device: DeviceOption = "cpu",
+    model_dtype: ModelDtypeOption = "float32",
+) -> None:
+    """Fit a router to what reading a memory is worth, text by text, and judge it by texts left out."""
+    from engram import EngramModel
+    from engram.checkpoint import write_json_atomically
+    from engram.data.texts import load_documents, standard_texts
+    from engram.evaluation import fit_router_to_texts
+    from engram.models.bundled import memory_folder
+
+    for file in (out, json_out):
+        check_writable(file)
+    kinds: dict[str, list[str]] = {}
+    for path in texts or []:
+        for kind, group in load_documents(path).items():
+            kinds.setdefault(kind, []).extend(group)
+    running = Running(device, model_dtype)
+    base, tokenizer = open_base(memory_folder(memory), model, running)
+    with_memory = EngramModel.from_pretrained(base, memory_folder(memory), tokenizer=tokenizer)
+    router, judged = fit_router_to_texts(with_memory, tokenizer, kinds or standard_texts(), first_tokens)
+    _print(judged)
+    if out is not None:
+        router.save(out)
+        print(f"{out}: reads texts as far as the memory helps them; `LearnedRouter.load`, or `engram ask --router`")
+    if json_out is not None:
+        named = " ".join(str(path) for path in (memory, *(texts or [])))
+        command = f"engram route {named} --first-tokens {first_tokens}{running.options()}"
+        write_json_atomically(json_out, {"command": command, **made_with(), "kinds": [asdict(kind) for kind in judged]})
+
+
+def _print(judged: list[RoutedKind]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="gain over the model alone, nats per token, on texts left out of the fit")
+    for heading in ("kind", "texts", "read it", "always read", "routed", "best"):
+        table.add_column(heading, justify="left" if heading == "kind" else "right")
+    for kind in judged:
+        gains = (f"{gain:+.3f}" for gain in (kind.always, kind.routed, kind.best))
+        table.add_row(kind.kind, str(kind.texts), str(kind.read), *gains)
+    Console().print(table)

@@ -1,0 +1,67 @@
+"""What reading a memory is worth, text by text, and routers that go by it."""
+
+import pytest
+import torch
+
+from engram import ConfigError, Fact, LearnedRouter
+from engram.evaluation import fit_router_to_texts, measure_gains
+from tests.editing.helpers import make_editor
+
+FACTS = [Fact((f"KEY:alpha {17 + n}",), answer) for n, answer in enumerate(("blue", "green", "red", "door", "wall", "roof"))]
+HELPED = [f"{fact.prompts[0]} {fact.answer}" for fact in FACTS]
+OTHER = [
+    f"The window is {word} and the memory reads text {n}." for n, word in enumerate(("blue", "in", "on", "by", "near", "at"))
+]
+
+
+@pytest.fixture(scope="module")
+def taught():
+    editor = make_editor()
+    editor.teach(FACTS)
+    return editor
+
+
+def test_gains_are_losses_without_the_memory_less_losses_with_it(taught):
+    memory, tokenizer = taught.memory, taught.tokenizer
+    gains = measure_gains(memory, tokenizer, [HELPED[0], OTHER[0], "", "The"])
+    ids = torch.tensor([tokenizer(HELPED[0])["input_ids"]])
+    with torch.no_grad():
+        on = float(memory(input_ids=ids, labels=ids).loss)
+        with memory.disable_engram():
+            off = float(memory(input_ids=ids, labels=ids).loss)
+    assert gains[0].tokens == ids.shape[1] - 1
+    assert (gains[0].loss_on, gains[0].loss_off) == (pytest.approx(on), pytest.approx(off))
+    assert gains[0].nats == pytest.approx((off - on) * gains[0].tokens)
+    assert gains[0].nats > 1
+    assert gains[1].nats == 0  # no row of this memory is read there
+    assert (gains[2].tokens, gains[2].nats) == (0, 0)
+    assert measure_gains(memory, tokenizer, HELPED[:1], max_length=3)[0].tokens == 2
+
+
+def test_a_router_lets_read_what_gains_and_is_judged_by_other_texts(taught, monkeypatch):
+    texts = {"facts": HELPED[:6], "other": OTHER}
+    router, kinds = fit_router_to_texts(taught.memory, taught.tokenizer, texts, first_tokens=4)
+    facts, other = kinds
+    assert (facts.kind, facts.texts, facts.read, other.kind, other.read) == ("facts", 3, 3, "other", 0)
+    assert facts.always == facts.routed == facts.best > 0
+    assert (other.always, other.routed, other.best) == (0, 0, 0)
+    assert all(score >= router.threshold for score in router.scores(texts["facts"]))
+    assert all(score < router.threshold for score in router.scores(OTHER))
+    assert router.scores([OTHER[0] + " KEY:alpha" * 9]) == router.scores([OTHER[0]])  # beyond what it looks at
+    with pytest.raises(ConfigError, match=r"'other': got 1, expected at least 2"):
+        fit_router_to_texts(taught.memory, taught.tokenizer, {"facts": HELPED, "other": OTHER[:1]})
+    with pytest.raises(ConfigError, match="the memory helps 0 of 3 prompts, expected some and not all"):
+        fit_router_to_texts(taught.memory, taught.tokenizer, {"other": OTHER})
+
+
+def test_the_penalty_is_the_one_that_keeps_most_on_texts_left_out(taught, monkeypatch):
+    prompts, gains = [*HELPED, *OTHER], [1.0] * 6 + [-1.0] * 6
+
+    def weight(*strengths):
+        return LearnedRouter.fit_to_gains(taught.memory, taught.tokenizer, prompts, gains, strengths=strengths).weight
+
+    assert torch.equal(weight(1e-2, 1e3), weight(1e3))  # both tell all apart: the smaller coefficients
+    monkeypatch.setattr("engram.models.router._gains_kept", lambda states, gains, l2, folds: -l2)
+    assert torch.equal(weight(1e-2, 1e3), weight(1e-2))
+    with pytest.raises(ConfigError, match="12 prompts and 11 gains"):
+        LearnedRouter.fit_to_gains(taught.memory, taught.tokenizer, prompts, gains[1:])

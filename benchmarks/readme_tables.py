@@ -233,7 +233,8 @@ def route_by_gain():
         shown = [f"{statistics.mean(found):+.3f} ({min(found):+.2f} to {max(found):+.2f})" for found in gains]
         rows.append((same[0]["kind"], f"{_range(kind['read'] for kind in same)} of {same[0]['texts']}", *shown))
     header = ("kind of text", "texts that read the memory", "gain if all do", "gain, routed", "gain if those do that it helps")
-    note = f"\n\nNats per token over the model alone, on texts left out of the fit; mean and range of {len(runs)} divisions of the texts."
+    note = f"\n\nNats per token over the model alone, on texts left out of the fit; mean and range of {len(runs)} divisions of the "
+    note += f"texts. The router looks at the first {result['first_tokens']} tokens; whole texts are judged, the first 256 tokens of long ones."
     return table(header, rows) + note + source(result)
 
 

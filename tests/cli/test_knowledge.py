@@ -9,7 +9,8 @@ import pytest
 
 from engram.checkpoint import lock_store
 from engram.errors import CheckpointError
-from engram.testing import tiny_model, tiny_tokenizer
+from engram.models import load_model
+from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
 from tests.cli.test_cli import invoke
 
 ONE = """
@@ -400,7 +401,7 @@ def test_a_router_is_fitted_to_gains_and_decides_who_reads(engram, taught, tmp_p
     ]
     (tmp_path / "facts.txt").write_text("\n<|doc|>\n".join(helped))
     (tmp_path / "other.yaml").write_text(
-        json.dumps({"prose": [f"The memory is {word} the text." for word in ("in", "on", "by", "at")]})
+        json.dumps({"[/prose]": [f"The memory is {word} the text." for word in ("in", "on", "by", "at")]})
     )
     files = (tmp_path / "facts.txt", tmp_path / "other.yaml")
     router, figures = tmp_path / "new" / "router.safetensors", tmp_path / "route.json"
@@ -410,7 +411,7 @@ def test_a_router_is_fitted_to_gains_and_decides_who_reads(engram, taught, tmp_p
     assert f"{router}: reads texts as far as the memory helps them" in out.replace("\n", " ")
     result = json.loads(figures.read_text())
     assert result["command"].endswith("--first-tokens 3")
-    assert [(kind["kind"], kind["texts"], kind["read"]) for kind in result["kinds"]] == [("facts", 2, 2), ("prose", 2, 0)]
+    assert [(kind["kind"], kind["texts"], kind["read"]) for kind in result["kinds"]] == [("facts", 2, 2), ("[/prose]", 2, 0)]
     assert engram("ask", "KEY:beta 20", "--memory", taught, "--router", router)[:2] == (0, "7319\n")
     plain = engram("ask", "The memory is under the text.", "--memory", taught, "--off")
     assert engram("ask", "The memory is under the text.", "--memory", taught, "--router", router) == plain
@@ -420,3 +421,16 @@ def test_a_router_is_fitted_to_gains_and_decides_who_reads(engram, taught, tmp_p
     assert (code, "cannot read a router from" in err) == (1, True)
     code, _, err = engram("route", taught, tmp_path / "other.yaml")
     assert (code, "the memory helps 0 of 2 prompts" in err) == (2, True)
+
+
+def test_a_trained_memory_is_asked_with_a_router(engram, world, tmp_path):
+    tiny_memory(load_model(str(world / "base"))[0]).save_pretrained(tmp_path / "trained")
+    texts = {
+        "some": ["The memory is in the text.", "KEY:alpha 17", "The text", "KEY"],
+        "more": ["A window.", "It is.", "alpha 4", "beta"],
+    }
+    (tmp_path / "texts.yaml").write_text(json.dumps(texts))
+    code, _, err = engram("route", tmp_path / "trained", tmp_path / "texts.yaml", "--out", tmp_path / "router")
+    assert code == 0, err
+    for options in ([], ["--router", tmp_path / "router"], ["--off"]):
+        assert engram("ask", "KEY:beta 20", "--memory", tmp_path / "trained", "--max-new-tokens", 3, *options)[0] == 0

@@ -5,6 +5,7 @@ import torch
 
 from engram import ConfigError, Fact, LearnedRouter
 from engram.evaluation import fit_router_to_texts, measure_gains
+from engram.models.router import _gains_kept, _predict, _regression
 from tests.editing.helpers import make_editor
 
 FACTS = [Fact((f"KEY:alpha {17 + n}",), answer) for n, answer in enumerate(("blue", "green", "red", "door", "wall", "roof"))]
@@ -52,6 +53,37 @@ def test_a_router_lets_read_what_gains_and_is_judged_by_other_texts(taught, monk
         fit_router_to_texts(taught.memory, taught.tokenizer, {"facts": HELPED, "other": OTHER[:1]})
     with pytest.raises(ConfigError, match="the memory helps 0 of 3 prompts, expected some and not all"):
         fit_router_to_texts(taught.memory, taught.tokenizer, {"other": OTHER})
+
+
+def test_it_is_judged_by_a_fit_without_the_texts_asked(taught, monkeypatch):
+    fits, fit = [], LearnedRouter.fit_to_gains.__func__
+
+    def recorded(cls, model, tokenizer, prompts, gains, first_tokens):
+        fits.append(list(prompts))
+        return fit(cls, model, tokenizer, prompts, gains, first_tokens)
+
+    monkeypatch.setattr(LearnedRouter, "fit_to_gains", classmethod(recorded))
+    fit_router_to_texts(taught.memory, taught.tokenizer, {"facts": HELPED, "other": OTHER})
+    assert fits[0] == [*HELPED[::2], *OTHER[::2]]
+    assert sorted(fits[1]) == sorted([*HELPED, *OTHER])
+
+
+def test_gains_that_nothing_foretells_are_not_kept():
+    generator = torch.Generator().manual_seed(0)
+    states, gains = torch.randn(60, 64, generator=generator), torch.randn(60, generator=generator, dtype=torch.float64)
+    seen = _predict(states, *_regression(states, (gains > 0).float(), 1e-2)) >= 0.5
+    assert torch.equal(seen, gains > 0)  # a fit to all of them knows them all
+    assert _gains_kept(states, gains, 1e-2, 5) < float(gains.clamp_min(0).sum()) / 2
+    told = torch.cat([torch.sign(gains).float().unsqueeze(1).expand(-1, 32), states[:, 32:]], dim=1)
+    assert _gains_kept(told, gains, 1e2, 5) > 0.9 * float(gains.clamp_min(0).sum())
+
+
+def test_texts_without_a_token_and_gains_without_a_number(taught):
+    router = LearnedRouter.fit_to_gains(taught.memory, taught.tokenizer, [*HELPED, "", OTHER[0]], [1.0] * 6 + [-1.0, -1.0])
+    assert all(0 <= score <= 1 for score in router.scores(["", "The"]))
+    for gains, first_tokens, message in (([float("nan"), 1.0], 64, "no numbers"), ([1.0, -1.0], 0, "got first_tokens 0")):
+        with pytest.raises(ConfigError, match=message):
+            LearnedRouter.fit_to_gains(taught.memory, taught.tokenizer, HELPED[:2], gains, first_tokens)
 
 
 def test_the_penalty_is_the_one_that_keeps_most_on_texts_left_out(taught, monkeypatch):

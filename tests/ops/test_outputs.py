@@ -46,6 +46,18 @@ def test_a_graph_keeps_what_its_backward_pass_reads():
     assert table.grad.to_dense()[0].tolist() == [2.0 * len(row_ids)] * 64
 
 
+@pytest.mark.parametrize("rows", [1 << 10, 1 << 17])
+def test_rows_may_be_changed_in_place_whatever_their_number(rows):
+    table = torch.ones(4, 64, requires_grad=True)
+    found = lookup_rows(table, torch.zeros(rows, dtype=torch.int64))
+    found.mul_(2)
+    found.sum().backward()
+    assert float(table.grad.to_dense()[0, 0]) == 2 * rows
+    with torch.no_grad():
+        plain = lookup_rows(table, torch.zeros(rows, dtype=torch.int64))
+    plain.add_(torch.ones((), requires_grad=True)).detach_().zero_()
+
+
 def test_little_is_kept_and_nothing_that_does_not_fit():
     kept = [new() for _ in range(4)]
     kept.clear()

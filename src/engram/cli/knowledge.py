@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_editor
+from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_editor, open_memory
 from engram.cli.outputs import check_text
 from engram.errors import TeachError
 
 if TYPE_CHECKING:
-    from engram.editing import Explanation, MemoryEditor, RowConflict
+    from engram.editing import Explanation, LedgerFact, MemoryEditor, RowConflict
+    from engram.models import EngramModel
 
 __all__ = [
     "ask_command",
@@ -126,21 +127,33 @@ def ask_command(
     if router is not None and (route or rules is not None):
         raise typer.BadParameter("got rules too, expected one way to decide", param_hint="--router")
     decides: Router | None = EngramRouter.from_yaml(rules or DEFAULT_RULES) if route or rules else None
-    editor = open_editor(memory, model, Running(device, model_dtype))
+    asked, tokenizer, facts = _to_ask(memory, model, Running(device, model_dtype))
     if router is not None:
-        decides = LearnedRouter.load(router, editor.memory, editor.tokenizer)
+        decides = LearnedRouter.load(router, asked, tokenizer)
     if chat:
-        prompt = chat_prompt(editor.tokenizer, prompt)
-    room = _room(editor, prompt)
+        prompt = chat_prompt(tokenizer, prompt)
+    room = _room(asked, tokenizer, prompt)
     if max_new_tokens is None:
-        lengths = [len(prompt.answer_ids) for fact in editor.facts for prompt in fact.prompts]
+        lengths = [len(prompt.answer_ids) for fact in facts for prompt in fact.prompts]
         max_new_tokens = max([_ANSWER_TOKENS, *lengths])
     max_new_tokens = min(max_new_tokens, room)
     if off:
-        with editor.memory.disable_engram():
-            print(ask(editor.memory, editor.tokenizer, [prompt], max_new_tokens)[0])
+        with asked.disable_engram():
+            print(ask(asked, tokenizer, [prompt], max_new_tokens)[0])
         return
-    print(ask(editor.memory, editor.tokenizer, [prompt], max_new_tokens, router=decides)[0])
+    print(ask(asked, tokenizer, [prompt], max_new_tokens, router=decides)[0])
+
+
+def _to_ask(memory: Path, model: str | None, running: Running) -> tuple[EngramModel, Any, list[LedgerFact]]:
+    """A saved memory, taught or trained, on its base model; its tokenizer, and the facts that it was taught."""
+    from engram.checkpoint import read_description
+    from engram.models.bundled import memory_folder
+
+    folder = memory_folder(memory)
+    if read_description(folder)["engram_config"].get("verify_rows"):
+        editor = open_editor(folder, model, running)
+        return editor.memory, editor.tokenizer, editor.facts
+    return *open_memory(folder, model, running), []
 
 
 def why_command(
@@ -311,11 +324,11 @@ def _check_prompt(prompt: str) -> None:
     check_text(prompt, "PROMPT")
 
 
-def _room(editor: MemoryEditor, prompt: str) -> int:
+def _room(memory: EngramModel, tokenizer: Any, prompt: str) -> int:
     """Tokens that an answer may have."""
     from engram.data.facts import room_for_answer, tokenize_prompt
 
-    return room_for_answer(editor.memory.config, len(tokenize_prompt(editor.tokenizer, prompt)))
+    return room_for_answer(memory.config, len(tokenize_prompt(tokenizer, prompt)))
 
 
 def _size(memory: Path) -> int:

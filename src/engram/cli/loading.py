@@ -13,8 +13,9 @@ from engram.errors import CheckpointError
 
 if TYPE_CHECKING:
     from engram.editing import MemoryEditor
+    from engram.models import EngramModel
 
-__all__ = ["DeviceOption", "ModelDtypeOption", "Running", "base_name", "open_base", "open_editor"]
+__all__ = ["DeviceOption", "ModelDtypeOption", "Running", "base_name", "open_base", "open_editor", "open_memory"]
 
 DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
 ModelDtypeOption = Annotated[str, typer.Option(help="Type of the model's weights: float32, bfloat16 or float16.")]
@@ -105,3 +106,11 @@ def open_editor(memory: Path, model: str | None, running: Running) -> MemoryEdit
 
     base, tokenizer = open_base(memory, model, running)
     return MemoryEditor.load(base, memory, tokenizer)
+
+
+def open_memory(memory: Path, model: str | None, running: Running) -> tuple[EngramModel, Any]:
+    """The memory in a folder, taught or trained, on its base model, and its tokenizer."""
+    from engram.models import EngramModel
+
+    base, tokenizer = open_base(memory, model, running)
+    return EngramModel.from_pretrained(base, memory, tokenizer=tokenizer), tokenizer

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_base
+from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_memory
 from engram.cli.outputs import check_writable, made_with
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ def route_command(
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
     """Fit a router to what reading a memory is worth, text by text, and judge it by texts left out."""
-    from engram import EngramModel
     from engram.checkpoint import write_json_atomically
     from engram.data.texts import load_documents, standard_texts
     from engram.evaluation import fit_router_to_texts
@@ -47,27 +46,29 @@ def route_command(
         for kind, group in load_documents(path).items():
             kinds.setdefault(kind, []).extend(group)
     running = Running(device, model_dtype)
-    base, tokenizer = open_base(memory_folder(memory), model, running)
-    with_memory = EngramModel.from_pretrained(base, memory_folder(memory), tokenizer=tokenizer)
+    with_memory, tokenizer = open_memory(memory_folder(memory), model, running)
     router, judged = fit_router_to_texts(with_memory, tokenizer, kinds or standard_texts(), first_tokens)
-    _print(judged)
     if out is not None:
         router.save(out)
+    _print(judged)
+    if out is not None:
         print(f"{out}: reads texts as far as the memory helps them; `LearnedRouter.load`, or `engram ask --router`")
     if json_out is not None:
         named = " ".join(str(path) for path in (memory, *(texts or [])))
-        command = f"engram route {named} --first-tokens {first_tokens}{running.options()}"
+        base = "" if model is None else f" --model {model}"
+        command = f"engram route {named} --first-tokens {first_tokens}{base}{running.options()}"
         write_json_atomically(json_out, {"command": command, **made_with(), "kinds": [asdict(kind) for kind in judged]})
 
 
 def _print(judged: list[RoutedKind]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="gain over the model alone, nats per token, on texts left out of the fit")
     for heading in ("kind", "texts", "read it", "always read", "routed", "best"):
         table.add_column(heading, justify="left" if heading == "kind" else "right")
     for kind in judged:
         gains = (f"{gain:+.3f}" for gain in (kind.always, kind.routed, kind.best))
-        table.add_row(kind.kind, str(kind.texts), str(kind.read), *gains)
+        table.add_row(Text(kind.kind), str(kind.texts), str(kind.read), *gains)
     Console().print(table)

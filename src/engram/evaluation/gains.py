@@ -33,8 +33,11 @@ class TextGain:
 
 @torch.no_grad()
 def measure_gains(memory: EngramModel, tokenizer: Any, texts: Sequence[str], max_length: int = 256) -> list[TextGain]:
-    """Loss of the first ``max_length`` tokens of every text with the memory on and off; texts of fewer than two tokens gain nothing."""
+    """Loss of the first ``max_length`` tokens of every text (at most the model's context) with the memory on and off; texts of fewer than
+    two tokens gain nothing.
+    """
     device = memory.get_input_embeddings().weight.device
+    max_length = min(max_length, getattr(memory.config, "max_position_embeddings", None) or max_length)
     gains = []
     for text in texts:
         ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"][:max_length]], device=device, dtype=torch.int64)

@@ -175,13 +175,17 @@ class LearnedRouter:
             folds: parts for the choice.
 
         Raises:
-            ConfigError: numbers of prompts and gains differ, or all prompts should do the same.
+            ConfigError: numbers of prompts and gains differ, a gain is not finite, or all prompts should do the same.
         """
         if len(prompts) != len(gains):
             raise ConfigError(
                 f"LearnedRouter.fit_to_gains: got {len(prompts)} prompts and {len(gains)} gains, expected as many."
             )
+        if first_tokens is not None and first_tokens < 1:
+            raise ConfigError(f"LearnedRouter.fit_to_gains: got first_tokens {first_tokens}, expected at least 1.")
         worth = torch.tensor(list(gains), dtype=torch.float64)
+        if not bool(worth.isfinite().all()):
+            raise ConfigError("LearnedRouter.fit_to_gains: got gains that are no numbers; does the model overflow in its type?")
         helped = int((worth > 0).sum())
         if helped in (0, len(prompts)):
             raise ConfigError(
@@ -231,7 +235,7 @@ class LearnedRouter:
 
         Raises:
             CheckpointError: the file is missing or no router.
-            FingerprintError: it was fitted to another model.
+            FingerprintError: it was fitted to another model; adapters on it and the tokenizer are not compared.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -296,13 +300,18 @@ def _gains_kept(states: Tensor, gains: Tensor, l2: float, folds: int) -> float:
 
 @torch.no_grad()
 def _mean_states(model: Any, tokenizer: Any, prompts: Sequence[str], first_tokens: int | None = None) -> Tensor:
-    """Mean over the (first) tokens of the last hidden state, float32 ``[prompts, d]``, computed without the memory."""
+    """Mean over the (first) tokens of the last hidden state, float32 ``[prompts, d]``, computed without the memory; zero of no tokens."""
     device = model.get_input_embeddings().weight.device
+    context = getattr(model.config, "max_position_embeddings", None)
+    longest = min((n for n in (first_tokens, context) if n is not None), default=None)
     states = []
     for prompt in prompts:
-        ids = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"][:first_tokens]], device=device)
+        ids = tokenizer(prompt, verbose=False)["input_ids"][:longest]
+        if not ids:
+            states.append(torch.zeros(model.config.hidden_size))
+            continue
         with model.disable_engram() if hasattr(model, "disable_engram") else nullcontext():
-            output = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+            output = model(input_ids=torch.tensor([ids], device=device), use_cache=False, output_hidden_states=True)
         last = output.hidden_states[-1][0].float()
         states.append(last.reshape(last.shape[0], -1).mean(0).cpu())
     return torch.stack(states)

@@ -37,13 +37,15 @@ class _Lease:
 
 
 def new_output(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised and contiguous; large ones on the CPU begin at a cache line, which kernels write as a whole."""
+    """Uninitialised and contiguous; large ones on the CPU begin at a cache line, which kernels write as a whole, and cannot be grown."""
     size = torch.Size(shape).numel() * dtype.itemsize
     if device.type != "cpu" or not _ALWAYS_NEW <= size <= _TOO_LARGE:
         return torch.empty(shape, dtype=dtype, device=device)
     memory = np.asarray(_Lease(_take(size + _LINE)))
     start = -memory.ctypes.data % _LINE
-    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
+    storage = torch.from_numpy(memory[start : start + size]).untyped_storage()
+    whole = torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, (size // dtype.itemsize,), (1,))
+    return whole.resize_(shape)  # no view of anything, which autograd would mind
 
 
 def _take(size: int) -> Tensor:

@@ -358,8 +358,7 @@ print(peak / BUDGET)
     assert float(done.stdout) < 1.1
 
 
-@pytest.mark.parametrize("mode", ["r", "r+"])
-@pytest.mark.parametrize("piece", [1 << 18, 1 << 22])
+@pytest.mark.parametrize(("piece", "mode"), [(1 << 18, "r"), (1 << 22, "r+")])
 def test_a_budget_holds_for_files_that_lie_in_large_pages(tmp_path, piece, mode):
     content = torch.arange(1 << 20, dtype=torch.float32).numpy().tobytes() * 16  # 64 MB
     with open(tmp_path / "rows", "wb", buffering=0) as file:

@@ -13,6 +13,7 @@ from engram.checkpoint.store import (
     saved_version,
     stream_store,
     tensor_offsets,
+    write_atomically,
     write_json_atomically,
     write_store,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "sole_writer",
     "stream_store",
     "tensor_offsets",
+    "write_atomically",
     "write_json_atomically",
     "write_store",
     "write_tensors",

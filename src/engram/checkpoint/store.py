@@ -33,6 +33,7 @@ __all__ = [
     "saved_version",
     "stream_store",
     "tensor_offsets",
+    "write_atomically",
     "write_json_atomically",
     "write_store",
 ]
@@ -151,9 +152,14 @@ def _write_locked(
 
 def write_json_atomically(path: Path, fields: Mapping[str, Any]) -> None:
     """Replace ``path`` by the JSON of ``fields`` in one rename, on disk before it returns."""
+    write_atomically(path, (json.dumps(fields, indent=2) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content`` in one rename, on disk before it returns."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
         _sync(temporary)
         os.replace(temporary, path)
         with suppress(OSError):  # some file systems have no sync for folders; the file itself is written

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from engram.checkpoint import write_atomically
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.models.identity import base_identity, identity_mismatch
 
@@ -211,18 +212,13 @@ class LearnedRouter:
             CheckpointError: the file cannot be written.
         """
         about = {"threshold": self.threshold, "first_tokens": self.first_tokens, "base_model": base_identity(_base(self.model))}
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         file = Path(path)
-        temporary = file.with_name(f".{file.name}.tmp")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-            temporary.write_bytes(save(tensors, {_ABOUT: json.dumps(about)}))
-            os.replace(temporary, file)
+            write_atomically(file, save(tensors, {_ABOUT: json.dumps(about)}))
         except OSError as error:
             raise CheckpointError(f"cannot write {file}: {error.strerror or error}; choose another place.") from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any, tokenizer: Any) -> Self:
@@ -256,7 +252,8 @@ _ABOUT = "engram_router"
 
 
 def _base(model: Any) -> Any:
-    return getattr(model, "base_model", model) if hasattr(model, "disable_engram") else model
+    """A memory's base; a bare model has a ``base_model`` too, which is something else."""
+    return model.base_model if hasattr(model, "disable_engram") else model
 
 
 def _regression(states: Tensor, label: Tensor, l2: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -82,9 +82,8 @@ class HashKernel:
             IndexError: with the first id that is not in the vocabulary.
         """
         ids, history, mask = _inputs(ids, history, mask)
-        if (
-            history is None and mask is None and out is None and not with_tags
-        ):  # arrays cost less than tensors, on the way in and out
+        # Arrays cost less than tensors, on the way in and out.
+        if history is None and mask is None and out is None and not with_tags:
             return torch.from_numpy(self.hash_array(ids.numpy())), None
         shape = (self.layers, *ids.shape, self.width)
         if out is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -193,9 +192,7 @@ class MappedRows(EmbeddingTable):
     def evict(self) -> None:
         """Drive the rows out of memory, as far as the system lets go of them; the next look-ups read the file again."""
         self.flush()
-        self._file.release()
-        with suppress(OSError, AttributeError), open(self.path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._file.drop()
 
     def flush(self) -> None:
         """Write changed rows to the disk; they are safe there when it returns.

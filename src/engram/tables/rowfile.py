@@ -92,12 +92,11 @@ class RowFile:
             before = _resident() or 0
             self.map[place]
             came_in.append((_resident() or 0) - before)
-        self.release()
         # Twice, unless it is very much: now and then a page of a library comes in meanwhile.
         if max(came_in) > 4 * _AROUND or sum(size > _AROUND for size in came_in) > 1:
-            with suppress(OSError, AttributeError), open(self.path, "rb") as file:
-                os.fdatasync(file.fileno())  # only what is on the disk is dropped
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self.drop()
+        else:
+            self.release()
 
     def write(self, place: int, content: memoryview) -> None:
         """Put bytes into a file of mode ``r+`` at ``place`` and after; the map shows them at once.
@@ -173,6 +172,13 @@ class RowFile:
         first = start - start % mmap.PAGESIZE
         with suppress(OSError, ValueError, AttributeError):
             self.map.madvise(mmap.MADV_WILLNEED, first, min(start + size, self.end) - first)
+
+    def drop(self) -> None:
+        """Have the system drop the file from its cache, as far as it does; what was written is written to the disk first."""
+        self.release()
+        with suppress(OSError, AttributeError), open(self.path, "rb") as file:
+            os.fdatasync(file.fileno())  # only what is on the disk is dropped
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def release(self) -> None:
         """Let go of all pages; what was written is safe in the system's cache, and on the disk when that is written."""

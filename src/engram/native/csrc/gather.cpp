@@ -263,9 +263,8 @@ __attribute__((target("avx2"))) int64_t scan_avx2(const Part& part) {
   __m256i sums = _mm256_setzero_si256();
   int64_t rest = 0;
   for (int64_t i = part.begin; i < end; ++i) {
-    if (i + kAhead < n && static_cast<uint64_t>(row_ids[i + kAhead]) < static_cast<uint64_t>(rows)) {
+    if (i + kAhead < n && static_cast<uint64_t>(row_ids[i + kAhead]) < static_cast<uint64_t>(rows))
       prefetch_row<kBytes>(data + row_ids[i + kAhead] * row_bytes, row_bytes, chunks);
-    }
     if (static_cast<uint64_t>(row_ids[i]) >= static_cast<uint64_t>(rows)) continue;
     const uint8_t* row = data + row_ids[i] * row_bytes;
     for (int64_t chunk = 0; chunk < chunks; ++chunk, row += kBytes)

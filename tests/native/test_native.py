@@ -76,16 +76,24 @@ def test_verified_rows_are_found_as_pytorch_finds_them(data):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("heads", [3, 4, 8, 16])
+ANY_PRIMES = [8209, 8221, 65_537, 1_000_003, 16_777_259, 2_147_483_647, 4_294_967_311, 1_099_511_627_791]
+ANY_PRIMES += [8231, 8233, 8237, 8243, 16_411, 32_771, 131_101, 1_048_583]
+PRIMES_OF_TABLES = [32_771, 32_779, 65_537, 1_000_003, 16_777_259, 1_073_741_827, 2_147_483_629, 2_147_483_647]  # 2^15 to 2^31
+
+
+@pytest.mark.parametrize(
+    ("heads", "primes"), [(3, ANY_PRIMES), (8, ANY_PRIMES), (16, ANY_PRIMES), (4, PRIMES_OF_TABLES), (8, PRIMES_OF_TABLES)]
+)
 @pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
-def test_quotients_and_remainders_are_exact_where_rounding_is_worst(instructions, heads):
-    primes = [8209, 8221, 65_537, 1_000_003, 16_777_259, 2_147_483_647, 4_294_967_311, 1_099_511_627_791]
-    primes = [*primes, 8231, 8233, 8237, 8243, 16_411, 32_771, 131_101, 1_048_583][:heads]
+def test_quotients_and_remainders_are_exact_where_rounding_is_worst(instructions, heads, primes):
+    primes = primes[:heads]
     largest = (1 << 63) - 1
     values = {0, 1, largest, largest - 1}
     for prime in primes:
         for quotient in (1, 2, 3, (1 << 50) // 3, largest // prime, *(largest // prime >> shift for shift in range(1, 50))):
-            values |= {v for v in range(quotient * prime - 2, quotient * prime + 3) if 0 <= v <= largest}
+            # Where a quotient changes, and where one that is rounded to the nearest does.
+            for edge in (quotient * prime, quotient * prime + prime // 2):
+                values |= {v for v in range(edge - 2, edge + 3) if 0 <= v <= largest}
     mixes = sorted(values)
     # Ids stand for the mixes themselves: the one before is multiplied by nothing.
     kernel = native.HashKernel(np.array(mixes), np.array([[1, 0]]), np.array([primes]), heads, 0)

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kTagModulus = 2147483647;  // 2^31 - 1
 constexpr int64_t kSmallPrime = 1 << 13;     // below, quotients do not fit a double exactly enough: divide in integers
+constexpr int64_t kHalfwayPrime = 1 << 15;   // from here to 2^31, quotients to the nearest do, and remainders fit 32 bits
 constexpr int64_t kGrain = 512;              // positions per thread at least, for a layer of 16 heads
 
 // The heads of one layer.
@@ -130,33 +131,20 @@ namespace avx2 {
 #define ENGRAM_TARGET __attribute__((target("avx2,fma")))
 #define ENGRAM_LANES 4
 
-ENGRAM_TARGET inline __m256i low_product(__m256i a, __m256i b) {
-  const __m256i cross = _mm256_add_epi64(_mm256_mul_epu32(_mm256_srli_epi64(a, 32), b), _mm256_mul_epu32(a, _mm256_srli_epi64(b, 32)));
-  return _mm256_add_epi64(_mm256_mul_epu32(a, b), _mm256_slli_epi64(cross, 32));
+ENGRAM_TARGET inline __m256i load(const int64_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+
+ENGRAM_TARGET inline void store_rest(__m256i rest, const Heads& heads, int64_t head, int64_t* out) {
+  if (heads.offsets) rest = _mm256_add_epi64(rest, load(heads.offsets + head));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + head), rest);
 }
 
-template <bool kTags>
-ENGRAM_TARGET inline void reduce_lanes(int64_t mix, const Heads& heads, int64_t head, int64_t* out, int32_t* tags) {
-  const __m256i m = _mm256_set1_epi64x(mix);
-  const __m256d shift = _mm256_set1_pd(4503599627370496.0);  // 2^52: its mantissa receives the integer
-  const __m256i p = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(heads.primes + head));
-  const __m256d product = _mm256_mul_pd(_mm256_set1_pd(static_cast<double>(mix)), _mm256_loadu_pd(heads.inverses + head));
-  const __m256d whole = _mm256_add_pd(_mm256_floor_pd(product), shift);
-  __m256i q = _mm256_xor_si256(_mm256_castpd_si256(whole), _mm256_castpd_si256(shift));
-  __m256i r = _mm256_sub_epi64(m, low_product(q, p));
-  const __m256i right = _mm256_cmpgt_epi64(p, r);
-  r = _mm256_sub_epi64(r, _mm256_andnot_si256(right, p));
-  if (heads.offsets) r = _mm256_add_epi64(r, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(heads.offsets + head)));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + head), r);
-  if (kTags) {
-    q = _mm256_add_epi64(q, _mm256_add_epi64(right, _mm256_set1_epi64x(1)));  // the mask is -1
-    const __m256i t = _mm256_set1_epi64x(kTagModulus);                        // modulo 2^31 - 1 by folding: q is below 2^50
-    q = _mm256_add_epi64(_mm256_and_si256(q, t), _mm256_srli_epi64(q, 31));
-    q = _mm256_sub_epi64(q, _mm256_andnot_si256(_mm256_cmpgt_epi64(t, q), t));
-    alignas(32) int64_t folded[4];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(folded), q);
-    for (int i = 0; i < 4; ++i) tags[head + i] = static_cast<int32_t>(folded[i] + 1);
-  }
+// The quotients modulo 2^31 - 1 by folding, as they are below 2^50; plus one.
+ENGRAM_TARGET inline void store_tags(__m256i quotients, int32_t* tags) {
+  const __m256i t = _mm256_set1_epi64x(kTagModulus);
+  __m256i q = _mm256_add_epi64(_mm256_and_si256(quotients, t), _mm256_srli_epi64(quotients, 31));
+  q = _mm256_sub_epi64(q, _mm256_andnot_si256(_mm256_cmpgt_epi64(t, q), t));
+  q = _mm256_permutevar8x32_epi32(_mm256_add_epi64(q, _mm256_set1_epi64x(1)), _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(tags), _mm256_castsi256_si128(q));
 }
 
 template <bool kTags>
@@ -165,7 +153,56 @@ ENGRAM_TARGET inline void reduce_heads(const int64_t* mixes, const Heads& heads,
     for (int64_t i = 0; i < heads.per_order; ++i) reduce_one<kTags>(*mixes, heads, head + i, out, tags);
 }
 
+// Primes from kSmallPrime on.
+namespace any {
+
+ENGRAM_TARGET inline __m256i low_product(__m256i a, __m256i b) {
+  const __m256i cross = _mm256_add_epi64(_mm256_mul_epu32(_mm256_srli_epi64(a, 32), b), _mm256_mul_epu32(a, _mm256_srli_epi64(b, 32)));
+  return _mm256_add_epi64(_mm256_mul_epu32(a, b), _mm256_slli_epi64(cross, 32));
+}
+
+template <bool kTags>
+ENGRAM_TARGET inline void reduce_lanes(int64_t mix, const Heads& heads, int64_t head, int64_t* out, int32_t* tags) {
+  const __m256d shift = _mm256_set1_pd(4503599627370496.0);  // 2^52: its mantissa receives the integer
+  const __m256i p = load(heads.primes + head);
+  const __m256d product = _mm256_mul_pd(_mm256_set1_pd(static_cast<double>(mix)), _mm256_loadu_pd(heads.inverses + head));
+  const __m256d whole = _mm256_add_pd(_mm256_floor_pd(product), shift);
+  const __m256i q = _mm256_xor_si256(_mm256_castpd_si256(whole), _mm256_castpd_si256(shift));
+  const __m256i r = _mm256_sub_epi64(_mm256_set1_epi64x(mix), low_product(q, p));
+  const __m256i right = _mm256_cmpgt_epi64(p, r);
+  store_rest(_mm256_sub_epi64(r, _mm256_andnot_si256(right, p)), heads, head, out);
+  if (kTags) store_tags(_mm256_add_epi64(q, _mm256_add_epi64(right, _mm256_set1_epi64x(1))), tags + head);  // the mask is -1
+}
+
 #include "hash_loops.inc"
+
+}  // namespace any
+
+// Primes from kHalfwayPrime to 2^31, which most tables have: half of the work. The quotient is rounded to the nearest, not down. What the
+// mix (2^-53), the inverse (2^-53 and the 2^-51 that it lacks) and nothing else (the product is not rounded by itself) are off makes less
+// than 3 * 2^11 / prime in a quotient below 2^63 / prime: at most 3/16. So the remainder lies within 11/16 of the prime around zero: 32 bits
+// with a sign hold it, no higher bit need be multiplied, and one correction makes it exact.
+namespace halfway {
+
+template <bool kTags>
+ENGRAM_TARGET inline void reduce_lanes(int64_t mix, const Heads& heads, int64_t head, int64_t* out, int32_t* tags) {
+  const __m256d shift = _mm256_set1_pd(4503599627370496.0);  // 2^52: adding it rounds to an integer, which its mantissa receives
+  const __m256i zero = _mm256_setzero_si256(), p = load(heads.primes + head);
+  const __m256d whole = _mm256_fmadd_pd(_mm256_set1_pd(static_cast<double>(mix)), _mm256_loadu_pd(heads.inverses + head), shift);
+  const __m256i q = _mm256_castpd_si256(whole);
+  const __m256i low = _mm256_sub_epi32(_mm256_set1_epi64x(mix), _mm256_mul_epu32(q, p));
+  const __m256i r = _mm256_min_epu32(low, _mm256_add_epi32(low, p));  // what is below zero is large as an unsigned number
+  store_rest(_mm256_blend_epi32(r, zero, 0xaa), heads, head, out);    // the low halves
+  if (kTags) {
+    const __m256i below = _mm256_srli_epi64(_mm256_slli_epi64(low, 32), 63);  // one where the quotient was rounded up
+    store_tags(_mm256_sub_epi64(_mm256_xor_si256(q, _mm256_castpd_si256(shift)), below), tags + head);
+  }
+}
+
+#include "hash_loops.inc"
+
+}  // namespace halfway
+
 #undef ENGRAM_TARGET
 #undef ENGRAM_LANES
 
@@ -191,14 +228,12 @@ const char* best_instruction_set() {
 
 PieceFn choose_loops(const HashPlan& plan) {
 #ifdef ENGRAM_X86
-  const bool divisible = [&] {
-    for (int64_t i = 0; i < plan.layers * plan.orders * plan.heads; ++i)
-      if (plan.primes[i] < kSmallPrime) return false;
-    return true;
-  }();
-  const char* name = instruction_set();
-  if (divisible && !std::strcmp(name, "avx512")) return avx512::hash_piece_any;
-  if (divisible && !std::strcmp(name, "avx2")) return avx2::hash_piece_any;
+  const char* name = plan.smallest < kSmallPrime ? "portable" : instruction_set();
+  if (!std::strcmp(name, "avx512")) return avx512::hash_piece_any;
+  if (!std::strcmp(name, "avx2")) {
+    const bool halfway = plan.smallest >= kHalfwayPrime && plan.largest < int64_t{1} << 31;
+    return halfway ? avx2::halfway::hash_piece_any : avx2::any::hash_piece_any;
+  }
 #endif
   return portable::hash_piece_any;
 }
@@ -259,6 +294,13 @@ inline uint64_t bucket_of(int64_t row_id) {
 }
 
 }  // namespace
+
+HashPlan finished(HashPlan plan) {
+  const auto ends = std::minmax_element(plan.primes, plan.primes + plan.layers * plan.orders * plan.heads);
+  plan.smallest = *ends.first;
+  plan.largest = *ends.second;
+  return plan;
+}
 
 const char* instruction_set() {
   const char* name = chosen.load(std::memory_order_relaxed);

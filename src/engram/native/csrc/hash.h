@@ -13,7 +13,11 @@ struct HashPlan {
   const int64_t* offsets;      // [layers, orders * heads], added to every index; may be null
   int64_t layers, orders, heads;  // heads per order
   int64_t raw_pad;             // raw id that stands before the start and at masked positions
+  int64_t smallest, largest;   // of the primes
 };
+
+// A plan with its smallest and largest prime.
+HashPlan finished(HashPlan plan);
 
 struct HashInput {
   const int64_t* ids;      // [batch, length]

@@ -64,9 +64,9 @@ void free_plan(PyObject* capsule) { delete static_cast<HashPlan*>(PyCapsule_GetP
 PyObject* make_plan(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::array<int64_t, 10> a;
   if (!read_integers(args, count, a)) return nullptr;
-  auto plan = std::make_unique<HashPlan>(HashPlan{address<const int64_t>(a[0]), a[1], address<const int64_t>(a[2]),
-                                                  address<const int64_t>(a[3]), address<const double>(a[4]),
-                                                  address<const int64_t>(a[5]), a[6], a[7], a[8], a[9]});
+  auto plan = std::make_unique<HashPlan>(
+      engram::finished({address<const int64_t>(a[0]), a[1], address<const int64_t>(a[2]), address<const int64_t>(a[3]),
+                        address<const double>(a[4]), address<const int64_t>(a[5]), a[6], a[7], a[8], a[9], 0, 0}));
   PyObject* capsule = PyCapsule_New(plan.get(), kPlan, free_plan);
   if (capsule) plan.release();
   return capsule;

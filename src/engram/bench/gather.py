@@ -65,12 +65,14 @@ def _converting(table: Tensor, numbers: RowNumbers) -> Setting:
     stored: dict[str, tuple[Tensor, Tensor | None]] = {"bfloat16": (table, None)}
     stored |= {name: _encoded(FORMATS[name], table) for name in ("int8", "float8", "int4")}
     reading = {name: partial(FORMATS[name].read, *tensors) for name, tensors in stored.items()}
-    calls: dict[str, Callable[[], Tensor]] = {
+    calls: dict[str, Callable[[], Any]] = {
         "F.embedding, then float32": lambda: F.embedding(numbers.next(), table).float(),
         "bfloat16": lambda: reading["bfloat16"](numbers.next()),
     }
     for name, read in reading.items():
         calls[f"{name}, reused buffer"] = lambda read=read: read(numbers.next(), torch.float32, out)  # type: ignore[misc]
+    if native.core() is not None:  # no work on the rows, and nothing that makes one wait for the other
+        calls["limit: random read, then zeros written"] = lambda: (native.scan_rows(table, numbers.next()), out.zero_())
 
     def verify() -> str | None:
         for name, (values, scales) in stored.items():

@@ -162,41 +162,64 @@ namespace avx2 {
 ENGRAM_INLINE __m128i load8(const uint8_t* from) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)); }
 ENGRAM_INLINE __m128i load16(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
 
-ENGRAM_INLINE __m256 from_eight_bits(__m128i codes) {
-  const __m128i code = _mm_cvtepu8_epi16(codes), magnitude = _mm_set1_epi16(0x7f);
-  const __m128i bits = _mm_and_si128(code, magnitude), nan = _mm_cmpeq_epi16(bits, magnitude);
-  const __m128i half = _mm_or_si128(_mm_slli_epi16(_mm_and_si128(code, _mm_set1_epi16(0x80)), 8), _mm_slli_epi16(bits, 7));
-  const __m128i whole = _mm_or_si128(half, _mm_and_si128(nan, _mm_set1_epi16(0x7e00)));
-  return _mm256_mul_ps(_mm256_cvtph_ps(whole), _mm256_set1_ps(256.0f));
-}
-
-// int4: the lower or upper eight of sixteen values.
-ENGRAM_INLINE __m256 from_four_bits(__m128i codes, bool upper) {
+// int4: sixteen values as 16-bit integers.
+ENGRAM_INLINE __m256i from_four_bits(__m128i codes) {
   const __m128i pairs = _mm_cvtepu8_epi16(codes);
   const __m128i low = _mm_srai_epi16(_mm_slli_epi16(pairs, 12), 12), high = _mm_srai_epi16(_mm_slli_epi16(pairs, 8), 12);
-  return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(upper ? _mm_unpackhi_epi16(low, high) : _mm_unpacklo_epi16(low, high)));
+  return _mm256_set_m128i(_mm_unpackhi_epi16(low, high), _mm_unpacklo_epi16(low, high));
 }
 
+// Sixteen codes as halves, times 2^-8.
+ENGRAM_INLINE __m256i halves_of(__m128i codes) {
+  const __m256i code = _mm256_cvtepu8_epi16(codes), magnitude = _mm256_set1_epi16(0x7f);
+  const __m256i bits = _mm256_and_si256(code, magnitude), nan = _mm256_cmpeq_epi16(bits, magnitude);
+  const __m256i half = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x80)), 8), _mm256_slli_epi16(bits, 7));
+  return _mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
+}
+
+ENGRAM_INLINE __m256 from_eight_bits(__m128i halves) { return _mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_set1_ps(256.0f)); }
+
+ENGRAM_INLINE __m256 from_integers(__m256i values, __m256 scale) { return _mm256_mul_ps(_mm256_cvtepi32_ps(values), scale); }
+
+// Sixteen values. All of them before anything is stored: after a store, what was loaded would be loaded again.
+struct Sixteen {
+  __m256 low, high;
+};
+
 template <RowFormat kFormat>
-ENGRAM_INLINE __m256 convert_eight(const uint8_t* from, __m256 scale, bool upper) {
-  const uint8_t* at = from + (upper ? bytes_of(kFormat, 8) : 0);
+ENGRAM_INLINE Sixteen convert_sixteen(const uint8_t* from, __m256 scale) {
+  const uint8_t* upper = from + bytes_of(kFormat, 8);
   switch (kFormat) {
-    case RowFormat::kBfloat16: return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(at)), 16));
-    case RowFormat::kFloat16: return _mm256_cvtph_ps(load16(at));
-    case RowFormat::kInt8: return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load8(at))), scale);
-    case RowFormat::kFloat8: return _mm256_mul_ps(from_eight_bits(load8(at)), scale);
-    case RowFormat::kInt4: return _mm256_mul_ps(from_four_bits(load8(from), upper), scale);
+    case RowFormat::kBfloat16:
+      return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(from)), 16)),
+              _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(upper)), 16))};
+    case RowFormat::kFloat16: return {_mm256_cvtph_ps(load16(from)), _mm256_cvtph_ps(load16(upper))};
+    case RowFormat::kInt8:
+      return {from_integers(_mm256_cvtepi8_epi32(load8(from)), scale), from_integers(_mm256_cvtepi8_epi32(load8(upper)), scale)};
+    case RowFormat::kFloat8: {
+      const __m256i halves = halves_of(load16(from));
+      return {_mm256_mul_ps(from_eight_bits(_mm256_castsi256_si128(halves)), scale),
+              _mm256_mul_ps(from_eight_bits(_mm256_extracti128_si256(halves, 1)), scale)};
+    }
+    case RowFormat::kInt4: {
+      const __m256i values = from_four_bits(load8(from));
+      return {from_integers(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(values)), scale),
+              from_integers(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(values, 1)), scale)};
+    }
     case RowFormat::kCopy: break;
   }
-  return _mm256_loadu_ps(reinterpret_cast<const float*>(at));
+  return {_mm256_loadu_ps(reinterpret_cast<const float*>(from)), _mm256_loadu_ps(reinterpret_cast<const float*>(upper))};
 }
 
 template <RowFormat kFormat, bool kStream>
 ENGRAM_INLINE void convert_group(const uint8_t* from, float scale, float* to) {
-  for (int64_t half = 0; half < 2; ++half, to += 8) {
-    const __m256 values = convert_eight<kFormat>(from, _mm256_set1_ps(scale), half == 1);
-    if (kStream) _mm256_stream_ps(to, values);
-    else _mm256_storeu_ps(to, values);
+  const Sixteen values = convert_sixteen<kFormat>(from, _mm256_set1_ps(scale));
+  if (kStream) {
+    _mm256_stream_ps(to, values.low);
+    _mm256_stream_ps(to + 8, values.high);
+  } else {
+    _mm256_storeu_ps(to, values.low);
+    _mm256_storeu_ps(to + 8, values.high);
   }
 }
 
@@ -214,18 +237,7 @@ namespace avx512 {
 ENGRAM_INLINE __m256i load32(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 
 ENGRAM_INLINE __m512 from_eight_bits(__m128i codes) {
-  const __m256i code = _mm256_cvtepu8_epi16(codes), magnitude = _mm256_set1_epi16(0x7f);
-  const __m256i bits = _mm256_and_si256(code, magnitude), nan = _mm256_cmpeq_epi16(bits, magnitude);
-  const __m256i half = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x80)), 8), _mm256_slli_epi16(bits, 7));
-  const __m256i whole = _mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
-  return _mm512_mul_ps(_mm512_cvtph_ps(whole), _mm512_set1_ps(256.0f));
-}
-
-ENGRAM_INLINE __m512 from_four_bits(__m128i codes) {
-  const __m128i pairs = _mm_cvtepu8_epi16(codes);
-  const __m128i low = _mm_srai_epi16(_mm_slli_epi16(pairs, 12), 12), high = _mm_srai_epi16(_mm_slli_epi16(pairs, 8), 12);
-  const __m256i values = _mm256_set_m128i(_mm_unpackhi_epi16(low, high), _mm_unpacklo_epi16(low, high));
-  return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(values));
+  return _mm512_mul_ps(_mm512_cvtph_ps(avx2::halves_of(codes)), _mm512_set1_ps(256.0f));
 }
 
 template <RowFormat kFormat>
@@ -235,7 +247,7 @@ ENGRAM_INLINE __m512 convert_sixteen(const uint8_t* from, __m512 scale) {
     case RowFormat::kFloat16: return _mm512_cvtph_ps(load32(from));
     case RowFormat::kInt8: return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(avx2::load16(from))), scale);
     case RowFormat::kFloat8: return _mm512_mul_ps(from_eight_bits(avx2::load16(from)), scale);
-    case RowFormat::kInt4: return _mm512_mul_ps(from_four_bits(avx2::load8(from)), scale);
+    case RowFormat::kInt4: return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(avx2::from_four_bits(avx2::load8(from)))), scale);
     case RowFormat::kCopy: break;
   }
   return _mm512_loadu_ps(from);
@@ -279,6 +291,7 @@ __attribute__((target("avx2"))) int64_t scan_avx2(const Part& part) {
 
 int64_t scan_x86(const Part& part) {
   if (part.rows.row_bytes % 256 == 0) return scan_avx2<256>(part);
+  if (part.rows.row_bytes % 128 == 0) return scan_avx2<128>(part);
   return part.rows.row_bytes % 64 == 0 ? scan_avx2<64>(part) : scan_avx2<32>(part);
 }
 

@@ -320,9 +320,9 @@ def train_step_peer():
     return table(header, rows) + source(result)
 
 
-def bench(name):
+def bench(name, file="bench"):
     """One benchmark of `engram bench`: a row per alternative, a column per setting."""
-    result = load("bench")
+    result = load(file)
     settings = result["benchmarks"][name]["settings"]
     names = list(dict.fromkeys(variant for setting in settings for variant in setting["variants"]))
     unit = result["benchmarks"][name]["unit"]
@@ -345,8 +345,16 @@ def bench_hash():
     return bench("hash")
 
 
-def bench_gather():
-    result = load("bench")["benchmarks"]["gather"]["settings"]
+def bench_hash_avx2():
+    return bench("hash", "bench_avx2")
+
+
+def bench_gather_avx2():
+    return bench_gather("bench_avx2")
+
+
+def bench_gather(file="bench"):
+    result = load(file)["benchmarks"]["gather"]["settings"]
     parts = []
     for setting in result:
         rows = [
@@ -356,7 +364,7 @@ def bench_gather():
     note = "\n\nLimit: every byte of the rows read and summed, many loads in flight, nothing written. Where PyTorch "
     note += "makes outputs of this size (33 MB) the first touch of their pages costs more than anything else; engram keeps such memory "
     note += "for the next time."
-    return "\n\n".join(parts) + note + source(load("bench"))
+    return "\n\n".join(parts) + note + source(load(file))
 
 
 def bench_tiers():

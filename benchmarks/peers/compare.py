@@ -50,7 +50,7 @@ def _compare_one(peer, python, mode, rows, rounds, spread, quick):
             for name, command in commands.items():
                 workers[name] = Worker(command, log)
             for number in range(rounds + WARM_UP):
-                for name, worker in workers.items():
+                for name, worker in list(workers.items())[:: -1 if number % 2 else 1]:
                     seconds = worker.step()
                     if number >= WARM_UP:
                         times[name].append(seconds)

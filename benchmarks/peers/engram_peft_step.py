@@ -2,6 +2,10 @@
 
 import sys
 import tempfile
+import typing
+
+if not hasattr(typing, "override"):  # engram-peft 1.2.7 takes it from there, where Python has it since 3.12
+    typing.override = lambda method: method
 
 from engram_peft import EngramConfig, EngramDataCollator, EngramTrainer, get_engram_model
 from protocol import FULL, HEADS, QUICK, Channel, Documents, StepOnCommand, backbone, serve_plain_loop, trainer_options

@@ -24,6 +24,8 @@ from transformers.utils import logging as hf_logging
 from engram.checkpoint import load_tree, save_tree, write_json_atomically
 from engram.errors import CheckpointError, TrainingError
 from engram.training.guards import check_reports, is_complete, last_checkpoint, no_number, weights_are_finite, whole_or_removed
+from engram.training.kept_memory import kept_memory
+from engram.training.lean_loss import lean_loss
 from engram.training.progress import LiveProgress
 from engram.training.throughput import Throughput
 
@@ -86,7 +88,8 @@ class SafeTrainer(Trainer):
     """Trainer whose checkpoints are safetensors and JSON, for one process.
 
     Optimiser, scheduler and random generators are restored exactly, so a resumed run has the losses the first would have had (the first average
-    logged after a stop covers the steps since).
+    logged after a stop covers the steps since). On the CPU, memory that steps free is kept until the end (``kept_memory``); not if the
+    arguments have a ``keep_memory`` that is false.
     A loss or gradient norm that is NaN or infinite ends the run before the step is taken; a checkpoint that cannot be written is removed and
     those before it stay. Logs have ``tokens_per_second`` (positions, padding included; evaluation and saving do not count).
     """
@@ -121,11 +124,19 @@ class SafeTrainer(Trainer):
         self.throughput.reset()
         self._started, self._seconds_before = time.monotonic(), 0.0
         try:
-            with _interrupt_handler_given_back():
+            with _interrupt_handler_given_back(), kept_memory(self._keeps_memory()), lean_loss(self.backbone):
                 return super().train(_complete_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
         finally:
             for display in self._displays():
                 display.close()
+
+    @property
+    def backbone(self) -> Any:
+        """The model whose loss is minimised."""
+        return self.model
+
+    def _keeps_memory(self) -> bool:
+        return self.args.device.type == "cpu" and getattr(self.args, "keep_memory", True)
 
     @property
     def seconds(self) -> float:

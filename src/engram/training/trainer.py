@@ -49,6 +49,13 @@ class EngramTrainingArguments(TrainingArguments):
             "help": "Share of training sequences that do not read the memory, so that the model is of use without it too."
         },
     )
+    keep_memory: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether memory that steps on the CPU free stays with the process until training ends: faster, as the system need not "
+            "map and clear it for every step."
+        },
+    )
     train_tables: bool = field(default=True, metadata={"help": "Whether table rows are trained."})
     train_reader: bool = field(default=True, metadata={"help": "Whether projections, norms and the convolution are trained."})
     train_backbone: bool = field(

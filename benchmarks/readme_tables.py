@@ -361,7 +361,7 @@ def bench_gather(file="bench"):
             (name, f"{m['per_second'] / 1e6:.1f}", f"x{m['speedup']['median']:.2f}") for name, m in setting["variants"].items()
         ]
         parts.append(table((setting["label"], "M rows per second", "times as fast as the first line"), rows))
-    note = "\n\nLimit: every byte of the rows read and summed, many loads in flight, nothing written. Where PyTorch "
+    note = "\n\nLimit: every byte of the rows read and summed, many loads in flight; nothing is written unless it says so. Where PyTorch "
     note += "makes outputs of this size (33 MB) the first touch of their pages costs more than anything else; engram keeps such memory "
     note += "for the next time."
     return "\n\n".join(parts) + note + source(load(file))

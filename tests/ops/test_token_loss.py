@@ -45,8 +45,24 @@ def test_logits_stay_as_they_are_and_a_second_pass_is_refused():
     loss = sum_of_token_losses(logits * 1.0, labels)
     loss.backward(retain_graph=True)
     assert torch.equal(logits, before)
-    with pytest.raises(RuntimeError, match="inplace"):
+    with pytest.raises(RuntimeError, match="second backward pass"):
         loss.backward()
+
+
+def test_a_second_derivative_is_refused():
+    logits, labels = torch.randn(4, 9, requires_grad=True), torch.randint(9, (4,))
+    loss = sum_of_token_losses(logits, labels) + logits.square().sum()
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+def test_where_nothing_is_predicted_the_gradient_is_zero():
+    logits = torch.randn(4, 9, requires_grad=True)
+    labels = torch.full((4,), -100)
+    (sum_of_token_losses(logits, labels) / (labels != -100).sum()).backward()  # NaN, as PyTorch's mean of nothing
+    assert logits.grad is not None
+    assert torch.equal(logits.grad, torch.zeros(4, 9))
 
 
 def test_nothing_is_kept_without_a_gradient():

@@ -12,7 +12,7 @@ GLIBC = module._glibc()
 
 FAULTS = """
 import resource
-from engram.training.kept_memory import kept_memory
+from engram.training.kept_memory import _glibc, kept_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -29,19 +29,19 @@ with kept_memory():
         faults()
     inside = faults()  # the inner one has not ended it
     kept = resident()
-print(outside, inside, kept - resident(), faults())
+takes_it = _glibc().mallopt(-3, 1 << 27)
+print(outside, inside, kept - resident(), takes_it)
 """
 
 
 @pytest.mark.skipif(GLIBC is None or sys.platform != "linux", reason="needs glibc")
 def test_pages_are_touched_anew_only_outside_and_given_back_at_the_end():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    outside, inside, given_back, afterwards = map(int, done.stdout.split())
-    if outside < 1000:
-        pytest.skip("the system gives large pages without being asked")
+    outside, inside, given_back, takes_it = map(int, done.stdout.split())
+    if outside < 1000 or not takes_it:
+        pytest.skip("the system gives large pages without being asked, or this glibc takes no large threshold")
     assert inside < outside / 10
     assert given_back > 10_000  # pages
-    assert afterwards > outside / 2
 
 
 def test_nothing_is_done_unless_wanted_or_elsewhere_than_on_glibc(monkeypatch):
@@ -49,7 +49,11 @@ def test_nothing_is_done_unless_wanted_or_elsewhere_than_on_glibc(monkeypatch):
     monkeypatch.setattr(module, "_count", lambda library, change: calls.append(change))
     with kept_memory(wanted=False):
         pass
-    monkeypatch.setattr(module, "_glibc", lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_glibc", lambda: None)
+        with kept_memory():
+            pass
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")  # somebody has set the allocator up
     with kept_memory():
         pass
     assert calls == []

@@ -32,6 +32,7 @@ def test_a_model_has_it_for_a_while():
         assert base.loss_function is causal_lm_loss
         torch.testing.assert_close(memory(input_ids=ids, labels=ids).loss, expected)
     assert base.loss_function is ForCausalLMLoss
+    assert "_loss_function" not in vars(base)
     with pytest.raises(ValueError, match="within"), lean_loss(base):
         raise ValueError("within")
     assert base.loss_function is ForCausalLMLoss

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from engram import (
     CheckpointError,
@@ -21,6 +22,8 @@ from engram import (
 )
 from engram.optim import EngramAdamW
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
+from engram.training import kept_memory
+from engram.training.lean_loss import causal_lm_loss
 from engram.training.safe_trainer import last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -472,3 +475,31 @@ def test_another_optimizer_must_be_passed_in(tmp_path):
     own = torch.optim.SGD(memory.engrams.parameters(), lr=0.1)
     args = EngramTrainingArguments(**fields_for(tmp_path, optim="sgd"))
     assert EngramTrainer(memory, args, train_dataset=Rows(), optimizers=(own, None)).create_optimizer() is own
+
+
+class Watches(TrainerCallback):
+    """What holds in the middle of a run."""
+
+    def __init__(self, base, fails=False):
+        self.base, self.fails, self.seen = base, fails, set()
+
+    def on_step_end(self, args, state, control, **_):
+        self.seen.add((self.base.loss_function is causal_lm_loss, kept_memory._users))
+        if self.fails:
+            raise ValueError("in the middle")
+
+
+@pytest.mark.parametrize(("plain", "keep"), [(False, True), (False, False), (True, True)])
+def test_a_run_keeps_memory_and_spares_it_until_it_ends(tmp_path, plain, keep):
+    memory = tiny_memory(tiny_model(), speak=False)
+    base = memory.base_model
+    watch = Watches(base)
+    model = memory.unload() if plain else memory
+    make(tmp_path, model, callbacks=[watch], keep_memory=keep, train_backbone=plain, max_steps=2).train()
+    assert watch.seen == {(True, int(keep and kept_memory._glibc() is not None))}
+    failing = Watches(base, fails=True)
+    with pytest.raises(ValueError, match="in the middle"):
+        make(tmp_path / "failing", model, callbacks=[failing], keep_memory=keep, train_backbone=plain, max_steps=2).train()
+    assert failing.seen == watch.seen
+    assert base.loss_function is ForCausalLMLoss
+    assert kept_memory._users == 0

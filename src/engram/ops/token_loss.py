@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["sum_of_token_losses"]
 
@@ -24,7 +25,7 @@ def sum_of_token_losses(logits: Tensor, labels: Tensor, ignore_index: int = -100
         A scalar, in nats.
 
     Raises:
-        RuntimeError: the backward pass is run a second time.
+        RuntimeError: the backward pass is run a second time, or is to be derived itself.
     """
     if torch.compiler.is_compiling() or not logits.requires_grad or not torch.is_grad_enabled():
         return plain_sum_of_token_losses(logits, labels, ignore_index)
@@ -48,11 +49,18 @@ class _TokenLosses(torch.autograd.Function):
         targets_N1 = labels.unsqueeze(-1).where(counts_N1, 0)
         ctx.save_for_backward(log_p_NV, targets_N1, counts_N1)
         ctx.dtype = logits.dtype
+        ctx.used = False
         return -log_p_NV.gather(-1, targets_N1).where(counts_N1, 0.0).sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_NV, targets_N1, counts_N1 = ctx.saved_tensors  # refuses what was changed in place: a second pass
+        if ctx.used:
+            raise RuntimeError(
+                "sum_of_token_losses: got a second backward pass, expected one; the first has used up what it needs."
+            )
+        ctx.used = True
+        grad_NV, targets_N1, counts_N1 = ctx.saved_tensors
         grad_NV.exp_()
         grad_NV.scatter_(-1, targets_N1, grad_NV.gather(-1, targets_N1) - 1.0)
-        return grad_NV.mul_(counts_N1 * grad).to(ctx.dtype), None, None
+        return grad_NV.mul_(grad.where(counts_N1, 0.0)).to(ctx.dtype), None, None

@@ -47,12 +47,17 @@ def causal_lm_loss(
 
 @contextmanager
 def lean_loss(model: Any) -> Iterator[None]:
-    """While it lasts, the model takes ``causal_lm_loss``, if its loss is transformers' ``ForCausalLMLoss``; another one is left alone."""
-    if not isinstance(model, PreTrainedModel) or model.loss_function is not ForCausalLMLoss:
+    """While it lasts, a model whose loss is transformers' usual one for causal language models takes ``causal_lm_loss``; another is left alone."""
+    usual = isinstance(model, PreTrainedModel) and getattr(model, "loss_type", None) == "ForCausalLM"
+    if not usual or model.loss_function is not ForCausalLMLoss:
         yield
         return
+    own = "_loss_function" in vars(model)  # where transformers' setter keeps it
     model.loss_function = causal_lm_loss
     try:
         yield
     finally:
-        model.loss_function = ForCausalLMLoss
+        if own:
+            model.loss_function = ForCausalLMLoss
+        else:
+            del model._loss_function

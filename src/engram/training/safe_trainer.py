@@ -124,15 +124,13 @@ class SafeTrainer(Trainer):
         self.throughput.reset()
         self._started, self._seconds_before = time.monotonic(), 0.0
         try:
-            with _interrupt_handler_given_back(), kept_memory(self._keeps_memory()), lean_loss(self.backbone):
+            with _interrupt_handler_given_back(), kept_memory(self._keeps_memory()), lean_loss(self._model_with_loss()):
                 return super().train(_complete_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
         finally:
             for display in self._displays():
                 display.close()
 
-    @property
-    def backbone(self) -> Any:
-        """The model whose loss is minimised."""
+    def _model_with_loss(self) -> Any:
         return self.model
 
     def _keeps_memory(self) -> bool:

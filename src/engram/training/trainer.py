@@ -128,6 +128,9 @@ class EngramTrainer(SafeTrainer):
         """The base model: that of the memory, or the plain model itself."""
         return self.model.base_model if isinstance(self.model, EngramModel) else self.model
 
+    def _model_with_loss(self) -> Any:
+        return self.backbone
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """``EngramAdamW`` or, with ``backbone_optimizer="muon"``, ``EngramMuon`` over ``build_param_groups``, unless an optimiser was given.
 

@@ -178,10 +178,10 @@ ENGRAM_TARGET inline void reduce_lanes(int64_t mix, const Heads& heads, int64_t 
 
 }  // namespace any
 
-// Primes from kHalfwayPrime to 2^31, which most tables have: half of the work. The quotient is rounded to the nearest, not down. What the
-// mix (2^-53), the inverse (2^-53 and the 2^-51 that it lacks) and nothing else (the product is not rounded by itself) are off makes less
-// than 3 * 2^11 / prime in a quotient below 2^63 / prime: at most 3/16. So the remainder lies within 11/16 of the prime around zero: 32 bits
-// with a sign hold it, no higher bit need be multiplied, and one correction makes it exact.
+// Primes from kHalfwayPrime to 2^31, which most tables have: half of the work. The quotient is rounded to the nearest, not down. The mix is off
+// by 2^-53, the inverse by 2 * 2^-53 (rounded twice) and by the 2^-51 that it lacks; the product is not rounded by itself. In a quotient below
+// 2^63 / prime that makes less than 7 * 2^10 / prime: 7/32 at most. So the remainder lies within 23/32 of the prime around zero: 32 bits with
+// a sign hold it, no higher bit need be multiplied, and one correction makes it exact.
 namespace halfway {
 
 template <bool kTags>
@@ -296,7 +296,9 @@ inline uint64_t bucket_of(int64_t row_id) {
 }  // namespace
 
 HashPlan finished(HashPlan plan) {
-  const auto ends = std::minmax_element(plan.primes, plan.primes + plan.layers * plan.orders * plan.heads);
+  const int64_t count = plan.layers * plan.orders * plan.heads;
+  if (count == 0) return plan;
+  const auto ends = std::minmax_element(plan.primes, plan.primes + count);
   plan.smallest = *ends.first;
   plan.largest = *ends.second;
   return plan;

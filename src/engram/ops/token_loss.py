@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["sum_of_token_losses"]
 
@@ -53,12 +52,10 @@ class _TokenLosses(torch.autograd.Function):
         return -log_p_NV.gather(-1, targets_N1).where(counts_N1, 0.0).sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.used:
-            raise RuntimeError(
-                "sum_of_token_losses: got a second backward pass, expected one; the first has used up what it needs."
-            )
+        if ctx.used or torch.is_grad_enabled():  # the latter with create_graph=True
+            asked = "a second backward pass" if ctx.used else "create_graph=True"
+            raise RuntimeError(f"sum_of_token_losses: got {asked}, expected one pass that is not derived; use F.cross_entropy.")
         ctx.used = True
         grad_NV, targets_N1, counts_N1 = ctx.saved_tensors
         grad_NV.exp_()

@@ -47,7 +47,7 @@ def causal_lm_loss(
 
 @contextmanager
 def lean_loss(model: Any) -> Iterator[None]:
-    """While it lasts, a model whose loss is transformers' usual one for causal language models takes ``causal_lm_loss``; another is left alone."""
+    """While it lasts, a model with transformers' usual loss of a causal language model takes ``causal_lm_loss``; another is left alone."""
     usual = isinstance(model, PreTrainedModel) and getattr(model, "loss_type", None) == "ForCausalLM"
     if not usual or model.loss_function is not ForCausalLMLoss:
         yield

@@ -16,6 +16,7 @@ from engram.analysis.sample import Progress, Sample, sample_texts
 from engram.analysis.subject import Subject
 from engram.analysis.zipf import row_zipf
 from engram.errors import ConfigError
+from engram.models.positions import context_length
 
 __all__ = ["ANALYSES", "look", "refusal"]
 
@@ -127,7 +128,7 @@ def _pair(subject: Subject, second: Subject | None) -> tuple[Subject, Subject]:
 
 
 def _context(subject: Subject) -> int:
-    return int(getattr(subject.base.config, "max_position_embeddings", None) or 1 << 30)
+    return context_length(subject.base.config) or 1 << 30
 
 
 def _check_vocabulary(one: Any, other: Any) -> None:

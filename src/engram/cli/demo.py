@@ -98,9 +98,10 @@ class _Demo:
         from engram.data.corpus import held_out_standard_library
         from engram.data.facts import encode_fact, load_facts
         from engram.editing import MemoryEditor
+        from engram.models.positions import context_length
 
         for index, fact in enumerate(self.facts):  # a fact too long for the model is refused before any work is done
-            encode_fact(self.tokenizer, fact, index, getattr(self.base.config, "max_position_embeddings", None))
+            encode_fact(self.tokenizer, fact, index, context_length(self.base.config))
         self.capitals = load_facts(_FACTS / "capitals.yaml") if self.knows_capitals else []
         self.texts = _first_characters([doc.text for doc in held_out_standard_library()], _HELD_OUT_CHARACTERS)
         self.editor = MemoryEditor.create(self.base, self.tokenizer, seed=self.seed)

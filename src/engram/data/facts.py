@@ -201,13 +201,15 @@ def room_for_answer(config: Any, length: int) -> int:
     """Tokens that the answer to a prompt of ``length`` tokens may have: beyond its context a model answers anything, or fails.
 
     Args:
-        config: the model's; without ``max_position_embeddings`` there is no end of room.
+        config: the model's; where it does not say how much text it takes, there is no end of room.
         length: of the prompt, tokens.
 
     Raises:
         DataError: there is room for none.
     """
-    context = getattr(config, "max_position_embeddings", None)
+    from engram.models.positions import context_length  # whoever has a config has loaded what this loads
+
+    context = context_length(config)
     if context is not None and length >= context:
         raise DataError(f"prompt: got {length:,} tokens, expected fewer than {context:,} (the model's context); shorten it.")
     return sys.maxsize if context is None else context - length

@@ -25,6 +25,7 @@ from engram.editing.spelling import Speller
 from engram.editing.teaching import Progress, Teaching
 from engram.errors import CheckpointError, ConfigError, TeachError
 from engram.models import EngramModel, find_decoder, get_engram_model
+from engram.models.positions import context_length
 from engram.tables import ABSENT, StoredRows, VerifiedTable
 
 if TYPE_CHECKING:
@@ -370,7 +371,7 @@ class MemoryEditor:
                 f"TeachSettings.min_order is {settings.min_order}, but the memory's n-grams end at {config.max_ngram_size}; "
                 "lower min_order or make a memory with a larger max_ngram_size."
             )
-        context = getattr(self.memory.config, "max_position_embeddings", None)
+        context = context_length(self.memory.config)
         encoded = [
             (text, row)
             for index, fact in enumerate(facts)

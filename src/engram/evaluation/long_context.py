@@ -16,12 +16,12 @@ from engram.data.long_context_words import Distraction, RecallWords, Split
 from engram.errors import ConfigError
 from engram.evaluation.answers import wilson_interval
 from engram.models import EngramModel
+from engram.models.positions import context_length
 
 __all__ = ["RecallAnswer", "RecallResult", "RecallScore", "measure_recall", "recall_table", "score_recall"]
 
 DEPTH_BINS = 4
 """Depths are reported in so many equal parts of the text."""
-_POSITION_LIMITS = ("max_position_embeddings", "n_positions")
 
 
 @dataclass(frozen=True)
@@ -261,8 +261,7 @@ def _check(model: Any, kinds: Sequence[str], lengths: Sequence[int], examples: i
     for name, value in (("examples", examples), ("batch_size", batch_size)):
         if value < 1:
             raise ConfigError(f"recall: {name}: got {value}, expected at least 1.")
-    config = model.config.get_text_config()
-    limit = next((found for name in _POSITION_LIMITS if isinstance(found := getattr(config, name, None), int)), None)
+    limit = context_length(model.config)
     beyond = [length for length in lengths if limit is not None and length > limit]
     if beyond or not lengths:
         got = ", ".join(map(str, beyond)) or "none"

@@ -23,6 +23,7 @@ from engram.experiments.held_out import measure
 from engram.experiments.recipe import PointRecipe
 from engram.models import EngramModel, get_engram_model, load_model
 from engram.models.identity import base_identity
+from engram.models.positions import context_length
 from engram.training import EngramTrainer, EngramTrainingArguments
 from engram.training.balance import BalanceCallback, find_routers
 from engram.training.safe_trainer import InOrder, SafeTrainer, last_checkpoint
@@ -65,7 +66,7 @@ def _attach_memory(recipe: PointRecipe, model: PreTrainedModel, tokenizer: Any, 
 
 def _load(name: str, seq_len: int) -> PreTrainedModel:
     model, _ = load_model(name)
-    most = getattr(model.config, "max_position_embeddings", None) or seq_len
+    most = context_length(model.config) or seq_len
     if seq_len > most:
         raise ConfigError(f"PointRecipe: got data.seq_len {seq_len}, expected at most the {most} positions of {name}.")
     return model

@@ -20,6 +20,7 @@ from torch import Tensor
 from engram.checkpoint import write_atomically
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.models.identity import base_identity, identity_mismatch
+from engram.models.positions import context_length
 
 __all__ = ["DEFAULT_RULES", "EngramRouter", "LearnedRouter", "RouteRule", "Router"]
 
@@ -299,7 +300,7 @@ def _gains_kept(states: Tensor, gains: Tensor, l2: float, folds: int) -> float:
 def _mean_states(model: Any, tokenizer: Any, prompts: Sequence[str], first_tokens: int | None = None) -> Tensor:
     """Mean over the (first) tokens of the last hidden state, float32 ``[prompts, d]``, computed without the memory; zero of no tokens."""
     device = model.get_input_embeddings().weight.device
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_length(model.config)
     longest = min((n for n in (first_tokens, context) if n is not None), default=None)
     states = []
     for prompt in prompts:

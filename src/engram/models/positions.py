@@ -1,0 +1,19 @@
+"""How much text a model takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["context_length"]
+
+_NAMES = ("max_position_embeddings", "n_positions")
+
+
+def context_length(config: Any) -> int | None:
+    """Positions that a model was made for; None if it does not say.
+
+    Args:
+        config: of the model; of one that takes more than text, the text part counts.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return next((found for name in _NAMES if isinstance(found := getattr(text, name, None), int)), None)

@@ -41,6 +41,7 @@ FULL = {
     "kinds": ("needle", "multi_key", "multi_query", "multi_value", "tracking"),
     "examples": 64,
     "looks": 16,
+    "bf16": True,
 }
 QUICK = {
     **FULL,
@@ -54,6 +55,7 @@ QUICK = {
     "kinds": ("needle", "tracking"),
     "examples": 4,
     "looks": 2,
+    "bf16": False,
 }
 NAMES = {
     "dense": "without memory",
@@ -113,7 +115,7 @@ def arguments(folder, sizes, seed):
         "lr_scheduler_type": "constant_with_warmup",
         "weight_decay": 0.1,
         "adam_beta2": 0.95,
-        "bf16": True,
+        "bf16": sizes["bf16"],
         "use_cpu": not torch.cuda.is_available(),
         "save_strategy": "no",
         "logging_steps": 100,

@@ -159,6 +159,9 @@ def test_facts_are_generated(engram, tmp_path):
         (("why", "", "--memory", "nowhere"), 2, "empty text"),
         (("teach", "none.yaml", "--memory", "x"), 2, "does not exist"),
         (("ask", "x", "--memory", "x", "--rules", "none.yaml"), 2, "routing rules"),
+        (["facts", "--memory", "bundled"], 2, "the bundled memory was trained, not taught"),
+        (["why", "hi", "--memory", "bundled"], 2, "the bundled memory was trained, not taught"),
+        (["facts", "--memory", "one.yaml"], 1, "no memory in one.yaml: it is a file"),
     ],
 )
 def test_mistakes_get_one_clear_line(engram, world, arguments, code, message):

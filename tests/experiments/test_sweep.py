@@ -18,6 +18,7 @@ from engram import CheckpointError, ConfigError, DataError
 from engram.checkpoint import sole_writer
 from engram.config import EngramConfig
 from engram.experiments import BackboneConfig, read_point, read_sweep, run_point, run_sweep
+from engram.experiments import sweep as sweep_module
 from engram.experiments.data import prepare_data
 from engram.experiments.recipe import BudgetRecipe, DataRecipe
 from engram.experiments.summary import summarise
@@ -378,3 +379,16 @@ def test_names_of_points_are_names_of_folders():
     names += [point.name for point in sweep.points({})]
     assert len(set(names)) == len(names) == 6
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789=.,+-_") for name in names)
+
+
+@pytest.mark.parametrize(("bf16", "cuda", "told"), [(True, False, True), (False, False, False), (True, True, False)])
+def test_a_sweep_says_what_slows_it(tmp_path, monkeypatch, bf16, cuda, told):
+    said = []
+    monkeypatch.setattr(sweep_module, "warning_of_slow_bfloat16", lambda what: f"slow; set {what}")
+    monkeypatch.setattr(sweep_module.torch.cuda, "is_available", lambda: cuda)
+    sweep = tiny(bf16=bf16)
+    run = sweep_module.SweepRun(sweep, RECIPES, tmp_path, {}, 1, 1, said.append, lambda result: None, False)
+    run._tell_of_slow_types(sweep.points({}))
+    assert [line.startswith("slow; set bf16: false") for line in said] == [True] * told
+    run._tell_of_slow_types([])
+    assert len(said) == told

@@ -479,6 +479,9 @@ def memory_group(limit):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="the address sanitiser itself takes most of that memory"
+)
 def test_a_table_four_times_the_memory_works_within_it(tmp_path):
     """2 GB of rows for a process that may use 512 MB, files in the system's cache included (where control groups can be made; elsewhere
     only what the process holds is looked at)."""

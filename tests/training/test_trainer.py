@@ -198,7 +198,7 @@ def test_rows_with_compact_state_and_rounded_by_chance_resume_to_the_last_digit(
     assert losses(again)[-4:] == losses(whole)[-4:]
     for (name, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters()):
         assert torch.equal(a, b), name
-    with pytest.raises(ConfigError, match="got row_state='adagrad'"):
+    with pytest.raises(ConfigError, match="table_row_state: got 'adagrad'"):
         make(tmp_path, table_row_state="adagrad").create_optimizer()
 
 
@@ -475,6 +475,20 @@ def test_another_optimizer_must_be_passed_in(tmp_path):
     own = torch.optim.SGD(memory.engrams.parameters(), lr=0.1)
     args = EngramTrainingArguments(**fields_for(tmp_path, optim="sgd"))
     assert EngramTrainer(memory, args, train_dataset=Rows(), optimizers=(own, None)).create_optimizer() is own
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"table_row_state": "sgd"}, r"EngramTrainingArguments.table_row_state: got 'sgd', expected one of adam"),
+        ({"table_lr_multiplier": -1.0}, "table_lr_multiplier: got -1.0, expected a number from 0 on"),
+        ({"table_weight_decay": float("nan")}, "table_weight_decay: got nan"),
+        ({"backbone_lr": 1e-3}, "backbone_lr: got 0.001 with train_backbone=False"),
+    ],
+)
+def test_impossible_arguments_are_refused_before_training(tmp_path, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        make(tmp_path, **changes)
 
 
 class Watches(TrainerCallback):

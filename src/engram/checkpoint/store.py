@@ -181,6 +181,8 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(
             f"no memory in {path}: {DESCRIPTION_NAME} is missing; expected a folder made by save_pretrained."
         ) from None
+    except NotADirectoryError:
+        raise CheckpointError(f"no memory in {path}: it is a file, expected a folder made by save_pretrained.") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {file}: {error}. Restore it from a backup or save the memory again.") from error
     if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:

@@ -104,7 +104,7 @@ def teach_command(
 
 def ask_command(
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    memory: MemoryOption,
+    memory: Annotated[Path, typer.Option(help="Folder of the memory, taught or trained, or 'bundled'.")],
     model: ModelOption = None,
     off: Annotated[bool, typer.Option("--off", help="Ask the base model, memory switched off.")] = False,
     route: Annotated[bool, typer.Option("--route", help="Read the memory only if the routing rules say so.")] = False,
@@ -169,6 +169,7 @@ def why_command(
     from engram.data import chat_prompt
 
     _check_prompt(prompt)
+    _refuse_bundled(memory)
     editor = open_editor(memory, model, Running(device, model_dtype))
     if chat:
         prompt = chat_prompt(editor.tokenizer, prompt)
@@ -179,10 +180,21 @@ def why_command(
         _print_explanation(explanation, editor)
 
 
+def _refuse_bundled(memory: Path) -> None:
+    from engram.models.bundled import memory_folder
+
+    if memory_folder(memory) != memory:
+        raise typer.BadParameter(
+            "the bundled memory was trained, not taught, and holds no facts; `engram trace` and `engram look` show what it does",
+            param_hint="--memory",
+        )
+
+
 def facts_command(memory: MemoryOption, as_json: JsonOption = False) -> None:
     """List the facts of a memory: ids, prompts, answers, rows. Loads no model."""
     from engram.editing.merge import StoredMemory
 
+    _refuse_bundled(memory)
     stored = StoredMemory(memory)
     owned = stored.rows_by_fact()
     if as_json:

@@ -87,7 +87,7 @@ class StoredMemory:
         self.config = EngramConfig.from_dict(self.description.get("engram_config") or {})
         if not self.config.verify_rows:
             raise ConfigError(
-                f"{path}: this memory was not taught facts (its rows are not verified); only taught memories compare."
+                f"{path}: this memory was not taught facts (its rows are not verified); it holds no facts to list or compare."
             )
         with open_tensors(path, self.description) as tensors:
             self.tensors: dict[str, Tensor] = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118

@@ -12,6 +12,8 @@ from engram.errors import TeachError
 __all__ = ["SortedFacts", "in_parts", "sort_out"]
 
 _SHOWN = 5
+_READ = 60
+"""So many characters of a text are told."""
 
 
 @dataclass
@@ -119,15 +121,18 @@ def _connected(holders: Sequence[Sequence[LedgerFact]]) -> list[list[int]]:
 
 def _contradiction(held: LedgerFact, fact: Fact, said: set[str]) -> str:
     texts = [prompt.text for prompt in held.prompts]
+    was, now = _short(held.answer), _short(fact.answer)
     shared = next((text for text in texts if text in fact.prompts), None)
     if shared is None:
-        return (
-            f"the id {fact.id!r} names {texts[0]!r} -> {held.answer!r} in the memory, "
-            f"{fact.prompts[0]!r} -> {fact.answer!r} now (ids must differ)"
-        )
+        return f"the id {fact.id!r} names {_short(texts[0])} -> {was} in the memory, {_short(fact.prompts[0])} -> {now} now (ids must differ)"
     others = [repr(text) for text in texts if text not in said]
     also = f"; {', '.join(others)} would leave with it" if others else ""
-    return f"{shared!r} is {held.answer!r} in the memory (fact {held.id}), {fact.answer!r} now{also}"
+    return f"{_short(shared)} is {was} in the memory (fact {held.id}), {now} now{also}"
+
+
+def _short(text: str) -> str:
+    """In quotes, at most so long that what comes after it is read."""
+    return repr(text if len(text) <= _READ else f"{text[: _READ - 3]}...")
 
 
 def _joined(facts: Sequence[Fact]) -> Fact:

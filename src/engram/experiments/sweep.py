@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engram.checkpoint import sole_writer, write_json_atomically
 from engram.data.store import TokenStore
 from engram.errors import CheckpointError, ConfigError, DataError
@@ -25,6 +27,7 @@ from engram.experiments.point import RESULT
 from engram.experiments.summary import summarise
 from engram.experiments.sweep_recipe import Choice, Point, SweepRecipe
 from engram.experiments.worker import FAILED, FATAL
+from engram.training.cpu_types import warning_of_slow_bfloat16
 
 __all__ = ["SweepRun", "run_sweep"]
 
@@ -119,6 +122,7 @@ class SweepRun:
         self.failures += list(lost.values())
         told = f", {len(lost)} failed before" if lost else ""
         self.show(f"{self.recipe.name}: {len(results)} of {len(points)} points are finished{told}, {len(todo)} to run")
+        self._tell_of_slow_types(todo)
         self.save(collect(results))
         started, total = time.monotonic(), len(todo)
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
@@ -134,6 +138,12 @@ class SweepRun:
                 self._stop(waiting)
                 raise
         return results
+
+    def _tell_of_slow_types(self, todo: Sequence[Point]) -> None:
+        if any(point.recipe.bf16 for point in todo) and not torch.cuda.is_available():
+            warning = warning_of_slow_bfloat16("bf16: false in the recipe (points of either are not compared)")
+            if warning:
+                self.show(warning)
 
     def _tell_time_left(self, seconds: float, ended: int, total: int) -> None:
         # Points run side by side, so that the first few to end say too little.

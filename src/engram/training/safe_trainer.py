@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -23,6 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from engram.checkpoint import load_tree, save_tree, write_json_atomically
 from engram.errors import CheckpointError, TrainingError
+from engram.training.cpu_types import warning_of_slow_bfloat16
 from engram.training.guards import check_reports, is_complete, last_checkpoint, no_number, weights_are_finite, whole_or_removed
 from engram.training.kept_memory import kept_memory
 from engram.training.lean_loss import lean_loss
@@ -121,6 +123,7 @@ class SafeTrainer(Trainer):
             CheckpointError: there is no complete checkpoint to resume from, or one could not be written.
             TrainingError: the loss, the gradient norm or the weights became NaN or infinite.
         """
+        self._warn_of_slow_types()
         self.throughput.reset()
         self._started, self._seconds_before = time.monotonic(), 0.0
         try:
@@ -129,6 +132,11 @@ class SafeTrainer(Trainer):
         finally:
             for display in self._displays():
                 display.close()
+
+    def _warn_of_slow_types(self) -> None:
+        warning = warning_of_slow_bfloat16("bf16: false") if self.args.bf16 and self.args.device.type == "cpu" else None
+        if warning:
+            logging.getLogger("engram").warning(warning)
 
     def _model_with_loss(self) -> Any:
         return self.model

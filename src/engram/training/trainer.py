@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from transformers.utils import find_labels
 
 from engram.errors import CheckpointError, ConfigError
 from engram.models import EngramModel
-from engram.optim import BACKBONE_OPTIMIZERS, EngramAdamW, EngramMuon, build_param_groups, clip_grad_norm_
+from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES, EngramAdamW, EngramMuon, build_param_groups, clip_grad_norm_
 from engram.training.safe_trainer import SafeTrainer
 
 __all__ = ["EngramTrainer", "EngramTrainingArguments"]
@@ -247,6 +248,18 @@ def _check_arguments(args: EngramTrainingArguments) -> None:
     if args.backbone_optimizer not in BACKBONE_OPTIMIZERS:
         raise ConfigError(
             f"EngramTrainingArguments.backbone_optimizer: got {args.backbone_optimizer!r}, expected one of {', '.join(BACKBONE_OPTIMIZERS)}."
+        )
+    if args.table_row_state not in ROW_STATES:
+        raise ConfigError(
+            f"EngramTrainingArguments.table_row_state: got {args.table_row_state!r}, expected one of {', '.join(ROW_STATES)}."
+        )
+    for name in ("table_lr_multiplier", "table_weight_decay"):
+        value = getattr(args, name)
+        if isinstance(value, bool) or not 0 <= value < math.inf:
+            raise ConfigError(f"EngramTrainingArguments.{name}: got {value!r}, expected a number from 0 on.")
+    if args.backbone_lr is not None and not args.train_backbone:
+        raise ConfigError(
+            f"EngramTrainingArguments.backbone_lr: got {args.backbone_lr!r} with train_backbone=False; set train_backbone or leave it out."
         )
     if isinstance(args.memory_dropout, bool) or not 0 <= args.memory_dropout < 1:
         raise ConfigError(

@@ -11,7 +11,7 @@ from engram.data.corpus import CorpusRecipe, held_out_standard_library
 from engram.data.texts import standard_texts
 from engram.evaluation import check_facts, score_by_category
 from engram.evaluation.bits_per_byte import bits_per_byte
-from engram.models.bundled import BUNDLED_MEMORY, BUNDLED_MODEL
+from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_MODEL
 
 FIRST = "engram pretrain recipes/base_model.yaml --out runs/base"
 THEN = "engram train recipes/train_joint.yaml --out runs/joint"

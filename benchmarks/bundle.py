@@ -21,7 +21,8 @@ from engram.checkpoint import read_description
 from engram.data.corpus import CorpusRecipe, held_out_standard_library
 from engram.evaluation import check_facts
 from engram.evaluation.bits_per_byte import bits_per_byte
-from engram.models.bundled import BUNDLED_MODEL, BUNDLED_NAME, load_model
+from engram.models.bundled import load_model
+from engram.models.bundled_files import BUNDLED_MODEL, BUNDLED_NAME
 from engram.training.pretrain import export_model
 
 RECORDED = ("recipe", "held_out", "held_out_off", "held_out_before", "seconds", "tokens", "made_with")  # in training.json

@@ -21,7 +21,8 @@ from engram.data.corpus import CorpusRecipe, build_corpus, held_out_standard_lib
 from engram.data.long_context_mix import long_context_mix
 from engram.data.packing import pack
 from engram.evaluation import ShareResult, measure_recall, recall_table
-from engram.models.bundled import BUNDLED_NAME, load_bundled, load_model, load_tokenizer
+from engram.models.bundled import load_bundled, load_model, load_tokenizer
+from engram.models.bundled_files import BUNDLED_NAME
 from engram.training.tokenizer import train_tokenizer
 
 RECIPE = CorpusRecipe(standard_library=True, test_percent=0)

@@ -3,10 +3,10 @@
 Names are loaded on first use (PEP 562), so that ``import engram`` needs neither transformers nor a model.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engram._version import __version__
+from engram.lazy import loaded_on_use
 
 if TYPE_CHECKING:
     from engram.config import EngramConfig, TableConfig
@@ -78,10 +78,7 @@ _HOMES = {
 __all__ = sorted([*_HOMES, "__version__"])
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'engram' has no attribute {name!r}")
+__getattr__ = loaded_on_use(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -5,7 +5,7 @@ from engram import DataError, load_facts
 from engram.data.generate import GENERATED_KINDS, SYNTHETIC_PAIRS, generate_facts, write_generated
 from engram.data.long_range import after_distraction
 from engram.data.texts import load_texts
-from engram.models.bundled import BUNDLED_MODEL
+from engram.models.bundled_files import BUNDLED_MODEL
 from engram.testing import tiny_tokenizer
 
 BUNDLED = BUNDLED_MODEL.parent

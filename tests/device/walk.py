@@ -17,7 +17,7 @@ from engram.analysis import ANALYSES, Subject, look
 from engram.cli.main import app
 from engram.data.texts import standard_texts
 from engram.evaluation import ask, check_facts, evaluate_memory, measure_drift, measure_recall, trace_text
-from engram.models.bundled import BUNDLED_MEMORY, BUNDLED_MODEL
+from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_MODEL
 from tests.device.pretend import pretend_device
 
 FACTS = load_facts(BUNDLED_MODEL.parent / "facts.yaml")[::80]

@@ -8,7 +8,7 @@ from engram.data.corpus import held_out_standard_library
 from engram.data.long_range import after_distraction
 from engram.editing import diff_memories, merge_memories
 from engram.evaluation import check_facts
-from engram.models.bundled import BUNDLED_MODEL
+from engram.models.bundled_files import BUNDLED_MODEL
 from engram.tables import FORMATS, StoredRows, VerifiedTable
 from engram.testing import tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS, make_editor

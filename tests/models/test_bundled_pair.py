@@ -11,7 +11,7 @@ from engram.cli.main import app
 from engram.data.corpus import held_out_standard_library
 from engram.evaluation import check_facts
 from engram.evaluation.bits_per_byte import bits_per_byte
-from engram.models.bundled import BUNDLED_MEMORY, BUNDLED_MODEL, memory_folder
+from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_MODEL, memory_folder
 
 
 @pytest.fixture(scope="module")

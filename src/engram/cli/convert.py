@@ -35,12 +35,14 @@ def convert_command(
     """Save a memory with its rows in another format, block by block, and report what that changed; exit code 1 if a fact was lost."""
     from engram.checkpoint import convert_memory, lock_store, write_json_atomically
     from engram.checkpoint.convert import check_target
-    from engram.models.bundled import load_tokenizer, memory_folder
+    from engram.models.bundled_files import memory_folder
 
     memory = memory_folder(memory)
     check_dtype(dtype)
     check_writable(json_out)
     if model is not None and verify:
+        from engram.models.bundled import load_tokenizer
+
         load_tokenizer(model)  # a name that is wrong shows before the work
     held_out = None if text is None else read_text(text)
     check_target(memory, out)

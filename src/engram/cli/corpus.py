@@ -70,7 +70,8 @@ def _store(
 
         return prepare_store(recipe, folder, out, vocab_size, show)
     from engram.data.store import build_store
-    from engram.models.bundled import BUNDLED_NAME, load_tokenizer
+    from engram.models.bundled import load_tokenizer
+    from engram.models.bundled_files import BUNDLED_NAME
 
     return build_store(recipe, load_tokenizer(tokenizer or BUNDLED_NAME), folder, out, _named(show, "tokens"))
 

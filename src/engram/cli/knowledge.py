@@ -147,7 +147,7 @@ def ask_command(
 def _to_ask(memory: Path, model: str | None, running: Running) -> tuple[EngramModel, Any, list[LedgerFact]]:
     """A saved memory, taught or trained, on its base model; its tokenizer, and the facts that it was taught."""
     from engram.checkpoint import read_description
-    from engram.models.bundled import memory_folder
+    from engram.models.bundled_files import memory_folder
 
     folder = memory_folder(memory)
     if read_description(folder)["engram_config"].get("verify_rows"):
@@ -181,7 +181,7 @@ def why_command(
 
 
 def _refuse_bundled(memory: Path) -> None:
-    from engram.models.bundled import memory_folder
+    from engram.models.bundled_files import memory_folder
 
     if memory_folder(memory) != memory:
         raise typer.BadParameter(

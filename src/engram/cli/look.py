@@ -89,7 +89,7 @@ def _open(memory: Path | None, model: str | None, running: Running) -> tuple[Sub
     from engram.analysis import Subject
     from engram.checkpoint import DESCRIPTION_NAME
     from engram.models import EngramModel
-    from engram.models.bundled import memory_folder
+    from engram.models.bundled_files import memory_folder
 
     if memory is None:
         return _open_second(model or "bundled", running)

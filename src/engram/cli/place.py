@@ -40,13 +40,14 @@ def place_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show where a memory's rows are and what other places would cost; with --tier and --out, move it there."""
-    from engram.models.bundled import memory_folder
-    from engram.models.place import layer_places, placement_costs
+    from engram.models.bundled_files import memory_folder
 
     _check_options(tier, path, out, hot_rows, hot_from)
     memory = memory_folder(memory)
     if dtype is not None:
         check_dtype(dtype)
+    from engram.models.place import layer_places, placement_costs  # loads transformers
+
     layers = layer_places(memory)
     fields: dict[str, Any] = {"memory": str(memory), "layers": [vars(layer) for layer in layers]}
     hot = _hot(memory, hot_from, hot_rows or 1, model, fields) if hot_from is not None else None

@@ -90,7 +90,7 @@ def _library_text() -> list[str]:
 
 def _subject(model: str | None, memory: Path | None, running: Running) -> tuple[Any, Any]:
     from engram.models import EngramModel
-    from engram.models.bundled import memory_folder
+    from engram.models.bundled_files import memory_folder
 
     if memory is None:
         return running.load(model or "bundled")

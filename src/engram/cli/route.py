@@ -37,7 +37,7 @@ def route_command(
     from engram.checkpoint import write_json_atomically
     from engram.data.texts import load_documents, standard_texts
     from engram.evaluation import fit_router_to_texts
-    from engram.models.bundled import memory_folder
+    from engram.models.bundled_files import memory_folder
 
     for file in (out, json_out):
         check_writable(file)

@@ -65,7 +65,7 @@ def trace_command(
 def _attached(model: str, memory: Path | None) -> tuple[EngramModel, Any]:
     from engram.config import EngramConfig
     from engram.models import EngramModel, get_engram_model, load_model
-    from engram.models.bundled import memory_folder
+    from engram.models.bundled_files import memory_folder
 
     base, tokenizer = load_model(model)
     if memory is not None:
@@ -88,7 +88,7 @@ def _demo_sized(tokenizer_name: str | None) -> tuple[EngramModel, Any]:
     from engram.config import EngramConfig
     from engram.errors import CheckpointError
     from engram.models import get_engram_model
-    from engram.models.bundled import BUNDLED_MODEL
+    from engram.models.bundled_files import BUNDLED_MODEL
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or str(BUNDLED_MODEL))

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from engram.data.facts import pad_right
 from engram.hashing import NgramHashMapping
-from engram.models import EngramModel
+
+if TYPE_CHECKING:
+    from engram.models import EngramModel
 
 __all__ = ["KeyedPrompt", "PlannedRows", "choose_keys", "goes_on_otherwise", "plan_rows", "surprise_bits"]
 

@@ -1,10 +1,31 @@
 """Floor 4: Hugging Face models with a memory. The first floor that may import transformers."""
 
-from engram.models.architectures import ARCHITECTURES, DecoderLayout, find_decoder, register_architecture
-from engram.models.bundled import load_bundled, load_model
-from engram.models.engram_model import EngramModel, get_engram_model
-from engram.models.router import EngramRouter, LearnedRouter, Router, RouteRule
-from engram.models.static_decoding import StaticDecoder
+from typing import TYPE_CHECKING
+
+from engram.lazy import loaded_on_use
+
+if TYPE_CHECKING:
+    from engram.models.architectures import ARCHITECTURES, DecoderLayout, find_decoder, register_architecture
+    from engram.models.bundled import load_bundled, load_model
+    from engram.models.engram_model import EngramModel, get_engram_model
+    from engram.models.router import EngramRouter, LearnedRouter, Router, RouteRule
+    from engram.models.static_decoding import StaticDecoder
+
+_HOMES = {
+    "ARCHITECTURES": "engram.models.architectures",
+    "DecoderLayout": "engram.models.architectures",
+    "EngramModel": "engram.models.engram_model",
+    "EngramRouter": "engram.models.router",
+    "LearnedRouter": "engram.models.router",
+    "RouteRule": "engram.models.router",
+    "Router": "engram.models.router",
+    "StaticDecoder": "engram.models.static_decoding",
+    "find_decoder": "engram.models.architectures",
+    "get_engram_model": "engram.models.engram_model",
+    "load_bundled": "engram.models.bundled",
+    "load_model": "engram.models.bundled",
+    "register_architecture": "engram.models.architectures",
+}
 
 __all__ = [
     "ARCHITECTURES",
@@ -21,3 +42,9 @@ __all__ = [
     "load_model",
     "register_architecture",
 ]
+
+__getattr__ = loaded_on_use(__name__, _HOMES)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -10,24 +10,15 @@ from typing import Any, Literal, overload
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from engram.checkpoint import DESCRIPTION_NAME
 from engram.errors import CheckpointError
+from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_MODEL, BUNDLED_NAME
 from engram.models.engram_model import EngramModel
 
 __all__ = [
-    "BUNDLED_MEMORY",
-    "BUNDLED_MODEL",
-    "BUNDLED_NAME",
     "load_bundled",
     "load_model",
     "load_tokenizer",
-    "memory_folder",
 ]
-
-BUNDLED_NAME = "bundled"
-"""Name that stands for the bundled model wherever a model path is asked for, and for its memory where ``memory_folder`` is asked."""
-BUNDLED_MODEL = Path(__file__).parent.parent / "bundled" / "base_model"
-BUNDLED_MEMORY = Path(__file__).parent.parent / "bundled" / "memory"
 
 
 @overload
@@ -52,12 +43,6 @@ def load_bundled(memory: bool = False) -> tuple[PreTrainedModel | EngramModel, A
     if not memory:
         return model, tokenizer
     return EngramModel.from_pretrained(model, BUNDLED_MEMORY, tokenizer).eval(), tokenizer
-
-
-def memory_folder(memory: Path) -> Path:
-    """Where a trained memory lies that is only to be read: ``memory``, or the bundled one if that is ``bundled`` and no memory lies there."""
-    mine = (memory / DESCRIPTION_NAME).exists()
-    return BUNDLED_MEMORY if str(memory) == BUNDLED_NAME and not mine else memory
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:

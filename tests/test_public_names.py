@@ -1,6 +1,8 @@
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,11 @@ def test_the_tree_names_no_machine():
         *(ROOT / "results").glob("*.json"),
     ]:
         assert not pattern.search(file.read_text()), file
+
+
+def test_what_needs_no_model_loads_no_transformers():
+    code = (
+        "import sys, engram.editing.merge, engram.models.bundled_files, engram.cli.main; print('transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

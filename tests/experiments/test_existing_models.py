@@ -81,8 +81,10 @@ def test_a_frozen_mixture_of_experts_keeps_its_balance_too(memory_run, tmp_path)
     base = build_backbone(BackboneConfig(**sizes), data.tokenizer)
     base.save_pretrained(tmp_path / "experts")
     data.tokenizer.save_pretrained(tmp_path / "experts")
-    mine = recipe(model=str(tmp_path / "experts"), tokens=512, balance_rate=1.0, memory_dropout=0.1)
+    mine = recipe(model=str(tmp_path / "experts"), tokens=512, balance_rate=1.0, memory_dropout=0.1, bf16=True)
     result = run_point(mine, data, tmp_path / "run")
+    with torch.autocast("cpu", torch.bfloat16):  # what trains in half precision is judged in it
+        assert result["held_out_before"]["test"] == measure(load_model(str(tmp_path / "experts"))[0], data.held_out["test"])
     assert result["expert_load_max"] is None
     assert result["held_out_off"] == result["held_out_before"]
     base.model.embed_tokens.weight.data += 1

@@ -17,8 +17,11 @@ from knowledge import CORPUS, UNSEEN, all_facts
 from engram import MemoryEditor, TeachSettings, load_bundled
 from engram.data.long_range import after_distraction
 from engram.editing import fit_reader_to_head
+from engram.editing.entries import make_entries
+from engram.editing.holdings import Holdings
 from engram.editing.lesson import RowDescent, _drafts, _judge, stream_sizes
 from engram.editing.reports import TeachReport
+from engram.editing.spelling import Speller
 from engram.editing.teaching import Teaching
 from engram.editing.upper import UpperModel
 from engram.evaluation import check_facts
@@ -32,14 +35,15 @@ STEPS = 120
 def train_reader(editor, facts):
     """Rows of these facts and the reader together (Adam for the reader); the rows are thrown away."""
     settings = TeachSettings()
-    entries = editor._encode(facts, settings, "", "")
+    holdings, speller = Holdings(editor.memory), Speller(editor.memory.base_model, editor.tokenizer)
+    entries = make_entries(editor.memory, editor.tokenizer, speller, facts, holdings.facts, settings)
     prompts = [prompt for entry in entries for prompt in entry.prompts]
-    rows = Teaching(editor, entries, settings, TeachReport(), None)._new_rows(prompts)
+    rows = Teaching(holdings, speller, entries, settings, TeachReport(), None)._new_rows(prompts)
     sizes = stream_sizes(editor.memory, prompts[:256])
     upper = UpperModel(editor.memory, prompts)
     reader = [p for engram in editor.memory.engrams.values() for p in engram.parameters()]
     generator = torch.Generator().manual_seed(editor.memory.engram_config.seed)
-    before = editor._rows()
+    before = holdings.rows()
     with _drafts(editor.memory, rows) as drafts:
         reader = [p.requires_grad_(True) for p in reader if all(p is not draft.held for draft in drafts.values())]
         adam = torch.optim.Adam(reader, lr=1e-2)
@@ -56,7 +60,7 @@ def train_reader(editor, facts):
                     descent.step()
                     adam.step()
                     adam.zero_grad()
-    editor._put_back(before)
+    holdings.put_back(before)
     for parameter in reader:
         parameter.requires_grad_(False)
 

@@ -86,6 +86,7 @@ def test_more_facts_join_and_contradictions_do_not(engram, taught, tmp_path):
     code, _, err = engram("teach", other, "--memory", taught)
     assert code == 1
     assert "contradict the memory" in err
+    assert "teaching" not in err  # no bar of a lesson that never began
     assert engram("teach", other, "--memory", taught, "--replace")[0] == 0
     assert engram("ask", "KEY:gamma 4", "--memory", taught)[1] == "none\n"
 
@@ -361,6 +362,9 @@ def test_a_taught_memory_stays_on_the_device(engram, taught, tmp_path):
     fields = json.loads(out)
     assert {cost["tier"] for cost in fields["costs"]} == {"device"}
     assert fields["layers"][0]["dtype"] == "bfloat16"
+    code, out, err = engram("place", taught)
+    assert "always on the model's device" in out
+    assert "hybrid" not in out
     code, out, err = engram("place", taught, "--tier", "host", "--out", tmp_path / "x")
     assert (code, out) == (2, "")
     assert "expected 'device': of a taught memory only written rows are stored" in err
@@ -437,3 +441,12 @@ def test_a_trained_memory_is_asked_with_a_router(engram, world, tmp_path):
     assert code == 0, err
     for options in ([], ["--router", tmp_path / "router"], ["--off"]):
         assert engram("ask", "KEY:beta 20", "--memory", tmp_path / "trained", "--max-new-tokens", 3, *options)[0] == 0
+
+
+def test_a_trained_memory_is_not_taught_facts(engram, world, tmp_path):
+    tiny_memory(load_model(str(world / "base"))[0]).save_pretrained(tmp_path / "trained")
+    for command in (("teach", "one.yaml"), ("why", "KEY:beta 20")):
+        code, _, err = engram(*command, "--memory", tmp_path / "trained")
+        assert code in (1, 2)
+        assert "whose rows are not verified (a trained one)" in err.replace("\n", " ")
+        assert "name a new folder" in err.replace("\n", " ")

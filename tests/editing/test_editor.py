@@ -94,7 +94,7 @@ def test_facts_are_found_behind_any_text():
 def test_forgetting_undoes_teaching_bit_for_bit(tmp_path):
     editor = make_editor()
     editor.teach(FACTS)
-    before, ledger = tensors(editor), editor._ledger.to_dict()
+    before, ledger = tensors(editor), editor._holdings.ledger.to_dict()
     text = [logits(editor, prompt) for fact in [*FACTS, *MORE] for prompt in fact.prompts]
     editor.save(tmp_path / "before")
     editor.teach(MORE)
@@ -104,7 +104,7 @@ def test_forgetting_undoes_teaching_bit_for_bit(tmp_path):
     assert report.rows_removed > 0
     assert report.no_longer_exact == []
     assert same(tensors(editor), before)
-    assert editor._ledger.to_dict() == ledger
+    assert editor._holdings.ledger.to_dict() == ledger
     after = [logits(editor, prompt) for fact in [*FACTS, *MORE] for prompt in fact.prompts]
     assert all(torch.equal(a, b) for a, b in zip(text, after))
     editor.save(tmp_path / "after")
@@ -201,13 +201,13 @@ def test_contradictions_are_refused_or_replaced():
     assert same(tensors(editor), before)
     editor.teach([new], replace_answers=True)
     assert answers(editor, [new]) == ["9999"]
-    assert "beta" not in editor._ledger
+    assert "beta" not in editor._holdings.ledger
 
 
 def test_an_interruption_leaves_the_memory_as_it_was():
     editor = make_editor()
     editor.teach(FACTS)
-    before, ledger, saved = tensors(editor), editor._ledger.to_dict(), editor.memory.ledger
+    before, ledger, saved = tensors(editor), editor._holdings.ledger.to_dict(), editor.memory.ledger
 
     def stop(done, total):
         raise KeyboardInterrupt
@@ -215,7 +215,7 @@ def test_an_interruption_leaves_the_memory_as_it_was():
     with pytest.raises(KeyboardInterrupt):
         editor.teach(MORE, progress=stop)
     assert same(tensors(editor), before)
-    assert editor._ledger.to_dict() == ledger
+    assert editor._holdings.ledger.to_dict() == ledger
     assert editor.memory.ledger == saved
     assert type(editor.table("2")).__name__ == "VerifiedTable"
     assert not any("forward" in block.__dict__ for block in editor.memory.base_model.model.layers)
@@ -277,7 +277,7 @@ def test_bad_lessons_are_refused(tmp_path):
             TeachSettings(**bad)
     editor.memory.unload()
     for changes, message in [
-        ({}, "without verified rows"),
+        ({}, "rows are not verified"),
         ({"verify_rows": True, "use_conv": False}, "mW"),
         ({"verify_rows": True, "hash_spec": "exact_v1"}, "use_conv=True"),
     ]:
@@ -344,11 +344,11 @@ def test_keys_are_the_shortest_distinctive_ends():
 def test_the_ledger_round_trips():
     editor = make_editor()
     editor.teach(FACTS, source="f.yaml", checksum="c")
-    fields = editor._ledger.to_dict()
+    fields = editor._holdings.ledger.to_dict()
     assert Ledger.from_dict(fields).to_dict() == fields
     assert fields["sources"] == [{"file": "f.yaml", "sha256": "c"}]
-    assert len(editor._ledger) == 3
-    assert "beta" in editor._ledger
+    assert len(editor._holdings.ledger) == 3
+    assert "beta" in editor._holdings.ledger
 
 
 def test_a_memory_already_attached_is_refused():
@@ -379,15 +379,15 @@ def test_new_phrasings_join_a_known_fact():
     more = Fact(("KEY:beta 20", "Say beta."), "7319", "number")
     report = editor.teach([more])
     assert (report.taught, report.already_known, report.replaced) == (["beta"], [], [])
-    assert [p.text for p in editor._ledger["beta"].prompts] == ["KEY:beta 20", "Say beta."]
+    assert [p.text for p in editor._holdings.ledger["beta"].prompts] == ["KEY:beta 20", "Say beta."]
     assert answers(editor, [more]) == ["7319", "7319"]
     assert editor.teach([Fact(("Say beta.",), "7319")]).taught == []
     assert editor.teach([Fact(("Beta, please:",), "7319", id="beta")]).taught == ["beta"]  # by its id
-    assert len(editor._ledger["beta"].prompts) == 3
+    assert len(editor._holdings.ledger["beta"].prompts) == 3
     assert all(editor.verify().values())
     both = [Fact(("Say beta.", "one more"), "7319"), Fact(("Beta, please:", "and more"), "7319")]
     assert editor.teach(both).taught == ["beta"]  # two that join the same fact
-    assert len(editor._ledger["beta"].prompts) == 5
+    assert len(editor._holdings.ledger["beta"].prompts) == 5
     assert len(editor.facts) == 3
     assert all(editor.verify().values())
 
@@ -509,9 +509,9 @@ def test_replacing_asks_whoever_leant_on_what_leaves(monkeypatch):
     editor = make_editor()
     editor.teach(FACTS)
     before = tensors(editor)
-    leaning = editor._ledger["door"]
-    monkeypatch.setattr(editor, "_leaning_on", lambda rows: [leaning])
-    monkeypatch.setattr(editor, "_not_exact", lambda facts, *_: [fact.id for fact in facts if fact is leaning])
+    leaning = editor._holdings.ledger["door"]
+    monkeypatch.setattr(editor._holdings, "leaning_on", lambda rows: [leaning])
+    monkeypatch.setattr(editor._holdings, "not_exact", lambda facts, *_: [fact.id for fact in facts if fact is leaning])
     with pytest.raises(TeachError, match="'KEY:alpha 18'"):
         editor.teach([Fact(FACTS[1].prompts, "other", id="beta")], replace_answers=True)
     assert same(tensors(editor), before)

@@ -44,14 +44,14 @@ def knowing():
     facts = load_facts(BUNDLED_MODEL.parent / "facts.yaml")[::12]
     editor = MemoryEditor.create(model, tokenizer, dtype="float32")
     assert not editor.teach(facts).not_exact
-    return editor, facts, editor._rows()
+    return editor, facts, editor._holdings.rows()
 
 
 @pytest.mark.parametrize("form", ["int8", "float8", "int4"])
 def test_facts_survive_in_fewer_bits_and_behind_other_text(knowing, form):
     editor, facts, rows = knowing
     convert(editor, "float32")
-    editor._put_back(rows)
+    editor._holdings.put_back(rows)
     convert(editor, form)
     assert all(editor.verify().values())  # 4 bits too, on these facts; see the lab notes for its margins
     few = [Fact(fact.prompts[:1], fact.answer, fact.category, (), fact.id) for fact in facts[::6]]

@@ -32,7 +32,7 @@ def test_a_fact_whose_holder_must_leave_is_not_known():
 def test_long_texts_are_cut_where_they_are_told():
     long = "0 919 838 " * 50
     _, found = outcome([held("A", long, "p1")], fact("f", "no", "p1"))
-    assert found.contradictions == [f"'p1' is '{long[:57]}...' in the memory (fact A), 'no' now"]
+    assert found.contradictions == [f"'p1' is '{long[:60]}...{long[-15:]}' in the memory (fact A), 'no' now"]
 
 
 def test_facts_that_share_holders_are_one():

@@ -7,6 +7,7 @@ import torch
 
 from engram import Fact, MemoryEditor, TeachSettings, load_bundled
 from engram.editing import spelling
+from engram.editing.entries import make_entries
 from engram.editing.spelling import Speller
 from engram.evaluation import check_facts
 from engram.testing import tiny_model, tiny_tokenizer
@@ -68,7 +69,8 @@ def test_an_answer_that_would_leave_the_reach_or_the_context_keeps_its_tokens(bu
     model, tokenizer = bundled
     editor = MemoryEditor.create(model, tokenizer, max_ngram_size=8)
     try:
-        (entry,) = editor._encode([Fact(("CODE:x1 and more of it",), "aaaaaaaa PPPP")], TeachSettings(), "", "")
+        facts = [Fact(("CODE:x1 and more of it",), "aaaaaaaa PPPP")]
+        (entry,) = make_entries(editor.memory, tokenizer, Speller(model, tokenizer), facts, [], TeachSettings())
         assert entry.prompts[0].answer_ids[:-1] == tuple(ids_of(tokenizer, " aaaaaaaa PPPP"))
     finally:
         editor.memory.unload()

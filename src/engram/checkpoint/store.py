@@ -46,6 +46,7 @@ _LEDGER_SUFFIX = ".ledger.json"
 _TEMPORARY_SUFFIX = ".tmp"
 _PENDING_SUFFIX = ".pending.tmp"
 _LOCK_NAME = ".engram.lock"
+_EXPECTED = "expected the folder of a saved memory (`engram teach`, `engram train`, save_pretrained)."
 _CHECKED_BYTES = 256 << 20
 """Files up to this size carry a checksum; reading all of a larger table just to check it would defeat mapping it."""
 
@@ -178,11 +179,9 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"no memory in {path}: {DESCRIPTION_NAME} is missing; expected a folder made by save_pretrained."
-        ) from None
+        raise CheckpointError(f"no memory in {path}: {DESCRIPTION_NAME} is missing; {_EXPECTED}") from None
     except NotADirectoryError:
-        raise CheckpointError(f"no memory in {path}: it is a file, expected a folder made by save_pretrained.") from None
+        raise CheckpointError(f"no memory in {path}: it is a file, {_EXPECTED}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {file}: {error}. Restore it from a backup or save the memory again.") from error
     if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:

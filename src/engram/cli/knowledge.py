@@ -76,9 +76,10 @@ def teach_command(
         taught = known = 0
         failed: dict[str, str] = {}
         started = time.perf_counter()
+        parts = editor.in_parts(lessons, _SAVE_EVERY, replace)  # a refusal comes before there is a bar
         with _progress(sum(len(fact.prompts) for fact in lessons)) as bar:
             done = 0
-            for part in editor.in_parts(lessons, _SAVE_EVERY, replace):
+            for part in parts:
                 show = partial(_shift, bar, done)
                 report = editor.teach(part, None, facts.name, checksum, replace, show, _report_conflicts)
                 editor.save(memory)

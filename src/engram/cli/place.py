@@ -160,7 +160,12 @@ def _print_costs(costs: list[PlacementCost]) -> None:
     free = costs[0].available
     known = (f"{name} {'unknown' if n is None else f'{n:,} bytes'}" for name, n in free.items())
     console.print(f"available: {', '.join(known)}", highlight=False)
-    console.print(f"{_NOTE}; of a hybrid, half of the rows are hot there", highlight=False)
+    hybrid = "; of a hybrid, half of the rows are hot there" if any(cost.tier == "hybrid" for cost in costs) else ""
+    console.print(f"{_NOTE}{hybrid}", highlight=False)
+    if all(cost.tier == "device" for cost in costs):
+        console.print(
+            "a taught memory stores written rows alone: so few that they are always on the model's device", highlight=False
+        )
 
 
 def _console() -> Any:

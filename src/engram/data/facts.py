@@ -35,6 +35,7 @@ __all__ = [
     "join_answer",
     "load_facts",
     "pad_right",
+    "quoted",
     "room_for_answer",
     "tokenize_prompt",
 ]
@@ -239,20 +240,21 @@ def encode_fact(tokenizer: Any, fact: Fact, fact_index: int, max_length: int | N
             answer_ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if tokenizer.eos_token_id in answer_ids:
             raise DataError(
-                f"fact {_short(prompt)!r}: its answer contains {tokenizer.eos_token!r}, which ends answers; leave it out."
+                f"fact {quoted(prompt)}: its answer contains {tokenizer.eos_token!r}, which ends answers; leave it out."
             )
         row = EncodedFact(fact_index, tuple(prompt_ids), (*answer_ids, tokenizer.eos_token_id))
         if max_length is not None and len(row.ids) > max_length:
             raise DataError(
-                f"fact {_short(prompt)!r}: prompt and answer are {len(row.ids)} tokens, expected at most {max_length} "
+                f"fact {quoted(prompt)}: prompt and answer are {len(row.ids)} tokens, expected at most {max_length} "
                 "(the model's context); shorten it."
             )
         rows.append(row)
     return rows
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:60]}...{text[-15:]}"
+def quoted(text: str) -> str:
+    """In quotes, for messages; of a long text its beginning and its end, so that what comes after it is read."""
+    return repr(text if len(text) <= 80 else f"{text[:60]}...{text[-15:]}")
 
 
 def _templates(given: Any, where: str) -> dict[str, Any]:

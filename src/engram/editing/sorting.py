@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from engram.data.facts import Fact
+from engram.data.facts import Fact, quoted
 from engram.editing.ledger import Ledger, LedgerFact
 from engram.errors import TeachError
 
 __all__ = ["SortedFacts", "in_parts", "sort_out"]
 
 _SHOWN = 5
-_READ = 60
-"""So many characters of a text are told."""
 
 
 @dataclass
@@ -121,18 +119,13 @@ def _connected(holders: Sequence[Sequence[LedgerFact]]) -> list[list[int]]:
 
 def _contradiction(held: LedgerFact, fact: Fact, said: set[str]) -> str:
     texts = [prompt.text for prompt in held.prompts]
-    was, now = _short(held.answer), _short(fact.answer)
+    was, now = quoted(held.answer), quoted(fact.answer)
     shared = next((text for text in texts if text in fact.prompts), None)
     if shared is None:
-        return f"the id {fact.id!r} names {_short(texts[0])} -> {was} in the memory, {_short(fact.prompts[0])} -> {now} now (ids must differ)"
+        return f"the id {fact.id!r} names {quoted(texts[0])} -> {was} in the memory, {quoted(fact.prompts[0])} -> {now} now (ids must differ)"
     others = [repr(text) for text in texts if text not in said]
     also = f"; {', '.join(others)} would leave with it" if others else ""
-    return f"{_short(shared)} is {was} in the memory (fact {held.id}), {now} now{also}"
-
-
-def _short(text: str) -> str:
-    """In quotes, at most so long that what comes after it is read."""
-    return repr(text if len(text) <= _READ else f"{text[: _READ - 3]}...")
+    return f"{quoted(shared)} is {was} in the memory (fact {held.id}), {now} now{also}"
 
 
 def _joined(facts: Sequence[Fact]) -> Fact:

@@ -49,6 +49,10 @@ class Speller:
         self._look_at(ids)
         return [token for token in dict.fromkeys(ids) if not self._sayable.get(token, True)]
 
+    def unsayable_texts(self, ids: Sequence[int]) -> list[str]:
+        """The same as texts."""
+        return [self._tokenizer.decode([token]) for token in self.unsayable(ids)]
+
     def _spell(self, ids: Sequence[int]) -> tuple[int, ...]:
         pieces = {token: self._pieces(token) for token in self.unsayable(ids)}
         if not pieces:

@@ -25,6 +25,7 @@ from transformers.utils import logging as hf_logging
 from engram.checkpoint import load_tree, save_tree, write_json_atomically
 from engram.errors import CheckpointError, TrainingError
 from engram.training.cpu_types import warning_of_slow_bfloat16
+from engram.training.examples import check_not_empty, with_clear_error
 from engram.training.guards import check_reports, is_complete, last_checkpoint, no_number, weights_are_finite, whole_or_removed
 from engram.training.kept_memory import kept_memory
 from engram.training.lean_loss import lean_loss
@@ -99,6 +100,7 @@ class SafeTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_reports(kwargs["args"] if "args" in kwargs else args[1] if len(args) > 1 else None)
         super().__init__(*args, **kwargs)
+        self.data_collator = with_clear_error(self.data_collator)
         self.throughput = Throughput()
         self._started, self._seconds_before = time.monotonic(), 0.0
         self.args.logging_nan_inf_filter = False  # a loss that is no number never gets that far, and asking costs a wait
@@ -121,8 +123,10 @@ class SafeTrainer(Trainer):
 
         Raises:
             CheckpointError: there is no complete checkpoint to resume from, or one could not be written.
+            DataError: there are no examples, or a batch cannot be made of them because they have several lengths.
             TrainingError: the loss, the gradient norm or the weights became NaN or infinite.
         """
+        check_not_empty(self.train_dataset)
         self._warn_of_slow_types()
         self.throughput.reset()
         self._started, self._seconds_before = time.monotonic(), 0.0

@@ -1,0 +1,59 @@
+"""Examples that no batch can be made of: one clear error, from the trainer that meets them."""
+
+import pytest
+import torch
+from transformers import DataCollatorForLanguageModeling, default_data_collator
+
+from engram import EngramTrainer, EngramTrainingArguments
+from engram.errors import DataError
+from engram.testing import tiny_memory, tiny_tokenizer
+from engram.training.examples import OneLength, with_clear_error
+
+LENGTHS = (5, 9, 5, 7)
+
+
+def examples(lengths, as_tensors):
+    rows = [list(range(2, 2 + length)) for length in lengths]
+    return [{"input_ids": ids, "labels": ids} for ids in (map(torch.tensor, rows) if as_tensors else rows)]
+
+
+def trainer(tmp_path, data, **options):
+    args = EngramTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    return EngramTrainer(tiny_memory(), args, train_dataset=data, **options)
+
+
+def test_no_examples_are_refused(tmp_path):
+    with pytest.raises(DataError, match="got no examples, expected at least one"):
+        trainer(tmp_path, []).train()
+
+
+@pytest.mark.parametrize("as_tensors", [False, True])
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_examples_of_several_lengths_are_refused(tmp_path, as_tensors, with_tokenizer):
+    options = {"processing_class": tiny_tokenizer()} if with_tokenizer else {}  # then transformers chooses another collator
+    with pytest.raises(DataError, match="5 to 9 tokens in one batch, expected one length; pack the texts"):
+        trainer(tmp_path, examples(LENGTHS, as_tensors), **options).train()
+
+
+def test_what_the_error_advises_trains(tmp_path):
+    rows = [{"input_ids": example["input_ids"]} for example in examples(LENGTHS, False)]
+    collator = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)
+    assert trainer(tmp_path, rows, data_collator=collator).train().training_loss > 0
+
+
+def test_other_errors_and_collators_stay_as_they_are():
+    odd = [{"input_ids": [1, 2], "mask": [1]}, {"input_ids": [1, 2], "mask": [1, 1]}]
+    with pytest.raises(ValueError, match="expected sequence of length"):
+        OneLength(default_data_collator)(odd)
+    assert with_clear_error(sum) is sum
+    batch = with_clear_error(default_data_collator)(examples((3, 3), False))
+    assert batch["input_ids"].tolist() == [[2, 3, 4]] * 2

@@ -10,15 +10,26 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
+SAYS = {
+    "teach_facts": (r"loaded again: .*door.* 4711", "-> 'Graphics Processing Unit'"),
+    "train_jointly": ("trainable",),
+    "memory_with_lora": (r"both: \['4711'\]", r"LoRA alone: \[(?!'4711)", r"loaded again: \['4711'\]"),
+    "table_on_disk": (r"layer-2\.rows', 25601664", "same logits in every tier: True"),
+    "route_prompts": (r"\['4737', 'Paris\.'\]", "bypassed is base: True - routed is not: True"),
+}
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing:FutureWarning"
+)  # peft's, about a name that transformers will change
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda p: p.stem)
 def test_every_example_runs(file, capsys):
     assert len(file.read_text().splitlines()) <= 60
     runpy.run_path(str(file), run_name="__main__")
     out = capsys.readouterr().out
-    if file.stem == "teach_facts":
-        assert re.search(r"loaded again: .*door.* 4711", out)
-        assert "-> 'Graphics Processing Unit'" in out
+    for words in SAYS[file.stem]:
+        assert re.search(words, out), out
 
 
 @pytest.mark.slow

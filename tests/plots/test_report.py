@@ -172,6 +172,7 @@ def test_kinds_of_result(tmp_path):
     assert read(made_up.slots()).kind == "slots"
     assert read(made_up.throughput()).kind == "throughput"
     both = read(made_up.long_context()).data["models"]["engram_equal_loss"]
+    assert both["held_out_loss_before"] == 2.9
     assert (both["held_out_loss"], both["scores"][1]["exact"], both["scores"][1]["answers"]) == (3.1, 405, 512)
     assert both["scores"][1]["by_seed"] == [200 / 256, 205 / 256]
     assert 0.74 < both["scores"][1]["low"] < 405 / 512 < both["scores"][1]["high"] < 0.84

@@ -69,17 +69,28 @@ def long_context(result: Mapping[str, Any]) -> list[str]:
     rows = []
     for name, model in models.items():
         scores = {(s["kind"], s["length"]): s for s in model["scores"]}
-        loss = "–" if model["held_out_loss"] is None else f"{model['held_out_loss']:.4f}"
+        before, after = (
+            "–" if model[key] is None else f"{model[key]:.4f}" for key in ("held_out_loss_before", "held_out_loss")
+        )
         for key in keys:
             if key in scores:
                 score = scores[key]
                 share = f"{100 * score['share']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
                 seeds = ", ".join(f"{100 * s:.1f}" for s in score["by_seed"])
                 rows.append(
-                    (literal_text(name), loss, literal_text(key[0]), count(key[1]), count(score["answers"]), share, seeds)
+                    (
+                        literal_text(name),
+                        before,
+                        after,
+                        literal_text(key[0]),
+                        count(key[1]),
+                        count(score["answers"]),
+                        share,
+                        seeds,
+                    )
                 )
-    header = ("model", "held-out loss", "question", "tokens", "answers", "exact, %", "by seed, %")
-    return [table(header, rows, right=(1, 3, 4, 5, 6))]
+    header = ("model", "held-out loss before", "after", "question", "tokens", "answers", "exact, %", "by seed, %")
+    return [table(header, rows, right=(1, 2, 4, 5, 6, 7))]
 
 
 def throughput(result: Mapping[str, Any]) -> list[str]:

@@ -93,17 +93,22 @@ def pool_recall(data: Mapping[str, Any]) -> dict[str, Any]:
     """A result on long context with the answers of all seeds together.
 
     Returns:
-        ``models: {name: {held_out_loss, scores}}`` beside what else the result says, and ``trained_apart``: whether they are models of
-        their own, not one with its memory on and off. Scores have ``kind``, ``length``, ``answers``,
-        ``exact``, ``share`` with Wilson's interval ``low`` to ``high``, and ``by_seed``, the shares one by one.
+        ``models: {name: {held_out_loss, held_out_loss_before, scores}}`` (None where a loss is not known) beside what else the result says,
+        and ``trained_apart``: whether they are models of their own, not one with its memory on and off. Scores have ``kind``, ``length``,
+        ``answers``, ``exact``, ``share`` with Wilson's interval ``low`` to ``high``, and ``by_seed``, the shares one by one.
     """
     runs = _recall_runs(data)
     models = {}
     for name, entries in runs.items():
-        losses = [entry["held_out_loss"] for entry in entries if "held_out_loss" in entry]
-        models[name] = {"held_out_loss": sum(losses) / len(losses) if losses else None, "scores": _pool(entries)}
+        losses = {key: _mean(entries, key) for key in ("held_out_loss", "held_out_loss_before")}
+        models[name] = {**losses, "scores": _pool(entries)}
     rest = {} if set(runs) == set(data) else {key: value for key, value in data.items() if key != "entries"}
     return {**rest, "trained_apart": bool(rest), "models": models}
+
+
+def _mean(entries: list[Mapping[str, Any]], key: str) -> float | None:
+    values = [entry[key] for entry in entries if key in entry]
+    return sum(values) / len(values) if values else None
 
 
 def _pool(entries: list[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -3,13 +3,14 @@
 The backbone has random weights in the shape of a model of 4 billion parameters: what is measured does not depend on what it says, and the
 tokens that it is fed are drawn beforehand. All three variants share its weights and take turns, round after round, in one process; a step is
 one replayed CUDA graph. Rows of the host table are fetched by the device itself (unified addressing), on a side stream, when a step starts.
-Rows are compared before anything is timed. With `--quick` it runs on the CPU in tiny sizes: only to see that it runs.
+Rows are compared before anything is timed, and the result is written after every part, so that a run cut short keeps what it has. With
+`--quick` it runs on the CPU in tiny sizes: only to see that it runs.
 """
 
 import argparse
 import collections
 import copy
-import itertools
+import sys
 import time
 
 import torch
@@ -35,7 +36,7 @@ FULL = {
 QUICK = {"vocab": 300, "hidden": 32, "layers": 3, "intermediate": 48, "heads": 4, "kv_heads": 2, "engram_layers": (0, 2)}
 ROW_BYTES, HEADS = 128, 16  # 64 values in bfloat16; 8 heads for each of two orders
 SAMPLE_BLOCKS, SAMPLE_ROWS = 16, 4096
-DRAWS = 16
+READS = 10  # per timed call
 
 
 def synchronize(device):
@@ -122,22 +123,45 @@ def seconds_of(call, device, repeats):
     return (time.perf_counter() - started) / repeats
 
 
+class Reads:
+    """Gathers of so many rows, other ones at every call: the same would come from caches. On a GPU they are one graph, or small ones would be
+    timed by what it takes Python to launch them."""
+
+    def __init__(self, table, count, device):
+        self.table, self.graph = table, None
+        self.numbers = torch.empty((READS, count), dtype=torch.int64, device=device)
+        self.out = torch.empty((count, table.dim), dtype=table.dtype, device=device)
+        self.draw()
+        self.read()  # compiles
+        if device.type == "cuda":
+            synchronize(device)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.read()
+
+    def draw(self):
+        self.numbers.random_(self.table.rows)
+
+    def read(self):
+        for numbers in self.numbers:
+            self.table.read(numbers, self.table.dtype, self.out)
+
+    def __call__(self):
+        self.read() if self.graph is None else self.graph.replay()
+
+
 def gather_and_copy(table, device, rounds, copied_bytes, counts):
     """Rows per second out of the table, beside a plain copy of page-locked memory: the bus."""
     pinned = torch.empty(copied_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target = torch.empty(copied_bytes, dtype=torch.uint8, device=device)
-    calls = {"copy": lambda: target.copy_(pinned, non_blocking=True)}
-    for count in counts:
-        # Other rows at every call: the same ones would come from caches.
-        drawn = torch.randint(table.rows, (DRAWS, count), generator=torch.Generator().manual_seed(count)).to(device)
-        numbers, out = itertools.cycle(drawn), torch.empty((count, table.dim), dtype=table.dtype, device=device)
-        calls[count] = lambda numbers=numbers, out=out: table.read(next(numbers), table.dtype, out)
-    seconds = {name: [] for name in calls}
-    for name in calls:
-        calls[name]()
+    torch.manual_seed(SEED)
+    reads = {count: Reads(table, count, device) for count in counts}
+    seconds = {name: [] for name in ("copy", *counts)}
     for _ in range(rounds):
-        for name, call in calls.items():
-            seconds[name].append(seconds_of(call, device, 10))
+        seconds["copy"].append(seconds_of(lambda: target.copy_(pinned, non_blocking=True), device, READS))
+        for count, call in reads.items():
+            call.draw()
+            seconds[count].append(seconds_of(call, device, 1) / READS)
     copy_rate = copied_bytes / spread(seconds["copy"])["median"]
     result = {"copy": {"bytes": copied_bytes, "seconds": spread(seconds["copy"]), "bytes_per_second": copy_rate}, "gather": []}
     for count in counts:
@@ -197,16 +221,24 @@ def decode(host, device_memory, sizes, args, device):
             variant.timed(args.steps, device)
         order.rotate(1)
         print(f"round {number + 1} of {args.rounds}", flush=True)
-    off = variants["off"].seconds
     entries = {}
     for name, variant in variants.items():
-        ratios = spread([one / other for one, other in zip(variant.seconds, off)])
-        seconds = spread(variant.seconds)
-        entries[name] = {"seconds_per_step": seconds, "tokens_per_second": args.sequences / seconds["median"], "to_off": ratios}
+        ratios, seconds = _to(variant, variants["off"]), spread(variant.seconds)
+        entries[name] = {
+            "seconds_per_step": seconds,
+            "tokens_per_second": args.sequences / seconds["median"],
+            "to_off": ratios,
+            "to_device": _to(variant, variants["device"]),  # what it costs that rows are elsewhere, whatever else a step takes
+            "seconds_over_off": spread([one - other for one, other in zip(variant.seconds, variants["off"].seconds)]),
+        }
         print(
             f"{name:>16}: {args.sequences / seconds['median']:,.0f} tokens/s, x{ratios['median']:.3f} of the time of a step without"
         )
     return entries
+
+
+def _to(variant, other):
+    return spread([mine / theirs for mine, theirs in zip(variant.seconds, other.seconds)])
 
 
 def parsed():
@@ -237,23 +269,30 @@ def main():
     base = backbone(sizes, device)
     twin = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # hooks of its own, the same weights
     host, host_tables, host_account = attach(base, sizes, table_bytes, "host", device)
+    print(f"host table: {host_account}", flush=True)
+    if device.type == "cuda" and not host_account["read_by_device"]:
+        sys.exit(f"{table_bytes:,} bytes could not be page-locked, so the device cannot read them: try a smaller --table-bytes")
     small, small_tables, small_account = attach(twin, sizes, int(args.device_bytes), "device", device)
-    with torch.no_grad():
-        check([(host, host_tables), (small, small_tables)], sizes, device)
-        counts = (64, 512) if args.quick else (512 * HEADS, 131_072, 1_048_576)
-        gathered = gather_and_copy(host_tables[0], device, args.rounds, 1 << (12 if args.quick else 28), counts)
     result = {
         **provenance(SEED),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "triton": triton_gather() is not None,
+        "attention": base.config._attn_implementation,
         "sizes": sizes,
         "parameters": sum(p.numel() for p in base.parameters()),
         "sequences": args.sequences,
+        "asked_table_bytes": int(args.table_bytes),
         "tables": {"host": host_account, "device": small_account},
-        "bus": gathered,
-        "decoding": decode(host, small, sizes, args, device),
     }
-    write(args.out or RESULTS / "gpu.json", result)
+    out = args.out or RESULTS / "gpu.json"
+    write(out, result)
+    with torch.no_grad():
+        check([(host, host_tables), (small, small_tables)], sizes, device)
+        counts = (64, 512) if args.quick else (512 * HEADS, 131_072, 1_048_576)
+        result["bus"] = gather_and_copy(host_tables[0], device, args.rounds, 1 << (12 if args.quick else 28), counts)
+        write(out, result)
+    result["decoding"] = decode(host, small, sizes, args, device)
+    write(out, result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What only a GPU can show: kernels, streams, page-locked memory and graphs give what the CPU gives."""
 
 import gc
+import warnings
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_look_ups_from_every_place(kernels, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
-@pytest.mark.parametrize("dim", [2, 62, 64, 160, 256, 1300])
+@pytest.mark.parametrize("dim", [2, 62, 64, 1300])  # every width is compiled anew
 def test_odd_sizes_and_numbers_out_of_range(name, dim):
     kernel = dispatch.triton_gather()
     if kernel is None:
@@ -188,11 +189,15 @@ def test_hash_look_up_and_layer_never_wait():
 
     once()  # constants are uploaded and kernels compiled
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():  # torch says that the mode is a prototype, once it is on
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
         once()
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_verified_rows_on_the_gpu():

@@ -59,12 +59,21 @@ def test_the_gather_compiles(kind, data, scales, architecture):
 
 
 @pytest.mark.parametrize("ones", [(), ("raw_pad", "modulus"), ("vocabulary",)], ids=["", "pad of 1", "one word"])
+@pytest.mark.parametrize("orders", [3, 31])
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_the_hash_compiles(architecture, ones):
+def test_the_hash_compiles(architecture, orders, ones):
     """Triton makes a constant of every number that is 1."""
     pointers = {"ids": "*i64", "mask": "*i8", "history": "*i64", "lookup": "*i64", "multipliers": "*i64", "primes": "*i64"}
     numbers = {"length": "i32", "past": "i32", "count": "i32", "vocabulary": "i32", "raw_pad": "i32", "modulus": "i32"}
-    constants = {"ORDERS": 3, "HEADS": 6, "MASKED": True, "TAGGED": True, "BLOCK": 64, "BLOCK_K": 8}
+    constants = {
+        "ORDERS": orders,
+        "HEADS": 6,
+        "MASKED": True,
+        "TAGGED": True,
+        "UNROLLED": orders < 5,
+        "BLOCK": 64,
+        "BLOCK_K": 8,
+    }
     constants |= dict.fromkeys(ones, 1)
     types = {**pointers, "out": "*i64", "tags": "*i32", **{name: kind for name, kind in numbers.items() if name not in ones}}
     assert len(machine_code(triton_hash._hash_kernel, types, constants, architecture)["cubin"]) > 0

@@ -33,7 +33,9 @@ def check(kernel, mapping, ids, history=None, mask=None):
 
 
 @pytest.mark.parametrize(
-    ("orders", "heads", "size"), [(2, 1, 5), (3, 4, 300), (4, 3, 10**6), (9, 8, 2**31)], ids=["2x1", "3x4", "4x3", "9x8"]
+    ("orders", "heads", "size"),
+    [(2, 1, 5), (3, 4, 300), (4, 3, 10**6), (9, 8, 2**31), (32, 1, 2**31)],
+    ids=["2x1", "3x4", "4x3", "9x8", "32x1"],
 )
 def test_sizes_and_pasts(kernel, orders, heads, size):
     config = tiny_config(

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from engram import TableError, native
 from engram.tables import FORMATS, row_format
+from engram.tables.formats import _power_of_two
 
 QUANTISED = [name for name, entry in FORMATS.items() if entry.quantised]
 
@@ -53,6 +54,11 @@ def test_quantised_rows_are_near(case, data):
         assert bool((error <= torch.maximum(rows.abs() * share, largest * 2**-17) * 1.001 + 1e-40).all())
     else:
         assert bool((error <= rows.abs().amax(1, keepdim=True) * share * 1.001 + 1e-40).all())
+
+
+def test_float8_powers_are_exact():
+    scales = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(_power_of_two(scales.to(torch.int32) - 127), torch.ldexp(torch.ones(256), scales.to(torch.int32) - 127))
 
 
 @pytest.mark.parametrize("name", QUANTISED)

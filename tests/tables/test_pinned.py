@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ DEVICE = torch.device("cuda", 0)
 
 class Runtime:
     def __init__(self, status=0):
-        self.status, self.calls = status, []
+        self.status, self.calls, self.capturing = status, [], False
 
     def cudaHostRegister(self, pointer, size, flags):
         self.calls.append(("lock", pointer, size))
@@ -24,6 +25,8 @@ class Runtime:
 
     def cudaHostUnregister(self, pointer):
         self.calls.append(("unlock", pointer))
+        if self.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
         return 0
 
 
@@ -35,6 +38,8 @@ def runtime(monkeypatch):
     monkeypatch.setattr(pinned, "_device_view", lambda tensor, device: tensor.view_as(tensor))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: runtime.calls.append(("wait",)))
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: runtime.capturing)
     return runtime
 
 
@@ -52,6 +57,51 @@ def test_memory_is_locked_once_and_unlocked_when_the_table_goes(runtime):
     del table
     gc.collect()
     assert runtime.calls[2:] == [("wait",), ("unlock", pointer)]
+
+
+def test_memory_that_goes_while_a_graph_is_captured_is_kept_and_unlocked_later(runtime):
+    table = HostTable(100, 16)
+    assert table.is_read_by(DEVICE)
+    pointer, where = table.weight.data_ptr(), len(pinned._waiting)
+    runtime.capturing = True
+    del table
+    gc.collect()
+    assert [call[0] for call in runtime.calls] == ["lock"]  # nothing that could wait
+    assert [tensor.data_ptr() for tensor in pinned._waiting[where:]] == [pointer]  # not given back either
+    runtime.capturing = False
+    other = HostTable(50, 16)
+    assert other.is_read_by(DEVICE)
+    assert runtime.calls[1:] == [("wait",), ("unlock", pointer), ("lock", other.weight.data_ptr(), 3200)]
+    assert len(pinned._waiting) == where
+
+
+def test_memory_that_cannot_be_unlocked_is_never_given_back(runtime, monkeypatch):
+    table = HostTable(100, 16)
+    assert table.is_read_by(DEVICE)
+    pointer = table.weight.data_ptr()
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: self.data_ptr() == pointer)
+    del table
+    gc.collect()
+    assert runtime.calls[-1] == ("unlock", pointer)
+    (kept,) = pinned._waiting
+    assert kept.data_ptr() == pointer
+    pinned._waiting.clear()
+
+
+def test_a_view_is_of_one_byte_first(monkeypatch):
+    """Where torch copies to the device instead of looking at the memory, it must not be the whole table."""
+    taken = []
+
+    def as_tensor(named, device):
+        size = named.__cuda_array_interface__["shape"][0]
+        taken.append(size)
+        return torch.zeros(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(torch, "as_tensor", as_tensor)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    with pytest.raises(RuntimeError, match="another address"):
+        pinned._device_view(torch.randn(100, 16), DEVICE)
+    assert taken == [1]
 
 
 def test_quantised_rows_lock_their_scales_too(runtime):

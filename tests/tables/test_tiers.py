@@ -38,6 +38,7 @@ from engram.tables import (
     rows_are,
     stamp_rows,
 )
+from engram.tables.memory import lazy_zeros, take_pages
 from engram.testing import tiny_config, tiny_model, tiny_tokenizer
 
 ROWS, DIM = 300, 16
@@ -741,6 +742,19 @@ print(peak / BUDGET)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts resident pages as Linux does")
+def test_pages_are_taken_before_they_are_written(monkeypatch):
+    monkeypatch.setattr("engram.tables.memory._PART", 24 << 20)  # more than one
+    rows = lazy_zeros((70 << 18,), torch.float32, "test")
+    rows[7], rows[-1] = 3.0, 5.0
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # noqa: E731
+    before = resident()
+    take_pages(rows)
+    assert resident() - before > 60 << 20
+    assert (rows[7], rows[-1], rows.sum()) == (3.0, 5.0, 8.0)
+    take_pages(torch.zeros(5))  # too small to be worth a thread
 
 
 def test_tables_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):

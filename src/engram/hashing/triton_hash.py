@@ -15,6 +15,55 @@ __all__ = ["hash_ngrams_triton"]
 _BLOCK = 64
 """Positions per program; a decoding step of a few hundred sequences still spreads over the device."""
 
+_UNROLLED = 4
+"""Orders up to so many are unrolled; a kernel of 31 (a taught memory's) would take a quarter of a minute to compile."""
+
+
+@triton.jit
+def _token(ids, mask, history, lookup, row_P, at_P, asked_P, length, past, vocabulary, raw_pad, MASKED: tl.constexpr):
+    """Canonical ids at positions of a text, some of which lie in what came before, or before its start."""
+    here_P = asked_P & (at_P >= 0)
+    before_P = asked_P & (at_P < 0) & (at_P + past >= 0)
+    id_P = tl.load(ids + (row_P * length + at_P), mask=here_P, other=0)
+    earlier_P = tl.load(history + (row_P * past + past + at_P), mask=before_P, other=0)
+    id_P = tl.where(here_P, id_P, tl.where(before_P, earlier_P, raw_pad))
+    if MASKED:
+        real_P = tl.load(mask + (row_P * length + at_P), mask=here_P, other=1)
+        id_P = tl.where(real_P != 0, id_P, raw_pad)
+    known_P = asked_P & (id_P >= 0) & (id_P < vocabulary)
+    return tl.load(lookup + id_P, mask=known_P, other=0)
+
+
+@triton.jit
+def _store_heads(
+    mix_P,
+    order,
+    primes,
+    out,
+    tags,
+    layer,
+    place_P,
+    asked_P,
+    count,
+    modulus,
+    ORDERS: tl.constexpr,
+    HEADS: tl.constexpr,
+    TAGGED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Indices (and tags) of one order's heads out of its mix."""
+    head_K = tl.arange(0, BLOCK_K)
+    head = order * HEADS + head_K
+    width = ORDERS * HEADS
+    prime_K = tl.load(primes + (layer * width + head), mask=head_K < HEADS, other=1)
+    index_PK = mix_P[:, None] % prime_K[None, :]
+    target_PK = (layer * count + place_P)[:, None] * width + head[None, :]
+    written_PK = asked_P[:, None] & (head_K < HEADS)[None, :]
+    tl.store(out + target_PK, index_PK, mask=written_PK)
+    if TAGGED:
+        tag_PK = (mix_P[:, None] // prime_K[None, :]) % modulus + 1
+        tl.store(tags + target_PK, tag_PK.to(tl.int32), mask=written_PK)
+
 
 @triton.jit(do_not_specialize=["length", "past", "count"])
 def _hash_kernel(
@@ -36,6 +85,7 @@ def _hash_kernel(
     HEADS: tl.constexpr,
     MASKED: tl.constexpr,
     TAGGED: tl.constexpr,
+    UNROLLED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -43,33 +93,23 @@ def _hash_kernel(
     place_P = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     asked_P = place_P < count
     row_P = place_P // length
-    column_P = place_P % length
-    head_K = tl.arange(0, BLOCK_K)
-    width = ORDERS * HEADS
-    mix_P = tl.full([BLOCK], 0, tl.int64)
-    for back in tl.static_range(ORDERS + 1):
-        at_P = column_P - back
-        here_P = asked_P & (at_P >= 0)
-        before_P = asked_P & (at_P < 0) & (at_P + past >= 0)
-        id_P = tl.load(ids + (row_P * length + at_P), mask=here_P, other=0)
-        earlier_P = tl.load(history + (row_P * past + past + at_P), mask=before_P, other=0)
-        id_P = tl.where(here_P, id_P, tl.where(before_P, earlier_P, raw_pad))
-        if MASKED:
-            real_P = tl.load(mask + (row_P * length + at_P), mask=here_P, other=1)
-            id_P = tl.where(real_P != 0, id_P, raw_pad)
-        known_P = asked_P & (id_P >= 0) & (id_P < vocabulary)
-        token_P = tl.load(lookup + id_P, mask=known_P, other=0)
-        mix_P = mix_P ^ (token_P * tl.load(multipliers + (layer * (ORDERS + 1) + back)))
-        if back > 0:
-            head = (back - 1) * HEADS + head_K
-            prime_K = tl.load(primes + (layer * width + head), mask=head_K < HEADS, other=1)
-            index_PK = mix_P[:, None] % prime_K[None, :]
-            target_PK = (layer * count + place_P)[:, None] * width + head[None, :]
-            written_PK = asked_P[:, None] & (head_K < HEADS)[None, :]
-            tl.store(out + target_PK, index_PK, mask=written_PK)
-            if TAGGED:
-                tag_PK = (mix_P[:, None] // prime_K[None, :]) % modulus + 1
-                tl.store(tags + target_PK, tag_PK.to(tl.int32), mask=written_PK)
+    at_P = place_P % length
+    own = multipliers + layer * (ORDERS + 1)
+    mix_P = _token(ids, mask, history, lookup, row_P, at_P, asked_P, length, past, vocabulary, raw_pad, MASKED) * tl.load(own)
+    if UNROLLED:
+        for back in tl.static_range(1, ORDERS + 1):
+            token_P = _token(ids, mask, history, lookup, row_P, at_P - back, asked_P, length, past, vocabulary, raw_pad, MASKED)
+            mix_P = mix_P ^ (token_P * tl.load(own + back))
+            _store_heads(
+                mix_P, back - 1, primes, out, tags, layer, place_P, asked_P, count, modulus, ORDERS, HEADS, TAGGED, BLOCK_K
+            )
+    else:
+        for back in range(1, ORDERS + 1):
+            token_P = _token(ids, mask, history, lookup, row_P, at_P - back, asked_P, length, past, vocabulary, raw_pad, MASKED)
+            mix_P = mix_P ^ (token_P * tl.load(own + back))
+            _store_heads(
+                mix_P, back - 1, primes, out, tags, layer, place_P, asked_P, count, modulus, ORDERS, HEADS, TAGGED, BLOCK_K
+            )
 
 
 def hash_ngrams_triton(
@@ -124,6 +164,7 @@ def hash_ngrams_triton(
         HEADS=heads,
         MASKED=mask is not None,
         TAGGED=tags is not None,
+        UNROLLED=orders <= _UNROLLED,
         BLOCK=_BLOCK,
         BLOCK_K=triton.next_power_of_2(heads),
         num_warps=2,

@@ -6,7 +6,9 @@ that are overwritten, because a graph replays reads and writes of addresses and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -202,6 +204,19 @@ class StaticDecoder:
                 put_back()
         torch.cuda.current_stream(self.tokens.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.tokens.device), torch.cuda.graph(graph, stream=stream):  # records, computes nothing
-            self._forward()
+        with torch.cuda.device(self.tokens.device), _no_collection(), torch.cuda.graph(graph, stream=stream):
+            self._forward()  # recorded, not computed
         return graph
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What is garbage goes before, and nothing while a graph is captured: freeing a model's memory may wait for the device, which ends it."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

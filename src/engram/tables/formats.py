@@ -132,14 +132,21 @@ def _encode_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
     _, exponent = torch.frexp(blocks.abs().amax(dim=2) / _FLOAT8_MAX)  # largest / 448 = mantissa * 2^exponent, mantissa below 1
     exponent = exponent.clamp(1 - _EXPONENT_BIAS, _EXPONENT_BIAS)
     # Divided in two steps: 2^126 times a subnormal would otherwise leave float32's range on the way.
-    scaled = torch.ldexp(torch.ldexp(blocks, -(exponent // 2).unsqueeze(2)), -(exponent - exponent // 2).unsqueeze(2))
+    scaled = blocks * _power_of_two(-(exponent // 2)).unsqueeze(2) * _power_of_two(exponent // 2 - exponent).unsqueeze(2)
     stored = scaled.flatten(1)[:, : rows.shape[1]].clamp(-_FLOAT8_MAX, _FLOAT8_MAX).to(torch.float8_e4m3fn)
     return stored.contiguous(), (exponent + _EXPONENT_BIAS).to(torch.uint8)
 
 
 def _decode_float8(stored: Tensor, scales: Tensor) -> Tensor:
-    powers = torch.ldexp(torch.ones(scales.shape, device=scales.device), scales.to(torch.int32) - _EXPONENT_BIAS)
+    powers = _power_of_two(scales.to(torch.int32) - _EXPONENT_BIAS)
     return stored.float() * powers.repeat_interleave(_BLOCK, dim=1)[:, : stored.shape[1]]
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2 to the power of -127 to 127 in float32, from its bits: ``torch.ldexp`` asks the device's ``pow``, which need not be exact."""
+    return (
+        torch.where(exponent > -_EXPONENT_BIAS, (exponent + _EXPONENT_BIAS) << 23, 1 << 22).to(torch.int32).view(torch.float32)
+    )
 
 
 def _encode_int4(rows: Tensor) -> tuple[Tensor, Tensor]:

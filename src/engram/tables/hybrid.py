@@ -128,9 +128,17 @@ class HybridTable(EmbeddingTable):
         slots = torch.searchsorted(self.hot_ids, asked).clamp_max_(len(self.hot_ids) - 1)
         missed = (self.hot_ids[slots] != asked).nonzero()[:, 0]
         rows = self.form.read(self.hot, self.hot_scales, slots, dtype)
+        self._note_reader()
         if len(missed):
             rows[missed] = self.cold.lookup(asked[missed], dtype)
         return rows.to(row_ids.device)
+
+    def _note_reader(self) -> None:
+        """Tell the allocator that this stream reads the copies: they may have been made on another, and be replaced while it does."""
+        if self.hot.device.type == "cuda":
+            for copied in (self.hot, self.hot_scales):
+                if copied is not None:
+                    copied.record_stream(torch.cuda.current_stream(self.hot.device))
 
     @torch.no_grad()
     def _refresh(self) -> None:

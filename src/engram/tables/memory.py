@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,10 +14,12 @@ from torch import Tensor
 
 from engram.errors import TableError
 
-__all__ = ["available_memory", "check_fits", "lazy_zeros"]
+__all__ = ["available_memory", "check_fits", "lazy_zeros", "take_pages"]
 
 _HUGE = 2 << 20
 _WORTH_CHECKING = 64 << 20
+_PART = 1 << 30
+_MADV_POPULATE_WRITE = 23
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
@@ -119,3 +124,21 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> Tensor:
         with suppress(OSError):  # a kernel without huge pages is merely slower
             pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def take_pages(tensor: Tensor) -> None:
+    """Have the system map and clear the pages of a large tensor now, by several threads: whoever locks or writes it next would do so in one.
+
+    Values stay as they are. On systems that cannot (Linux before 5.14, others) nothing happens.
+    """
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end - start < _WORTH_CHECKING:
+        return
+    with suppress(OSError, AttributeError):
+        advise = ctypes.CDLL(None).madvise
+        parts = range(start, end, _PART)
+        with ThreadPoolExecutor(min(len(parts), os.cpu_count() or 1)) as threads:  # ctypes lets others run meanwhile
+            for part in parts:
+                size = ctypes.c_size_t(min(_PART, end - part))
+                threads.submit(advise, ctypes.c_void_p(part), size, _MADV_POPULATE_WRITE)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram.tables.memory import take_pages
+
 __all__ = ["PageLock", "through_host"]
 
 _PORTABLE, _MAPPED = 1, 2  # cudaHostRegisterPortable, cudaHostRegisterMapped
@@ -44,7 +46,7 @@ class PageLock:
             return None
         key = (device, tensor.data_ptr(), tensor.nbytes)
         if key not in self._views:
-            if not self._lock(tensor.detach()):
+            if not self._lock(tensor.detach(), device):
                 return None
             try:
                 self._views[key] = _device_view(tensor.detach(), device)
@@ -58,11 +60,16 @@ class PageLock:
         for device in {device for device, _, _ in self._views}:  # memory that somebody else locked has views too
             torch.cuda.synchronize(device)
 
-    def _lock(self, tensor: Tensor) -> bool:
+    def _lock(self, tensor: Tensor, device: torch.device) -> bool:
         part = (tensor.data_ptr(), tensor.nbytes)
-        if part in self._locked or tensor.is_pinned():
+        if part in self._locked:
             return True
-        status = int(_cudart().cudaHostRegister(*part, _PORTABLE | _MAPPED))
+        _unlock_what_waits()  # memory that is still locked for a table that is gone must not pass for this one's
+        if tensor.is_pinned():
+            return True
+        take_pages(tensor)
+        with torch.cuda.device(device):  # whose memory it then is, as far as torch can tell
+            status = int(_cudart().cudaHostRegister(*part, _PORTABLE | _MAPPED))
         if status:
             self._refuse(tensor, f"cudaHostRegister answered {status}")
             _clear_error()
@@ -110,10 +117,28 @@ def _cudart() -> Any:
     return torch.cuda.cudart()
 
 
+_waiting: list[Tensor] = []
+"""Memory that nobody uses any more and that could not be unlocked yet. It is kept: what is mapped at its address next would be taken for
+locked, and the device would read the old pages."""
+
+
 def _unlock(tensor: Tensor) -> None:
+    _waiting.append(tensor)
+    _unlock_what_waits()
+
+
+def _unlock_what_waits() -> None:
+    """Unlock memory of tables that are gone; not while a graph is captured, which any call that waits would spoil."""
+    if not _waiting or torch.cuda.is_current_stream_capturing():
+        return
     with suppress(RuntimeError):
         torch.cuda.synchronize()  # a look-up may still be reading
-        _cudart().cudaHostUnregister(tensor.data_ptr())
+    for tensor in list(_waiting):
+        with suppress(RuntimeError):
+            if int(_cudart().cudaHostUnregister(tensor.data_ptr())):
+                _clear_error()
+        if not tensor.is_pinned():
+            _waiting[:] = [other for other in _waiting if other is not tensor]
 
 
 def _clear_error() -> None:
@@ -138,8 +163,10 @@ class _HostBytes:
 
 def _device_view(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of ``device`` over page-locked host memory; nothing is copied."""
+    bytes_ = tensor.view(-1).view(torch.uint8)
     with torch.cuda.device(device):
-        view = torch.as_tensor(_HostBytes(tensor), device=device)
-    if view.data_ptr() != tensor.data_ptr():
-        raise RuntimeError(f"{device} sees page-locked memory under another address")
+        for part in (bytes_[:1], bytes_):  # one byte first: where torch makes a copy instead, it is not one of the table
+            view = torch.as_tensor(_HostBytes(part), device=device)
+            if view.data_ptr() != tensor.data_ptr():
+                raise RuntimeError(f"{device} sees page-locked memory under another address")
     return view.view(tensor.dtype).view(tensor.shape)

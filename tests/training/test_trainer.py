@@ -227,8 +227,7 @@ def run_and_stop(tmp_path, step, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
-def test_kill_and_interrupt(tmp_path, signal_name):
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     whole = make(tmp_path / "whole", tiny_memory(tiny_model(), speak=False))
     whole.train()
     killed = run_and_stop(tmp_path / "k", 5, "SIGKILL")
@@ -236,6 +235,13 @@ def test_kill_and_interrupt(tmp_path, signal_name):
     again = make(tmp_path / "k", tiny_memory(tiny_model(), speak=False))
     again.train(resume_from_checkpoint=str(tmp_path / "k" / "run" / "checkpoint-3"))
     assert losses(again)[-5:] == losses(whole)[-5:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+def test_an_interrupted_run_saves_and_goes_on(tmp_path, signal_name):
+    whole = make(tmp_path / "whole", tiny_memory(tiny_model(), speak=False))
+    whole.train()
     stopped = run_and_stop(tmp_path / "i", 5, signal_name)
     assert stopped.returncode == 0, stopped.stderr
     assert "stopped at step" in stopped.stderr

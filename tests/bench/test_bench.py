@@ -6,7 +6,7 @@ import pytest
 from engram import ConfigError
 from engram.bench import BENCHMARKS, Benchmark, Setting, run_benchmark, run_benchmarks, take_turns
 from engram.errors import BenchError
-from engram.plots import plot_bench, plot_steps
+from engram.plots import ResultFile, draw_result, plot_bench, plot_steps
 
 
 def setting(**changes):
@@ -71,6 +71,8 @@ def test_the_result_is_json_and_can_be_drawn(tmp_path):
     assert hashed[0]["variants"]["NumPy, as the demo"]["speedup"]["median"] == 1
     assert seen == ["hash"] * 3 + ["layer"] * 2
     assert all(path.stat().st_size > 1000 for path in plot_bench(again, tmp_path))
+    drawn = draw_result(ResultFile("another_machine", "bench", again), tmp_path)  # beside those, not over them
+    assert [picture.path.name for picture in drawn] == ["another_machine_hash.png", "another_machine_layer.png"]
 
 
 def test_unknown_names_are_refused():

@@ -58,7 +58,7 @@ def muon_by_hand(p, grads, lr, decay, momentum=0.95, nesterov=True, parts=1):
 def test_a_matrix_steps_as_in_torch(shape, nesterov):
     ours, theirs = weight(*shape), weight(*shape)
     options = {"lr": 0.02, "weight_decay": 0.1, "nesterov": nesterov}
-    mine = run(EngramMuon([muon_group([ours])], **options), ours, gradients(shape))
+    mine = run(EngramMuon([muon_group([ours])], ns_dtype="bfloat16", **options), ours, gradients(shape))
     reference = run(torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options), theirs, gradients(shape))
     assert_close(mine, reference, 1e-3)
     assert (mine - weight(*shape)).abs().max() > 0.02  # it has moved far more than that
@@ -73,6 +73,31 @@ def test_every_matrix_of_a_stack_is_its_own(shape, parts, nesterov):
     expected = muon_by_hand(p, gradients(shape), 0.02, 0.1, nesterov=nesterov, parts=parts)
     optimizer = EngramMuon([muon_group([p], parts=parts)], lr=0.02, nesterov=nesterov, ns_dtype="float32")
     assert_close(run(optimizer, p, gradients(shape)), expected, 1e-5)
+
+
+@pytest.mark.parametrize(("native", "computed"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_is_left_alone_where_it_would_be_emulated(monkeypatch, native, computed):
+    seen = []
+    monkeypatch.setattr(
+        muon_module, "orthogonalize", lambda m, steps, dtype: seen.append(dtype) or orthogonalize(m, steps, dtype)
+    )
+    monkeypatch.setattr(muon_module, "_native_bfloat16", lambda device: native)
+    p = weight(8, 12)
+    run(EngramMuon([muon_group([p])], lr=0.02), p, gradients((8, 12), 1))
+    run(EngramMuon([muon_group([p], ns_dtype="bfloat16")], lr=0.02), p, gradients((8, 12), 1))
+    assert seen == [computed, torch.bfloat16]
+    assert muon_module._DTYPES["auto"] is None  # a state says "auto", not what one machine made of it
+
+
+def test_every_accelerator_has_bfloat16_and_cpus_are_asked(monkeypatch):
+    assert muon_module._native_bfloat16(torch.device("cuda", 0))
+    for flags in ((False, False), (True, False), (False, True)):
+        for name, flag in zip(muon_module._X86, flags):
+            monkeypatch.setattr(torch.cpu, name, lambda flag=flag: flag, raising=False)
+        monkeypatch.setattr(muon_module.platform, "machine", lambda: "x86_64")
+        assert muon_module._native_bfloat16(torch.device("cpu")) == any(flags)
+    monkeypatch.setattr(muon_module.platform, "machine", lambda: "aarch64")
+    assert muon_module._native_bfloat16(torch.device("cpu")) in (True, False)
 
 
 def test_matrices_of_one_shape_go_together_and_step_as_if_alone(monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from engram.experiments.arms import find_arm, layer_arms
@@ -201,12 +201,16 @@ def _settings(results: Results) -> Iterator[tuple[str, Mapping[str, Any], Mappin
 
 def ablated(change: str) -> Callable[[Results], Iterator[Evidence]]:
     """A judge of one change (a key of ``arms.CHANGES``) against the reference."""
+    _, in_paper = PAPER["ablation"]["changes"][change]
 
     def judge_arm(results: Results) -> Iterator[Evidence]:
         for where, arms, recipe, _ in _settings(results):
             label = find_arm(recipe, change)
             if label is not None and label in arms:
-                yield from of_sign(where, arms[label]["against_reference"], 1, f"arm {label!r}")
+                for found in of_sign(where, arms[label]["against_reference"], 1, f"arm {label!r}"):
+                    # No effect and one of the paper's size are two things that such an interval does not tell apart.
+                    like_paper = found.verdict == CANNOT_TELL and found.low is not None and found.low <= in_paper <= found.high
+                    yield replace(found, note=f"{found.note}; the paper's lies in the interval too") if like_paper else found
 
     return judge_arm
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,7 +19,8 @@ __all__ = ["EngramMuon", "orthogonalize", "update_scale"]
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration (Keller Jordan, "Muon"): steepest at zero; singular values end between about 0.7 and 1.2, not at 1."""
 _SMALLEST_NORM = 1e-7
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_X86 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 _LARGEST_STACK = 1 << 26
 """Numbers orthogonalised at once; small matrices of one shape go together, large ones must not be copied all at the same time."""
 
@@ -43,7 +45,8 @@ class EngramMuon(EngramAdamW):
         momentum: decay of the momentum, which has the parameter's dtype.
         nesterov: whether the step looks ahead.
         ns_steps: Newton-Schulz iterations.
-        ns_dtype: what they compute in: ``bfloat16`` or ``float32``.
+        ns_dtype: what they compute in: ``bfloat16``, ``float32``, or ``auto``, the former unless the device is a CPU without instructions
+            for it (where emulating them takes most of a step).
 
     Raises:
         ConfigError: a Muon group has an impossible option or a parameter that is no matrix; or, at a step, a sparse gradient came.
@@ -64,7 +67,7 @@ class EngramMuon(EngramAdamW):
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_steps: int = 5,
-        ns_dtype: str = "bfloat16",
+        ns_dtype: str = "auto",
         **options: Any,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
@@ -103,9 +106,10 @@ class EngramMuon(EngramAdamW):
             if p.grad is not None:
                 update = self._momentum_update(group, p)
                 stacks[(*update.shape[1:], update.dtype, update.device)].append((p, update))
-        lr, dtype = float(group["lr"]), _DTYPES[group["ns_dtype"]]
-        for (rows, columns, *_), members in stacks.items():
+        lr = float(group["lr"])
+        for (rows, columns, _, device), members in stacks.items():
             scale = lr * update_scale(rows, columns)
+            dtype = _DTYPES[group["ns_dtype"]] or (torch.bfloat16 if _native_bfloat16(device) else torch.float32)
             for part in _in_portions(members):
                 whole = torch.cat([update.to(dtype) for _, update in part])
                 steps = orthogonalize(whole, group["ns_steps"], dtype)
@@ -156,6 +160,16 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.b
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def _native_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16. Asked, not timed: a resumed run must find what the first found."""
+    if device.type != "cpu":
+        return True
+    if platform.machine() in ("x86_64", "AMD64"):
+        return any(asked() for name in _X86 if (asked := getattr(torch.cpu, name, None)) is not None)
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return asked is not None and bool(asked())
 
 
 def _in_portions(members: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:

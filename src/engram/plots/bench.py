@@ -11,13 +11,18 @@ from engram.plots.figure import COLOURS, new_figure, save_figure
 __all__ = ["plot_bench", "plot_steps"]
 
 
-def plot_bench(result: Mapping[str, Any], folder: str | Path) -> list[Path]:
+def plot_bench(result: Mapping[str, Any], folder: str | Path, prefix: str = "bench") -> list[Path]:
     """A picture for each benchmark in the result.
+
+    Args:
+        result: what ``engram bench`` writes.
+        folder: where the pictures go.
+        prefix: how their names begin.
 
     Raises:
         ConfigError: matplotlib is missing.
     """
-    return [_draw(name, benchmark, Path(folder) / f"bench_{name}.png") for name, benchmark in result["benchmarks"].items()]
+    return [_draw(name, benchmark, Path(folder) / f"{prefix}_{name}.png") for name, benchmark in result["benchmarks"].items()]
 
 
 def plot_steps(entries: Sequence[Mapping[str, Any]], names: Mapping[str, str], path: str | Path) -> Path:

@@ -94,7 +94,7 @@ def _look(file: ResultFile, folder: Path) -> list[Picture]:
 def _bench(file: ResultFile, folder: Path) -> list[Picture]:
     return [
         Picture(path, benchmark["title"])
-        for path, benchmark in zip(plot_bench(file.data, folder), file.data["benchmarks"].values())
+        for path, benchmark in zip(plot_bench(file.data, folder, file.name), file.data["benchmarks"].values())
     ]
 
 

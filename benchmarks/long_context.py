@@ -3,12 +3,16 @@
 Models of this size that start from nothing learn no recall in an hour (`--scratch`; docs/lab_notes.md), so both arms go on from weights
 that know the language and how to look back a little. A memory that starts empty beside such a model gains nothing in these few steps: give
 two runs of `engram train`, one with a memory and one without, on equal tokens (`--plain`, `--joint`; recipes/train_joint.yaml). Their loss on
-ordinary text rises while they learn recall, from where it was to begin with, so a step of equal loss says nothing there and is left out.
+ordinary text rises while they learn recall, from where it was to begin with, so a step of equal loss says nothing there and is left out. For
+equal loss they must begin with it, as in the paper, where the model without a memory was trained for longer (`--equal-loss`, with
+`--plain` of recipes/train_plain_longer.yaml and `--joint bundled`).
 """
 
 import argparse
 import functools
+import multiprocessing
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 
 import torch
@@ -16,13 +20,13 @@ from common import RESULTS, provenance, spread, write
 from joint_training import held_out_loss
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from engram import EngramConfig, EngramModel, EngramTrainer, EngramTrainingArguments, get_engram_model
+from engram import EngramConfig, EngramModel, EngramTrainer, EngramTrainingArguments, TableConfig, get_engram_model
 from engram.data.corpus import CorpusRecipe, build_corpus, held_out_standard_library
 from engram.data.long_context_mix import long_context_mix
 from engram.data.packing import pack
 from engram.evaluation import ShareResult, measure_recall, recall_table
 from engram.models.bundled import load_bundled, load_model, load_tokenizer
-from engram.models.bundled_files import BUNDLED_NAME
+from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_NAME
 from engram.training.tokenizer import train_tokenizer
 
 RECIPE = CorpusRecipe(standard_library=True, test_percent=0)
@@ -68,7 +72,7 @@ NAMES = {
 def build(tokenizer, sizes, run):
     """The model to go on from: that of a run, the bundled one, or a fresh one."""
     if run:
-        return load_model(f"{run}/model")[0]
+        return load_model(run if run == BUNDLED_NAME else f"{run}/model")[0]
     if "hidden" not in sizes:
         return load_bundled()[0]
     return LlamaForCausalLM(
@@ -90,7 +94,11 @@ class Watch(TrainerCallback):
 
     def __init__(self, blocks, every, ask, target=None):
         self.blocks, self.every, self.ask, self.target = blocks, every, ask, target
-        self.curve, self.reached, self.weights = [], None, None
+        self.before, self.curve, self.reached, self.weights = None, [], None, None
+
+    def on_train_begin(self, args, state, control, model=None, **_):
+        self.before = held_out_loss(model, self.blocks)
+        model.train()
 
     def on_step_end(self, args, state, control, model=None, **_):
         if state.global_step % self.every and state.global_step < state.max_steps:
@@ -130,7 +138,8 @@ def arguments(folder, sizes, seed):
 def attached(model, tokenizer, sizes):
     """The memory that was trained with the model, or an empty one."""
     if sizes["joint"]:
-        return EngramModel.from_pretrained(model, f"{sizes['joint']}/memory", tokenizer)
+        folder = BUNDLED_MEMORY if sizes["joint"] == BUNDLED_NAME else f"{sizes['joint']}/memory"
+        return EngramModel.from_pretrained(model, folder, tokenizer, TableConfig(dtype="float32"))
     config = EngramConfig(
         engram_vocab_size=sizes["rows"],
         n_embed_per_ngram=64,
@@ -177,11 +186,14 @@ def run(seed, tokenizer, documents, held_out, texts, sizes):
         return ask(model, kinds=sizes["kinds"], lengths=sizes["lengths"], examples=sizes["examples"], seed=seed)
 
     def entry(name, model, step, loss):
-        print(f"seed {seed}, {NAMES[name]}: held-out loss {loss:.4f} at step {step}", flush=True)
+        print(
+            f"seed {seed}, {NAMES[name]}: held-out loss {loss:.4f} at step {step}, {watch.before:.4f} at the start", flush=True
+        )
         return {
             "seed": seed,
             "model": name,
             "step": step,
+            "held_out_loss_before": watch.before,
             "held_out_loss": loss,
             "scores": everything(model).to_dict()["scores"],
         }
@@ -192,7 +204,8 @@ def run(seed, tokenizer, documents, held_out, texts, sizes):
     entries = [{**entry("dense", dense, sizes["steps"], target), "curve": watch.curve}]
     watch = Watch(held_out, sizes["measure_every"], look, None if sizes["joint"] else target)
     memory = trained(True, seed, tokenizer, train, sizes, watch)
-    entries.append({**entry("engram_equal_steps", memory, sizes["steps"], watch.curve[-1]["loss"]), "curve": watch.curve})
+    name = "engram_equal_loss" if sizes["equal_loss"] else "engram_equal_steps"
+    entries.append({**entry(name, memory, sizes["steps"], watch.curve[-1]["loss"]), "curve": watch.curve})
     if watch.reached is not None:
         memory.load_state_dict(watch.weights)
         entries.append(entry("engram_equal_loss", memory, watch.reached["step"], watch.reached["loss"]))
@@ -222,6 +235,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs")
     parser.add_argument("--seeds", type=int, default=2, help="seeds 0 to one below this")
+    parser.add_argument("--workers", type=int, default=1, help="seeds at a time, in processes of their own")
     parser.add_argument("--steps", type=int, default=FULL["steps"])
     parser.add_argument("--out", default=RESULTS / "long_context.json")
     parser.add_argument("--scratch", action="store_true", help="models and a tokenizer that start from nothing")
@@ -231,6 +245,10 @@ def main():
     parser.add_argument(
         "--joint", help="the same with a memory, of equal tokens and text (the bundled model and an empty memory)"
     )
+    parser.add_argument(
+        "--equal-loss", action="store_true", help="those two begin with equal loss (of the one without, by more tokens)"
+    )
+    parser.add_argument("--float32", action="store_true", help="train in float32, on CPUs that emulate bfloat16")
     parser.add_argument("--learning-rate", type=float, default=FULL["learning_rate"])
     parser.add_argument(
         "--length", type=int, default=FULL["length"], help="tokens per training block, and of the longest questions"
@@ -241,7 +259,16 @@ def main():
     sizes = QUICK if args.quick else {**FULL, **chosen, "batch": max(1, FULL["batch"] * FULL["length"] // args.length)}
     if (args.plain is None) != (args.joint is None) or (args.plain and args.scratch):
         parser.error("expected --plain and --joint together, and without --scratch")
-    sizes = {**sizes, "plain": args.plain, "joint": args.joint, **(SCRATCH if args.scratch else {})}
+    if args.equal_loss and args.plain is None:
+        parser.error("--equal-loss: expected --plain and --joint")
+    sizes = {
+        **sizes,
+        "plain": args.plain,
+        "joint": args.joint,
+        "equal_loss": args.equal_loss,
+        **(SCRATCH if args.scratch else {}),
+    }
+    sizes["bf16"] &= not args.float32
     sizes = {**sizes, "lengths": sorted({max(96, sizes["length"] // parts) for parts in (4, 2, 1)})}
     seeds = [0] if args.quick else list(range(args.seeds))
     held_out_documents = held_out_standard_library(RECIPE)
@@ -250,13 +277,14 @@ def main():
     if args.scratch:
         tokenizer = train_tokenizer((doc.text for doc in documents[::TOKENIZER_SHARE]), sizes["vocab"], 1 << 16)
     else:
-        tokenizer = load_tokenizer(f"{args.joint}/model" if args.joint else BUNDLED_NAME)
+        tokenizer = load_tokenizer(BUNDLED_NAME if args.joint in (None, BUNDLED_NAME) else f"{args.joint}/model")
     held_out = pack(held_out_documents, tokenizer, sizes["length"], sizes["held_out"], seed=0)
     entries = []
-    for seed in seeds:
-        found = run(seed, tokenizer, documents, held_out, texts, sizes)
-        print(recall_table({NAMES[e["model"]]: e for e in sorted(found, key=lambda e: list(NAMES).index(e["model"]))}))
-        entries += found
+    one = functools.partial(run, tokenizer=tokenizer, documents=documents, held_out=held_out, texts=texts, sizes=sizes)
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(one, seeds) if args.workers > 1 else map(one, seeds):
+            print(recall_table({NAMES[e["model"]]: e for e in sorted(found, key=lambda e: list(NAMES).index(e["model"]))}))
+            entries += found
     write(args.out, {**provenance(seeds), "sizes": sizes, "pooled": pooled(entries), "entries": entries})
 
 

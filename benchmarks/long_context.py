@@ -4,8 +4,8 @@ Models of this size that start from nothing learn no recall in an hour (`--scrat
 that know the language and how to look back a little. A memory that starts empty beside such a model gains nothing in these few steps: give
 two runs of `engram train`, one with a memory and one without, on equal tokens (`--plain`, `--joint`; recipes/train_joint.yaml). Their loss on
 ordinary text rises while they learn recall, from where it was to begin with, so a step of equal loss says nothing there and is left out. For
-equal loss they must begin with it, as in the paper, where the model without a memory was trained for longer (`--equal-loss`, with
-`--plain` of recipes/train_plain_longer.yaml and `--joint bundled`).
+equal loss they must begin with it, as in the paper, where the model without a memory was trained for longer (`--equal-loss`). The bundled
+model had no more to learn from the text there is (docs/lab_notes.md); this is for those who have more.
 """
 
 import argparse

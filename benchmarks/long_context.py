@@ -66,6 +66,7 @@ NAMES = {
     "dense": "without memory",
     "engram_equal_loss": "with memory, equal loss",
     "engram_equal_steps": "with memory, equal steps",
+    "engram_equal_start": "with memory, equal loss at the start",
 }
 
 
@@ -87,6 +88,9 @@ def build(tokenizer, sizes, run):
             tie_word_embeddings=True,
         )
     )
+
+
+EQUAL = 0.01  # nats per token
 
 
 class Watch(TrainerCallback):
@@ -139,7 +143,7 @@ def attached(model, tokenizer, sizes):
     """The memory that was trained with the model, or an empty one."""
     if sizes["joint"]:
         folder = BUNDLED_MEMORY if sizes["joint"] == BUNDLED_NAME else f"{sizes['joint']}/memory"
-        return EngramModel.from_pretrained(model, folder, tokenizer, TableConfig(dtype="float32"))
+        return EngramModel.from_pretrained(model, folder, tokenizer, TableConfig(dtype="float32"))  # int8 rows are not trained
     config = EngramConfig(
         engram_vocab_size=sizes["rows"],
         n_embed_per_ngram=64,
@@ -204,7 +208,10 @@ def run(seed, tokenizer, documents, held_out, texts, sizes):
     entries = [{**entry("dense", dense, sizes["steps"], target), "curve": watch.curve}]
     watch = Watch(held_out, sizes["measure_every"], look, None if sizes["joint"] else target)
     memory = trained(True, seed, tokenizer, train, sizes, watch)
-    name = "engram_equal_loss" if sizes["equal_loss"] else "engram_equal_steps"
+    name = "engram_equal_start" if sizes["equal_loss"] else "engram_equal_steps"
+    begins = entries[0]["held_out_loss_before"]
+    if sizes["equal_loss"] and abs(watch.before - begins) > EQUAL:
+        raise SystemExit(f"--equal-loss: the models begin with {begins:.4f} and {watch.before:.4f}, more than {EQUAL} apart")
     entries.append({**entry(name, memory, sizes["steps"], watch.curve[-1]["loss"]), "curve": watch.curve})
     if watch.reached is not None:
         memory.load_state_dict(watch.weights)
@@ -235,7 +242,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs")
     parser.add_argument("--seeds", type=int, default=2, help="seeds 0 to one below this")
-    parser.add_argument("--workers", type=int, default=1, help="seeds at a time, in processes of their own")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="seeds at a time, in processes of their own (OMP_NUM_THREADS says how many threads each has)",
+    )
     parser.add_argument("--steps", type=int, default=FULL["steps"])
     parser.add_argument("--out", default=RESULTS / "long_context.json")
     parser.add_argument("--scratch", action="store_true", help="models and a tokenizer that start from nothing")
@@ -282,10 +294,10 @@ def main():
     entries = []
     one = functools.partial(run, tokenizer=tokenizer, documents=documents, held_out=held_out, texts=texts, sizes=sizes)
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(one, seeds) if args.workers > 1 else map(one, seeds):
+        for done, found in enumerate(pool.map(one, seeds) if args.workers > 1 else map(one, seeds), start=1):
             print(recall_table({NAMES[e["model"]]: e for e in sorted(found, key=lambda e: list(NAMES).index(e["model"]))}))
             entries += found
-    write(args.out, {**provenance(seeds), "sizes": sizes, "pooled": pooled(entries), "entries": entries})
+            write(args.out, {**provenance(seeds[:done]), "sizes": sizes, "pooled": pooled(entries), "entries": entries})
 
 
 if __name__ == "__main__":

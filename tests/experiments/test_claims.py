@@ -2,7 +2,8 @@ import pytest
 
 from engram.experiments.arms import arm_fields, find_arm, layer_arms
 from engram.experiments.claims import CLAIMS, judge
-from engram.experiments.evidence import sign_verdict
+from engram.experiments.evidence import Evidence, sign_verdict
+from engram.experiments.sweep_evidence import _beside_paper
 from engram.plots.results import pool_recall
 from tests.plots import made_up
 
@@ -122,6 +123,16 @@ def test_ablations_are_recognised_by_what_they_change():
         "two_modules": "agrees",
     }
     assert "'layer 3' against 'layer 1'" in found["late_layer"]["note"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "told"), [((-0.01, 0.02), True), ((-0.01, 0.004), False), ((0.001, 0.02), False), ((None, None), False)]
+)
+def test_what_cannot_be_told_from_the_papers_effect_says_so(interval, told):
+    low, high = interval
+    found = _beside_paper(Evidence(sign_verdict(low, high, 1), "a", 0.003, low, high, note="arm 'x'"), 0.005)
+    assert ("the paper's difference lies in the interval too" in found.note) == told
+    assert found.note.startswith("arm 'x'")
 
 
 def test_an_arm_that_changes_two_things_is_no_ablation():

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,10 +84,15 @@ def test_bfloat16_is_left_alone_where_it_would_be_emulated(monkeypatch, native, 
     )
     monkeypatch.setattr(muon_module, "_native_bfloat16", lambda device: native)
     p = weight(8, 12)
-    run(EngramMuon([muon_group([p])], lr=0.02), p, gradients((8, 12), 1))
-    run(EngramMuon([muon_group([p], ns_dtype="bfloat16")], lr=0.02), p, gradients((8, 12), 1))
+    optimizer = EngramMuon([muon_group([p])], lr=0.02)
+    run(optimizer, p, gradients((8, 12), 1))
+    assert seen == [computed]
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["ns_dtype"] == "auto"  # not what one machine made of it
+    saved["param_groups"][0]["ns_dtype"] = "bfloat16"  # as states were before there was a choice: they go on as they began
+    optimizer.load_state_dict(saved)
+    run(optimizer, p, gradients((8, 12), 1))
     assert seen == [computed, torch.bfloat16]
-    assert muon_module._DTYPES["auto"] is None  # a state says "auto", not what one machine made of it
 
 
 def test_every_accelerator_has_bfloat16_and_cpus_are_asked(monkeypatch):
@@ -97,7 +103,11 @@ def test_every_accelerator_has_bfloat16_and_cpus_are_asked(monkeypatch):
         monkeypatch.setattr(muon_module.platform, "machine", lambda: "x86_64")
         assert muon_module._native_bfloat16(torch.device("cpu")) == any(flags)
     monkeypatch.setattr(muon_module.platform, "machine", lambda: "aarch64")
-    assert muon_module._native_bfloat16(torch.device("cpu")) in (True, False)
+    for flag in (True, False):
+        monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_is_mkldnn_bf16_supported=lambda flag=flag: flag))
+        assert muon_module._native_bfloat16(torch.device("cpu")) == flag
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    assert not muon_module._native_bfloat16(torch.device("cpu"))
 
 
 def test_matrices_of_one_shape_go_together_and_step_as_if_alone(monkeypatch):

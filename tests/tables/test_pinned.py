@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import threading
 from contextlib import nullcontext
 
 import pytest
@@ -69,10 +70,22 @@ def test_memory_that_goes_while_a_graph_is_captured_is_kept_and_unlocked_later(r
     assert [call[0] for call in runtime.calls] == ["lock"]  # nothing that could wait
     assert [tensor.data_ptr() for tensor in pinned._waiting[where:]] == [pointer]  # not given back either
     runtime.capturing = False
-    other = HostTable(50, 16)
-    assert other.is_read_by(DEVICE)
-    assert runtime.calls[1:] == [("wait",), ("unlock", pointer), ("lock", other.weight.data_ptr(), 3200)]
+    HostTable(50, 16)  # which may need its memory
+    assert runtime.calls[1:] == [("wait",), ("unlock", pointer)]
     assert len(pinned._waiting) == where
+
+
+def test_what_goes_in_any_thread_during_a_capture_is_unlocked_at_its_end(runtime):
+    table = HostTable(100, 16)
+    assert table.is_read_by(DEVICE)
+    pointer, tables = table.weight.data_ptr(), [table]
+    del table
+    with pinned.nothing_unlocked():
+        other = threading.Thread(target=tables.clear)
+        other.start()
+        other.join()
+        assert [call[0] for call in runtime.calls] == ["lock"]
+    assert runtime.calls[1:] == [("wait",), ("unlock", pointer)]
 
 
 def test_memory_that_cannot_be_unlocked_is_never_given_back(runtime, monkeypatch):

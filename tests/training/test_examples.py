@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from transformers import DataCollatorForLanguageModeling, default_data_collator
+from transformers import BatchEncoding, DataCollatorForLanguageModeling, DataCollatorWithPadding, default_data_collator
 
 from engram import EngramTrainer, EngramTrainingArguments
 from engram.errors import DataError
 from engram.testing import tiny_memory, tiny_tokenizer
-from engram.training.examples import OneLength, with_clear_error
+from engram.training.examples import OneLength
 
 LENGTHS = (5, 9, 5, 7)
 
@@ -36,12 +36,14 @@ def test_no_examples_are_refused(tmp_path):
         trainer(tmp_path, []).train()
 
 
+@pytest.mark.parametrize("kind", [dict, BatchEncoding])
 @pytest.mark.parametrize("as_tensors", [False, True])
 @pytest.mark.parametrize("with_tokenizer", [False, True])
-def test_examples_of_several_lengths_are_refused(tmp_path, as_tensors, with_tokenizer):
+def test_examples_of_several_lengths_are_refused(tmp_path, kind, as_tensors, with_tokenizer):
     options = {"processing_class": tiny_tokenizer()} if with_tokenizer else {}  # then transformers chooses another collator
-    with pytest.raises(DataError, match="5 to 9 tokens in one batch, expected one length; pack the texts"):
-        trainer(tmp_path, examples(LENGTHS, as_tensors), **options).train()
+    uneven = "labels" if with_tokenizer else "input_ids"
+    with pytest.raises(DataError, match=f"got {uneven} of 5 to 9 tokens in one batch, expected one length; pack the texts"):
+        trainer(tmp_path, [kind(example) for example in examples(LENGTHS, as_tensors)], **options).train()
 
 
 def test_what_the_error_advises_trains(tmp_path):
@@ -50,10 +52,11 @@ def test_what_the_error_advises_trains(tmp_path):
     assert trainer(tmp_path, rows, data_collator=collator).train().training_loss > 0
 
 
-def test_other_errors_and_collators_stay_as_they_are():
-    odd = [{"input_ids": [1, 2], "mask": [1]}, {"input_ids": [1, 2], "mask": [1, 1]}]
-    with pytest.raises(ValueError, match="expected sequence of length"):
-        OneLength(default_data_collator)(odd)
-    assert with_clear_error(sum) is sum
-    batch = with_clear_error(default_data_collator)(examples((3, 3), False))
+def test_other_errors_and_collators_stay_as_they_are(tmp_path):
+    padding = DataCollatorWithPadding(tiny_tokenizer())
+    mixed = [{"input_ids": [1, 2], "kind": "a"}, {"input_ids": [1, 2, 3], "kind": "b"}]
+    with pytest.raises(ValueError, match="kind"):  # not for their length, which it pads
+        OneLength(padding)(mixed)
+    assert trainer(tmp_path, mixed, data_collator=padding).data_collator is padding
+    batch = OneLength(default_data_collator)(examples((3, 3), False))
     assert batch["input_ids"].tolist() == [[2, 3, 4]] * 2

@@ -208,11 +208,16 @@ def ablated(change: str) -> Callable[[Results], Iterator[Evidence]]:
             label = find_arm(recipe, change)
             if label is not None and label in arms:
                 for found in of_sign(where, arms[label]["against_reference"], 1, f"arm {label!r}"):
-                    # No effect and one of the paper's size are two things that such an interval does not tell apart.
-                    like_paper = found.verdict == CANNOT_TELL and found.low is not None and found.low <= in_paper <= found.high
-                    yield replace(found, note=f"{found.note}; the paper's lies in the interval too") if like_paper else found
+                    yield _beside_paper(found, in_paper)
 
     return judge_arm
+
+
+def _beside_paper(found: Evidence, in_paper: float) -> Evidence:
+    """Evidence that cannot tell an effect from nothing says so where it cannot tell it from the paper's either."""
+    if found.verdict != CANNOT_TELL or found.low is None or found.high is None or not found.low <= in_paper <= found.high:
+        return found
+    return replace(found, note=f"{found.note}; the paper's difference lies in the interval too")
 
 
 def memory_helps(results: Results) -> Iterator[Evidence]:

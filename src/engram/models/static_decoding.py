@@ -6,9 +6,7 @@ that are overwritten, because a graph replays reads and writes of addresses and 
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,7 @@ from engram.errors import AttachError, EngramError
 from engram.layers import RollingTail
 from engram.models.cache import CacheState, state_of
 from engram.tables import RowPrefetcher
+from engram.tables.pinned import nothing_unlocked
 
 if TYPE_CHECKING:
     from engram.models.engram_model import EngramModel
@@ -204,19 +203,6 @@ class StaticDecoder:
                 put_back()
         torch.cuda.current_stream(self.tokens.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.tokens.device), _no_collection(), torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.device(self.tokens.device), nothing_unlocked(), torch.cuda.graph(graph, stream=stream):
             self._forward()  # recorded, not computed
         return graph
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """What is garbage goes before, and nothing while a graph is captured: freeing a model's memory may wait for the device, which ends it."""
-    gc.collect()
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

@@ -46,7 +46,8 @@ class EngramMuon(EngramAdamW):
         nesterov: whether the step looks ahead.
         ns_steps: Newton-Schulz iterations.
         ns_dtype: what they compute in: ``bfloat16``, ``float32``, or ``auto``, the former unless the device is a CPU without instructions
-            for it (where emulating them takes most of a step).
+            for it (emulated, they take most of a step). That is for the machine at hand to say at every step: a checkpoint that moves to
+            another kind of machine goes on in other arithmetic.
 
     Raises:
         ConfigError: a Muon group has an impossible option or a parameter that is no matrix; or, at a step, a sparse gradient came.
@@ -163,7 +164,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.b
 
 
 def _native_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16. Asked, not timed: a resumed run must find what the first found."""
+    """Whether a device has instructions for bfloat16. Asked, not timed, so that a resumed run finds what the first found on its machine."""
     if device.type != "cpu":
         return True
     if platform.machine() in ("x86_64", "AMD64"):

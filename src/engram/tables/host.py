@@ -11,7 +11,7 @@ from torch import Tensor
 from engram.ops import lookup_rows, read_rows
 from engram.tables.device import DeviceTable
 from engram.tables.memory import lazy_zeros
-from engram.tables.pinned import PageLock, through_host
+from engram.tables.pinned import PageLock, through_host, unlock_what_waits
 from engram.tables.prefetch import RowHandle
 
 __all__ = ["HostTable"]
@@ -39,6 +39,7 @@ class HostTable(DeviceTable):
         super().__init__(rows, dim, init, dtype, "cpu")
 
     def _allocate(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+        unlock_what_waits()  # of tables that are gone, whose memory this one may need
         return lazy_zeros((self.rows, self.dim), dtype, "tier='host'")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

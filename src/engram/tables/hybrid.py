@@ -127,18 +127,12 @@ class HybridTable(EmbeddingTable):
         asked = row_ids.to(self.hot_ids.device)
         slots = torch.searchsorted(self.hot_ids, asked).clamp_max_(len(self.hot_ids) - 1)
         missed = (self.hot_ids[slots] != asked).nonzero()[:, 0]
-        rows = self.form.read(self.hot, self.hot_scales, slots, dtype)
-        self._note_reader()
+        hot, scales = self.hot, self.hot_scales  # which a thread that prefetches may replace at any time
+        rows = self.form.read(hot, scales, slots, dtype)
+        _note_reader(hot, scales)
         if len(missed):
             rows[missed] = self.cold.lookup(asked[missed], dtype)
         return rows.to(row_ids.device)
-
-    def _note_reader(self) -> None:
-        """Tell the allocator that this stream reads the copies: they may have been made on another, and be replaced while it does."""
-        if self.hot.device.type == "cuda":
-            for copied in (self.hot, self.hot_scales):
-                if copied is not None:
-                    copied.record_stream(torch.cuda.current_stream(self.hot.device))
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -203,3 +197,10 @@ class HybridTable(EmbeddingTable):
     def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:
         """Blocks of the cold table."""
         return self.cold.iter_row_blocks(block_rows)
+
+
+def _note_reader(*copies: Tensor | None) -> None:
+    """Tell the allocator that this stream reads these: they may have been made on another, and be replaced while it does."""
+    for copied in copies:
+        if copied is not None and copied.device.type == "cuda":
+            copied.record_stream(torch.cuda.current_stream(copied.device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -131,6 +132,8 @@ def take_pages(tensor: Tensor) -> None:
 
     Values stay as they are. On systems that cannot (Linux before 5.14, others) nothing happens.
     """
+    if sys.platform != "linux":
+        return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if end - start < _WORTH_CHECKING:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engram.tables.memory import take_pages
+from engram.tables.memory import available_memory, take_pages
 
-__all__ = ["PageLock", "through_host"]
+__all__ = ["PageLock", "nothing_unlocked", "through_host", "unlock_what_waits"]
 
 _PORTABLE, _MAPPED = 1, 2  # cudaHostRegisterPortable, cudaHostRegisterMapped
 
@@ -64,10 +65,11 @@ class PageLock:
         part = (tensor.data_ptr(), tensor.nbytes)
         if part in self._locked:
             return True
-        _unlock_what_waits()  # memory that is still locked for a table that is gone must not pass for this one's
+        unlock_what_waits()  # memory that is still locked for a table that is gone must not pass for this one's
         if tensor.is_pinned():
             return True
-        take_pages(tensor)
+        if (available_memory() or 0) > tensor.nbytes:  # if that is refused, they are there to stay
+            take_pages(tensor)
         with torch.cuda.device(device):  # whose memory it then is, as far as torch can tell
             status = int(_cudart().cudaHostRegister(*part, _PORTABLE | _MAPPED))
         if status:
@@ -122,14 +124,32 @@ _waiting: list[Tensor] = []
 locked, and the device would read the old pages."""
 
 
+_captures = 0
+_counting = Lock()
+
+
+@contextmanager
+def nothing_unlocked() -> Iterator[None]:
+    """While a graph is captured, which a wait for the device would spoil, whatever thread it is in; what went meanwhile is unlocked then."""
+    global _captures
+    with _counting:
+        _captures += 1
+    try:
+        yield
+    finally:
+        with _counting:
+            _captures -= 1
+        unlock_what_waits()
+
+
 def _unlock(tensor: Tensor) -> None:
     _waiting.append(tensor)
-    _unlock_what_waits()
+    unlock_what_waits()
 
 
-def _unlock_what_waits() -> None:
-    """Unlock memory of tables that are gone; not while a graph is captured, which any call that waits would spoil."""
-    if not _waiting or torch.cuda.is_current_stream_capturing():
+def unlock_what_waits() -> None:
+    """Unlock memory of tables that are gone, unless a graph is being captured."""
+    if not _waiting or _captures or torch.cuda.is_current_stream_capturing():
         return
     with suppress(RuntimeError):
         torch.cuda.synchronize()  # a look-up may still be reading

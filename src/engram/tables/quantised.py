@@ -12,7 +12,7 @@ from engram.errors import TableError
 from engram.tables.base import EmbeddingTable, check_place, check_row_ids, replaced
 from engram.tables.formats import row_format
 from engram.tables.memory import check_fits, lazy_zeros
-from engram.tables.pinned import PageLock, through_host
+from engram.tables.pinned import PageLock, through_host, unlock_what_waits
 from engram.tables.prefetch import RowHandle, RowPrefetcher
 
 __all__ = ["QuantisedTable"]
@@ -51,6 +51,7 @@ class QuantisedTable(EmbeddingTable):
         assert form.scale_dtype is not None
         shape, scale_shape = (rows, form.width(dim)), form.scale_shape(rows, dim)
         if self.host:
+            unlock_what_waits()
             return lazy_zeros(shape, form.dtype, "tier='host'"), lazy_zeros(scale_shape, form.scale_dtype, "tier='host'")
         check_fits(rows * form.row_bytes(dim), device, "tier='device'")
         weight = torch.zeros(shape, dtype=torch.uint8, device=device).view(

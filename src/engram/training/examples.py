@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import DataCollatorWithPadding, default_data_collator
-
 from engram.errors import DataError
 
-__all__ = ["OneLength", "check_not_empty", "with_clear_error"]
+__all__ = ["OneLength", "check_not_empty"]
 
 
 def check_not_empty(dataset: Any) -> None:
@@ -23,15 +21,9 @@ def check_not_empty(dataset: Any) -> None:
         raise DataError("train_dataset: got no examples, expected at least one; are the texts shorter than a block?")
 
 
-def with_clear_error(collator: Callable[..., Any]) -> Callable[..., Any]:
-    """A collator that ``transformers.Trainer`` chose itself, wrapped in ``OneLength``; one of the caller's own is left as it is."""
-    chosen = collator is default_data_collator or type(collator) is DataCollatorWithPadding
-    return OneLength(collator) if chosen else collator
-
-
 @dataclass(frozen=True)
 class OneLength:
-    """A collator that stacks examples of one length, and says so where they have several."""
+    """A collator that ``transformers.Trainer`` chose by itself, with an error that says so where examples have several lengths."""
 
     collator: Callable[..., Any]
 
@@ -39,15 +31,25 @@ class OneLength:
         """As the collator.
 
         Raises:
-            DataError: the examples have several lengths.
+            DataError: a column that it stacks has several lengths.
         """
         try:
             return self.collator(examples)
         except (ValueError, RuntimeError) as error:
-            lengths = sorted({len(e["input_ids"]) for e in examples if isinstance(e, dict) and "input_ids" in e})
-            if len(lengths) < 2:
-                raise
-            raise DataError(
-                f"got examples of {lengths[0]} to {lengths[-1]} tokens in one batch, expected one length; pack the texts "
-                "(engram.data.packing.pack), or pass data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False), which pads."
-            ) from error
+            for name, lengths in self._uneven(examples):
+                raise DataError(
+                    f"got {name} of {lengths[0]} to {lengths[-1]} tokens in one batch, expected one length; pack the texts "
+                    "(engram.data.packing.pack), or pass data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False), which pads."
+                ) from error
+            raise
+
+    def _uneven(self, examples: Sequence[Any]) -> Iterator[tuple[str, list[int]]]:
+        """Columns of several lengths, but for those that the collator pads, and their lengths in order."""
+        padded = getattr(getattr(self.collator, "tokenizer", None), "model_input_names", ())
+        if not all(isinstance(example, Mapping) for example in examples):
+            return
+        for name, value in examples[0].items():
+            if name not in padded and hasattr(value, "__len__") and not isinstance(value, str):
+                lengths = sorted({len(example[name]) for example in examples})
+                if len(lengths) > 1:
+                    yield name, lengths

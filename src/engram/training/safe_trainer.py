@@ -25,7 +25,7 @@ from transformers.utils import logging as hf_logging
 from engram.checkpoint import load_tree, save_tree, write_json_atomically
 from engram.errors import CheckpointError, TrainingError
 from engram.training.cpu_types import warning_of_slow_bfloat16
-from engram.training.examples import check_not_empty, with_clear_error
+from engram.training.examples import OneLength, check_not_empty
 from engram.training.guards import check_reports, is_complete, last_checkpoint, no_number, weights_are_finite, whole_or_removed
 from engram.training.kept_memory import kept_memory
 from engram.training.lean_loss import lean_loss
@@ -100,7 +100,8 @@ class SafeTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_reports(kwargs["args"] if "args" in kwargs else args[1] if len(args) > 1 else None)
         super().__init__(*args, **kwargs)
-        self.data_collator = with_clear_error(self.data_collator)
+        if kwargs.get("data_collator", args[2] if len(args) > 2 else None) is None:
+            self.data_collator = OneLength(self.data_collator)
         self.throughput = Throughput()
         self._started, self._seconds_before = time.monotonic(), 0.0
         self.args.logging_nan_inf_filter = False  # a loss that is no number never gets that far, and asking costs a wait

@@ -147,7 +147,10 @@ class Reads:
             self.table.read(numbers, self.table.dtype, self.out)
 
     def __call__(self):
-        self.read() if self.graph is None else self.graph.replay()
+        if self.graph is None:
+            self.read()
+        else:
+            self.graph.replay()
 
 
 def gather_and_copy(table, device, rounds, copied_bytes, counts):

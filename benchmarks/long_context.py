@@ -25,11 +25,12 @@ from engram.data.corpus import CorpusRecipe, build_corpus, held_out_standard_lib
 from engram.data.long_context_mix import long_context_mix
 from engram.data.packing import pack
 from engram.evaluation import ShareResult, measure_recall, recall_table
-from engram.models.bundled import load_bundled, load_model, load_tokenizer
+from engram.models.bundled import load_model, load_tokenizer
 from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_NAME
 from engram.training.tokenizer import train_tokenizer
 
 RECIPE = CorpusRecipe(standard_library=True, test_percent=0)
+EQUAL = 0.01  # nats per token
 TOKENIZER_SHARE = 4  # every fourth document is enough for a small vocabulary
 SCRATCH = {"vocab": 2048, "hidden": 64, "layers": 3, "heads": 2}
 FULL = {
@@ -70,12 +71,15 @@ NAMES = {
 }
 
 
+def model_of(run):
+    """Where the model of a run lies; the bundled one is its own."""
+    return BUNDLED_NAME if run in (None, BUNDLED_NAME) else f"{run}/model"
+
+
 def build(tokenizer, sizes, run):
     """The model to go on from: that of a run, the bundled one, or a fresh one."""
-    if run:
-        return load_model(run if run == BUNDLED_NAME else f"{run}/model")[0]
-    if "hidden" not in sizes:
-        return load_bundled()[0]
+    if run or "hidden" not in sizes:
+        return load_model(model_of(run))[0]
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -90,19 +94,21 @@ def build(tokenizer, sizes, run):
     )
 
 
-EQUAL = 0.01  # nats per token
-
-
 class Watch(TrainerCallback):
-    """Held-out loss and recall of a needle at intervals and, where a loss is aimed at, the weights that reach it first (else the last)."""
+    """Held-out loss and recall of a needle at intervals and, where a loss is aimed at, the weights that reach it first (else the last). A
+    model that shall begin with some loss (``begins``) and does not is not trained."""
 
-    def __init__(self, blocks, every, ask, target=None):
-        self.blocks, self.every, self.ask, self.target = blocks, every, ask, target
+    def __init__(self, blocks, every, ask, target=None, begins=None):
+        self.blocks, self.every, self.ask, self.target, self.begins = blocks, every, ask, target, begins
         self.before, self.curve, self.reached, self.weights = None, [], None, None
 
     def on_train_begin(self, args, state, control, model=None, **_):
         self.before = held_out_loss(model, self.blocks)
         model.train()
+        if self.begins is not None and abs(self.before - self.begins) > EQUAL:
+            raise SystemExit(
+                f"--equal-loss: the models begin with {self.begins:.4f} and {self.before:.4f}, more than {EQUAL} apart"
+            )
 
     def on_step_end(self, args, state, control, model=None, **_):
         if state.global_step % self.every and state.global_step < state.max_steps:
@@ -206,12 +212,10 @@ def run(seed, tokenizer, documents, held_out, texts, sizes):
     dense = trained(False, seed, tokenizer, train, sizes, watch)
     target = watch.curve[-1]["loss"]
     entries = [{**entry("dense", dense, sizes["steps"], target), "curve": watch.curve}]
-    watch = Watch(held_out, sizes["measure_every"], look, None if sizes["joint"] else target)
+    begins = watch.before if sizes["equal_loss"] else None
+    watch = Watch(held_out, sizes["measure_every"], look, None if sizes["joint"] else target, begins)
     memory = trained(True, seed, tokenizer, train, sizes, watch)
     name = "engram_equal_start" if sizes["equal_loss"] else "engram_equal_steps"
-    begins = entries[0]["held_out_loss_before"]
-    if sizes["equal_loss"] and abs(watch.before - begins) > EQUAL:
-        raise SystemExit(f"--equal-loss: the models begin with {begins:.4f} and {watch.before:.4f}, more than {EQUAL} apart")
     entries.append({**entry(name, memory, sizes["steps"], watch.curve[-1]["loss"]), "curve": watch.curve})
     if watch.reached is not None:
         memory.load_state_dict(watch.weights)
@@ -289,7 +293,7 @@ def main():
     if args.scratch:
         tokenizer = train_tokenizer((doc.text for doc in documents[::TOKENIZER_SHARE]), sizes["vocab"], 1 << 16)
     else:
-        tokenizer = load_tokenizer(BUNDLED_NAME if args.joint in (None, BUNDLED_NAME) else f"{args.joint}/model")
+        tokenizer = load_tokenizer(model_of(args.joint))
     held_out = pack(held_out_documents, tokenizer, sizes["length"], sizes["held_out"], seed=0)
     entries = []
     one = functools.partial(run, tokenizer=tokenizer, documents=documents, held_out=held_out, texts=texts, sizes=sizes)

@@ -190,14 +190,16 @@ def test_hash_look_up_and_layer_never_wait():
     once()  # constants are uploaded and kernels compiled
     torch.cuda.synchronize()
     try:
-        with warnings.catch_warnings():  # torch says that the mode is a prototype, once it is on
-            warnings.simplefilter("ignore")
-            torch.cuda.set_sync_debug_mode("error")
+        _let_waits_be("error")
         once()
     finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.cuda.set_sync_debug_mode("default")
+        _let_waits_be("default")
+
+
+def _let_waits_be(mode):
+    with warnings.catch_warnings():  # torch says that the mode is a prototype, once it is on
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def test_verified_rows_on_the_gpu():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["place_command"]
 
 _NOTE = "rows/s: a quick measurement with a small table that is in memory; larger ones are slower"
+_TAUGHT = "a taught memory stores written rows alone: so few that they are always on the model's device"
 
 
 def place_command(
@@ -160,12 +161,11 @@ def _print_costs(costs: list[PlacementCost]) -> None:
     free = costs[0].available
     known = (f"{name} {'unknown' if n is None else f'{n:,} bytes'}" for name, n in free.items())
     console.print(f"available: {', '.join(known)}", highlight=False)
-    hybrid = "; of a hybrid, half of the rows are hot there" if any(cost.tier == "hybrid" for cost in costs) else ""
-    console.print(f"{_NOTE}{hybrid}", highlight=False)
     if all(cost.tier == "device" for cost in costs):
-        console.print(
-            "a taught memory stores written rows alone: so few that they are always on the model's device", highlight=False
-        )
+        console.print(_NOTE, highlight=False)
+        console.print(_TAUGHT, highlight=False)
+    else:
+        console.print(f"{_NOTE}; of a hybrid, half of the rows are hot there", highlight=False)
 
 
 def _console() -> Any:

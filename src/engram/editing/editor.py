@@ -198,11 +198,12 @@ class MemoryEditor:
             raise TeachError(
                 f"forget: no fact {', '.join(map(repr, unknown)) or '(no id given)'} in this memory; `engram facts` lists ids."
             )
+        fact_ids = list(dict.fromkeys(fact_ids))
         with self._holdings.all_or_nothing():
-            only_theirs, shared = self._holdings.take_out(dict.fromkeys(fact_ids))
+            only_theirs, shared = self._holdings.take_out(fact_ids)
             broken = self._holdings.not_exact(self._holdings.leaning_on(only_theirs))
         rows = sum(len(row_ids) for row_ids, _ in only_theirs.values())
-        return ForgetReport(list(dict.fromkeys(fact_ids)), rows, shared, broken)
+        return ForgetReport(fact_ids, rows, shared, broken)
 
     @contextmanager
     def without(self, fact_ids: Sequence[str]) -> Iterator[None]:

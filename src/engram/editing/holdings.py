@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -109,15 +109,14 @@ class Holdings:
 
     def owned_rows(self, facts: Sequence[LedgerFact]) -> dict[str, Tensor]:
         """Stored rows that facts own, per layer, sorted, each once."""
-        planned = plan_rows(self.memory.mapping, [prompt for fact in facts for prompt in fact.prompts])
-        return {layer: plan.row_ids[self._stored(layer, plan)].unique() for layer, plan in planned.items()}
+        return {layer: plan.row_ids[self._stored(layer, plan)].unique() for layer, plan in self._plan(facts).items()}
 
     def owners(self, layer: str, row_ids: Sequence[int]) -> dict[int, list[str]]:
         """Ids of the facts that own each of some rows."""
         wanted = torch.tensor(sorted(set(row_ids)), dtype=torch.int64)
         facts = self.facts
         fact_of_prompt = torch.tensor([n for n, fact in enumerate(facts) for _ in fact.prompts], dtype=torch.int64)
-        planned = plan_rows(self.memory.mapping, [prompt for fact in facts for prompt in fact.prompts])[layer]
+        planned = self._plan(facts)[layer]
         chosen = self._stored(layer, planned) & torch.isin(planned.row_ids, wanted)
         numbers = fact_of_prompt[planned.prompt[chosen.nonzero()[:, 0]]]
         owned = set(zip(planned.row_ids[chosen].tolist(), numbers.tolist()))
@@ -127,7 +126,7 @@ class Holdings:
         """Rows of new facts that belong to another n-gram, in the memory or among the new facts themselves."""
         found = []
         owner_of_prompt = [entry.id for entry in entries for _ in entry.prompts]
-        for layer, planned in plan_rows(self.memory.mapping, [prompt for entry in entries for prompt in entry.prompts]).items():
+        for layer, planned in self._plan(entries).items():
             rows, tags = planned.row_ids.flatten(), planned.tags.flatten()
             prompts = planned.prompt.repeat_interleave(planned.row_ids.shape[1])
             held = self.tags(layer, rows)
@@ -178,6 +177,10 @@ class Holdings:
             found[layer] = (new, self.tags(layer, new))
         return found
 
+    def _plan(self, facts: Sequence[LedgerFact]) -> dict[str, PlannedRows]:
+        """Rows that all prompts of some facts may write, per layer."""
+        return plan_rows(self.memory.mapping, [prompt for fact in facts for prompt in fact.prompts])
+
     def _stored(self, layer: str, planned: PlannedRows) -> Tensor:
         """Which planned rows are in the table under their own tag, bool ``[m, K]``."""
         table = self.table(layer)
@@ -186,7 +189,7 @@ class Holdings:
 
     # -- removal ---------------------------------------------------------------------------------------------------------------------
 
-    def take_out(self, fact_ids: Collection[str]) -> tuple[TaggedRows, int]:
+    def take_out(self, fact_ids: Sequence[str]) -> tuple[TaggedRows, int]:
         """Strike facts out of the ledger and delete their rows; as ``delete_rows``."""
         gone = [self.ledger.remove(fact_id) for fact_id in fact_ids]
         return self.delete_rows(gone, self.facts)

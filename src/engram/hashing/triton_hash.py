@@ -16,7 +16,7 @@ _BLOCK = 64
 """Positions per program; a decoding step of a few hundred sequences still spreads over the device."""
 
 _UNROLLED = 4
-"""Orders up to so many are unrolled; a kernel of 31 (a taught memory's) would take a quarter of a minute to compile."""
+"""So many orders are unrolled at a time; a kernel of 31 (a taught memory's) would take a quarter of a minute to compile otherwise."""
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _hash_kernel(
     HEADS: tl.constexpr,
     MASKED: tl.constexpr,
     TAGGED: tl.constexpr,
-    UNROLLED: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -96,20 +96,12 @@ def _hash_kernel(
     at_P = place_P % length
     own = multipliers + layer * (ORDERS + 1)
     mix_P = _token(ids, mask, history, lookup, row_P, at_P, asked_P, length, past, vocabulary, raw_pad, MASKED) * tl.load(own)
-    if UNROLLED:
-        for back in tl.static_range(1, ORDERS + 1):
-            token_P = _token(ids, mask, history, lookup, row_P, at_P - back, asked_P, length, past, vocabulary, raw_pad, MASKED)
-            mix_P = mix_P ^ (token_P * tl.load(own + back))
-            _store_heads(
-                mix_P, back - 1, primes, out, tags, layer, place_P, asked_P, count, modulus, ORDERS, HEADS, TAGGED, BLOCK_K
-            )
-    else:
-        for back in range(1, ORDERS + 1):
-            token_P = _token(ids, mask, history, lookup, row_P, at_P - back, asked_P, length, past, vocabulary, raw_pad, MASKED)
-            mix_P = mix_P ^ (token_P * tl.load(own + back))
-            _store_heads(
-                mix_P, back - 1, primes, out, tags, layer, place_P, asked_P, count, modulus, ORDERS, HEADS, TAGGED, BLOCK_K
-            )
+    for back in tl.range(1, ORDERS + 1, loop_unroll_factor=UNROLL):
+        token_P = _token(ids, mask, history, lookup, row_P, at_P - back, asked_P, length, past, vocabulary, raw_pad, MASKED)
+        mix_P = mix_P ^ (token_P * tl.load(own + back))
+        _store_heads(
+            mix_P, back - 1, primes, out, tags, layer, place_P, asked_P, count, modulus, ORDERS, HEADS, TAGGED, BLOCK_K
+        )
 
 
 def hash_ngrams_triton(
@@ -164,7 +156,7 @@ def hash_ngrams_triton(
         HEADS=heads,
         MASKED=mask is not None,
         TAGGED=tags is not None,
-        UNROLLED=orders <= _UNROLLED,
+        UNROLL=min(orders, _UNROLLED),
         BLOCK=_BLOCK,
         BLOCK_K=triton.next_power_of_2(heads),
         num_warps=2,

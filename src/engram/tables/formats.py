@@ -143,10 +143,8 @@ def _decode_float8(stored: Tensor, scales: Tensor) -> Tensor:
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
-    """2 to the power of -127 to 127 in float32, from its bits: ``torch.ldexp`` asks the device's ``pow``, which need not be exact."""
-    return (
-        torch.where(exponent > -_EXPONENT_BIAS, (exponent + _EXPONENT_BIAS) << 23, 1 << 22).to(torch.int32).view(torch.float32)
-    )
+    """2 to the power of -127 to 127 (int32) in float32, from its bits: ``torch.ldexp`` asks the device's ``pow``, which need not be exact."""
+    return torch.where(exponent > -_EXPONENT_BIAS, (exponent + _EXPONENT_BIAS) << 23, 1 << 22).view(torch.float32)
 
 
 def _encode_int4(rows: Tensor) -> tuple[Tensor, Tensor]:

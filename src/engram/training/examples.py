@@ -36,12 +36,14 @@ class OneLength:
         try:
             return self.collator(examples)
         except (ValueError, RuntimeError) as error:
-            for name, lengths in self._uneven(examples):
-                raise DataError(
-                    f"got {name} of {lengths[0]} to {lengths[-1]} tokens in one batch, expected one length; pack the texts "
-                    "(engram.data.packing.pack), or pass data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False), which pads."
-                ) from error
-            raise
+            uneven = next(self._uneven(examples), None)
+            if uneven is None:
+                raise
+            name, lengths = uneven
+            raise DataError(
+                f"got {name} of {lengths[0]} to {lengths[-1]} tokens in one batch, expected one length; pack the texts "
+                "(engram.data.packing.pack), or pass data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False), which pads."
+            ) from error
 
     def _uneven(self, examples: Sequence[Any]) -> Iterator[tuple[str, list[int]]]:
         """Columns of several lengths, but for those that the collator pads, and their lengths in order."""

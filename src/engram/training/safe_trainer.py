@@ -98,9 +98,9 @@ class SafeTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        check_reports(kwargs["args"] if "args" in kwargs else args[1] if len(args) > 1 else None)
+        check_reports(_given(args, kwargs, 1, "args"))
         super().__init__(*args, **kwargs)
-        if kwargs.get("data_collator", args[2] if len(args) > 2 else None) is None:
+        if _given(args, kwargs, 2, "data_collator") is None:
             self.data_collator = OneLength(self.data_collator)
         self.throughput = Throughput()
         self._started, self._seconds_before = time.monotonic(), 0.0
@@ -256,6 +256,11 @@ class SafeTrainer(Trainer):
 
     def _save_weights(self, folder: Path) -> None:
         self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder)
+
+
+def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
+    """An argument of a call, by its name or by its place; None if it was left out."""
+    return kwargs.get(name, args[place] if len(args) > place else None)
 
 
 @contextmanager

@@ -92,7 +92,10 @@ def test_memories_are_never_written_over(saved, tmp_path):
 def test_what_a_format_cannot_hold_is_refused(tmp_path):
     write_table(tmp_path / "a", 1000)
     file = tmp_path / "a" / read_description(tmp_path / "a")["weights"]["file"]
-    for value, form, message in ((1e6, "float16", "row 999: got the value 1e.06"), (float("nan"), "int8", "not finite")):
+    for value, form, message in (
+        (1e6, "float16", r"layer 0, in the rows from 0 on: got the value 1e.06 \(row 999"),
+        (float("nan"), "int8", "not finite"),
+    ):
         with open(file, "r+b") as opened:
             opened.seek(-4, os.SEEK_END)
             opened.write(torch.tensor([value]).numpy().tobytes())

@@ -31,9 +31,9 @@ def test_sums_equal_coalesce(rows, count, dim, dtype, seed):
     values = torch.randint(-8, 9, (count, dim), generator=generator).to(dtype)  # sums are exact
     got, expected = native_rows.sum_duplicates(gradient(ids, values, rows)), gradient(ids, values.float(), rows).coalesce()
     assert got.is_coalesced()
-    assert got.dtype == dtype
+    assert got.dtype == torch.float32
     assert torch.equal(got.indices(), expected.indices())
-    assert torch.equal(got.values(), expected.values().to(dtype))
+    assert torch.equal(got.values(), expected.values())
 
 
 def test_sums_are_the_same_with_any_number_of_threads():
@@ -51,10 +51,11 @@ def test_other_gradients_are_left_to_torch():
     ids = torch.tensor([3, 1, 3])
     for values in (
         torch.ones(3, 2, dtype=torch.float64),
-        torch.ones(3, 2, dtype=torch.float16),
+        torch.full((3, 2), 40_000.0, dtype=torch.float16),  # their sums are no float16 any more
         torch.ones(2, 3).T.contiguous(),
     ):
-        assert torch.equal(native_rows.sum_duplicates(gradient(ids, values, 5)).to_dense(), gradient(ids, values, 5).to_dense())
+        summed = native_rows.sum_duplicates(gradient(ids, values, 5)).to_dense()
+        assert torch.equal(summed.double(), gradient(ids, values.double(), 5).to_dense())
     once = gradient(ids, torch.ones(3, 2), 5).coalesce()
     assert native_rows.sum_duplicates(once) is once
 

@@ -1,11 +1,12 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram import ConfigError
+from engram import CheckpointError, ConfigError, native
 from engram.checkpoint import load_tree, save_tree
 from engram.optim import EngramAdamW, build_param_groups, clip_grad_norm_
 from engram.testing import assert_close, tiny_memory, tiny_model
@@ -130,6 +131,31 @@ def test_clipping_sees_the_sparse_part(max_norm):
     assert clip_grad_norm_([torch.ones(2).requires_grad_()], 1.0) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("with_core", [True, False])
+def test_sums_of_many_duplicates_are_clipped_exactly(monkeypatch, dtype, with_core):
+    """In 16 bits a sum of ones ends at 256 or 2048, and three finite gradients may make an infinite one."""
+    if not with_core:
+        monkeypatch.setattr(native, "_core", None)
+    for value, count in ((1.0, 5000), (30_000.0, 3)):
+        table = torch.zeros(4, 2, dtype=dtype, requires_grad=True)
+        ids, values = torch.full((1, count), 2), torch.full((count, 2), value, dtype=dtype)
+        norm = 2**0.5 * values[0, 0].double() * count
+        for limit in (float("inf"), 1.0):
+            table.grad = torch.sparse_coo_tensor(ids, values.clone(), (4, 2), check_invariants=True)
+            assert_close(clip_grad_norm_([table], limit), norm.float())
+            sums = table.grad._values().double().sum(0)
+            assert_close(sums, torch.full((2,), 1.0).double() * (norm if limit > 1 else 1) / 2**0.5, torch.finfo(dtype).eps)
+
+
+def test_steps_of_double_rows_are_not_rounded():
+    rows = [torch.full((3, 2), 1 / 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    for each, optimizer in zip(rows, (EngramAdamW(rows[:1], lr=1e-12), torch.optim.SparseAdam(rows[1:], lr=1e-12))):
+        each.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2, dtype=torch.float64), (3, 2), check_invariants=True)
+        optimizer.step()
+    assert_close(rows[0] - 1 / 3, rows[1] - 1 / 3, 1e-3)
+
+
 def test_clipping_takes_a_single_parameter():
     parameter = torch.ones(2).requires_grad_()
     parameter.grad = torch.tensor([3.0, 4.0])
@@ -175,3 +201,14 @@ def test_tied_weights_of_one_kind_are_one_member():
     memory.requires_grad_(True)
     members = [id(p) for g in build_param_groups(memory, memory.engrams, lr=1e-3) for p in g["params"]]
     assert len(members) == len(set(members)) == len(list(memory.parameters()))
+
+
+def test_what_cannot_be_saved_or_is_malformed_is_one_error(tmp_path):
+    for tree in (np.array(["a"]), torch.eye(2).to_sparse(), {"f": print}):
+        with pytest.raises(CheckpointError, match="without pickle"):
+            save_tree(tmp_path / "bad", tree)
+    save_tree(tmp_path / "state", {"a": 1})
+    for malformed in ("[1]", '{"tree": {"__kind__": "dict", "items": [[{"__kind__": "dict", "items": []}, 1]]}}'):
+        (tmp_path / "state.json").write_text(malformed)
+        with pytest.raises(CheckpointError, match="cannot read the saved state"):
+            load_tree(tmp_path / "state")

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram import TableError, native
-from engram.tables import FORMATS, row_format
+from engram.tables import FORMATS, DeviceTable, row_format
 from engram.tables.formats import _power_of_two
 
 QUANTISED = [name for name, entry in FORMATS.items() if entry.quantised]
@@ -24,6 +24,8 @@ def random_rows(data, even=True):
 def test_rows_are_read_as_the_plain_decoder_reads_them(name, data):
     form = row_format(name)
     rows, rng = random_rows(data)
+    if name == "float16":
+        rows.clamp_(-65504, 65504)
     stored, scales = form.encode(rows)
     assert stored.shape == (len(rows), form.width(rows.shape[1]))
     assert (scales is None) != form.quantised
@@ -73,6 +75,15 @@ def test_what_cannot_be_stored_is_refused():
         row_format("int3")
     with pytest.raises(TableError, match="a multiple of 2"):
         FORMATS["int4"].width(7)
+    too_large, unlimited = torch.tensor([[1.0, 2.0], [-1e5, float("inf")]]), torch.tensor([[float("inf"), -2.0]])
+    for store in (FORMATS["float16"].encode, lambda rows: DeviceTable(2, 2, dtype=torch.float16).load_rows(0, rows)):
+        with pytest.raises(
+            TableError, match=r"got the value -1e.05 \(row 1 of those given\), expected at most 6.55e.04 in float16"
+        ):
+            store(too_large)
+        store(unlimited)
+    with pytest.raises(TableError, match="expected at most"):
+        DeviceTable(2, 2, dtype=torch.float16).update_rows(torch.tensor([1]), lambda old: old.float() + 1e5)
     for name in QUANTISED:
         with pytest.raises(TableError, match="not finite"):
             FORMATS[name].encode(torch.tensor([[1.0, float("inf")]]))

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import errno
+import gc
 import os
 import pickle
 import resource
@@ -290,6 +291,33 @@ def test_row_files_are_known_again_until_they_change(tmp_path):
     stamp_rows(file, "a")
     table.update_rows(torch.tensor([3]), lambda rows: rows + 1)
     assert not rows_are(file, "a")
+
+
+def test_row_files_are_found_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    table = MmapTable(ROWS, DIM, "rows", "r+")
+    stamp_rows(table.path, "a")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    MmapTable(ROWS, DIM, "rows", "r+").flush()
+    stamp_rows(Path("rows"), "another's")
+    table.lookup(torch.arange(3)).sum().backward()
+    assert not (tmp_path / "rows.json").exists()
+    assert rows_are(Path("rows"), "another's")
+
+
+def test_a_state_is_not_loaded_into_rows_that_are_read_only(tmp_path):
+    table = MmapTable(ROWS, DIM, tmp_path / "rows", "r+")
+    stamp_rows(table.path, "a")
+    table.load_state_dict({"weight": random_rows()})
+    assert torch.equal(table.read(torch.arange(ROWS), torch.float32), random_rows())
+    assert not rows_are(table.path, "a")
+    del table
+    gc.collect()
+    read_only = MmapTable(ROWS, DIM, tmp_path / "rows")
+    with pytest.raises(TableError, match="mapped read-only"):
+        read_only.load_state_dict({"weight": torch.zeros(ROWS, DIM)})
+    assert torch.equal(read_only.read(torch.arange(ROWS), torch.float32), random_rows())
 
 
 @pytest.mark.parametrize("form", ["float32", "int8"])
@@ -640,6 +668,19 @@ def test_prefetched_training_of_a_hybrid_reads_the_cold_table():
             assert table._copied is None
             with torch.no_grad():
                 assert torch.equal(table.lookup(table.prefetch(row_ids, through=through)), plain.weight[row_ids])
+
+
+def test_a_hybrid_counts_rows_that_are_fetched_ahead_in_training(tmp_path):
+    table = build_table(ROWS, DIM, TableConfig(tier="hybrid", hot_rows=2, path=str(tmp_path)))
+    table.load_rows(0, random_rows())
+    table.count_accesses = True
+    row_ids = torch.tensor([5, 7, 5])
+    with RowPrefetcherThread() as through:
+        for ids in (table.prefetch(row_ids, through=through), row_ids):
+            table.lookup(ids).sum().backward()
+    assert table.rebalance() == 2
+    assert sorted(table.hot_ids.tolist()) == [5, 7]
+    assert table.counts.counts.tolist() == [4, 2]
 
 
 def test_a_copied_hybrid_has_the_rows_of_now():

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from engram._version import __version__
@@ -210,10 +209,8 @@ def _converted(
         for start, stored, scales in table.blocks(tensors):
             before = table.form.decode(stored, scales)
             if form != table.form:
-                stored, scales = form.encode(before)
-            after = form.decode(stored, scales)
-            _check_finite(before, after, form, table.layer_id, start)
-            error.add(before, after)
+                stored, scales = _encoded(before, form, table.layer_id, start)
+            error.add(before, form.decode(stored, scales))
             yield f"{table.prefix}weight", stored
             if scales is not None:
                 yield f"{table.prefix}scales", scales
@@ -223,11 +220,9 @@ def _converted(
         error.finish(table.rows * table.dim)
 
 
-def _check_finite(before: Tensor, after: Tensor, form: RowFormat, layer_id: int, start: int) -> None:
-    lost = before.isfinite() & ~after.isfinite()
-    if bool(lost.any()):
-        row, column = (int(n) for n in lost.nonzero()[0])
-        raise TableError(
-            f"layer {layer_id}, row {start + row}: got the value {float(before[row, column]):.4g}, expected at most "
-            f"{torch.finfo(form.dtype).max:.4g} in {form.name}; choose bfloat16, float8 or int8."
-        )
+def _encoded(rows: Tensor, form: RowFormat, layer_id: int, start: int) -> tuple[Tensor, Tensor | None]:
+    """Rows in another format; an error says where they lie."""
+    try:
+        return form.encode(rows)
+    except TableError as error:
+        raise TableError(f"layer {layer_id}, in the rows from {start:,} on: {error}") from None

@@ -167,12 +167,16 @@ class TensorReader:
         self._opened.close()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Entries ``start`` to ``stop`` of a tensor's first dimension.
+        """Entries ``start`` to ``stop`` of a tensor's first dimension; a tensor without dimensions is one entry, and comes as it is.
 
         Raises:
             CheckpointError: the file became shorter.
         """
         spec = self.specs[name]
+        if not spec.shape:
+            content = torch.empty(spec.nbytes, dtype=torch.uint8)
+            self._fill(content.numpy().data, self._places[name])
+            return content.view(spec.dtype).view(())
         stop = max(start, spec.shape[0] if stop is None else min(stop, spec.shape[0]))
         part = TensorSpec(spec.dtype, (stop - start, *spec.shape[1:]))
         content = torch.empty(part.nbytes, dtype=torch.uint8)
@@ -190,6 +194,9 @@ class TensorReader:
     def parts(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """A whole tensor for ``write_tensors``."""
         spec = self.specs[name]
+        if not spec.shape:
+            yield name, self.read(name)
+            return
         step = max(1, _PART_BYTES // max(1, TensorSpec(spec.dtype, spec.shape[1:]).nbytes))
         for start in range(0, spec.shape[0], step):
             yield name, self.read(name, start, start + step)

@@ -27,7 +27,13 @@ def save_tree(path: str | os.PathLike[str], tree: Any) -> None:
         CheckpointError: something else is in the tree, or the files cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    skeleton = _pack(tree, tensors)
+    try:
+        skeleton = _pack(tree, tensors)
+    except (TypeError, RuntimeError) as error:  # an array of texts, a sparse tensor
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"cannot save this state without pickle: {reason}; expected plain values and dense tensors."
+        ) from error
     try:
         save_file(tensors, f"{os.fspath(path)}.safetensors")
         write_json_atomically(Path(f"{os.fspath(path)}.json"), {"tree": skeleton})
@@ -45,7 +51,7 @@ def load_tree(path: str | os.PathLike[str]) -> Any:
         tensors = load_file(f"{os.fspath(path)}.safetensors")
         skeleton = json.loads(Path(f"{os.fspath(path)}.json").read_text(encoding="utf-8"))["tree"]
         return _unpack(skeleton, tensors)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the saved state {path}: {error}; resume from an earlier checkpoint.") from error
 
 

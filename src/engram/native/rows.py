@@ -66,17 +66,18 @@ class RowGroups:
 
 
 def sum_duplicates(gradient: Tensor) -> Tensor:
-    """A sparse gradient without duplicate rows: as ``coalesce``, but sums of bfloat16 are taken in float32.
+    """A sparse gradient without duplicate rows: as ``coalesce``, but types of 16 bits come as float32, in which their sums are taken.
 
     Args:
         gradient: ``[rows, dim]`` with one sparse dimension.
     """
     values = gradient._values()
     if gradient.is_coalesced() or gradient.sparse_dim() != 1 or values.dim() != 2 or not serves(values.contiguous()):
-        return gradient.coalesce()
+        wide = torch.promote_types(values.dtype, torch.float32)
+        return (gradient if wide == values.dtype else gradient.to(wide)).coalesce()
     values, dim = values.contiguous(), values.shape[1]
     groups = RowGroups(gradient._indices()[0], gradient.shape[0])
-    out = torch.empty((groups.rows.numel(), dim), dtype=values.dtype, device="cpu")
+    out = torch.empty((groups.rows.numel(), dim), dtype=torch.float32, device="cpu")
     native.core().sum_rows(
         *groups.addresses, values.data_ptr(), _TYPES[values.dtype], dim, out.data_ptr(), torch.get_num_threads()
     )

@@ -16,28 +16,36 @@ __all__ = ["clip_grad_norm_"]
 def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale all gradients together so that their joint 2-norm is at most ``max_norm``; returns the norm before.
 
-    The norm equals that of the densified gradients: duplicate rows of a sparse gradient are summed first (and stay summed).
+    The norm equals that of the densified gradients: duplicate rows of a sparse gradient are summed first. They stay summed, unless they have
+    16 bits: those are summed in float32, which a gradient of theirs could not hold.
 
     Args:
         parameters: one tensor or several; those without a gradient are passed over.
         max_norm: infinity measures without scaling.
     """
     holders = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    parts = [_values(p) for p in holders if p.grad is not None]
-    if not parts:
+    holders = [p for p in holders if p.grad is not None]
+    if not holders:
         return torch.tensor(0.0)
-    device = parts[0].device
-    total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v.float()).to(device) for v in parts]))
+    norms = [torch.linalg.vector_norm(_summed(p).float()) for p in holders]
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    if max_norm == float("inf"):
+        return total
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for values in parts:
+    for p in holders:
+        assert p.grad is not None
+        values = p.grad._values() if p.grad.is_sparse else p.grad
         values.mul_(scale.to(values.device))
     return total
 
 
-def _values(parameter: Tensor) -> Tensor:
-    """The numbers of a gradient: all of a dense one, the stored rows of a sparse one, which is coalesced in place of the old."""
-    assert parameter.grad is not None
-    if not parameter.grad.is_sparse:
-        return parameter.grad
-    parameter.grad = sum_duplicates(parameter.grad)
-    return parameter.grad.values()
+def _summed(parameter: Tensor) -> Tensor:
+    """The numbers of a gradient: of a dense one all, of a sparse one the sums by row, which replace it where they have its type."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if not gradient.is_sparse:
+        return gradient
+    summed = sum_duplicates(gradient)
+    if summed.dtype == gradient.dtype:
+        parameter.grad = summed
+    return summed.values()

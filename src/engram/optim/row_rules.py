@@ -52,7 +52,7 @@ def step_rows(
     """
     values = gradients if numbers.sign == 1 else -gradients
     direction, root = _advance(values, buffers, slots, numbers)
-    current = table[rows].float()
+    current = table[rows].to(torch.promote_types(table.dtype, torch.float32))
     if numbers.keep != 1:
         current.mul_(numbers.keep)
     current.addcdiv_(direction, root.add_(numbers.eps), value=-numbers.step_size)

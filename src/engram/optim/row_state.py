@@ -140,6 +140,10 @@ class RowMoments:
             buffer[slots] = state[name].to(self._device, torch.float32)
 
     def _check(self, state: dict[str, Tensor]) -> None:
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise CheckpointError(
+                "optimiser state: got a row state that is no mapping of tensors; resume from an earlier checkpoint."
+            )
         names = set(state) - {"rows"}
         if "rows" not in state or names != set(self.buffers):
             saved = next((kind for kind, buffers in ROW_STATES.items() if set(buffers) == names), f"buffers {sorted(names)}")
@@ -147,6 +151,10 @@ class RowMoments:
                 f"optimiser state: got row state {saved}, expected {self.kind}; make the optimiser with the row_state it was saved with."
             )
         rows, table_rows = state["rows"], self.slot_of_row.shape[0]
+        if rows.dtype != torch.int64 or rows.dim() != 1:
+            raise CheckpointError(
+                f"optimiser state: got row numbers {rows.dtype} {list(rows.shape)}, expected int64 [n]; resume from an earlier checkpoint."
+            )
         got = {name: tuple(state[name].shape) for name in self.buffers}
         expected = {name: (rows.numel(), *buffer.shape[1:]) for name, buffer in self.buffers.items()}
         highest = int(rows.max()) if rows.numel() else 0

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from engram.ops import lookup_rows, read_rows
 from engram.tables.base import EmbeddingTable, check_place, check_row_ids, replaced
+from engram.tables.formats import narrowed
 from engram.tables.memory import check_fits
 from engram.tables.prefetch import RowHandle, RowPrefetcher
 
@@ -71,26 +72,27 @@ class DeviceTable(EmbeddingTable):
         """Replace rows in place.
 
         Raises:
-            TableError: a row number is out of range or ``fn`` changed the shape.
+            TableError: a row number is out of range, ``fn`` changed the shape or gave a value that is too large for the table's type.
         """
         if row_ids.numel() == 0:
             return
         check_row_ids(row_ids, self.rows)
         row_ids = row_ids.to(self.weight.device)
-        new = replaced(self.weight[row_ids], fn)
+        new = narrowed(replaced(self.weight[row_ids], fn), self.weight.dtype)
         self._before_writing()
-        self.weight[row_ids] = new.to(self.weight.dtype)
+        self.weight[row_ids] = new
 
     @torch.no_grad()
     def load_rows(self, start: int, rows: Tensor) -> None:
         """Put rows ``[n, dim]`` at ``start`` and after.
 
         Raises:
-            TableError: they do not fit there.
+            TableError: they do not fit there, or a value is too large for the table's type.
         """
         check_place(start, rows, self.rows, self.dim)
+        stored = narrowed(rows, self.weight.dtype).to(self.weight.device)
         self._before_writing()
-        self._put(start, rows.to(self.weight))
+        self._put(start, stored)
 
     def _put(self, start: int, rows: Tensor) -> None:
         """Store consecutive rows, which fit."""

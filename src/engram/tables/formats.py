@@ -11,7 +11,7 @@ from torch import Tensor
 from engram.errors import TableError
 from engram.ops import gather, kernel_serves
 
-__all__ = ["FORMATS", "RowFormat", "row_format"]
+__all__ = ["FORMATS", "RowFormat", "narrowed", "row_format"]
 
 _BLOCK = 32
 _FLOAT8_MAX, _EXPONENT_BIAS = 448.0, 127
@@ -59,10 +59,10 @@ class RowFormat:
         """Stored values ``[n, width]`` and scales of float rows ``[n, dim]``: nearest values, ties to even.
 
         Raises:
-            TableError: a value is not finite and the format cannot hold that.
+            TableError: the format cannot hold a value: it is too large, or not finite where there are scales.
         """
         if not self.quantised:
-            return rows.to(self.dtype), None
+            return narrowed(rows, self.dtype), None
         if not bool(rows.isfinite().all()):
             raise TableError(f"{self.name} rows: got a value that is not finite, expected finite ones; look for what made it.")
         return _ENCODERS[self.name](rows.float())
@@ -104,6 +104,25 @@ def _check_range(row_ids: Tensor, rows: int) -> None:
     for number in (int(row_ids.min()), int(row_ids.max())):
         if not 0 <= number < rows:
             raise IndexError(f"row number {number} is out of range, expected 0..{rows - 1}")
+
+
+def narrowed(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows ``[n, dim]`` in a floating type that may be smaller; what is not finite stays so.
+
+    Raises:
+        TableError: a finite value is too large for it.
+    """
+    stored = rows.to(dtype)
+    if torch.finfo(dtype).max >= torch.finfo(rows.dtype).max or bool(stored.isfinite().all()):
+        return stored
+    lost = rows.isfinite() & ~stored.isfinite()
+    if bool(lost.any()):
+        row, column = (int(n) for n in lost.nonzero()[0])
+        raise TableError(
+            f"got the value {float(rows[row, column]):.4g} (row {row} of those given), expected at most {torch.finfo(dtype).max:.4g} in "
+            f"{dtype}; choose bfloat16, float8 or int8.".replace("torch.", "")
+        )
+    return stored
 
 
 def row_format(name: str) -> RowFormat:

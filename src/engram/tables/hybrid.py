@@ -175,7 +175,10 @@ class HybridTable(EmbeddingTable):
             return self.cold.prefetch(row_ids)
         if torch.is_grad_enabled() and self.weight.requires_grad:  # as in ``lookup``: no copies that the next step makes old
             self._copied = None
-            return self.cold.prefetch(row_ids, dtype, through)
+            fetched = self.cold.prefetch(row_ids, dtype, through)
+            if self.count_accesses and isinstance(fetched, RowHandle):  # ``lookup`` counts numbers
+                self.counts.add(row_ids)
+            return fetched
         return through.start(self, row_ids, dtype or self.value_dtype) if through.pays(self, row_ids.device) else row_ids
 
     def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:

@@ -76,7 +76,7 @@ class MappedRows(EmbeddingTable):
             raise TableError(f"{type(self).__name__}: got mode {mode!r}, expected 'r' or 'r+'.")
         end = max(place + rows * size for place, size in zip(places, row_bytes, strict=True))
         self._file = RowFile(Path(path), end, mode, resident_bytes, row_bytes)
-        self.path, self.mode = Path(path), mode
+        self.path, self.mode = self._file.path, mode
         self.warm_rows = self.cold_rows = 0
         self.count_cold = False
         self._places, self._row_bytes = tuple(places), tuple(row_bytes)
@@ -256,6 +256,17 @@ class MappedRows(EmbeddingTable):
         self._refuse_read_only()
         super().load_rows(start, rows)
         self._file.touched(rows.shape[0], in_order=True)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As ``nn.Module``; what is loaded goes into the file.
+
+        Raises:
+            TableError: the file is mapped read-only (what is loaded would lie in pages of this process, and go with them) or was truncated.
+        """
+        if any(name.startswith(prefix) for name in state_dict):
+            self._refuse_read_only()
+            self._file.changing()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _put(self, start: int, *stored: Tensor) -> None:
         for rows, held, place, size in zip(stored, self._tensors(), self._places, self._row_bytes, strict=True):

@@ -55,6 +55,7 @@ class RowFile:
         resident_bytes: int | None = None,
         row_bytes: Sequence[int] = (),
     ) -> None:
+        path = path.absolute()  # a process may change its folder, and notes lie beside the file
         self.path, self.end, self.mode, self.resident_bytes = path, end, mode, resident_bytes
         self._in_order, self._at_random = sum(row_bytes), sum(size + _AROUND for size in row_bytes)
         self.created = mode == "r+" and not path.exists()

@@ -246,8 +246,7 @@ PyObject* sum_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::array<int64_t, 9> a;
   if (!read_integers(args, count, a)) return nullptr;
   without_gil([&] {
-    engram::sum_rows(groups_of(a.data()), address<const uint8_t>(a[4]), static_cast<engram::RowType>(a[5]), a[6], address<uint8_t>(a[7]),
-                     a[8]);
+    engram::sum_rows(groups_of(a.data()), address<const uint8_t>(a[4]), static_cast<engram::RowType>(a[5]), a[6], address<float>(a[7]), a[8]);
   });
   Py_RETURN_NONE;
 }

@@ -65,15 +65,18 @@ void parallel_wait(int64_t count, int64_t grain, int64_t threads, const Fn& fn) 
 
 // The entry of the OpenMP library that PyTorch has loaded for everybody, or null. Its threads spin for a while after each of PyTorch's
 // operations: a thread of our own would fight them for the core, whereas one of theirs begins at once.
+//
+// A forked child has the pool's memory, but not its threads, and would wait for them. It is told so even if no kernel ran before the fork:
+// the first to need threads may have been PyTorch.
+#if defined(__linux__)
+inline std::atomic<bool> is_forked{false};
+inline const int watches_forks = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });  // when the core is loaded
+#endif
 using OpenMpEntry = void (*)(void (*)(void*), void*, unsigned, unsigned);
 inline OpenMpEntry shared_pool() {
 #if defined(__linux__)
-  static std::atomic<bool> forked{false};  // a child has the pool's memory, but not its threads, and would wait for them
-  static const OpenMpEntry found = [] {
-    pthread_atfork(nullptr, nullptr, [] { forked = true; });
-    return reinterpret_cast<OpenMpEntry>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  }();
-  return forked ? nullptr : found;
+  static const OpenMpEntry found = reinterpret_cast<OpenMpEntry>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return is_forked ? nullptr : found;
 #else
   return nullptr;
 #endif

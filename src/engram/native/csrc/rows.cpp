@@ -202,15 +202,13 @@ int64_t group_rows(const int64_t* row_ids, int64_t n, int64_t table_rows, int64_
   return count;
 }
 
-void sum_rows(const RowGroups& groups, const uint8_t* gradients, RowType type, int64_t dim, uint8_t* out, int64_t threads) {
+void sum_rows(const RowGroups& groups, const uint8_t* gradients, RowType type, int64_t dim, float* out, int64_t threads) {
   parallel_for(groups.count, kGrain, threads, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(dim);
     for (int64_t i = begin; i < end; ++i) {
       if (i + kAhead < end)
         prefetch_bytes(gradients + groups.order[groups.starts[i + kAhead]] * dim * value_bytes(type), dim * value_bytes(type));
-      const float* sum = summed(groups, i, gradients, type, dim, scratch.data());
-      if (type == RowType::kFloat32) std::memcpy(out + i * dim * 4, sum, dim * 4);
-      else store_bfloat16(sum, reinterpret_cast<uint16_t*>(out) + i * dim, dim);
+      std::memcpy(out + i * dim, summed(groups, i, gradients, type, dim, scratch.data()), dim * sizeof(float));
     }
   });
 }

@@ -20,8 +20,8 @@ struct RowGroups {
 // that a sum over them is the same each time. Returns how many different rows there are, or -1 - p if the p-th number is out of range.
 int64_t group_rows(const int64_t* row_ids, int64_t n, int64_t table_rows, int64_t* rows, int64_t* starts, int64_t* order);
 
-// Sums the gradients [n, dim] of each row in float32; writes [groups.count, dim] in the type of the gradients.
-void sum_rows(const RowGroups& groups, const uint8_t* gradients, RowType type, int64_t dim, uint8_t* out, int64_t threads);
+// Sums the gradients [n, dim] of each row; writes float32 [groups.count, dim], whatever the type of the gradients.
+void sum_rows(const RowGroups& groups, const uint8_t* gradients, RowType type, int64_t dim, float* out, int64_t threads);
 
 // Where the state of rows is kept: slot_of_row holds 1 + slot, or 0 for a row never seen, which gets the next free slot; row_of_slot is the
 // inverse, with room for `capacity` rows. Writes slots [n]; returns how many slots are in use then, or -1 - p if the p-th row number is out

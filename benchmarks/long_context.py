@@ -5,7 +5,8 @@ that know the language and how to look back a little. A memory that starts empty
 two runs of `engram train`, one with a memory and one without, on equal tokens (`--plain`, `--joint`; recipes/train_joint.yaml). Their loss on
 ordinary text rises while they learn recall, from where it was to begin with, so a step of equal loss says nothing there and is left out. For
 equal loss they must begin with it, as in the paper, where the model without a memory was trained for longer (`--equal-loss`). The bundled
-model had no more to learn from the text there is (docs/lab_notes.md); this is for those who have more.
+model had no more to learn from the text there is (docs/lab_notes.md); recipes/train_equal_loss_plain.yaml and _joint.yaml make a smaller pair.
+Whether a model can copy when recall training begins is measured too, for it decides the rest.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from engram import EngramConfig, EngramModel, EngramTrainer, EngramTrainingArgum
 from engram.data.corpus import CorpusRecipe, build_corpus, held_out_standard_library
 from engram.data.long_context_mix import long_context_mix
 from engram.data.packing import pack
-from engram.evaluation import ShareResult, measure_recall, recall_table
+from engram.evaluation import ShareResult, measure_copying, measure_recall, recall_table
 from engram.models.bundled import load_model, load_tokenizer
 from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_NAME
 from engram.training.tokenizer import train_tokenizer
@@ -100,10 +101,10 @@ class Watch(TrainerCallback):
 
     def __init__(self, blocks, every, ask, target=None, begins=None):
         self.blocks, self.every, self.ask, self.target, self.begins = blocks, every, ask, target, begins
-        self.before, self.curve, self.reached, self.weights = None, [], None, None
+        self.before, self.copying, self.curve, self.reached, self.weights = None, None, [], None, None
 
     def on_train_begin(self, args, state, control, model=None, **_):
-        self.before = held_out_loss(model, self.blocks)
+        self.before, self.copying = held_out_loss(model, self.blocks), measure_copying(model)
         model.train()
         if self.begins is not None and abs(self.before - self.begins) > EQUAL:
             raise SystemExit(
@@ -204,6 +205,7 @@ def run(seed, tokenizer, documents, held_out, texts, sizes):
             "model": name,
             "step": step,
             "held_out_loss_before": watch.before,
+            "copying_before": watch.copying,
             "held_out_loss": loss,
             "scores": everything(model).to_dict()["scores"],
         }

@@ -241,12 +241,14 @@ def route_by_gain():
 def joint_training():
     result = load("joint_training")
     rows = [
-        (name, f"{entry['median']:.3f}", f"{entry['min']:.3f}-{entry['max']:.3f}")
+        (name, f"{statistics.mean(entry['seeds']):.3f}", f"{entry['min']:.3f}-{entry['max']:.3f}")
         for name, entry in (("without", result["held_out_loss"]["dense"]), ("with Engram", result["held_out_loss"]["engram"]))
     ]
-    gain = result["gain"]
+    gain, seeds = result["gain"], len(result["gain"]["seeds"])
     note = f"\n\n{result['sizes']['steps']} steps; the memory gains {gain['mean']:.3f} nats per token on average, at least {gain['min']:.3f}."
-    return table(("", "held-out loss (nats per token)", "range over seeds"), rows) + note + source(result)
+    return (
+        table(("", f"held-out loss, mean of {seeds} seeds (nats per token)", "range over seeds"), rows) + note + source(result)
+    )
 
 
 def _interval(found, digits):

@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, Self
 
 from engram.errors import ConfigError
@@ -28,6 +29,15 @@ def _require(condition: bool, field: str, got: object, expected: str) -> None:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
+
+
+def _items(given: Any) -> tuple[Any, ...]:
+    """What a list holds; nothing if it is none."""
+    return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
 
 
 def _layer_orders(given: Any, layers: tuple[int, ...], largest: int) -> tuple[tuple[int, tuple[int, ...]], ...] | None:
@@ -122,19 +132,19 @@ class EngramConfig:
             _is_int(self.max_ngram_size) and self.max_ngram_size >= 2, "max_ngram_size", self.max_ngram_size, "an int >= 2"
         )
         given: Any = self.engram_vocab_size
-        sizes = (given,) * (self.max_ngram_size - 1) if _is_int(given) else tuple(given)
+        sizes = (given,) * (self.max_ngram_size - 1) if _is_int(given) else _items(given)
         _require(
             len(sizes) == self.max_ngram_size - 1 and all(_is_int(s) and s >= 1 for s in sizes),
             "engram_vocab_size",
             self.engram_vocab_size,
             f"{self.max_ngram_size - 1} positive ints, one per order 2..{self.max_ngram_size} (or one int for all)",
         )
-        layers = tuple(self.layer_ids)
+        layers = _items(self.layer_ids)
         _require(
             len(layers) > 0 and all(_is_int(i) and i >= 0 for i in layers) and len(set(layers)) == len(layers),
             "layer_ids",
             self.layer_ids,
-            "at least one 0-based block index, none twice",
+            "a list of at least one 0-based block index, none twice",
         )
         object.__setattr__(self, "engram_vocab_size", sizes)
         object.__setattr__(self, "layer_ids", layers)
@@ -158,8 +168,8 @@ class EngramConfig:
         _require(self.fuse in ("gate", "add", "concat"), "fuse", self.fuse, "'gate', 'add' or 'concat'")
         for field in ("use_bias", "use_conv", "verify_rows", "longest_only", "branch_gates"):
             _require(isinstance(getattr(self, field), bool), field, getattr(self, field), "True or False")
-        _require(self.norm_eps is None or self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number or None")
-        _require(self.conv_norm_eps > 0, "conv_norm_eps", self.conv_norm_eps, "a positive number")
+        _require(self.norm_eps is None or _is_positive(self.norm_eps), "norm_eps", self.norm_eps, "a positive number or None")
+        _require(_is_positive(self.conv_norm_eps), "conv_norm_eps", self.conv_norm_eps, "a positive number")
         _require(
             not self.verify_rows or self.table_init == "zero", "table_init", self.table_init, "'zero' when verify_rows is on"
         )

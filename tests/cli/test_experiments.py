@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.cli.test_cli import invoke
 
@@ -78,6 +79,38 @@ def test_a_file_that_is_no_result_is_not_written_over(monkeypatch, capsys, tmp_p
     assert code == 2
     assert "nothing was overwritten" in err
     assert file.read_text() == "my notes"
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        ({"points": [{}]}, "points[0] that lacks digest, labels"),
+        ({"tuning": ["x"]}, "tuning[0] that lacks digest, labels"),
+        ({"points": None}, "no list of 'points'"),
+        ({"data": []}, "no mapping 'data'"),
+    ],
+)
+def test_a_result_with_points_that_are_none_is_not_gone_on_from(monkeypatch, capsys, tmp_path, result, words):
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps({"sweep": "tiny", **result}))
+    code, _, err = invoke(monkeypatch, capsys, "sweep", SWEEP, "--out", tmp_path / "run", "--json", file)
+    assert code == 2
+    assert words in err
+    assert "nothing was overwritten" in err
+    assert "Traceback" not in err
+    assert json.loads(file.read_text()) == {"sweep": "tiny", **result}
+
+
+@pytest.mark.parametrize("base", [{"data": None}, {"backbone": "deepseek_v3"}])
+def test_a_budget_of_a_base_with_wrong_forms_is_one_clear_error(monkeypatch, capsys, tmp_path, base):
+    fields = yaml.safe_load(SWEEP.read_text())
+    fields["base"] |= base
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(fields))
+    options = ("--total", "13.73k", "--active", "5264", "--recipe", tmp_path / "sweep.yaml")
+    code, out, err = invoke(monkeypatch, capsys, "budget", *options)
+    assert (code, out) == (2, "")
+    assert "expected a mapping" in err
+    assert "Traceback" not in err
 
 
 def test_train_keeps_model_and_memory_and_tells_the_losses(monkeypatch, capsys, tmp_path):

@@ -127,6 +127,11 @@ def test_memories_are_compared_and_united(engram, taught, world, tmp_path):
     assert code == 0
     assert "decided for b" in err
     assert engram("merge", taught, tmp_path / "o", "--out", tmp_path / "v", "--prefer", "c")[0] == 2
+    with pytest.MonkeyPatch.context() as patch:  # a folder that is taken is refused before anything is united or asked
+        patch.setattr("engram.editing.merge._both", None)
+        code, out, err = engram("merge", taught, tmp_path / "n", "--out", tmp_path / "v")
+    assert (code, out) == (2, "")
+    assert "holds a memory already; choose another folder" in err
 
 
 def test_evaluation_is_written(engram, taught, tmp_path):
@@ -163,6 +168,9 @@ def test_facts_are_generated(engram, tmp_path):
         (["facts", "--memory", "bundled"], 2, "the bundled memory was trained, not taught"),
         (["why", "hi", "--memory", "bundled"], 2, "the bundled memory was trained, not taught"),
         (["facts", "--memory", "one.yaml"], 1, "no memory in one.yaml: it is a file"),
+        (("ask", "x", "--memory", "nowhere", "--off", "--route"), 2, "expected it to be off, or routed"),
+        (("ask", "x", "--memory", "nowhere", "--off", "--rules", "none.yaml"), 2, "expected it to be off, or routed"),
+        (("ask", "x", "--memory", "nowhere", "--off", "--router", "none"), 2, "expected it to be off, or routed"),
     ],
 )
 def test_mistakes_get_one_clear_line(engram, world, arguments, code, message):

@@ -116,3 +116,8 @@ def test_facts_are_texts():
     for fields in ({"prompts": 5}, {"id": 5}, {"answer": "\ud800"}, {"prompts": ("\udcff",)}, {"held_out": None}):
         with pytest.raises(DataError, match="expected"):
             Fact(**{"prompts": ("a",), "answer": "b", **fields})
+
+
+def test_answers_have_no_white_space_around_them():
+    assert Fact(("x",), " yes sir\n").answer == "yes sir"
+    assert Fact(("x",), " yes sir\n") == Fact(("x",), "yes sir")

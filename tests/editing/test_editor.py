@@ -515,3 +515,79 @@ def test_replacing_asks_whoever_leant_on_what_leaves(monkeypatch):
     with pytest.raises(TeachError, match="'KEY:alpha 18'"):
         editor.teach([Fact(FACTS[1].prompts, "other", id="beta")], replace_answers=True)
     assert same(tensors(editor), before)
+
+
+def test_editors_of_one_memory_know_of_each_other():
+    first = make_editor()
+    second = MemoryEditor(first.memory, first.tokenizer)
+    first.teach(FACTS[:1])
+    second.teach(FACTS[1:])
+    assert (
+        [fact.id for fact in first.facts] == [fact["id"] for fact in first.memory.ledger["facts"]] == ["alpha", "beta", "door"]
+    )
+    assert answers(first, FACTS[:1]) == ["blue window", "blue window"]
+    assert first.forget(["door"]).forgotten == ["door"]
+    assert set(second.verify()) == {"alpha", "beta"}
+    with pytest.raises(TeachError, match="no fact 'door'"):
+        second.rows_of("door")
+
+
+def test_a_memory_that_is_loaded_behind_an_editor_is_noticed(tmp_path):
+    editor = make_editor()
+    editor.teach(FACTS[:1])
+    editor.save(tmp_path / "one")
+    editor.teach(FACTS[1:])
+    editor.memory.load_memory(tmp_path / "one")
+    assert list(editor.verify()) == ["alpha"]
+    editor.teach(MORE[:1])
+    assert [fact["id"] for fact in editor.memory.ledger["facts"]] == ["alpha", "gamma"]
+
+
+def test_what_is_taught_while_facts_are_left_out_goes_with_that():
+    editor = make_editor()
+    editor.teach(FACTS)
+    before, ledger = tensors(editor), editor.memory.ledger
+    with editor.without(["beta"]):
+        editor.teach(MORE[:1])
+        assert [fact.id for fact in editor.facts] == ["alpha", "door", "gamma"]
+    assert same(tensors(editor), before)
+    assert editor.memory.ledger == ledger
+    assert [fact.id for fact in editor.facts] == ["alpha", "beta", "door"]
+
+
+@pytest.mark.parametrize("surroundings", ["disabled", "routed past", "inference mode"])
+def test_lessons_are_heard_whatever_surrounds_them(surroundings):
+    editor = make_editor()
+    memory = editor.memory
+    around = {
+        "disabled": memory.disable_engram,
+        "routed past": lambda: memory.routed(torch.tensor([False])),
+        "inference mode": torch.inference_mode,
+    }[surroundings]
+    with around():
+        assert editor.teach(FACTS).taught == ["alpha", "beta", "door"]
+        assert all(editor.verify().values())
+        assert list(editor.why("KEY:beta 20").facts) == ["beta"]
+        assert memory.is_enabled == (surroundings != "disabled")
+        assert torch.is_inference_mode_enabled() == (surroundings == "inference mode")
+    assert answers(editor, FACTS[1:2]) == ["7319"]
+    editor.teach(MORE)  # rows of the first lesson stand in no one's way
+    assert all(editor.verify().values())
+
+
+def test_what_was_loaded_in_inference_mode_is_not_taught():
+    with torch.inference_mode():
+        editor = make_editor()
+    with pytest.raises(TeachError, match=r"loaded under torch\.inference_mode"):
+        editor.teach(FACTS)
+
+
+def test_white_space_around_answers_of_older_ledgers_is_left_out():
+    editor = make_editor()
+    editor.teach(FACTS[1:2])
+    editor.memory.ledger = json.loads(json.dumps(editor.memory.ledger).replace("7319", "7319 "))
+    assert [fact.answer for fact in editor.facts] == ["7319"]
+    assert editor.teach(FACTS[1:2]).already_known == ["beta"]
+    editor.memory.ledger["facts"][0]["answer"] = 5
+    with pytest.raises(CheckpointError, match="malformed entry"):
+        Ledger.from_dict(editor.memory.ledger)

@@ -153,3 +153,12 @@ def test_rows_by_fact_agree_with_the_editor(two):
     a, _, tmp_path = two
     stored = StoredMemory(tmp_path / "a")
     assert stored.rows_by_fact() == {fact.id: a.rows_of(fact.id) for fact in a.facts}
+
+
+def test_what_contradicts_is_looked_for_once(two, monkeypatch):
+    from engram.editing import merge
+
+    calls, look = [], merge._contradictions
+    monkeypatch.setattr(merge, "_contradictions", lambda *sides: calls.append(sides) or look(*sides))
+    diff_memories(two[2] / "a", two[2] / "b")
+    assert len(calls) == 1

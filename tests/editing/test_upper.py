@@ -70,3 +70,17 @@ def test_gradients_equal_those_of_the_whole_model():
     everyone = torch.arange(3)
     UpperModel(memory, PROMPTS).logits(everyone, everyone).square().sum().backward()
     assert_close(table.weight.grad, expected, 1e-4)
+
+
+def test_forward_functions_of_single_blocks_are_put_back():
+    memory = get_engram_model(tiny_model(), EngramConfig.for_teaching(layer_ids=(2,), pad_id=1), tiny_tokenizer())
+    patched, plain = memory.base_model.model.layers[:2]
+    calls, own = [], patched.forward
+    patched.forward = given = lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)
+    members = torch.arange(3)
+    upper = UpperModel(memory, PROMPTS)
+    calls.clear()
+    upper.logits(members, members)
+    assert not calls
+    assert patched.__dict__["forward"] is given
+    assert "forward" not in plain.__dict__

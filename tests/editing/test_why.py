@@ -55,3 +55,12 @@ def test_an_answer_ends_where_the_context_does():
     assert len(found.tokens) <= context
     with pytest.raises(DataError, match=rf"expected fewer than {context} \(the model's context\)"):
         editor.why("word " * context)
+
+
+def test_the_longest_fact_is_said_to_its_end():
+    editor = make_editor(max_ngram_size=64)
+    fact = Fact(("KEY:list 4",), " ".join(f"{n * 37}" for n in range(12)), id="list")
+    assert editor.teach([fact]).taught == ["list"]
+    assert len(editor.facts[0].prompts[0].answer_ids) > 32
+    assert editor.why("KEY:list 4").answer == fact.answer
+    assert len(editor.why("KEY:list 4", max_new_tokens=3).answer) < len(fact.answer)

@@ -155,6 +155,14 @@ def test_impossible_backbones_are_refused(change):
         backbone(**change)
 
 
+def test_a_width_that_its_heads_do_not_divide_is_refused_where_transformers_does():
+    changes = {"hidden_size": 32, "num_attention_heads": 3, "head_dim": 16}
+    with pytest.raises(ConfigError, match="hidden_size: got 32, expected a multiple of num_attention_heads = 3"):
+        backbone("llama", **changes)
+    for architecture in ("deepseek_v3", "deepseek_v4"):
+        assert build_backbone(backbone(architecture, **changes)).config.hidden_size == 32
+
+
 def test_all_fields_of_a_backbone_reach_the_model():
     base = backbone("deepseek_v3")
     for field, architecture in itertools.product(dataclasses.fields(BackboneConfig), ["llama", "deepseek_v3", "deepseek_v4"]):

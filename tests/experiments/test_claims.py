@@ -172,6 +172,10 @@ def test_long_context_asks_for_models_of_their_own():
     (found,) = verdicts("long_context", pool_recall(made_up.long_context(queries=(256, 100))), "multi_query")
     assert found["verdict"] == "cannot tell"
     assert found["low"] < 0 < found["high"]  # two trainings that differ in sign
+    from_runs = {**made_up.long_context(), "sizes": {"plain": "runs/a", "joint": "runs/b"}}
+    (found,) = verdicts("long_context", pool_recall(from_runs), "multi_query")
+    assert found["verdict"] == "cannot tell"
+    assert "go on from one model of either kind" in found["note"]
     (found,) = verdicts("long_context", pool_recall(made_up.recall()), "multi_query")
     assert found["verdict"] == "cannot tell"
     assert "trained without" in found["note"]

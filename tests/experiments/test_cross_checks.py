@@ -64,6 +64,16 @@ def test_arms_are_compared_with_experts_alone_of_another_sweep():
     assert not list(cross_checks.against_experts_alone(sweeps))
 
 
+def test_a_run_that_stands_in_both_sweeps_is_not_compared_with_itself():
+    sweeps = {"allocation": made_up.allocation(budgets=("small",)), "dense": made_up.comparison()}
+    pure = {p["seed"]: p for p in sweeps["allocation"]["points"] if p["counts"]["rho"] == 1}
+    for point in sweeps["dense"]["points"]:
+        if point["labels"]["arm"] == "experts" or (point["labels"]["arm"], point["seed"]) == ("dense", 0):
+            point |= {name: pure[point["seed"]][name] for name in ("digest", "test")}
+    found = {arm: difference for arm, _, difference in cross_checks.against_experts_alone(sweeps)}
+    assert {arm: difference["n"] for arm, difference in found.items()} == {"dense, dense": 2, "dense, experts and memory": 3}
+
+
 def test_shares_that_are_not_told_apart():
     result = made_up.allocation(budgets=("small",), lowest=0.75)
     summary = result["summary"]["small"]

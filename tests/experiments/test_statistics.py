@@ -1,6 +1,6 @@
 import pytest
 
-from engram.experiments.statistics import fit_line, fit_parabola, mean_interval, seed_interval
+from engram.experiments.statistics import fit_line, fit_parabola, mean_interval, seed_interval, student_t, widened
 from engram.experiments.summary import summarise
 
 
@@ -9,6 +9,21 @@ def test_an_interval_is_students():
     assert entry["mean"] == 2.0
     assert entry["high"] - 2.0 == pytest.approx(4.303 / 3**0.5)  # t of two degrees, standard deviation 1
     assert mean_interval([5.0])["low"] is None
+
+
+def test_quantiles_of_students_t_beyond_the_table():
+    """From a statistics table with four decimals."""
+    known = {31: 2.0395, 40: 2.0211, 56: 2.0032, 60: 2.0003, 100: 1.9840, 120: 1.9799, 10_000: 1.9602}
+    assert [student_t(degrees) for degrees in known] == pytest.approx(list(known.values()), abs=1e-4)
+    assert student_t(30) > student_t(31) > student_t(32)
+
+
+def test_an_interval_over_trainings_is_no_narrower_than_that_over_answers():
+    assert widened([0.5, 0.5, 0.5], 0.4, 0.6) == (0.4, 0.6)  # agree by chance
+    low, high = widened([0.2, 0.5, 0.8], 0.4, 0.6)
+    assert (low + high) / 2 == pytest.approx(0.5)
+    assert high - 0.5 == pytest.approx(4.303 * 0.3 / 3**0.5)
+    assert widened([0.5], 0.4, 0.6) is None
 
 
 def test_what_a_seed_does_to_all_settings_alike_is_no_uncertainty_of_a_shape():

@@ -17,11 +17,13 @@ from filelock import FileLock
 from engram import CheckpointError, ConfigError, DataError
 from engram.checkpoint import sole_writer
 from engram.config import EngramConfig
-from engram.experiments import BackboneConfig, read_point, read_sweep, run_point, run_sweep
+from engram.experiments import BackboneConfig, read_base, read_point, read_sweep, run_point, run_sweep
+from engram.experiments import point as point_module
 from engram.experiments import sweep as sweep_module
 from engram.experiments.data import prepare_data
 from engram.experiments.recipe import BudgetRecipe, DataRecipe
 from engram.experiments.summary import summarise
+from tests.training.paused import Paused
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = RECIPES / "sweep_tiny.yaml"
@@ -266,6 +268,10 @@ def test_models_side_by_side_are_compared_with_the_one_that_the_recipe_names():
         ({"seeds": 3}, "expected a list"),
         ({"tune": {"learning_rate": 0.003, "groups": []}}, "expected a list of numbers"),
         ({"tune": {"learning_rate": [], "groups": []}}, "at least one learning rate"),
+        ({"tune": {"learning_rate": [float("inf")], "groups": []}}, "expected a list of numbers"),
+        ({"variants": {"rho": {"0.6": {"learning_rate": float("inf")}}}, "tune": None}, "learning_rate: got inf"),
+        ({"variants": {"rho": {"0.6": {"learning_rate": float("nan")}}}, "tune": None}, "learning_rate: got nan"),
+        ({"variants": {"rho": {"0.6": {"balance_rate": float("inf")}}}, "tune": None}, "balance_rate: got inf"),
         ({"tune": ["x"]}, "wrong form"),
         ({"base": ["x"]}, "wrong form"),
         ({"variants": ["x"]}, "wrong form"),
@@ -295,7 +301,7 @@ def test_impossible_sweeps_are_refused_before_anything_runs(tmp_path, change, wo
         ({"data": None}, "wrong form"),
         ({"data": {"corpus": None}}, "DataRecipe.corpus"),
         ({"backbone": None}, "wrong form"),
-        ({"engram": {"layer_ids": 1}}, "wrong form"),
+        ({"engram": {"layer_ids": 1}}, "layer_ids: got 1"),
     ],
 )
 def test_impossible_runs_are_refused_too(tmp_path, change, words):
@@ -303,6 +309,35 @@ def test_impossible_runs_are_refused_too(tmp_path, change, words):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(fields))
     with pytest.raises(ConfigError, match=words):
         read_point(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": None}, "base.data: got None, expected a mapping"),
+        ({"data": {"seq_len": "long"}}, "base.data.seq_len: got 'long'"),
+        ({"data": {"vocab_size": "many"}}, "vocab_size"),
+        ({"backbone": "deepseek_v3"}, "base.backbone: got 'deepseek_v3', expected a mapping"),
+        ({"backbone": None}, "base.backbone: got None"),
+        ({"engram": {"layer_ids": 1}}, "layer_ids: got 1"),
+        ({"engram": None}, "'engram' mapping"),
+    ],
+)
+def test_impossible_bases_are_refused(tmp_path, change, words):
+    fields = yaml.safe_load(TINY.read_text())
+    fields["base"] |= change
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(fields))
+    with pytest.raises(ConfigError, match=words):
+        read_base(tmp_path / "sweep.yaml")
+
+
+def test_measuring_takes_nothing_from_the_tokens_per_second_of_a_point(monkeypatch):
+    measured, recipe = Paused({"loss": 3.0}), first_point(tiny())
+    monkeypatch.setattr(point_module, "measure", measured)
+    curve = point_module._Curve(recipe, SimpleNamespace(held_out={"validation": None}))
+    curve.trainer = SimpleNamespace(throughput=measured.throughput, log=lambda logs: None)
+    curve.on_step_end(None, SimpleNamespace(global_step=curve.every), SimpleNamespace(should_log=False))
+    assert measured.seen == [True]
 
 
 def test_a_missing_corpus_is_one_clear_error(tmp_path):

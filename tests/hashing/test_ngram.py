@@ -252,3 +252,25 @@ def test_mapping_survives_copying():
     ids = torch.arange(10).view(1, 10)
     before = mapping.hash(ids)[1]
     assert torch.equal(copy.deepcopy(mapping).hash(ids)[1], before)
+
+
+@pytest.mark.parametrize("spec", ["demo_v1", "exact_v1"])
+def test_ids_beyond_the_tokenizer_count_as_padding_once_they_are_accepted(spec):
+    mapping, vocabulary = make_mapping(hash_spec=spec), len(tiny_tokenizer())
+    ids = torch.tensor([[3, vocabulary, 5, vocabulary + 9, 7]])
+    as_padding = ids.masked_fill(ids >= vocabulary, mapping.config.pad_id)
+    expected, fingerprint = mapping.hash_with_tags(as_padding), mapping.fingerprint
+    with pytest.raises(ConfigError, match=f"expected 0..{vocabulary - 1}"):
+        mapping.hash(ids)
+    mapping.accept_ids(vocabulary + 10)
+    assert mapping.fingerprint == fingerprint
+    for layer, (hashed, tags) in mapping.hash_with_tags(ids).items():
+        assert torch.equal(hashed, expected[layer][0])
+        assert torch.equal(tags, expected[layer][1])
+        assert torch.equal(mapping.hash(ids)[layer], hashed)
+        assert torch.equal(mapping.hash_plain(ids)[layer], hashed)
+        assert (mapping.hash(ids.numpy())[layer] == hashed.numpy()).all()
+    with pytest.raises(ConfigError, match=f"got id {vocabulary + 10}, expected 0..{vocabulary + 9}"):
+        mapping.hash(ids + 1)
+    mapping.accept_ids(5)  # never fewer than the tokenizer has
+    assert torch.equal(mapping.hash(as_padding)[1], expected[1][0])

@@ -142,6 +142,11 @@ def test_config_errors_name_the_field():
         ({"kernel_size": 0}, "kernel_size"),
         ({"pad_id": -1}, "pad_id"),
         ({"norm_eps": 0.0}, "norm_eps"),
+        ({"norm_eps": "a"}, "norm_eps: got 'a', expected a positive number"),
+        ({"conv_norm_eps": None}, "conv_norm_eps: got None, expected a positive number"),
+        ({"layer_ids": 1}, "layer_ids: got 1, expected a list of"),
+        ({"layer_ids": None}, "layer_ids: got None"),
+        ({"engram_vocab_size": 1.5}, "engram_vocab_size: got 1.5, expected 2 positive ints"),
     ):
         with pytest.raises(ConfigError, match=message):
             EngramConfig(**changes)

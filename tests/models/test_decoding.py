@@ -1,13 +1,15 @@
 """Decoding with a cache must be the same computation as a full forward pass, whatever the cache goes through."""
 
 import copy
+import io
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from engram import AttachError, EngramError, get_engram_model
+from engram import AttachError, ConfigError, EngramError, MemoryEditor, get_engram_model
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
+from tests.editing.helpers import FACTS
 
 TEXTS = ["def lookup(self, ids): return self", "The memory", "CAPITAL:France is the capital of"]
 
@@ -212,7 +214,7 @@ def test_rolling_back_further_than_kept_is_refused():
 def test_embeddings_without_ids_are_refused_and_with_ids_work(memory):
     ids, mask = padded()
     embeds = memory.get_input_embeddings()(ids).detach()
-    with pytest.raises(AttachError, match="engram_input_ids"):
+    with pytest.raises(AttachError, match=r"in forward \(generate does not take it\) engram_input_ids"):
         memory(inputs_embeds=embeds, attention_mask=mask)
     with torch.no_grad():
         got = memory(
@@ -270,3 +272,49 @@ def test_the_hash_is_computed_once_for_all_layers(memory, monkeypatch):
     ids, mask = padded()
     full(memory, ids, mask)
     assert len(calls) == 1
+
+
+def test_a_filled_cache_is_pickled_with_what_the_memory_knows_of_it(memory):
+    ids = torch.arange(2, 12).view(1, 10)
+    _, cache = in_chunks(memory, ids, torch.ones_like(ids), [6], DynamicCache())
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert type(again) is type(cache)
+    logits, _ = in_chunks(memory, ids, torch.ones_like(ids), [4], again, start=6)
+    assert_close(logits, full(memory, ids, torch.ones_like(ids))[:, 6:])
+    assert cache.get_seq_length() == 6
+
+
+def test_recordings_inside_each_other(memory):
+    ids, mask = padded()
+    with torch.no_grad(), memory.record() as outer:
+        full(memory, ids[:, :4], mask[:, :4])
+        with memory.record() as inner:
+            full(memory, ids, mask)
+        assert memory.is_recording
+        assert [traces[0]["hash_ids"].shape[1] for traces in (outer, inner)] == [4, ids.shape[1]]
+        full(memory, ids[:, :3], mask[:, :3])
+    assert outer[0]["hash_ids"].shape[1] == 3
+    assert not memory.is_recording
+
+
+@pytest.mark.parametrize("make", ["trained", "taught"])
+def test_ids_that_no_token_has_are_generated_and_continued(make):
+    """Embeddings are wider than the tokenizer, and a model that samples says such ids now and then."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(hidden_size=64, intermediate_size=96, vocab_size=len(tokenizer) + 60)
+    if make == "trained":
+        memory = tiny_memory(model)
+    else:
+        editor = MemoryEditor.create(model, tokenizer)
+        editor.teach(FACTS)
+        memory = editor.memory
+    torch.manual_seed(0)
+    said = memory.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=40, do_sample=True, eos_token_id=None)
+    assert int(said.max()) >= len(tokenizer)
+    mask = torch.ones_like(said)
+    assert_close(in_chunks(memory, said, mask, [20, *[1] * 22])[0], full(memory, said, mask))
+    with pytest.raises(ConfigError, match=f"got id {len(tokenizer) + 60}, expected 0..{len(tokenizer) + 59}"):
+        memory.mapping.hash(torch.tensor([[len(tokenizer) + 60]]))

@@ -8,6 +8,8 @@ from engram.testing import tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS
 
 peft = pytest.importorskip("peft")
+# peft itself asks for an attribute that transformers is about to rename.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 
 def base():
@@ -19,8 +21,21 @@ def with_lora(model):
     return peft.get_peft_model(model, config).eval()
 
 
-# peft itself asks for an attribute that transformers is about to rename.
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("merged", [False, True])
+def test_flags_of_adapters_that_came_after_the_memory_are_not_touched(merged):
+    model = base()
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    memory = MemoryEditor.create(model, tiny_tokenizer()).memory
+    adapted = with_lora(model)
+    if merged:  # then the parameters are those of before again
+        adapted.merge_and_unload()
+        memory.unload()
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+        return
+    memory.unload()
+    assert all(p.requires_grad == ("lora_" in name) for name, p in adapted.named_parameters())
+
+
 @torch.no_grad()
 def test_each_part_is_switched_and_saved_apart(tmp_path):
     torch.manual_seed(0)

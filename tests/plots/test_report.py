@@ -8,8 +8,10 @@ from engram.errors import DataError
 from engram.experiments.claims import judge
 from engram.experiments.paper import PAPER
 from engram.plots import Report, ResultFile, draw_result, group_results, plot_sweep, read_result, render_page
+from engram.plots.draw import plot_recall
 from engram.plots.markdown import interval, literal_text, span, table
-from engram.plots.results import recognise
+from engram.plots.report_looks import long_context
+from engram.plots.results import pool_recall, recognise
 from tests.plots import made_up
 
 SMALL = {"seeds": (0, 1), "budgets": ("small",)}
@@ -175,7 +177,9 @@ def test_kinds_of_result(tmp_path):
     assert both["held_out_loss_before"] == 2.9
     assert (both["held_out_loss"], both["scores"][1]["exact"], both["scores"][1]["answers"]) == (3.1, 405, 512)
     assert both["scores"][1]["by_seed"] == [200 / 256, 205 / 256]
-    assert 0.74 < both["scores"][1]["low"] < 405 / 512 < both["scores"][1]["high"] < 0.84
+    least, most = both["scores"][1]["wilson"]
+    assert 0.74 < least < 405 / 512 < most < 0.84
+    assert both["scores"][1]["low"] < least < most < both["scores"][1]["high"]  # of two seeds
     assert set(read(made_up.recall()).data["models"]) == {"without memory", "with memory"}
     assert read({"runs": []}, strict=False) is None
     with pytest.raises(DataError, match="of no kind that can be drawn"):
@@ -190,6 +194,50 @@ def test_kinds_of_result(tmp_path):
     del broken["points"][3]["test"]
     with pytest.raises(DataError, match=r"result x \(slots\) is malformed \(no 'test'\)"):
         draw_result(read(broken), tmp_path)
+
+
+def test_repeats_tell_apart_what_came_back_to_the_last_digit():
+    first, second = made_up.slots(), made_up.slots()
+    told = report({"a": first, "b": second}).markdown(str)
+    assert "12 runs stand in two sweeps: one recipe, text and seed, run twice. 12 of 12 came back to the last digit.\n" in told
+    for point, shift in zip(second["points"], (0.03, -0.04)):
+        point["test"] = {**point["test"], "loss": point["test"]["loss"] + shift}
+    told = report({"a": first, "b": second}).markdown(str)
+    assert "10 of 12 came back to the last digit; the other 2 differ by 0.0354 (root mean square; at most 0.0400)." in told
+
+
+def test_operations_are_told_as_they_are_counted():
+    told = " ".join(report({"slots": made_up.slots()}).markdown(str).split())
+    assert (
+        "count attention over all positions, masked ones included; embeddings, head and the mixing of residual streams" in told
+    )
+
+
+def test_intervals_of_long_context_are_over_seeds_and_named(tmp_path):
+    def told(result):
+        models = pool_recall(result)["models"]
+        caption = plot_recall(models, tmp_path / "recall.png").caption
+        return models["engram_equal_loss"]["scores"][1], "\n".join(long_context({"models": models})), caption
+
+    score, text, caption = told(made_up.long_context(seeds=(0, 1, 2), queries=(100, 205, 190)))
+    low, high = score["low"], score["high"]
+    assert low < min(score["by_seed"]) < max(score["by_seed"]) < high == 1.0  # Wilson's would leave out all of them
+    assert score["wilson"][0] > min(score["by_seed"])
+    assert f"| 64.5 [{100 * low:.1f}, 100.0] |" in text
+    for part in (text, caption):
+        assert "Student's t over seeds" in part
+    score, text, caption = told(made_up.long_context(seeds=(0, 1), queries=(200, 200)))
+    assert (score["low"], score["high"]) == score["wilson"]  # seeds that agree by chance
+    score, text, caption = told(made_up.long_context(seeds=(0,), queries=(200,)))
+    assert (score["low"], score["high"]) == score["wilson"]
+    for part in (text, caption):
+        assert "Wilson's over answers of one seed" in part
+        assert "Student" not in part
+    assert "shown a second time" not in text
+    result = made_up.long_context()
+    for entry in result["entries"]:
+        entry["copying_before"] = 1.25 + 0.5 * entry["seed"]
+    assert "dense 1.50, engram\\_equal\\_loss 1.50" in told(result)[1]
 
 
 def test_pieces_of_markdown():

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from engram.evaluation import bits_per_byte
 from engram.training import pretrain as pretraining
 from engram.training.pretrain import pretrain, read_recipe
 from engram.training.safe_trainer import last_checkpoint
+from tests.training.paused import Paused
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -57,6 +59,42 @@ def test_a_run_writes_a_model_that_loads(recipe, tmp_path, monkeypatch):
         pretrain(recipe, tmp_path / "run", RECIPES)
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_finished_model_is_not_written_over_though_its_checkpoints_are_gone(recipe, tmp_path, fresh):
+    corpus, model = build_corpus(recipe.corpus, RECIPES), tmp_path / "model"
+    pretraining._claim_folder(tmp_path, recipe, corpus, fresh=True)  # an empty folder
+    pretraining._claim_folder(tmp_path, recipe, corpus, fresh=True)  # one of a run that never came to a checkpoint
+    model.mkdir()
+    claimed = (tmp_path / "recipe.json").read_text()
+    with pytest.raises(CheckpointError, match="nothing was overwritten"):
+        pretrain(dataclasses.replace(recipe, seed=1), tmp_path, RECIPES, resume=not fresh)
+    assert (tmp_path / "recipe.json").read_text() == claimed
+    if fresh:
+        with pytest.raises(CheckpointError, match="holds the model of an earlier run"):
+            pretraining._claim_folder(tmp_path, recipe, corpus, fresh)
+    else:
+        pretraining._claim_folder(tmp_path, recipe, corpus, fresh)
+
+
+@pytest.mark.parametrize(("claimed", "words"), [(None, "no recipe.json"), ("{", "another recipe"), ("{}", "another recipe")])
+def test_a_folder_that_nobody_can_tell_the_recipe_of_is_refused(recipe, tmp_path, claimed, words):
+    (tmp_path / "model").mkdir()
+    if claimed is not None:
+        (tmp_path / "recipe.json").write_text(claimed)
+    with pytest.raises(CheckpointError, match=words):
+        pretrain(recipe, tmp_path, RECIPES)
+
+
+def test_measuring_takes_nothing_from_the_tokens_per_second(recipe, monkeypatch):
+    measured = Paused()
+    monkeypatch.setattr(pretraining, "bits_per_byte", measured)
+    corpus = SimpleNamespace(held_out=[SimpleNamespace(text="a")])
+    measure = pretraining._Measure(SimpleNamespace(recipe=recipe, corpus=corpus, tokenizer=None))
+    measure.trainer = SimpleNamespace(throughput=measured.throughput)
+    measure.on_step_end(None, SimpleNamespace(global_step=recipe.eval_steps, log_history=[]), None, model=torch.nn.Linear(1, 1))
+    assert measured.seen == [True]
+
+
 def test_resuming_is_exact(recipe, tmp_path):
     whole = pretrain(recipe, tmp_path / "a", RECIPES)
     pretrain(recipe, tmp_path / "b", RECIPES)
@@ -82,6 +120,19 @@ def test_resuming_is_exact(recipe, tmp_path):
         ({"seed": -1}, ConfigError, "seed: got -1"),
         ({"steps": "a"}, ConfigError, "steps: got 'a', expected int"),
         ({"bf16": 1}, ConfigError, "bf16: got 1, expected bool"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 3}, ConfigError, "hidden_size: got 32, expected a multiple of 6"),
+        ({"num_attention_heads": 32}, ConfigError, "hidden_size: got 32, expected a multiple of 64"),  # heads of one value
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, ConfigError, "num_key_value_heads: got 3, expected a divisor"),
+        ({"seq_len": 129}, ConfigError, "seq_len: got 129, expected at most max_position_embeddings = 128"),
+        ({"vocab_size": 257}, ConfigError, "vocab_size: got 257, expected at least 258"),
+        ({"decay_steps": -1}, ConfigError, "decay_steps: got -1, expected at least 0"),
+        ({"min_lr_ratio": 1.5}, ConfigError, "min_lr_ratio: got 1.5, expected a share"),
+        ({"min_lr_ratio": -0.5}, ConfigError, "min_lr_ratio: got -0.5"),
+        ({"min_lr_ratio": float("nan")}, ConfigError, "min_lr_ratio: got nan"),
+        ({"learning_rate": 0.0}, ConfigError, "learning_rate: got 0.0, expected a finite number above 0"),
+        ({"learning_rate": float("inf")}, ConfigError, "learning_rate: got inf"),
+        ({"learning_rate": float("nan")}, ConfigError, "learning_rate: got nan"),
+        ({"weight_decay": -0.1}, ConfigError, "weight_decay: got -0.1"),
         ({"corpus": {"texts": None}}, ConfigError, "texts: got None"),
         ({"corpus": {"texts": [5]}}, ConfigError, "texts: got"),
         ({"corpus": {"texts": [{"weight": 2}]}}, ConfigError, "path"),
@@ -94,6 +145,12 @@ def test_bad_recipes(tmp_path, change, error, message):
     file.write_text(yaml.safe_dump(fields))
     with pytest.raises(error, match=message):
         read_recipe(file)
+
+
+def test_zero_is_no_mistake_where_it_means_something(recipe):
+    """Also as YAML writes it, without a point."""
+    found = dataclasses.replace(recipe, decay_steps=0, min_lr_ratio=0, weight_decay=0)
+    assert (found.decay_steps, found.min_lr_ratio, found.weight_decay) == (0, 0, 0)
 
 
 def test_missing_recipe(tmp_path):

@@ -35,7 +35,6 @@ __all__ = [
 _SAVE_EVERY = 1000
 _LISTED = 20
 _ANSWER_TOKENS = 64
-_WHY_TOKENS = 32
 
 MemoryOption = Annotated[Path, typer.Option(help="Folder of the memory.")]
 ModelOption = Annotated[
@@ -120,6 +119,7 @@ def ask_command(
 ) -> None:
     """Ask a model with its memory; prints the answer and nothing else."""
     from engram.data import chat_prompt
+    from engram.editing.ledger import answer_room
     from engram.evaluation import ask
     from engram.models import EngramRouter, LearnedRouter, Router
     from engram.models.router import DEFAULT_RULES
@@ -127,6 +127,11 @@ def ask_command(
     _check_prompt(prompt)
     if router is not None and (route or rules is not None):
         raise typer.BadParameter("got rules too, expected one way to decide", param_hint="--router")
+    if off and (route or rules is not None or router is not None):
+        raise typer.BadParameter(
+            "got a way to decide when the memory is read too (--route, --rules or --router), expected it to be off, or routed",
+            param_hint="--off",
+        )
     decides: Router | None = EngramRouter.from_yaml(rules or DEFAULT_RULES) if route or rules else None
     asked, tokenizer, facts = _to_ask(memory, model, Running(device, model_dtype))
     if router is not None:
@@ -135,8 +140,7 @@ def ask_command(
         prompt = chat_prompt(tokenizer, prompt)
     room = _room(asked, tokenizer, prompt)
     if max_new_tokens is None:
-        lengths = [len(prompt.answer_ids) for fact in facts for prompt in fact.prompts]
-        max_new_tokens = max([_ANSWER_TOKENS, *lengths])
+        max_new_tokens = answer_room(facts, _ANSWER_TOKENS)
     max_new_tokens = min(max_new_tokens, room)
     if off:
         with asked.disable_engram():
@@ -174,7 +178,7 @@ def why_command(
     editor = open_editor(memory, model, Running(device, model_dtype))
     if chat:
         prompt = chat_prompt(editor.tokenizer, prompt)
-    explanation = editor.why(prompt, _WHY_TOKENS)
+    explanation = editor.why(prompt)
     if as_json:
         print(json.dumps(explanation.to_dict(), ensure_ascii=False, indent=1))
     else:
@@ -286,6 +290,7 @@ def merge_command(
     """Unite two memories; conflicts are listed and never resolved silently."""
     from engram.checkpoint import lock_store
     from engram.editing import merge_memories
+    from engram.editing.merge import refuse_other_memory
 
     if prefer not in (None, "a", "b"):
         raise typer.BadParameter(f"got {prefer!r}, expected 'a' or 'b'", param_hint="--prefer")
@@ -293,6 +298,7 @@ def merge_command(
     if out.resolve() in (a.resolve(), b.resolve()):
         raise typer.BadParameter("the union would overwrite one of the two; choose another folder", param_hint="--out")
     with lock_store(out):
+        refuse_other_memory(out, a, b)
         if verify:
             with tempfile.TemporaryDirectory() as trial:
                 merge_memories(a, b, Path(trial) / "union", side)

@@ -91,7 +91,11 @@ def _changes(given: list[str] | None) -> dict[str, Any]:
 
 
 def _known(file: Path | None) -> dict[str, Any]:
-    """The result in a file, if there is one: a damaged file is not written over."""
+    """The result in a file, if there is one: a damaged file is not written over.
+
+    Raises:
+        DataError: it holds something else, or points that are none.
+    """
     from engram.errors import DataError
 
     if file is None or not file.is_file() or not file.stat().st_size:
@@ -102,7 +106,30 @@ def _known(file: Path | None) -> dict[str, Any]:
         result = None
     if not isinstance(result, dict) or "sweep" not in result:
         raise DataError(f"{file} is no result of a sweep; choose another file for --json (nothing was overwritten).")
+    if wrong := _wrong_points(result):
+        raise DataError(
+            f"{file} is a result of a sweep with {wrong}; expected it as engram sweep wrote it: mend it, or choose another file for --json "
+            "(nothing was overwritten)."
+        )
     return result
+
+
+_OF_A_POINT = ("digest", "labels", "seed", "learning_rate", "validation", "test", "counts")
+
+
+def _wrong_points(result: dict[str, Any]) -> str:
+    """What makes a result useless to go on from; empty for a good one."""
+    if not isinstance(result.get("data", {}), dict):
+        return "no mapping 'data'"
+    for part in ("points", "tuning", "other_points"):
+        entries = result.get(part, [])
+        if not isinstance(entries, list):
+            return f"no list of {part!r}"
+        for number, entry in enumerate(entries):
+            lacking = [key for key in _OF_A_POINT if not isinstance(entry, dict) or key not in entry]
+            if lacking:
+                return f"{part}[{number}] that lacks {', '.join(lacking)}"
+    return ""
 
 
 def _command(recipe: Path, file: Path, changes: list[str] | None) -> str:

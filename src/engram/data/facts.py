@@ -84,6 +84,7 @@ class Fact:
 
     prompts: tuple[str, ...]
     answer: str
+    """Without white space around it."""
     category: str = "fact"
     held_out: tuple[str, ...] = ()
     """Phrasings that are asked to see what carries over, and never taught."""
@@ -101,6 +102,7 @@ class Fact:
             raise DataError("Fact.prompts: got none, expected at least one.")
         if not isinstance(self.answer, str) or not self.answer.strip():
             raise DataError(f"Fact.answer: got {self.answer!r}, expected a text that is not empty.")
+        object.__setattr__(self, "answer", self.answer.strip())  # as answers are compared, whoever made the fact
         if not isinstance(self.id, str):
             raise DataError(f"Fact.id: got {self.id!r}, expected a text.")
         for text in (*self.prompts, *self.held_out, self.answer):
@@ -317,7 +319,7 @@ def _parse(entry: Any, where: str, templates: dict[str, Any]) -> Fact:
         raise DataError(f"{where}: 'held_out' must be a list of texts, got {held_out!r}.")
     return Fact(
         prompts,
-        _text(entry.get("answer"), "answer", where).strip(),
+        _text(entry.get("answer"), "answer", where),
         _text(entry.get("category", "fact"), "category", where),
         tuple(_text(prompt, "held_out", where) for prompt in held_out),
         _text(entry["id"], "id", where) if "id" in entry else "",

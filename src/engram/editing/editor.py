@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -153,7 +154,8 @@ class MemoryEditor:
 
         Raises:
             DataError: facts contradict each other or do not fit the context.
-            TeachError: there are no facts, one contradicts the memory (and ``replace_answers`` is off), or an earlier fact would break.
+            TeachError: there are no facts, one contradicts the memory (and ``replace_answers`` is off), an earlier fact would break, or the
+                model was loaded under ``torch.inference_mode()``.
         """
         settings = settings or TeachSettings()
         facts = list(facts) if isinstance(facts, Iterable) else facts  # a generator can be read only once
@@ -162,6 +164,7 @@ class MemoryEditor:
         if not facts:
             raise TeachError("teach: got no facts, expected at least one.")
         check_conflicts(facts, "facts to teach")
+        _refuse_inference_tensors(self.memory)
         kept = dict[str, str]()
         while wanted := [fact for fact in facts if fact.id not in kept]:
             try:
@@ -221,8 +224,12 @@ class MemoryEditor:
             wrong = set(self._holdings.not_exact(self.facts, batch_size))
         return {fact.id: fact.id not in wrong for fact in self.facts}
 
-    def why(self, prompt: str, max_new_tokens: int = 32) -> Explanation:
+    def why(self, prompt: str, max_new_tokens: int | None = None) -> Explanation:
         """Answer a prompt and say, token by token, which facts spoke and what they changed; see ``explain``.
+
+        Args:
+            prompt: what is asked.
+            max_new_tokens: longest answer; 32, or as long as the longest fact, if not given.
 
         Raises:
             DataError: the prompt fills the model's context.
@@ -248,7 +255,6 @@ class MemoryEditor:
             self.save(f"{folder}/a")
             report = merge_memories(f"{folder}/a", other, f"{folder}/union", prefer)
             self.memory.load_memory(f"{folder}/union")
-        self._holdings.reload()
         return report
 
     def rows_of(self, fact_id: str) -> dict[str, list[int]]:
@@ -310,6 +316,15 @@ class MemoryEditor:
                 "those again together with the new facts."
             )
         return report
+
+
+def _refuse_inference_tensors(memory: EngramModel) -> None:
+    """Nothing can be optimised through them."""
+    if any(tensor.is_inference() for tensor in chain(memory.parameters(), memory.buffers())):
+        raise TeachError(
+            "teach: got a model, or a memory, that was loaded under torch.inference_mode(), expected weights that gradients can pass; load "
+            "both outside of it (teaching inside is fine)."
+        )
 
 
 class _WouldBeLostError(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ __all__ = ["Holdings", "TaggedRows"]
 
 _SHOWN = 5
 _HASHED_AT_ONCE = 1024
+_UNREAD = object()
 
 TaggedRows = dict[str, tuple[Tensor, Tensor]]
 """Per layer, row numbers ``[n]`` (sorted) and the tags ``[n]`` of the n-grams that own them."""
@@ -34,11 +36,21 @@ class Holdings:
 
     def __init__(self, memory: EngramModel) -> None:
         self.memory = memory
-        self.reload()
+        self._read: Any = _UNREAD
+        self._ledger = self.ledger  # a malformed one is told at once
 
-    def reload(self) -> None:
-        """Read the ledger of the memory again, which has been loaded anew."""
-        self.ledger = Ledger.from_dict(self.memory.ledger) if self.memory.ledger else Ledger()
+    @property
+    def ledger(self) -> Ledger:
+        """The memory's ledger, read again wherever another one stands there than was read or written here: other editors may have changed
+        the memory, or it was loaded anew.
+
+        Raises:
+            CheckpointError: what stands there is malformed.
+        """
+        if self.memory.ledger is not self._read:
+            self._ledger = Ledger.from_dict(self.memory.ledger) if self.memory.ledger else Ledger()
+            self._read = self.memory.ledger
+        return self._ledger
 
     @property
     def facts(self) -> list[LedgerFact]:
@@ -54,41 +66,45 @@ class Holdings:
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """Put tables and ledger back if the block fails, whatever the reason (tables replace their tensors, they never write into them)."""
-        rows, ledger = self.rows(), self.ledger.copy()
-        try:
-            with self.evaluating():
+        with self.evaluating():
+            rows, ledger, written = self.rows(), self.ledger.copy(), self.memory.ledger
+            try:
                 yield
-        except BaseException:
-            self.put_back(rows)
-            self.ledger = ledger
-            raise
-        self.memory.ledger = self.ledger.to_dict()
+            except BaseException:
+                self._go_back(rows, ledger, written)
+                raise
+            self._read = self.memory.ledger = self.ledger.to_dict()
 
     @contextmanager
     def without(self, fact_ids: Sequence[str]) -> Iterator[None]:
-        """Inside this context, as if these facts were forgotten."""
-        rows, ledger = self.rows(), self.ledger
-        self.ledger = ledger.copy()
+        """Inside this context, as if these facts were forgotten; whatever else is changed there is undone with that."""
+        rows, ledger, written = self.rows(), self.ledger, self.memory.ledger
+        self._ledger = ledger.copy()
         try:
             self.take_out(fact_ids)
             yield
         finally:
-            self.put_back(rows)
-            self.ledger = ledger
+            self._go_back(rows, ledger, written)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """With the model in evaluation mode."""
+        """With the model in evaluation mode and the memory heard by all, whatever surrounds this."""
         was_training = self.memory.training
         self.memory.eval()
         try:
-            yield
+            with self.memory.enable_engram(), self.memory.routed(None), _outside_inference_mode():
+                yield
         finally:
             self.memory.train(was_training)
 
     def rows(self) -> dict[str, StoredRows]:
         """Rows of every layer as they are now, to put back."""
         return {layer: self.table(layer).stored for layer in self.memory.engrams}
+
+    def _go_back(self, rows: dict[str, StoredRows], ledger: Ledger, written: dict[str, Any] | None) -> None:
+        """Rows, ledger and what the memory holds of it, as they were together."""
+        self.put_back(rows)
+        self._ledger, self._read, self.memory.ledger = ledger, written, written
 
     def put_back(self, rows: dict[str, StoredRows]) -> None:
         """Make ``rows`` those of the tables again."""
@@ -205,3 +221,13 @@ class Holdings:
             deleted[layer] = (only_theirs, self.tags(layer, only_theirs))
             self.table(layer).delete(only_theirs)
         return deleted, shared
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    """Rows that were made in inference mode could be optimised neither now nor later."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield

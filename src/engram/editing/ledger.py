@@ -13,7 +13,7 @@ from engram.data.facts import Fact
 from engram.editing.keys import KeyedPrompt
 from engram.errors import CheckpointError, TeachError
 
-__all__ = ["Ledger", "LedgerFact"]
+__all__ = ["Ledger", "LedgerFact", "answer_room"]
 
 _VERSION = 1
 
@@ -42,6 +42,11 @@ class LedgerFact:
         """Whether both say the same: answer and prompts, whoever wrote them when."""
         mine, theirs = self.to_fact(), other.to_fact() if isinstance(other, LedgerFact) else other
         return (mine.answer, set(mine.prompts)) == (theirs.answer, set(theirs.prompts))
+
+
+def answer_room(facts: Iterable[LedgerFact], at_least: int) -> int:
+    """Tokens that let every one of these answers be said to its end."""
+    return max([at_least, *(len(prompt.answer_ids) for fact in facts for prompt in fact.prompts)])
 
 
 class Ledger:
@@ -131,7 +136,7 @@ class Ledger:
             return cls(
                 LedgerFact(
                     id=entry["id"],
-                    answer=entry["answer"],
+                    answer=entry["answer"].strip(),  # older versions kept white space, which nobody asks for
                     category=entry["category"],
                     prompts=tuple(KeyedPrompt(t, tuple(p), tuple(a), int(k)) for t, p, a, k in entry["prompts"]),
                     held_out=tuple(entry["held_out"]),
@@ -141,7 +146,7 @@ class Ledger:
                 )
                 for entry in fields["facts"]
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(
                 f"ledger: malformed entry ({type(error).__name__}: {error}). Copy the memory again."
             ) from error

@@ -20,7 +20,7 @@ from engram.hashing import mapping_without_tokenizer
 from engram.models.identity import identity_mismatch
 from engram.tables import RowFormat, StoredRows, row_format
 
-__all__ = ["MemoryDiff", "MergeReport", "StoredMemory", "diff_memories", "merge_memories"]
+__all__ = ["MemoryDiff", "MergeReport", "StoredMemory", "diff_memories", "merge_memories", "refuse_other_memory"]
 
 _IDENTITY = ("fingerprint", "reader_sha256")
 _TABLE = "multi_head_embedding.embedding."
@@ -153,10 +153,8 @@ def merge_memories(
     """
     if prefer not in (None, "a", "b"):
         raise ConfigError(f"prefer: got {prefer!r}, expected 'a', 'b' or None.")
+    refuse_other_memory(out, a, b)
     first, second = _both(a, b)
-    target = Path(out)
-    if (target / DESCRIPTION_NAME).exists() and target.resolve() not in (first.path.resolve(), second.path.resolve()):
-        raise ConfigError(f"{out} holds a memory already; choose another folder for the union.")
     conflicts, losers = _conflicts(first, second, prefer)
     if conflicts and prefer is None:
         more = f"\n... and {len(conflicts) - _SHOWN} more" if len(conflicts) > _SHOWN else ""
@@ -183,8 +181,19 @@ def merge_memories(
         total += len(rows)
     ledger = Ledger([*kept_a, *kept_b])
     description = {k: v for k, v in first.description.items() if k not in ("format_version", "weights", "ledger")}
-    write_store(target, tensors, description, ledger.to_dict())
+    write_store(Path(out), tensors, description, ledger.to_dict())
     return MergeReport(len(ledger), len(kept_a), len(kept_b), total, conflicts)
+
+
+def refuse_other_memory(out: str | os.PathLike[str], *united: str | os.PathLike[str]) -> None:
+    """Refuse a folder for a union that holds a memory which is not one of those united.
+
+    Raises:
+        ConfigError: it does.
+    """
+    target = Path(out)
+    if (target / DESCRIPTION_NAME).exists() and target.resolve() not in [Path(folder).resolve() for folder in united]:
+        raise ConfigError(f"{out} holds a memory already; choose another folder for the union.")
 
 
 class _Owners:
@@ -262,10 +271,9 @@ def _both(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> tuple[StoredM
 
 def _diff(first: StoredMemory, second: StoredMemory) -> MemoryDiff:
     result = MemoryDiff()
-    result.conflicts = [
-        {"prompt": prompt, "a": mine.answer, "b": theirs.answer} for prompt, mine, theirs in _contradictions(first, second)
-    ]
-    contradicted = {fact.id for _, mine, theirs in _contradictions(first, second) for fact in (mine, theirs)}
+    found = _contradictions(first, second)
+    result.conflicts = [{"prompt": prompt, "a": mine.answer, "b": theirs.answer} for prompt, mine, theirs in found]
+    contradicted = {fact.id for _, mine, theirs in found for fact in (mine, theirs)}
     result.only_a = [f.id for f in first.ledger if not _held(second.ledger, f) and f.id not in contradicted]
     result.only_b = [f.id for f in second.ledger if not _held(first.ledger, f) and f.id not in contradicted]
     for layer_id in first.config.layer_ids:

@@ -117,10 +117,18 @@ class UpperModel:
 
         with ExitStack() as stack:
             for block in self._below:
-                block.forward = _passing(self._tails[block])
-                stack.callback(block.__dict__.pop, "forward")
+                stack.callback(_set_forward, block, block.__dict__.get("forward"))  # accelerate's, say
+                _set_forward(block, _passing(self._tails[block]))
             stack.callback(self._first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
             yield
+
+
+def _set_forward(block: nn.Module, forward: Any) -> None:
+    """Give a block a forward function of its own; None leaves it that of its class."""
+    if forward is None:
+        block.__dict__.pop("forward", None)
+    else:
+        block.forward = forward
 
 
 def _passing(tail: tuple | None) -> Any:

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from engram.data.facts import room_for_answer, tokenize_prompt
 from engram.editing.editor import MemoryEditor
+from engram.editing.ledger import answer_room
 from engram.tables import ABSENT
 
 __all__ = ["Explanation", "Hit", "TokenReason", "explain"]
+
+_ANSWER_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,13 @@ class Explanation:
 
 
 @torch.no_grad()
-def explain(editor: MemoryEditor, prompt: str, max_new_tokens: int = 32) -> Explanation:
+def explain(editor: MemoryEditor, prompt: str, max_new_tokens: int | None = None) -> Explanation:
     """Answer ``prompt`` greedily and say, for every token of prompt and answer, what the memory did there.
 
     Args:
         editor: of the memory to explain.
         prompt: what is asked.
-        max_new_tokens: longest answer; shorter where the model's context ends.
+        max_new_tokens: longest answer; 32, or as long as the longest fact, if not given; shorter where the model's context ends.
 
     Raises:
         DataError: the prompt fills the model's context.
@@ -82,6 +85,8 @@ def explain(editor: MemoryEditor, prompt: str, max_new_tokens: int = 32) -> Expl
     prompt_ids = tokenize_prompt(tokenizer, prompt)
     if not prompt_ids:  # a tokenizer without a beginning-of-text token, and an empty prompt
         return Explanation(prompt, "", [], {})
+    if max_new_tokens is None:
+        max_new_tokens = answer_room(editor.facts, _ANSWER_TOKENS)
     max_new_tokens = min(max_new_tokens, room_for_answer(memory.config, len(prompt_ids)))
     asked = torch.tensor([prompt_ids], device=device)
     said = memory.generate(

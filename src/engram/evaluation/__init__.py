@@ -2,6 +2,7 @@
 
 from engram.evaluation.answers import Answer, CategoryScore, ask, check_facts, score_by_category, wilson_interval
 from engram.evaluation.bits_per_byte import bits_per_byte
+from engram.evaluation.copying import measure_copying
 from engram.evaluation.drift import Drift, measure_drift
 from engram.evaluation.gains import RoutedKind, TextGain, fit_router_to_texts, measure_gains
 from engram.evaluation.long_context import RecallAnswer, RecallResult, RecallScore, measure_recall, recall_table, score_recall
@@ -27,6 +28,7 @@ __all__ = [
     "evaluate_memory",
     "fit_router_to_texts",
     "markdown_table",
+    "measure_copying",
     "measure_drift",
     "measure_gains",
     "measure_recall",

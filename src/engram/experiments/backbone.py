@@ -66,6 +66,12 @@ class BackboneConfig:
             )
         if self.head_dim % 4:
             raise ConfigError(f"BackboneConfig.head_dim: got {self.head_dim}, expected a multiple of 4.")
+        if self.architecture == "llama" and self.hidden_size % self.num_attention_heads:
+            # transformers refuses it although head_dim is given, so that it need not be.
+            raise ConfigError(
+                f"BackboneConfig.hidden_size: got {self.hidden_size}, expected a multiple of num_attention_heads = "
+                f"{self.num_attention_heads} for 'llama'."
+            )
         if self.has_experts and not 2 <= self.num_experts_per_tok <= self.n_routed_experts:
             raise ConfigError(
                 f"BackboneConfig: got num_experts_per_tok {self.num_experts_per_tok} of n_routed_experts {self.n_routed_experts}, "

@@ -80,7 +80,7 @@ def against_experts_alone(results: Results) -> Iterator[tuple[str, str, dict[str
     """Arms of comparisons beside experts alone of an allocation: same text, tokens and seeds, active parameters within 2 %.
 
     Yields:
-        Names of both, and the difference of test losses, seed by seed.
+        Names of both, and the difference of test losses, seed by seed. A run that stands in both sweeps is not compared with itself.
     """
     pure = [
         (name, budget, points)
@@ -95,8 +95,15 @@ def against_experts_alone(results: Results) -> Iterator[tuple[str, str, dict[str
             for other, budget, candidates in pure:
                 experts = [p for p in candidates if p["counts"]["rho"] == 1]
                 same_text = result["data"]["fingerprint"] == results[other]["data"]["fingerprint"]
-                if experts and same_text and _comparable(points[0], experts[0]) and (found := paired(points, experts)):
+                if not (experts and same_text and _comparable(points[0], experts[0])):
+                    continue
+                if found := paired(_not_the_same_runs(points, experts), experts):
                     yield f"{name}, {arm}", f"{other}, {budget}" if budget else other, found
+
+
+def _not_the_same_runs(points: Points, others: Points) -> list[Mapping[str, Any]]:
+    runs = {p["digest"] for p in others}
+    return [p for p in points if p["digest"] not in runs]
 
 
 def _comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

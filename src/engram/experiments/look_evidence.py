@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from engram.experiments.evidence import AGREES, CANNOT_TELL, DISAGREES, Evidence, Results, sign_verdict
-from engram.experiments.statistics import mean_interval
+from engram.experiments.statistics import widened
 
 __all__ = ["alignment", "logit_lens", "recall"]
 
@@ -72,17 +72,17 @@ def _compare_recall(name: str, other: str, plain: str, result: Mapping[str, Any]
     for length in sorted(set(scores[other]) & set(scores[plain])):
         a, b = scores[other][length], scores[plain][length]
         value = a["share"] - b["share"]
-        # Answers of one model hang together, so the interval is over trainings, as everywhere else; a few trainings may agree by chance, so
-        # it is never narrower than Newcombe's over answers, from Wilson's of each (Statistics in Medicine 17, 1998, method 10).
-        seeds = mean_interval([x - y for x, y in zip(a["by_seed"], b["by_seed"])])
-        low, high = seeds["low"], seeds["high"]
-        if low is not None:
-            low = min(low, value - math.hypot(a["share"] - a["low"], b["high"] - b["share"]))
-            high = max(high, value + math.hypot(a["high"] - a["share"], b["share"] - b["low"]))
+        # Over answers: Newcombe's, from Wilson's of each (Statistics in Medicine 17, 1998, method 10).
+        (a_low, a_high), (b_low, b_high) = a["wilson"], b["wilson"]
+        least = value - math.hypot(a["share"] - a_low, b_high - b["share"])
+        most = value + math.hypot(a_high - a["share"], b["share"] - b_low)
+        low, high = widened([x - y for x, y in zip(a["by_seed"], b["by_seed"])], least, most) or (None, None)
         verdict, note = sign_verdict(low, high, 1), f"{other!r} against {plain!r}, {a['answers']} answers each"
         if low is None:
             note = f"{note}; one seed: no interval"
         if not result["trained_apart"]:
             verdict, note = CANNOT_TELL, f"{note}; one model with its memory on and off, none that was trained without"
-        low, high = (None, None) if low is None else (100 * low, 100 * high)
+        if result.get("sizes", {}).get("joint"):  # seeds are of what followed
+            verdict, note = CANNOT_TELL, f"{note}; all seeds go on from one model of either kind"
+        low, high = (None, None) if low is None or high is None else (100 * low, 100 * high)
         yield Evidence(verdict, f"{name}, {length} tokens", 100 * value, low, high, "percentage points", note)

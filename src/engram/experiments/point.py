@@ -165,7 +165,8 @@ class _Curve(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Measure now and then."""
         if state.global_step % self.every == 0:
-            loss = measure(model, self.blocks, every=16)["loss"]
+            with self.trainer.throughput.paused():  # tokens per second are those of training
+                loss = measure(model, self.blocks, every=16)["loss"]
             due = control.should_log
             self.trainer.log({_VALIDATION: round(loss, 4)})
             control.should_log = due  # logging takes it back, and the training loss of this step would never be told

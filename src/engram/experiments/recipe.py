@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -248,15 +249,15 @@ def _identity(value: Any) -> Any:
 def _positive(recipe: Any, name: str, whole: bool = False) -> None:
     value = getattr(recipe, name)
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
-        what = "whole number above 0" if whole else "positive number"
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+        what = "whole number above 0" if whole else "positive number that is finite"
         raise ConfigError(f"{type(recipe).__name__}.{name}: got {value!r}, expected a {what}.")
 
 
 def _number(recipe: Any, name: str) -> None:
     value = getattr(recipe, name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise ConfigError(f"{type(recipe).__name__}.{name}: got {value!r}, expected a number of at least 0.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ConfigError(f"{type(recipe).__name__}.{name}: got {value!r}, expected a finite number of at least 0.")
 
 
 def read_point(path: str | os.PathLike[str]) -> PointRecipe:

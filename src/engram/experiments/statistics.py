@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["excludes_zero", "fit_line", "fit_parabola", "mean_interval", "seed_interval", "student_t"]
+__all__ = ["excludes_zero", "fit_line", "fit_parabola", "mean_interval", "seed_interval", "student_t", "widened"]
 
-# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom (any statistics table); 1.96 beyond.
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom (any statistics table).
 _T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
@@ -18,8 +18,17 @@ _T95 = (
 
 
 def student_t(degrees: int) -> float:
-    """Two-sided 95 % quantile of Student's t."""
-    return _T95[degrees - 1] if degrees <= len(_T95) else 1.96
+    """Two-sided 95 % quantile of Student's t, to three decimals."""
+    if degrees <= len(_T95):
+        return _T95[degrees - 1]
+    # The series of Cornish and Fisher in 1 / degrees (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5).
+    z = 1.959964
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, Any]:
@@ -31,6 +40,19 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
         half = student_t(len(values) - 1) * deviation / math.sqrt(len(values))
         entry |= {"low": mean - half, "high": mean + half}
     return entry
+
+
+def widened(values: Sequence[float], low: float, high: float) -> tuple[float, float] | None:
+    """95 % interval of a mean over trainings (Student's t), no narrower than ``low`` to ``high``, which is that over answers.
+
+    Answers of one model hang together, so that an interval over all of them is too narrow; a few trainings may agree by chance, so that
+    the one over trainings alone may be too.
+
+    Returns:
+        None for a single value: one training says nothing about others.
+    """
+    entry = mean_interval(values)
+    return None if entry["low"] is None else (min(entry["low"], low), max(entry["high"], high))
 
 
 def excludes_zero(low: float | None, high: float | None) -> bool:

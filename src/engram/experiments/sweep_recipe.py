@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ class TuneRecipe:
 
     def __post_init__(self) -> None:
         rates = self.learning_rate
-        if not isinstance(rates, (list, tuple)) or not all(isinstance(r, float) and r > 0 for r in rates):
+        if not isinstance(rates, (list, tuple)) or not all(isinstance(r, float) and 0 < r < math.inf for r in rates):
             raise ConfigError(f"sweep.tune.learning_rate: got {rates!r}, expected a list of numbers such as [2.0e-3, 4.0e-3].")
 
 
@@ -235,15 +236,27 @@ def read_base(path: str | os.PathLike[str]) -> tuple[BackboneConfig, EngramConfi
     """Backbone, memory and sequence length of a sweep's base.
 
     Raises:
-        DataError, ConfigError: as for ``read_sweep``; or there is no memory in it.
+        DataError: the file is missing or not YAML.
+        ConfigError: a key is unknown, a value impossible or of the wrong form, or there is no memory in it.
     """
     base = read_mapping(path).get("base")
     if not isinstance(base, dict) or not isinstance(base.get("engram"), dict):
         raise ConfigError(f"recipe {path}: expected a 'base' mapping with an 'engram' mapping in it.")
-    backbone = build_fields(BackboneConfig, base.get("backbone", {}), f"recipe {path}: base.backbone")
-    data = base.get("data", {})
-    backbone = backbone.replace(vocab_size=data.get("vocab_size", backbone.vocab_size))
-    return backbone, EngramConfig.from_dict(base["engram"]), data.get("seq_len", DataRecipe.seq_len)
+    sizes, data = (_mapping_of(base, part, path) for part in ("backbone", "data"))
+    seq_len = data.get("seq_len", DataRecipe.seq_len)
+    if not isinstance(seq_len, int) or isinstance(seq_len, bool) or seq_len < 1:
+        raise ConfigError(f"recipe {path}: base.data.seq_len: got {seq_len!r}, expected a whole number above 0.")
+    with wrong_forms(f"recipe {path}", "recipes/sweep_tiny.yaml"):
+        backbone = build_fields(BackboneConfig, sizes, f"recipe {path}: base.backbone")
+        backbone = backbone.replace(vocab_size=data.get("vocab_size", backbone.vocab_size))
+        return backbone, EngramConfig.from_dict(base["engram"]), seq_len
+
+
+def _mapping_of(base: Mapping[str, Any], part: str, path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    found = base.get(part, {})
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"recipe {path}: base.{part}: got {found!r}, expected a mapping as in recipes/sweep_tiny.yaml.")
+    return found
 
 
 def _change(fields: dict[str, Any], key: str, value: Any, where: str) -> None:

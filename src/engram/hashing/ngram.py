@@ -76,11 +76,20 @@ class NgramHashMapping:
                 "use tokenizer.pad_token_id or tokenizer.eos_token_id."
             )
         self.pad_id = int(table[config.pad_id])
+        self._lookup = table
         self.layer_multipliers = layer_multipliers(config, len(compressed_tokenizer))
         self._primes_of_all_orders = prime_walk(config)
         self.vocab_size_across_layers = prime_layout(config, self._primes_of_all_orders)
         self._constants: dict[torch.device, _HashConstants] = {}
         self._kernel: HashKernel | None = None
+
+    def accept_ids(self, count: int) -> None:
+        """Take ids 0..count - 1 from now on. Embeddings are often wider than the tokenizer, and a model that samples may say ids that no
+        token has: in n-grams they count as ``pad_id``. Addresses of texts and the fingerprint do not change.
+        """
+        table = self.compressed_tokenizer.lookup_table
+        self._lookup = np.concatenate([table, np.full(max(0, count - len(table)), self.pad_id, dtype=table.dtype)])
+        self._constants, self._kernel = {}, None
 
     @property
     def fingerprint(self) -> str:
@@ -243,7 +252,7 @@ class NgramHashMapping:
         if self._kernel is None:
             layers = self.config.layer_ids
             self._kernel = HashKernel(
-                self.compressed_tokenizer.lookup_table,
+                self._lookup,
                 np.stack([self.layer_multipliers[layer] for layer in layers]),
                 np.array(list(self._primes_of_all_orders.values())).reshape(len(layers), -1),
                 self.config.n_head_per_ngram,
@@ -276,14 +285,14 @@ class NgramHashMapping:
             raise self._unknown_id(error) from None
 
     def _unknown_id(self, error: IndexError) -> ConfigError:
-        return unknown_id(int(str(error)), len(self.compressed_tokenizer.lookup_table))
+        return unknown_id(int(str(error)), len(self._lookup))
 
     def _check(self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None) -> None:
         self._check_shapes(input_ids, history, attention_mask)
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the check would stall the device
             for ids in (input_ids, history):
                 if ids is not None:
-                    check_id_range(ids.numpy(), len(self.compressed_tokenizer.lookup_table))
+                    check_id_range(ids.numpy(), len(self._lookup))
 
     @staticmethod
     def _check_shapes(input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None) -> None:
@@ -320,7 +329,7 @@ class _HashConstants:
 
     def __init__(self, mapping: NgramHashMapping, device: torch.device) -> None:
         layers = mapping.config.layer_ids
-        self.lookup_table = torch.from_numpy(mapping.compressed_tokenizer.lookup_table).to(device)
+        self.lookup_table = torch.from_numpy(mapping._lookup).to(device)
         multipliers_LN = np.stack([mapping.layer_multipliers[layer] for layer in layers])
         self.multipliers = torch.from_numpy(multipliers_LN).to(device)
         primes_LOK = torch.tensor(list(mapping._primes_of_all_orders.values()), dtype=torch.int64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,10 +65,20 @@ class _FollowsCache:
         super().batch_select_indices(indices)  # type: ignore[misc]
         self.engram_state.map_batch(lambda x: x[indices.to(x.device)])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By the cache's own class, because pickle finds none that was made at run time."""
+        own = next(cls for cls in type(self).__mro__ if not issubclass(cls, _FollowsCache))
+        return _new_follower, (own,), self.__getstate__()
+
 
 @cache
 def _following_class(cache_class: type) -> type:
     return type(cache_class.__name__, (_FollowsCache, cache_class), {"__module__": cache_class.__module__})
+
+
+def _new_follower(cache_class: type) -> Cache:
+    """An empty one, which pickle fills."""
+    return object.__new__(_following_class(cache_class))
 
 
 def bind_state(cache: Cache, state: CacheState) -> None:

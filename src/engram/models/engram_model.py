@@ -96,11 +96,13 @@ class EngramModel(nn.Module):
         config = config.replace(hidden_size=decoder.hidden_size, hc_mult=decoder.streams)
         if mapping is None:  # from_pretrained has computed it to check the fingerprint
             mapping = build_mapping(config, tokenizer)
+        embeddings: Any = model.get_input_embeddings()
+        mapping.accept_ids(embeddings.weight.shape[0])
         rows = [sum(mapping.head_sizes(i)) for i in config.layer_ids]
         check_room(rows, config.head_dim, table_config or TableConfig(), config.verify_rows)
         engrams = nn.ModuleDict({str(i): Engram(config, mapping, i, table_config) for i in config.layer_ids})
         for layer_id in config.layer_ids:
-            engrams[str(layer_id)].to(_device_of(decoder.blocks[layer_id]))
+            engrams[str(layer_id)].to(_device_of(decoder.blocks[layer_id], model, layer_id))
         # Everything is checked and built; the model is touched from here on only.
         self.base_model = model
         self.engrams = engrams
@@ -114,7 +116,7 @@ class EngramModel(nn.Module):
         self._traces: dict[int, dict[str, Tensor]] | None = None
         self._static: Any = None
         self.prefetch_rows: bool | None = None
-        self._was_trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        self._flags_before = _trainable_flags(model)
         model.requires_grad_(False)
         self._hooks: DecoderHooks | None = DecoderHooks(self, decoder)
         decoder.module.__dict__[_ATTACHED] = self.owner_token
@@ -161,6 +163,15 @@ class EngramModel(nn.Module):
             self._enabled = before
 
     @contextmanager
+    def enable_engram(self) -> Iterator[None]:
+        """Inside this context the memory takes part, even within ``disable_engram``."""
+        before, self._enabled = self._enabled, True
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    @contextmanager
     def routed(self, route: Tensor | None) -> Iterator[None]:
         """Inside this context only the sequences for which ``route`` (bool ``[B]``) is True read the memory.
 
@@ -175,22 +186,32 @@ class EngramModel(nn.Module):
 
     @contextmanager
     def record(self) -> Iterator[dict[int, dict[str, Tensor]]]:
-        """Collect, per layer, what the last forward pass read: ``hash_ids [B, T, H]`` and the layer's ``trace``."""
-        self._traces = {}
+        """Collect, per layer, what the last forward pass read: ``hash_ids [B, T, H]`` and the layer's ``trace``.
+
+        Of recordings inside each other the innermost collects.
+        """
+        before, self._traces = self._traces, {}
         try:
             yield self._traces
         finally:
-            self._traces = None
+            self._traces = before
 
     def unload(self) -> PreTrainedModel:
-        """Detach the memory and give back the very model it was attached to, trainable flags included."""
+        """Detach the memory and give back the very model it was attached to, trainable flags included.
+
+        If parameters came, went or were renamed since (an adapter was added, say), flags stay as they are: they are somebody else's now.
+
+        Raises:
+            AttachError: it was unloaded before.
+        """
         self._check_attached()
         assert self._hooks is not None
         self._hooks.remove()
         self._hooks = None
         find_decoder(self.base_model).module.__dict__.pop(_ATTACHED, None)
-        for name, parameter in self.base_model.named_parameters():
-            parameter.requires_grad_(name in self._was_trainable)
+        if _trainable_flags(self.base_model).keys() == self._flags_before.keys():
+            for name, parameter in self.base_model.named_parameters():
+                parameter.requires_grad_(self._flags_before[name])
         return self.base_model
 
     def num_parameters_by_kind(self) -> dict[str, int]:
@@ -339,6 +360,31 @@ def _version_of(path: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def _device_of(block: nn.Module) -> torch.device:
+def _trainable_flags(model: nn.Module) -> dict[str, bool]:
+    """By name, and not by object, so that they hold for a copy of the model too; shared parameters under each of their names."""
+    return {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _device_of(block: nn.Module, model: PreTrainedModel, layer_id: int) -> torch.device:
+    """Where a block computes. Of one that is offloaded (its weights are on the meta device) accelerate's hooks know.
+
+    Raises:
+        AttachError: nobody knows.
+    """
     parameter = next(block.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+    embeddings: Any = model.get_input_embeddings()
+    known = [torch.device("cpu") if parameter is None else parameter.device, *_offloaded_to(block), embeddings.weight.device]
+    device = next((device for device in known if device.type != "meta"), None)
+    if device is None:
+        raise AttachError(
+            f"decoder block {layer_id}: got weights on the meta device, expected a device to compute on; load the model with its weights, "
+            "or offload it by accelerate (device_map=...), whose hooks say where blocks run."
+        )
+    return device
+
+
+def _offloaded_to(block: nn.Module) -> list[torch.device]:
+    """Devices to which accelerate brings the weights of a block when it runs, the block's own hook first."""
+    hooks = [module._hf_hook for module in block.modules() if hasattr(module, "_hf_hook")]
+    each = [single for hook in hooks for single in (hook, *getattr(hook, "hooks", ()))]
+    return [torch.device(h.execution_device) for h in each if getattr(h, "execution_device", None) is not None]

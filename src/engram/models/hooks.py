@@ -8,6 +8,7 @@ a recomputation sees the same input), and the last hook ties the decoding state 
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +44,8 @@ class DecoderHooks:
         self._prefetcher = RowPrefetcher()
         self._blocks = {layer_id: decoder.blocks[layer_id] for layer_id in memory.engram_config.layer_ids}
         for layer_id, block in self._blocks.items():
-            self._handles.append(block.register_forward_pre_hook(self._block_hook(layer_id), with_kwargs=True))
+            hook = partial(self._add_memory, layer_id)  # unlike a closure it is the copy's own in a copy of the model
+            self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
         """Take every hook off again."""
@@ -66,8 +68,8 @@ class DecoderHooks:
             input_ids = self._memory._given_ids
         if input_ids is None:
             raise AttachError(
-                "got inputs_embeds without token ids, but the memory is addressed by token ids: pass input_ids, or "
-                "engram_input_ids=... beside inputs_embeds, or run inside memory.disable_engram()."
+                "got inputs_embeds without token ids, but the memory is addressed by token ids: pass input_ids, or in forward "
+                "(generate does not take it) engram_input_ids=... beside inputs_embeds, or run inside memory.disable_engram()."
             )
         wants_cache = cache is not None or self._wants_cache(module, arguments.get("use_cache"))
         self._context = self._prepare(input_ids, arguments.get("attention_mask"), cache, wants_cache)
@@ -114,23 +116,22 @@ class DecoderHooks:
             raise AttachError(f"route: got {route.shape[0]} decisions, expected one for each of {batch} sequences.")
         return route.repeat_interleave(batch // route.shape[0])
 
-    def _block_hook(self, layer_id: int):
-        def add_memory(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-            if not self._memory.is_enabled:
-                return None
-            if self._context is None:
-                raise AttachError(
-                    f"decoder block {layer_id} ran outside its decoder's forward pass, where the memory has no token ids "
-                    "(gradient checkpointing needs a transformers version that checkpoints below module hooks, 5.23 or later)."
-                )
-            hidden_states = args[0] if args else kwargs["hidden_states"]
-            contribution = self._read(layer_id, block, hidden_states)
-            if contribution is None:
-                return None
-            hidden_states = hidden_states + contribution
-            return ((hidden_states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_states})
-
-        return add_memory
+    def _add_memory(
+        self, layer_id: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        if not self._memory.is_enabled:
+            return None
+        if self._context is None:
+            raise AttachError(
+                f"decoder block {layer_id} ran outside its decoder's forward pass, where the memory has no token ids "
+                "(gradient checkpointing needs a transformers version that checkpoints below module hooks, 5.23 or later)."
+            )
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        contribution = self._read(layer_id, block, hidden_states)
+        if contribution is None:
+            return None
+        hidden_states = hidden_states + contribution
+        return ((hidden_states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_states})
 
     def _read(self, layer_id: int, block: nn.Module, hidden_states: Tensor) -> Tensor | None:
         """What the layer adds to the stream; None when it adds nothing at all."""

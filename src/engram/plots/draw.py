@@ -11,7 +11,7 @@ from engram.plots.evaluation import plot_evaluation, plot_shares
 from engram.plots.figure import Picture, new_figure, save_figure
 from engram.plots.look import plot_look
 from engram.plots.marks import colour_of, literal
-from engram.plots.results import SHARE, ResultFile, reading
+from engram.plots.results import SHARE, ResultFile, reading, recall_interval
 from engram.plots.sweep import plot_sweep
 
 __all__ = ["draw_result", "plot_recall", "plot_throughput"]
@@ -46,7 +46,7 @@ def draw_result(file: ResultFile, folder: Path, paper: Mapping[str, Any] | None 
 
 
 def plot_recall(models: Mapping[str, Mapping[str, Any]], path: Path) -> Picture:
-    """Exact answers by kind of question and length of text, one colour per model, with Wilson's intervals.
+    """Exact answers by kind of question and length of text, one colour per model, with intervals over seeds where there are several.
 
     Args:
         models: as ``pool_recall`` gives them.
@@ -60,7 +60,7 @@ def plot_recall(models: Mapping[str, Mapping[str, Any]], path: Path) -> Picture:
         for name, model in models.items()
     }
     plot_shares(systems, path, "exact answers in long text, by question and tokens")
-    return Picture(path, "Exact answers in long text, all seeds together, with 95 % intervals.")
+    return Picture(path, f"Exact answers in long text, all seeds together, with 95 % intervals ({recall_interval(models)}).")
 
 
 def plot_throughput(entries: Sequence[Mapping[str, Any]], path: Path) -> Picture:

@@ -33,7 +33,7 @@ def plot_evaluation(results: Mapping[str, Mapping[str, Any]], folder: str | Path
 
 
 def plot_shares(systems: Mapping[str, Mapping[str, Mapping[str, float]]], path: str | Path, title: str) -> Path:
-    """Bars of exact answers per category and system with Wilson's 95 % intervals.
+    """Bars of exact answers per category and system with their 95 % intervals.
 
     Args:
         systems: ``{system: {category: {share, low, high}}}``.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engram.plots.markdown import count, interval, literal_text, table
-from engram.plots.results import SHARE
+from engram.plots.results import SHARE, recall_interval
 
 __all__ = ["long_context", "looks", "throughput"]
 
@@ -89,8 +89,23 @@ def long_context(result: Mapping[str, Any]) -> list[str]:
                         seeds,
                     )
                 )
-    header = ("model", "held-out loss before", "after", "question", "tokens", "answers", "exact, %", "by seed, %")
-    return [table(header, rows, right=(1, 2, 4, 5, 6, 7))]
+    exact = f"exact, % [95 %: {recall_interval(models)}]"
+    header = ("model", "held-out loss before", "after", "question", "tokens", "answers", exact, "by seed, %")
+    parts = [table(header, rows, right=(1, 2, 4, 5, 6, 7))]
+    if any(len(score["by_seed"]) > 1 for model in models.values() for score in model["scores"]):
+        parts.append(
+            "Answers of one training hang together, so intervals are over seeds; they are no narrower than Wilson's over all answers, and end "
+            "at 0 and 100 %."
+        )
+    copying = [
+        f"{literal_text(name)} {m['copying_before']:.2f}" for name, m in models.items() if m["copying_before"] is not None
+    ]
+    if copying:
+        parts.append(
+            f"Random tokens shown a second time in one context cost less by so many nats per token, before recall was trained: "
+            f"{', '.join(copying)}. A model that cannot copy yet gains about nothing."
+        )
+    return parts
 
 
 def throughput(result: Mapping[str, Any]) -> list[str]:

@@ -121,11 +121,21 @@ def repeats(results: Mapping[str, Mapping[str, Any]]) -> str:
     found = made_twice(results)
     if not found:
         return ""
-    typical = math.sqrt(sum(x * x for x in found) / len(found))
+    others = [difference for difference in found if difference]
     return (
-        f"**Repeats.** {plural(len(found), 'run')} stand in two sweeps: one recipe, text and seed, run twice, with code of different days. "
-        f"Their losses differ by {typical:.4f} (root mean square; at most {max(map(abs, found)):.4f}). Other rounding grows in training, "
-        "so losses come back to about two decimals and not to the last digit, and intervals much narrower than this are luck."
+        f"**Repeats.** {plural(len(found), 'run')} stand in two sweeps: one recipe, text and seed, run twice. "
+        f"{len(found) - len(others)} of {len(found)} came back to the last digit{_other_digits(others)}"
+    )
+
+
+def _other_digits(differences: Sequence[float]) -> str:
+    """How far the runs are apart that gave other digits; the end of a sentence about the rest."""
+    if not differences:
+        return "."
+    typical = math.sqrt(sum(x * x for x in differences) / len(differences))
+    return (
+        f"; the other {len(differences)} {'differs' if len(differences) == 1 else 'differ'} by {typical:.4f} (root mean square; at most "
+        f"{max(map(abs, differences)):.4f}). Another rounding grows in training, so intervals much narrower than this are luck."
     )
 
 

@@ -139,8 +139,8 @@ class Report:
             "Parameters leave embeddings and head out; active are those a token is multiplied with. Settings are chosen by the validation "
             "half of the held-out text, everything reported is the loss on its test half, in nats per token. Intervals of means and of "
             "differences are 95 % by Student's t over seeds, differences taken seed by seed; those of fits likewise, with a fit for each seed. "
-            "Operations per token leave out embeddings and head, masked positions of attention and the mixing of residual streams. Losses in "
-            "nats per token belong to a tokenizer: beside the paper's only signs compare."
+            "Operations per token count attention over all positions, masked ones included; embeddings, head and the mixing of residual "
+            "streams are left out. Losses in nats per token belong to a tokenizer: beside the paper's only signs compare."
         )
         yield measured(sweeps)
         yield repeats(sweeps)

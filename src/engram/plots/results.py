@@ -11,7 +11,17 @@ from typing import Any
 
 from engram.errors import DataError, EngramError
 
-__all__ = ["SHARE", "SWEEPS", "ResultFile", "group_results", "pool_recall", "read_result", "reading", "recognise"]
+__all__ = [
+    "SHARE",
+    "SWEEPS",
+    "ResultFile",
+    "group_results",
+    "pool_recall",
+    "read_result",
+    "reading",
+    "recall_interval",
+    "recognise",
+]
 
 SWEEPS = ("allocation", "slots", "ablation", "comparison")
 """Questions of sweeps; each is a kind of result."""
@@ -93,17 +103,26 @@ def pool_recall(data: Mapping[str, Any]) -> dict[str, Any]:
     """A result on long context with the answers of all seeds together.
 
     Returns:
-        ``models: {name: {held_out_loss, held_out_loss_before, scores}}`` (None where a loss is not known) beside what else the result says,
-        and ``trained_apart``: whether they are models of their own, not one with its memory on and off. Scores have ``kind``, ``length``,
-        ``answers``, ``exact``, ``share`` with Wilson's interval ``low`` to ``high``, and ``by_seed``, the shares one by one.
+        ``models: {name: {held_out_loss, held_out_loss_before, copying_before, scores}}`` (None where one is not known) beside what else the
+        result says, and ``trained_apart``: whether they are models of their own, not one with its memory on and off. Scores have ``kind``,
+        ``length``, ``answers``, ``exact``, ``share`` with its interval ``low`` to ``high``, ``by_seed``, the shares one by one, and
+        ``wilson``, the interval over all answers as if they were independent. ``low`` to ``high`` is Student's t over seeds, no narrower
+        than ``wilson``; of one seed it is ``wilson``.
     """
     runs = _recall_runs(data)
     models = {}
     for name, entries in runs.items():
-        losses = {key: _mean(entries, key) for key in ("held_out_loss", "held_out_loss_before")}
+        losses = {key: _mean(entries, key) for key in ("held_out_loss", "held_out_loss_before", "copying_before")}
         models[name] = {**losses, "scores": _pool(entries)}
     rest = {} if set(runs) == set(data) else {key: value for key, value in data.items() if key != "entries"}
     return {**rest, "trained_apart": bool(rest), "models": models}
+
+
+def recall_interval(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """What intervals of a result on long context are over, in words for a heading; ``models`` as ``pool_recall`` gives them."""
+    seeds = {len(score["by_seed"]) > 1 for model in models.values() for score in model["scores"]}
+    over = {frozenset({True}): "Student's t over seeds", frozenset({False}): "Wilson's over answers of one seed"}
+    return over.get(frozenset(seeds), "Student's t over seeds; Wilson's over answers where there is one seed")
 
 
 def _mean(entries: list[Mapping[str, Any]], key: str) -> float | None:
@@ -113,6 +132,7 @@ def _mean(entries: list[Mapping[str, Any]], key: str) -> float | None:
 
 def _pool(entries: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     from engram.evaluation import wilson_interval
+    from engram.experiments.statistics import widened
 
     groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for score in (score for entry in entries for score in entry["scores"] if score["depth"] is None):
@@ -120,8 +140,9 @@ def _pool(entries: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     pooled = []
     for (kind, length), scores in groups.items():
         exact, answers = (sum(score[key] for score in scores) for key in ("exact", "answers"))
-        low, high = wilson_interval(exact, answers)
+        wilson = wilson_interval(exact, answers)
         shares = [score["exact"] / score["answers"] for score in scores]
+        low, high = widened(shares, *wilson) or wilson
         pooled.append(
             {
                 "kind": kind,
@@ -129,8 +150,9 @@ def _pool(entries: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "answers": answers,
                 "exact": exact,
                 "share": exact / answers,
-                "low": low,
-                "high": high,
+                "low": max(0.0, low),
+                "high": min(1.0, high),
+                "wilson": wilson,
                 "by_seed": shares,
             }
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -32,14 +33,18 @@ from engram.errors import CheckpointError, ConfigError
 from engram.evaluation.bits_per_byte import bits_per_byte
 from engram.training.progress import LiveProgress
 from engram.training.safe_trainer import InOrder, SafeTrainer, last_checkpoint
-from engram.training.tokenizer import train_tokenizer
+from engram.training.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 
 __all__ = ["PretrainRecipe", "export_model", "pretrain", "read_recipe"]
 
 
 @dataclass(frozen=True)
 class PretrainRecipe:
-    """Everything that decides a pretraining run; read from YAML, every key below is a key there."""
+    """Everything that decides a pretraining run; read from YAML, every key below is a key there.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
 
     corpus: CorpusRecipe
     vocab_size: int = 6144
@@ -73,20 +78,56 @@ class PretrainRecipe:
             kinds = (int, float) if isinstance(default, float) else (type(default),)
             if f.name != "corpus" and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)):
                 raise ConfigError(f"PretrainRecipe.{f.name}: got {value!r}, expected {type(default).__name__}.")
-        for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, int) and not isinstance(value, bool) and name not in ("seed", "decay_steps") and value < 1:
-                raise ConfigError(f"PretrainRecipe.{name}: got {value}, expected a positive number.")
-        if self.seed < 0:
-            raise ConfigError(f"PretrainRecipe.seed: got {self.seed}, expected at least 0.")
+        self._check_numbers()
+        self._check_shape()
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ConfigError(
                 f"PretrainRecipe: warmup_steps + decay_steps = {self.warmup_steps + self.decay_steps}, expected at most steps = {self.steps}."
+            )
+
+    def _check_numbers(self) -> None:
+        for f in dataclasses.fields(self):
+            value, least = getattr(self, f.name), _LEAST.get(f.name, 1)
+            if isinstance(f.default, int) and not isinstance(f.default, bool) and value < least:
+                expected = "a positive number" if least == 1 else f"at least {least}"
+                raise ConfigError(f"PretrainRecipe.{f.name}: got {value}, expected {expected}.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ConfigError(
+                f"PretrainRecipe.learning_rate: got {self.learning_rate}, expected a finite number above 0 such as 2.0e-3."
+            )
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ConfigError(f"PretrainRecipe.weight_decay: got {self.weight_decay}, expected a finite number of at least 0.")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ConfigError(f"PretrainRecipe.min_lr_ratio: got {self.min_lr_ratio}, expected a share from 0 to 1.")
+        if self.vocab_size < SMALLEST_VOCABULARY:
+            raise ConfigError(
+                f"PretrainRecipe.vocab_size: got {self.vocab_size}, expected at least {SMALLEST_VOCABULARY} (256 bytes and two special tokens)."
+            )
+
+    def _check_shape(self) -> None:
+        heads, key_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % (2 * heads):  # rotary positions turn the values of a head in pairs
+            raise ConfigError(
+                f"PretrainRecipe.hidden_size: got {self.hidden_size}, expected a multiple of {2 * heads}: heads of one even width, and "
+                f"num_attention_heads is {heads}."
+            )
+        if heads % key_heads:
+            raise ConfigError(
+                f"PretrainRecipe.num_key_value_heads: got {key_heads}, expected a divisor of num_attention_heads = {heads}: each serves as "
+                "many query heads as the next."
+            )
+        if self.seq_len > self.max_position_embeddings:
+            raise ConfigError(
+                f"PretrainRecipe.seq_len: got {self.seq_len}, expected at most max_position_embeddings = {self.max_position_embeddings}."
             )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields, as they come back from a file."""
         fields = {**dataclasses.asdict(self), "corpus": self.corpus.to_dict()}
         return json.loads(json.dumps(fields))
+
+
+_LEAST = {"seed": 0, "decay_steps": 0}  # whole numbers that may be zero
 
 
 def read_recipe(path: str | os.PathLike[str]) -> PretrainRecipe:
@@ -123,28 +164,30 @@ def pretrain(
         recipe: see ``PretrainRecipe``.
         out: run folder.
         folder: what the recipe's text paths are relative to.
-        resume: go on from the newest checkpoint; False starts again (and refuses a folder that has checkpoints).
+        resume: go on from the newest checkpoint; False starts again (and refuses a folder that has checkpoints or a finished model).
 
     Raises:
         DataError, ConfigError: the corpus or recipe cannot be used.
-        CheckpointError: the folder holds another run.
+        CheckpointError: the folder holds another run, or any run where ``resume`` is False; nothing is overwritten.
     """
     out = Path(out)
     checkpoints = out / "checkpoints"
     last = last_checkpoint(checkpoints)
     corpus = build_corpus(recipe.corpus, Path(folder))
-    _claim_folder(out, recipe, corpus, last if resume else None, fresh=not resume)
+    _claim_folder(out, recipe, corpus, fresh=not resume)
     set_seed(recipe.seed)
     tokenizer = train_tokenizer((doc.text for doc in corpus.train), recipe.vocab_size, recipe.max_position_embeddings)
     tokenizer.save_pretrained(out / "tokenizer")  # so that any checkpoint can be tried before the run ends
     run = _Run(recipe, corpus, tokenizer)
     model = _new_model(recipe, tokenizer)
+    measure = _Measure(run)
     trainer = _PackedTrainer(
         model=model,
         args=_training_arguments(recipe, checkpoints),
         train_dataset=pack(corpus.train, tokenizer, recipe.seq_len, recipe.steps * recipe.batch_size, recipe.seed),
-        callbacks=[_Measure(run), LiveProgress()],
+        callbacks=[measure, LiveProgress()],
     )
+    measure.trainer = trainer
     trainer.train(resume_from_checkpoint=str(last) if last and resume else None)
     if trainer.interrupt.interrupted:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
@@ -159,6 +202,8 @@ class _PackedTrainer(InOrder, SafeTrainer):
 class _Measure(TrainerCallback):
     """Held-out bits per byte at intervals."""
 
+    trainer: SafeTrainer
+
     def __init__(self, run: _Run) -> None:
         self.run = run
 
@@ -167,7 +212,8 @@ class _Measure(TrainerCallback):
         if state.global_step % recipe.eval_steps == 0 and self.run.corpus.held_out:
             model.eval()
             texts = [doc.text for doc in self.run.corpus.held_out[: recipe.eval_texts]]
-            bits = bits_per_byte(model, self.run.tokenizer, texts, recipe.seq_len)
+            with self.trainer.throughput.paused():  # tokens per second are those of training
+                bits = bits_per_byte(model, self.run.tokenizer, texts, recipe.seq_len)
             model.train()
             state.log_history.append({"step": state.global_step, "bits_per_byte": round(bits, 4)})
 
@@ -217,18 +263,36 @@ def _training_arguments(recipe: PretrainRecipe, checkpoints: Path) -> TrainingAr
     )
 
 
-def _claim_folder(out: Path, recipe: PretrainRecipe, corpus: Corpus, last: Path | None, fresh: bool) -> None:
+def _claim_folder(out: Path, recipe: PretrainRecipe, corpus: Corpus, fresh: bool) -> None:
     """One folder holds one recipe on one text, which the tokenizer follows from: refuse to mix two runs or to overwrite one."""
     file, present = out / "recipe.json", {**recipe.to_dict(), "text_sha256": _text_digest(corpus)}
-    if fresh and last_checkpoint(out / "checkpoints"):
-        raise CheckpointError(f"{out} holds checkpoints of an earlier run; resume it or choose another folder.")
-    if last is not None and file.is_file() and json.loads(file.read_text(encoding="utf-8")) != present:
-        raise CheckpointError(f"{out} holds a run of another recipe or on other text; choose another folder.")
+    finished = (out / "model").exists()
+    if fresh and (finished or last_checkpoint(out / "checkpoints")):
+        what = "the model" if finished else "checkpoints"
+        raise CheckpointError(
+            f"{out} holds {what} of an earlier run, expected neither; resume it or choose another folder (nothing was overwritten)."
+        )
+    if file.is_file() and _read_claim(file) != present:
+        raise CheckpointError(
+            f"{out} holds a run of another recipe or on other text; choose another folder (nothing was overwritten)."
+        )
+    if finished and not file.is_file():
+        raise CheckpointError(
+            f"{out} holds a model and no recipe.json that says what made it; choose another folder (nothing was overwritten)."
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json_atomically(file, present)
     except OSError as error:
         raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from None
+
+
+def _read_claim(file: Path) -> Any:
+    """None, which no recipe equals, for a file that is no JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def _text_digest(corpus: Corpus) -> str:

@@ -11,11 +11,10 @@ from typing import Any
 from engram.data.corpus import CorpusRecipe, DocumentStream, SourceDigest, split_of
 from engram.data.store import STORE_NAME, TokenStore, build_store
 from engram.errors import ConfigError, DataError, EngramError
-from engram.training.tokenizer import train_tokenizer
+from engram.training.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 
 __all__ = ["prepare_store"]
 
-_SMALLEST = 258  # 256 bytes and two special tokens
 _UNLIMITED = 1 << 30  # the tokenizer serves models of any length
 
 
@@ -39,8 +38,10 @@ def prepare_store(
         ConfigError: the vocabulary is too small.
         DataError, FingerprintError, CheckpointError: as for ``build_store``.
     """
-    if vocab_size < _SMALLEST:
-        raise ConfigError(f"vocab_size: got {vocab_size}, expected at least {_SMALLEST} (256 bytes and two special tokens).")
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ConfigError(
+            f"vocab_size: got {vocab_size}, expected at least {SMALLEST_VOCABULARY} (256 bytes and two special tokens)."
+        )
     stream = DocumentStream(recipe, Path(folder))
     sources = stream.digest()
     training = {"vocab_size": vocab_size, "recipe": recipe.to_dict(), "source_files": asdict(sources)}

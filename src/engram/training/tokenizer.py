@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-__all__ = ["END_OF_TEXT", "PAD", "train_tokenizer"]
+__all__ = ["END_OF_TEXT", "PAD", "SMALLEST_VOCABULARY", "train_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
 """Starts every document and ends every answer (id 0)."""
 PAD = "<|pad|>"
 """Fills batches (id 1)."""
+SMALLEST_VOCABULARY = 258
+"""256 bytes and two special tokens."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:

@@ -1,0 +1,44 @@
+"""Blocks whose weights are elsewhere until they run: on the meta device, with accelerate's hooks."""
+
+import accelerate
+import pytest
+import torch
+
+from engram import AttachError, MemoryEditor, get_engram_model
+from engram.testing import tiny_config, tiny_model, tiny_tokenizer
+from tests.editing.helpers import FACTS
+
+
+def offloaded(blocks, tmp_path):
+    model = tiny_model(hidden_size=64, intermediate_size=96)
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {f"model.layers.{i}": "disk" if i in blocks else "cpu" for i in range(3)}
+    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+
+
+@pytest.mark.parametrize("blocks", [{2}, {0}, {0, 1, 2}])
+def test_facts_are_taught_above_and_at_offloaded_blocks(blocks, tmp_path):
+    model = offloaded(blocks, tmp_path)
+    assert all(p.is_meta == (i in blocks) for i, block in enumerate(model.model.layers) for p in block.parameters())
+    editor = MemoryEditor.create(model, tiny_tokenizer())
+    assert all(p.device.type == "cpu" for p in editor.memory.engrams.parameters())
+    for _ in range(2):  # accelerate's forward functions are still there after a lesson
+        editor.teach(FACTS)
+        assert all(editor.verify().values())
+    editor.teach(FACTS[:1])
+
+
+def test_where_the_whole_model_is_offloaded_the_hooks_know(tmp_path):
+    model = tiny_model()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.get_input_embeddings().weight.is_meta
+    memory = get_engram_model(model, tiny_config(), tiny_tokenizer())
+    assert all(p.device.type == "cpu" for p in memory.engrams.parameters())
+    assert memory.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False).shape == (1, 4)
+
+
+def test_weights_that_are_nowhere_are_refused():
+    model = tiny_model().to("meta")
+    with pytest.raises(AttachError, match="block 0: got weights on the meta device, expected a device to compute on"):
+        get_engram_model(model, tiny_config(), tiny_tokenizer())
+    assert all(p.requires_grad for p in model.parameters())

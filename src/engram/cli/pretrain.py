@@ -13,7 +13,7 @@ __all__ = ["pretrain_command"]
 def pretrain_command(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe; recipes/base_model.yaml makes the bundled model.")],
     out: Annotated[Path, typer.Option(help="Run folder: checkpoints, and the finished model in its folder 'model'.")],
-    restart: Annotated[bool, typer.Option(help="Refuse to go on from checkpoints of an earlier run.")] = False,
+    restart: Annotated[bool, typer.Option(help="Refuse to go on from an earlier run (its checkpoints or its model).")] = False,
 ) -> None:
     """Train a tokenizer and a small Llama-architecture model from text files; goes on where it was stopped."""
     from engram.training.pretrain import pretrain, read_recipe

@@ -181,6 +181,7 @@ def merge_memories(
         total += len(rows)
     ledger = Ledger([*kept_a, *kept_b])
     description = {k: v for k, v in first.description.items() if k not in ("format_version", "weights", "ledger")}
+    refuse_other_memory(out, a, b)  # somebody may have saved there meanwhile
     write_store(Path(out), tensors, description, ledger.to_dict())
     return MergeReport(len(ledger), len(kept_a), len(kept_b), total, conflicts)
 

@@ -174,14 +174,12 @@ class TensorReader:
         """
         spec = self.specs[name]
         if not spec.shape:
-            content = torch.empty(spec.nbytes, dtype=torch.uint8)
-            self._fill(content.numpy().data, self._places[name])
-            return content.view(spec.dtype).view(())
+            start, stop, spec = 0, 1, TensorSpec(spec.dtype, (1,))
         stop = max(start, spec.shape[0] if stop is None else min(stop, spec.shape[0]))
         part = TensorSpec(spec.dtype, (stop - start, *spec.shape[1:]))
         content = torch.empty(part.nbytes, dtype=torch.uint8)
         self._fill(content.numpy().data, self._places[name] + start * TensorSpec(spec.dtype, spec.shape[1:]).nbytes)
-        return content.view(spec.dtype).view(part.shape)
+        return content.view(spec.dtype).view(part.shape if self.specs[name].shape else ())
 
     def _fill(self, buffer: memoryview, place: int) -> None:
         self._opened.seek(place)
@@ -194,9 +192,6 @@ class TensorReader:
     def parts(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """A whole tensor for ``write_tensors``."""
         spec = self.specs[name]
-        if not spec.shape:
-            yield name, self.read(name)
-            return
         step = max(1, _PART_BYTES // max(1, TensorSpec(spec.dtype, spec.shape[1:]).nbytes))
-        for start in range(0, spec.shape[0], step):
+        for start in range(0, spec.shape[0] if spec.shape else 1, step):
             yield name, self.read(name, start, start + step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Self
 
 import torch
@@ -153,19 +153,17 @@ class EngramModel(nn.Module):
         self._check_attached()
         return self.base_model.generate(*args, **kwargs)
 
-    @contextmanager
-    def disable_engram(self) -> Iterator[None]:
+    def disable_engram(self) -> AbstractContextManager[None]:
         """Inside this context the model is exactly the base model."""
-        before, self._enabled = self._enabled, False
-        try:
-            yield
-        finally:
-            self._enabled = before
+        return self._switched(False)
+
+    def enable_engram(self) -> AbstractContextManager[None]:
+        """Inside this context the memory takes part, even within ``disable_engram``."""
+        return self._switched(True)
 
     @contextmanager
-    def enable_engram(self) -> Iterator[None]:
-        """Inside this context the memory takes part, even within ``disable_engram``."""
-        before, self._enabled = self._enabled, True
+    def _switched(self, on: bool) -> Iterator[None]:
+        before, self._enabled = self._enabled, on
         try:
             yield
         finally:

@@ -15,6 +15,7 @@ __all__ = ["FORMATS", "RowFormat", "narrowed", "row_format"]
 
 _BLOCK = 32
 _FLOAT8_MAX, _EXPONENT_BIAS = 448.0, 127
+_LARGEST_SURE = torch.finfo(torch.float32).max / 2
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,10 @@ class RowFormat:
             return narrowed(rows, self.dtype), None
         if not bool(rows.isfinite().all()):
             raise TableError(f"{self.name} rows: got a value that is not finite, expected finite ones; look for what made it.")
-        return _ENCODERS[self.name](rows.float())
+        stored, scales = _ENCODERS[self.name](rows.float())
+        if rows.numel() and float(rows.abs().amax()) > _LARGEST_SURE:  # scales are rounded, up to past the end of float32
+            _refuse_lost(rows, self.decode(stored, scales), self.name, _LARGEST_SURE)
+        return stored, scales
 
     def decode(self, stored: Tensor, scales: Tensor | None) -> Tensor:
         """float32 rows ``[n, dim]``; the plain counterpart of ``read``."""
@@ -113,16 +117,20 @@ def narrowed(rows: Tensor, dtype: torch.dtype) -> Tensor:
         TableError: a finite value is too large for it.
     """
     stored = rows.to(dtype)
-    if torch.finfo(dtype).max >= torch.finfo(rows.dtype).max or bool(stored.isfinite().all()):
-        return stored
-    lost = rows.isfinite() & ~stored.isfinite()
+    if torch.finfo(dtype).max < torch.finfo(rows.dtype).max and not bool(stored.isfinite().all()):
+        _refuse_lost(rows, stored, str(dtype).removeprefix("torch."), torch.finfo(dtype).max)
+    return stored
+
+
+def _refuse_lost(before: Tensor, after: Tensor, name: str, most: float) -> None:
+    """Refuse rows of which a value was finite ``before`` it was stored and is not ``after``."""
+    lost = before.isfinite() & ~after.isfinite()
     if bool(lost.any()):
         row, column = (int(n) for n in lost.nonzero()[0])
         raise TableError(
-            f"got the value {float(rows[row, column]):.4g} (row {row} of those given), expected at most {torch.finfo(dtype).max:.4g} in "
-            f"{dtype}; choose bfloat16, float8 or int8.".replace("torch.", "")
+            f"got the value {float(before[row, column]):.4g} (row {row} of those given), expected at most {most:.4g} in {name}; choose "
+            "bfloat16, float8 or int8."
         )
-    return stored
 
 
 def row_format(name: str) -> RowFormat:

@@ -5,8 +5,9 @@ that know the language and how to look back a little. A memory that starts empty
 two runs of `engram train`, one with a memory and one without, on equal tokens (`--plain`, `--joint`; recipes/train_joint.yaml). Their loss on
 ordinary text rises while they learn recall, from where it was to begin with, so a step of equal loss says nothing there and is left out. For
 equal loss they must begin with it, as in the paper, where the model without a memory was trained for longer (`--equal-loss`). The bundled
-model had no more to learn from the text there is (docs/lab_notes.md); recipes/train_equal_loss_plain.yaml and _joint.yaml make a smaller pair.
-Whether a model can copy when recall training begins is measured too, for it decides the rest.
+model had no more to learn from the text there is (docs/lab_notes.md); benchmarks/copying.py makes smaller pairs, of the runs of
+recipes/train_equal_loss_plain.yaml and _joint.yaml. Whether a model can copy when recall training begins is measured too, for it decides the
+rest. Give several pairs, and each seed goes on from another: only then do seeds tell what pretraining with a memory does.
 """
 
 import argparse
@@ -161,6 +162,12 @@ def attached(model, tokenizer, sizes):
     return get_engram_model(model, config, tokenizer)
 
 
+def paired(sizes, seed):
+    """The sizes with the runs that one seed goes on from: its own pair of several, or the only one."""
+    several = isinstance(sizes["plain"], (list, tuple))
+    return {**sizes, **{arm: sizes[arm][seed] for arm in ("plain", "joint")}} if several else sizes
+
+
 def trained(memory, seed, tokenizer, train, sizes, watch):
     set_seed(seed)
     model = build(tokenizer, sizes, sizes["joint" if memory else "plain"])
@@ -177,6 +184,7 @@ def trained(memory, seed, tokenizer, train, sizes, watch):
 
 def run(seed, tokenizer, documents, held_out, texts, sizes):
     """The models of one seed, as entries: three, or two that go on from runs."""
+    sizes = paired(sizes, seed)
     total = round(sizes["steps"] * sizes["batch"] * (1 - sizes["share"])) + sizes["batch"]
     blocks = pack(documents, tokenizer, sizes["length"], total, seed)
     train = long_context_mix(
@@ -247,7 +255,7 @@ def pooled(entries):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs")
-    parser.add_argument("--seeds", type=int, default=2, help="seeds 0 to one below this")
+    parser.add_argument("--seeds", type=int, help="seeds 0 to one below this; as many as there are pairs, or 2")
     parser.add_argument(
         "--workers",
         type=int,
@@ -258,10 +266,12 @@ def main():
     parser.add_argument("--out", default=RESULTS / "long_context.json")
     parser.add_argument("--scratch", action="store_true", help="models and a tokenizer that start from nothing")
     parser.add_argument(
-        "--plain", help="run folder of `engram train` to go on from without a memory (the bundled model if not given)"
+        "--plain",
+        nargs="+",
+        help="run folder of `engram train` to go on from without a memory (the bundled model if not given); or one for each seed",
     )
     parser.add_argument(
-        "--joint", help="the same with a memory, of equal tokens and text (the bundled model and an empty memory)"
+        "--joint", nargs="+", help="the same with a memory, of equal tokens and text (the bundled model and an empty memory)"
     )
     parser.add_argument(
         "--equal-loss", action="store_true", help="those two begin with equal loss (of the one without, by more tokens)"
@@ -279,23 +289,25 @@ def main():
         parser.error("expected --plain and --joint together, and without --scratch")
     if args.equal_loss and args.plain is None:
         parser.error("--equal-loss: expected --plain and --joint")
+    pairs = len(args.plain or [None])
+    if pairs != len(args.joint or [None]) or (pairs > 1 and args.seeds not in (None, pairs)):
+        parser.error("expected as many --joint as --plain, and as many --seeds if there are several")
     sizes = {
         **sizes,
-        "plain": args.plain,
-        "joint": args.joint,
+        **{arm: runs if pairs > 1 else runs and runs[0] for arm, runs in (("plain", args.plain), ("joint", args.joint))},
         "equal_loss": args.equal_loss,
         **(SCRATCH if args.scratch else {}),
     }
     sizes["bf16"] &= not args.float32
     sizes = {**sizes, "lengths": sorted({max(96, sizes["length"] // parts) for parts in (4, 2, 1)})}
-    seeds = [0] if args.quick else list(range(args.seeds))
+    seeds = [0] if args.quick else list(range(args.seeds or (pairs if pairs > 1 else 2)))
     held_out_documents = held_out_standard_library(RECIPE)
     documents = held_out_documents if args.quick else build_corpus(RECIPE, RESULTS).train
     texts = [doc.text for doc in held_out_documents]
     if args.scratch:
         tokenizer = train_tokenizer((doc.text for doc in documents[::TOKENIZER_SHARE]), sizes["vocab"], 1 << 16)
     else:
-        tokenizer = load_tokenizer(model_of(args.joint))
+        tokenizer = load_tokenizer(model_of(paired(sizes, 0)["joint"]))
     held_out = pack(held_out_documents, tokenizer, sizes["length"], sizes["held_out"], seed=0)
     entries = []
     one = functools.partial(run, tokenizer=tokenizer, documents=documents, held_out=held_out, texts=texts, sizes=sizes)

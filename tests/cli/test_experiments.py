@@ -125,6 +125,16 @@ def test_train_keeps_model_and_memory_and_tells_the_losses(monkeypatch, capsys, 
     assert (code, again) == (0, out)
 
 
+@pytest.mark.slow
+def test_train_takes_another_seed(monkeypatch, capsys, tmp_path):
+    code, _, _ = invoke(monkeypatch, capsys, "train", TRAIN, "--out", tmp_path / "run", "--seed", "3")
+    assert code == 0
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["seed"] == 3
+    code, _, err = invoke(monkeypatch, capsys, "train", TRAIN, "--out", tmp_path / "run")
+    assert code == 1
+    assert "another recipe" in err
+
+
 def test_train_refuses_a_folder_of_another_recipe(monkeypatch, capsys, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -176,6 +176,9 @@ def test_long_context_asks_for_models_of_their_own():
     (found,) = verdicts("long_context", pool_recall(from_runs), "multi_query")
     assert found["verdict"] == "cannot tell"
     assert "go on from one model of either kind" in found["note"]
+    from_pairs = {**made_up.long_context(), "sizes": {"plain": ["runs/a", "runs/c"], "joint": ["runs/b", "runs/d"]}}
+    (found,) = verdicts("long_context", pool_recall(from_pairs), "multi_query")
+    assert found["verdict"] == "agrees"  # each seed goes on from another pretraining
     (found,) = verdicts("long_context", pool_recall(made_up.recall()), "multi_query")
     assert found["verdict"] == "cannot tell"
     assert "trained without" in found["note"]

@@ -41,6 +41,15 @@ def test_rows_elsewhere_give_the_same_run(tier, text, on_device, tmp_path):
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["recipe.json", "result.json"]
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_checkpoints_stay_where_the_recipe_says_so(kept, text, tmp_path):
+    recipe = dataclasses.replace(TINY, save_steps=4, tokens=1024, keep_checkpoints=kept)
+    result = run_point(recipe, text, tmp_path)
+    assert run_point(recipe, text, tmp_path) == result  # finished: read back
+    found = sorted(folder.name for folder in tmp_path.glob("checkpoints/*"))
+    assert found == (["checkpoint-4", "checkpoint-8"] if kept else [])
+
+
 class _Stop(TrainerCallback):
     def __init__(self, step):
         self.step = step

@@ -375,11 +375,12 @@ def test_a_full_disk_ends_the_sweep(tmp_path, monkeypatch):
 
 def test_the_identity_of_a_point_leaves_out_defaults_and_what_has_no_effect():
     base = first_point(tiny())
-    same = [first_point(tiny(**change)) for change in ({"save_steps": 7}, {"keep_model": True}, {"warmup_share": 0.05})]
+    changes = ({"save_steps": 7}, {"keep_model": True}, {"keep_checkpoints": True}, {"warmup_share": 0.05})
+    same = [first_point(tiny(**change)) for change in changes]
     others = [first_point(tiny(**{key: 3072})) for key in ("tokens", "data.held_out_tokens")]
     others.append(first_point(tiny(**{"engram.use_conv": False})))
     identity = json.dumps(base.identity())
-    assert [json.dumps(recipe.identity()) for recipe in same] == [identity] * 3
+    assert [json.dumps(recipe.identity()) for recipe in same] == [identity] * len(changes)
     assert len({json.dumps(recipe.identity()) for recipe in [base, *others]}) == 4
     assert "use_conv" not in identity  # at its default
 

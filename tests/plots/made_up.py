@@ -170,6 +170,19 @@ def long_context(seeds=(0, 1), queries=(200, 205)):
     }
 
 
+def copying():
+    """As ``benchmarks/copying.py`` writes it: seed 0 copies without a memory, neither does in seed 1, which has no pair of equal loss."""
+    entries = [
+        {"model": model, "seed": seed, "step": step, "tokens": 1000 * step, "held_out_loss": 4.0 - step / 100, "copying": nats}
+        for seed in (0, 1)
+        for model, last in (("dense", 0.75 * (1 - seed)), ("engram", 0.05))
+        for step, nats in ((50, 0.01), (100, last))
+    ]
+    pair = {"seed": 0, "dense": entries[1], "engram": {**entries[2], "held_out_loss": 3.0}}
+    told = {"command": "python benchmarks/copying.py", "hardware": "a machine", "versions": {}}
+    return {**told, "sizes": {"equal": 0.01}, "entries": entries, "pairs": [pair]}
+
+
 def recall():
     """As ``engram recall`` writes it: one model, with its memory and without."""
     return {

@@ -8,7 +8,7 @@ from engram.errors import DataError
 from engram.experiments.claims import judge
 from engram.experiments.paper import PAPER
 from engram.plots import Report, ResultFile, draw_result, group_results, plot_sweep, read_result, render_page
-from engram.plots.draw import plot_recall
+from engram.plots.draw import plot_copying, plot_recall
 from engram.plots.markdown import interval, literal_text, span, table
 from engram.plots.report_looks import long_context
 from engram.plots.results import pool_recall, recognise
@@ -173,6 +173,7 @@ def test_kinds_of_result(tmp_path):
 
     assert read(made_up.slots()).kind == "slots"
     assert read(made_up.throughput()).kind == "throughput"
+    assert read(made_up.copying()).kind == "copying"
     both = read(made_up.long_context()).data["models"]["engram_equal_loss"]
     assert both["held_out_loss_before"] == 2.9
     assert (both["held_out_loss"], both["scores"][1]["exact"], both["scores"][1]["answers"]) == (3.1, 405, 512)
@@ -237,7 +238,19 @@ def test_intervals_of_long_context_are_over_seeds_and_named(tmp_path):
     result = made_up.long_context()
     for entry in result["entries"]:
         entry["copying_before"] = 1.25 + 0.5 * entry["seed"]
-    assert "dense 1.50, engram\\_equal\\_loss 1.50" in told(result)[1]
+    assert "dense 1.25, 1.75 by seed; engram\\_equal\\_loss 1.25, 1.75 by seed. A" in told(result)[1]
+    for entry in result["entries"]:
+        entry["copying_before"] = 1.25
+    assert "dense 1.25; engram\\_equal\\_loss 1.25. A" in told(result)[1]
+
+
+def test_copying_is_told_by_seed_and_at_equal_loss(tmp_path):
+    result = made_up.copying()
+    told = section(report({"copying": result}).markdown(str), "Copying from the context")
+    assert "| 0 | dense | 100,000 | 0.75 | 100,000 | 3.0000 | 0.75 |" in told
+    assert "| 0 | engram | not by 100,000 | 0.05 | 50,000 | 3.0000 | 0.01 |" in told
+    assert "| 1 | dense | not by 100,000 | 0.00 | – | – | – |" in told
+    assert plot_copying(result["entries"], tmp_path / "copying.png").path.is_file()
 
 
 def test_pieces_of_markdown():

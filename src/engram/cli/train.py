@@ -13,6 +13,7 @@ __all__ = ["train_command"]
 def train_command(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe of one run; recipes/train_small.yaml is one.")],
     out: Annotated[Path, typer.Option(help="Run folder: data, checkpoints, result.json, and at the end 'model' and 'memory'.")],
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (all cores if not given).")] = None,
     report_to: Annotated[
         list[str] | None, typer.Option(help="Loggers: tensorboard, wandb; may be repeated. Needs the extra of that name.")
@@ -30,6 +31,8 @@ def train_command(
     from engram.training.progress import LiveProgress
 
     point = dataclasses.replace(read_point(recipe), keep_model=True)
+    if seed is not None:
+        point = dataclasses.replace(point, seed=seed)
     if threads:
         torch.set_num_threads(threads)
     with corpus_progress() as show:

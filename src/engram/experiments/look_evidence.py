@@ -82,7 +82,9 @@ def _compare_recall(name: str, other: str, plain: str, result: Mapping[str, Any]
             note = f"{note}; one seed: no interval"
         if not result["trained_apart"]:
             verdict, note = CANNOT_TELL, f"{note}; one model with its memory on and off, none that was trained without"
-        if result.get("sizes", {}).get("joint"):  # seeds are of what followed
+        if isinstance(
+            result.get("sizes", {}).get("joint"), str
+        ):  # seeds are of what followed; of several pairs each has its own
             verdict, note = CANNOT_TELL, f"{note}; all seeds go on from one model of either kind"
         low, high = (None, None) if low is None or high is None else (100 * low, 100 * high)
         yield Evidence(verdict, f"{name}, {length} tokens", 100 * value, low, high, "percentage points", note)

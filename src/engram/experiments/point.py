@@ -101,7 +101,7 @@ def run_point(
     present = json.loads(json.dumps(present))
     _claim(out, present)
     if (out / RESULT).is_file():
-        _clear(out)
+        _clear(out, recipe.keep_checkpoints)
         return json.loads((out / RESULT).read_text(encoding="utf-8"))
     if base is None:
         base = _build_base(solved, data.tokenizer)
@@ -124,7 +124,7 @@ def run_point(
     if recipe.keep_model:
         _keep(model, data, out, solved.train_backbone)
     write_json_atomically(out / RESULT, {**result, **present})
-    _clear(out)
+    _clear(out, recipe.keep_checkpoints)
     return json.loads((out / RESULT).read_text(encoding="utf-8"))
 
 
@@ -143,9 +143,9 @@ def _claim(out: Path, recipe: dict[str, Any]) -> None:
         raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from None
 
 
-def _clear(out: Path) -> None:
+def _clear(out: Path, keep_checkpoints: bool) -> None:
     """Take away what only an unfinished run needs."""
-    for folder in ("checkpoints", _ROWS):
+    for folder in (_ROWS,) if keep_checkpoints else ("checkpoints", _ROWS):
         shutil.rmtree(out / folder, ignore_errors=True)
 
 
@@ -195,7 +195,7 @@ def _trainer(
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": max(1, recipe.steps // 50),
         "save_steps": recipe.save_steps,
-        "save_total_limit": 1,
+        "save_total_limit": None if recipe.keep_checkpoints else 1,
         "seed": recipe.seed,
         "report_to": list(report_to),
         "train_backbone": recipe.train_backbone,

@@ -117,6 +117,8 @@ class PointRecipe:
     curve_points: int = 8
     """How often the validation half is measured on the way (on a sixteenth of it)."""
     save_steps: int = 200
+    keep_checkpoints: bool = False
+    """Whether every checkpoint stays, to look back on how something came about; else the newest, until the run is finished."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size", "save_steps", "curve_points"):
@@ -127,7 +129,7 @@ class PointRecipe:
             _number(self, name)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"PointRecipe.seed: got {self.seed!r}, expected a whole number of at least 0.")
-        for name in ("bf16", "keep_model", "train_backbone", "table_stochastic_rounding"):
+        for name in ("bf16", "keep_model", "keep_checkpoints", "train_backbone", "table_stochastic_rounding"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"PointRecipe.{name}: got {getattr(self, name)!r}, expected true or false.")
         if self.optimizer not in BACKBONE_OPTIMIZERS:
@@ -229,7 +231,7 @@ class PointRecipe:
 # Options that came once results had been made: their defaults are in no identity.
 _LATER = ("model", "train_backbone", "memory_dropout", "table", "table_row_state", "table_stochastic_rounding")
 _TRAINED_TYPES = ("float32", "bfloat16", "float16")
-_WITHOUT_EFFECT = ("keep_model", "curve_points", "save_steps")
+_WITHOUT_EFFECT = ("keep_model", "keep_checkpoints", "curve_points", "save_steps")
 
 
 def _identity(value: Any) -> Any:

@@ -8,13 +8,13 @@ from typing import Any
 
 from engram.plots.bench import plot_bench
 from engram.plots.evaluation import plot_evaluation, plot_shares
-from engram.plots.figure import Picture, new_figure, save_figure
+from engram.plots.figure import COLOURS, Picture, new_figure, save_figure
 from engram.plots.look import plot_look
 from engram.plots.marks import colour_of, literal
-from engram.plots.results import SHARE, ResultFile, reading, recall_interval
+from engram.plots.results import COPYING, SHARE, ResultFile, reading, recall_interval
 from engram.plots.sweep import plot_sweep
 
-__all__ = ["draw_result", "plot_recall", "plot_throughput"]
+__all__ = ["draw_result", "plot_copying", "plot_recall", "plot_throughput"]
 
 _LOOKS = {
     "gates": "How far the memory is let in, by token and layer, and how often how far by kind of text. White: closed. Dark red: open.",
@@ -63,6 +63,35 @@ def plot_recall(models: Mapping[str, Mapping[str, Any]], path: Path) -> Picture:
     return Picture(path, f"Exact answers in long text, all seeds together, with 95 % intervals ({recall_interval(models)}).")
 
 
+def plot_copying(entries: Sequence[Mapping[str, Any]], path: Path) -> Picture:
+    """Copying and held-out loss on the way of training, a line for each run: grey without a memory, coloured with one.
+
+    Args:
+        entries: as ``benchmarks/copying.py`` writes them.
+        path: PNG file.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    figure, axes = new_figure(2)
+    runs: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        runs.setdefault((entry["model"], entry["seed"]), []).append(entry)
+    named: set[str] = set()
+    for (model, _), run in runs.items():
+        run = sorted(run, key=lambda entry: entry["tokens"])
+        style = {"color": COLOURS[0] if model == "dense" else colour_of(0), "lw": 1.2, "marker": "o", "ms": 2.5}
+        label = None if model in named else {"dense": "without memory", "engram": "with memory"}.get(model, literal(model))
+        named.add(model)
+        for axis, key in zip(axes, (COPYING, "held_out_loss")):
+            axis.plot([entry["tokens"] / 1e6 for entry in run], [entry[key] for entry in run], label=label, **style)
+    axes[0].set(xlabel="tokens of training, millions", ylabel="nats per token saved by a second showing")
+    axes[1].set(xlabel="tokens of training, millions", ylabel="held-out loss, nats per token")
+    axes[0].legend(frameon=False)
+    caption = "What random tokens cost less when shown again in one context, and held-out loss, as training goes on; a line for each run."
+    return Picture(save_figure(figure, path), caption)
+
+
 def plot_throughput(entries: Sequence[Mapping[str, Any]], path: Path) -> Picture:
     """Throughput of training with a memory as a share of that without: medians, and the range over rounds.
 
@@ -104,6 +133,7 @@ def _evaluation(file: ResultFile, folder: Path) -> list[Picture]:
 
 _DRAWERS: dict[str, Callable[[ResultFile, Path], list[Picture]]] = {
     "bench": _bench,
+    "copying": lambda file, folder: [plot_copying(file.data["entries"], folder / f"{file.name}.png")],
     "corpus": lambda file, folder: [],  # the report tells it in words
     "eval": _evaluation,
     "look": _look,

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from engram.plots.markdown import count, interval, literal_text, table
-from engram.plots.results import SHARE, recall_interval
+from engram.plots.results import COPYING, SHARE, recall_interval
 
-__all__ = ["long_context", "looks", "throughput"]
+__all__ = ["copying", "long_context", "looks", "throughput"]
 
 
 def looks(result: Mapping[str, Any]) -> list[str]:
@@ -62,6 +62,39 @@ def _lens(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+_COPIES = 0.5
+"""Nats per token from which a model is said to copy here."""
+
+
+def copying(result: Mapping[str, Any]) -> list[str]:
+    """By seed and model: from how many tokens on it copies, and what it does where the losses of the two are equal."""
+    entries = result["entries"]
+    equal = {pair["seed"]: pair for pair in result.get("pairs", ())}
+    rows = []
+    for seed, model in sorted({(entry["seed"], entry["model"]) for entry in entries}):
+        run = sorted((e for e in entries if (e["seed"], e["model"]) == (seed, model)), key=lambda entry: entry["tokens"])
+        first = next((entry["tokens"] for entry in run if entry[COPYING] >= _COPIES), None)
+        at = equal.get(seed, {}).get(model)
+        there = (count(at["tokens"]), f"{at['held_out_loss']:.4f}", f"{at[COPYING]:.2f}") if at else ("–",) * 3
+        last = run[-1]
+        rows.append(
+            (
+                str(seed),
+                literal_text(model),
+                count(first) if first else f"not by {count(last['tokens'])}",
+                f"{last[COPYING]:.2f}",
+                *there,
+            )
+        )
+    header = ("seed", "model", "tokens to copy", "nats at the end", "tokens at equal loss", "held-out loss there", "nats there")
+    return [
+        table(header, rows, right=range(2, 7)),
+        "Nats per token by which random tokens cost less when they are shown a second time in one context. To copy: at least "
+        f"{_COPIES} nats, at the first checkpoint that was measured. Equal loss: the latest checkpoints of the two models of a seed "
+        f"that are within {result['sizes']['equal']} nats on held-out text.",
+    ]
+
+
 def long_context(result: Mapping[str, Any]) -> list[str]:
     """Exact answers by model, question and length."""
     models = result["models"]
@@ -97,15 +130,18 @@ def long_context(result: Mapping[str, Any]) -> list[str]:
             "Answers of one training hang together, so intervals are over seeds; they are no narrower than Wilson's over all answers, and end "
             "at 0 and 100 %."
         )
-    copying = [
-        f"{literal_text(name)} {m['copying_before']:.2f}" for name, m in models.items() if m["copying_before"] is not None
-    ]
-    if copying:
+    told = [_copying_before(name, model) for name, model in models.items() if model["copying_before"]]
+    if told:
         parts.append(
             f"Random tokens shown a second time in one context cost less by so many nats per token, before recall was trained: "
-            f"{', '.join(copying)}. A model that cannot copy yet gains about nothing."
+            f"{'; '.join(told)}. A model that cannot copy yet gains about nothing."
         )
     return parts
+
+
+def _copying_before(name: str, model: Mapping[str, Any]) -> str:
+    values = [f"{value:.2f}" for value in model["copying_before"]]
+    return f"{literal_text(name)} {values[0] if len(set(values)) == 1 else ', '.join(values) + ' by seed'}"
 
 
 def throughput(result: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from engram.plots.figure import Picture
 from engram.plots.markdown import count, interval, literal_text, plural, table
 from engram.plots.report_limits import limits
-from engram.plots.report_looks import long_context, looks, throughput
+from engram.plots.report_looks import copying, long_context, looks, throughput
 from engram.plots.report_sweeps import (
     ANSWERS,
     contamination,
@@ -33,6 +33,7 @@ _HEADINGS = {
     "ablation": "Ablations",
     "comparison": "Beside a dense model",
     "look": "Looks inside",
+    "copying": "Copying from the context",
     "long_context": "Long context",
     "throughput": "Throughput",
 }
@@ -43,16 +44,19 @@ _QUESTIONS = {
     "ablation": "What does each part of the layer contribute? Differences are to the arm `reference`, seed by seed.",
     "comparison": "The same budget spent on other models.",
     "look": "What the memory does to a trained model.",
+    "copying": "When does a model learn to copy what stood in its context before, which recall over long text is built on?",
     "long_context": "What is found again in long text.",
     "throughput": "What a training step costs with a memory and without.",
 }
 _NO_RESULT = {kind: f"no result of a sweep with the question `{kind}`" for kind in SWEEPS} | {
     "look": "no result of `engram look`",
+    "copying": "no result of `benchmarks/copying.py`",
     "long_context": "no result on long context (`engram recall`)",
     "throughput": "no result of `benchmarks/throughput.py`",
 }
 _OTHERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "look": looks,
+    "copying": copying,
     "long_context": long_context,
     "throughput": throughput,
 }

@@ -12,6 +12,7 @@ from typing import Any
 from engram.errors import DataError, EngramError
 
 __all__ = [
+    "COPYING",
     "SHARE",
     "SWEEPS",
     "ResultFile",
@@ -36,6 +37,9 @@ _KINDS: dict[str, tuple[str, ...]] = {
 
 SHARE = "share_of_without"
 """What entries of ``benchmarks/throughput.py`` are told by."""
+
+COPYING = "copying"
+"""What entries of ``benchmarks/copying.py`` are told by."""
 
 _SWEEP_KEYS = (
     "sweep",
@@ -78,8 +82,10 @@ def recognise(data: Any) -> str | None:
     if _recall_runs(data):
         return "long_context"
     entries = data.get("entries")
-    timed = isinstance(entries, list) and entries and all(isinstance(e, Mapping) and SHARE in e for e in entries)
-    return "throughput" if timed else None
+    if not isinstance(entries, list) or not entries:
+        return None
+    marks = {"throughput": SHARE, "copying": COPYING}
+    return next((kind for kind, mark in marks.items() if all(isinstance(e, Mapping) and mark in e for e in entries)), None)
 
 
 def _recall_runs(data: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
@@ -103,17 +109,18 @@ def pool_recall(data: Mapping[str, Any]) -> dict[str, Any]:
     """A result on long context with the answers of all seeds together.
 
     Returns:
-        ``models: {name: {held_out_loss, held_out_loss_before, copying_before, scores}}`` (None where one is not known) beside what else the
-        result says, and ``trained_apart``: whether they are models of their own, not one with its memory on and off. Scores have ``kind``,
-        ``length``, ``answers``, ``exact``, ``share`` with its interval ``low`` to ``high``, ``by_seed``, the shares one by one, and
-        ``wilson``, the interval over all answers as if they were independent. ``low`` to ``high`` is Student's t over seeds, no narrower
-        than ``wilson``; of one seed it is ``wilson``.
+        ``models: {name: {held_out_loss, held_out_loss_before, copying_before, scores}}`` (losses None where one is not known, copying a list
+        by seed) beside what else the result says, and ``trained_apart``: whether they are models of their own, not one with its memory on and
+        off. Scores have ``kind``, ``length``, ``answers``, ``exact``, ``share`` with its interval ``low`` to ``high``, ``by_seed``, the
+        shares one by one, and ``wilson``, the interval over all answers as if they were independent. ``low`` to ``high`` is Student's t over
+        seeds, no narrower than ``wilson``; of one seed it is ``wilson``.
     """
     runs = _recall_runs(data)
     models = {}
     for name, entries in runs.items():
-        losses = {key: _mean(entries, key) for key in ("held_out_loss", "held_out_loss_before", "copying_before")}
-        models[name] = {**losses, "scores": _pool(entries)}
+        losses = {key: _mean(entries, key) for key in ("held_out_loss", "held_out_loss_before")}
+        copying = [entry["copying_before"] for entry in entries if "copying_before" in entry]
+        models[name] = {**losses, "copying_before": copying, "scores": _pool(entries)}
     rest = {} if set(runs) == set(data) else {key: value for key, value in data.items() if key != "entries"}
     return {**rest, "trained_apart": bool(rest), "models": models}
 
@@ -181,7 +188,7 @@ def read_result(path: Path, strict: bool = True) -> ResultFile | None:
             return None
         raise DataError(
             f"result {path}: of no kind that can be drawn; expected a result of engram sweep, bench, corpus, eval, look or recall, or of "
-            "benchmarks/long_context.py or throughput.py."
+            "benchmarks/long_context.py, copying.py or throughput.py."
         )
     missing = [key for key in _SWEEP_KEYS if kind in SWEEPS and key not in data]
     if missing:

@@ -5,6 +5,7 @@ import pytest
 from engram.analysis import ANALYSES, Subject, look
 from engram.errors import ConfigError
 from engram.plots import plot_look, render_look
+from engram.plots.look import named_subjects
 from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
 from tests.analysis.helpers import TEXTS
 from tests.editing.helpers import FACTS, make_editor
@@ -42,7 +43,11 @@ def test_a_plain_model_beside_another(tmp_path):
     assert set(result["skipped"]) == set(ANALYSES) - {"logit_lens", "cka"}
     assert (result["cka"]["a"], result["cka"]["b"]) == ("plain", "deeper")
     assert len(result["cka"]["map"][0]) == 4
-    assert set(result["logit_lens"]["subjects"]) == {"plain", "against"}
+    assert set(result["logit_lens"]["subjects"]) == {"model", "against"}
+    assert result["has_memory"] == {"model": False, "against": False}
+    for names, shown in ((("plain", "deeper"), ["plain", "deeper"]), (("run", "run"), ["run", "run (against)"])):
+        named = named_subjects({**result, **dict(zip(("model", "against"), names))})["logit_lens"]
+        assert (list(named["subjects"]), named["reference"]) == (shown, names[0])
     page = render_look(result, plot_look(result, tmp_path))
     assert f"<th class=n>{result['against']}</th>" in page  # by its name, not as "against"
     assert "Left out: it looks at a memory" in page

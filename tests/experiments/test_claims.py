@@ -1,5 +1,6 @@
 import pytest
 
+from engram import DataError
 from engram.experiments.arms import arm_fields, find_arm, layer_arms
 from engram.experiments.claims import CLAIMS, judge
 from engram.experiments.evidence import Evidence, sign_verdict
@@ -17,6 +18,7 @@ def verdicts(kind, result, claim):
     ("low", "high", "expected", "verdict"),
     [
         (0.1, 0.2, 1, "agrees"),
+        (float("nan"), float("nan"), -1, "cannot tell"),
         (-0.2, -0.1, 1, "disagrees"),
         (-0.2, -0.1, -1, "agrees"),
         (-0.1, 0.1, 1, "cannot tell"),
@@ -50,9 +52,9 @@ def test_u_shape(changes, verdict, note):
 @pytest.mark.parametrize(
     ("changes", "verdict", "note"),
     [
-        ({"lowest": 0.78}, "agrees", "best share measured: 80 %"),
-        ({"lowest": 0.5}, "disagrees", "best share measured: 50 %, against 80 %, the nearest in loss of the paper's"),
-        ({"lowest": 0.78, "depth": 0.001}, "cannot tell", "best share measured"),
+        ({"lowest": 0.78}, "agrees", "best share with a memory: 80 %"),
+        ({"lowest": 0.5}, "disagrees", "best share with a memory: 50 %, against 80 %, the nearest in loss of the paper's"),
+        ({"lowest": 0.78, "depth": 0.001}, "cannot tell", "best share with a memory"),
         ({"lowest": 0.5, "shares": (1.0, 0.6, 0.5, 0.4)}, "cannot tell", "none of the paper's shares was measured"),
         ({"lowest": 0.5, "seeds": (0,)}, "cannot tell", "against 80 %"),
     ],
@@ -179,6 +181,14 @@ def test_long_context_asks_for_models_of_their_own():
     from_pairs = {**made_up.long_context(), "sizes": {"plain": ["runs/a", "runs/c"], "joint": ["runs/b", "runs/d"]}}
     (found,) = verdicts("long_context", pool_recall(from_pairs), "multi_query")
     assert found["verdict"] == "agrees"  # each seed goes on from another pretraining
+    short = made_up.long_context(seeds=(0, 1, 2), queries=(200, 205, 203))
+    (whole,) = verdicts("long_context", pool_recall({**short, "entries": short["entries"][:4]}), "multi_query")
+    short["entries"] = [*short["entries"][3::-1], short["entries"][5]]  # seed 2 lacks its control, and the order is another
+    (found,) = verdicts("long_context", pool_recall(short), "multi_query")
+    assert found == whole  # seeds that both have, each with its own
+    short["entries"].append(short["entries"][0])
+    with pytest.raises(DataError, match="two entries of one model and seed"):
+        pool_recall(short)
     (found,) = verdicts("long_context", pool_recall(made_up.recall()), "multi_query")
     assert found["verdict"] == "cannot tell"
     assert "trained without" in found["note"]
@@ -210,6 +220,8 @@ def test_looks_need_a_second_model():
     assert verdicts("look", look([0.3]), "alignment")[0]["verdict"] == "cannot tell"
     for claim in ("logit_lens", "alignment"):
         assert verdicts("look", look([0.3], None), claim)[0]["verdict"] == "not measured"
+        two_plain = {**look([0.3]), "has_memory": {"model": False, "against": False}}
+        assert verdicts("look", two_plain, claim)[0]["verdict"] == "not measured"
 
 
 def test_without_results_nothing_is_claimed():

@@ -53,8 +53,8 @@ def test_runs_made_twice_are_found():
 def test_arms_are_compared_with_experts_alone_of_another_sweep():
     sweeps = {"allocation": made_up.allocation(budgets=("small",)), "dense": made_up.comparison()}
     found = list(cross_checks.against_experts_alone(sweeps))
-    assert [(arm, other) for arm, other, _ in found] == [
-        (f"dense, {arm}", "allocation, small") for arm in ("dense", "experts", "experts and memory")
+    assert [(arm, other, has_memory) for arm, other, _, has_memory in found] == [
+        (f"dense, {arm}", "allocation, small", "memory" in arm) for arm in ("dense", "experts", "experts and memory")
     ]
     pure = [p["test"]["loss"] for p in sweeps["allocation"]["points"] if p["counts"]["rho"] == 1]
     dense = [p["test"]["loss"] for p in sweeps["dense"]["points"] if p["labels"]["arm"] == "dense"]
@@ -70,7 +70,7 @@ def test_a_run_that_stands_in_both_sweeps_is_not_compared_with_itself():
     for point in sweeps["dense"]["points"]:
         if point["labels"]["arm"] == "experts" or (point["labels"]["arm"], point["seed"]) == ("dense", 0):
             point |= {name: pure[point["seed"]][name] for name in ("digest", "test")}
-    found = {arm: difference for arm, _, difference in cross_checks.against_experts_alone(sweeps)}
+    found = {arm: difference for arm, _, difference, _ in cross_checks.against_experts_alone(sweeps)}
     assert {arm: difference["n"] for arm, difference in found.items()} == {"dense, dense": 2, "dense, experts and memory": 3}
 
 

@@ -11,6 +11,7 @@ from engram.plots import Report, ResultFile, draw_result, group_results, plot_sw
 from engram.plots.draw import plot_copying, plot_recall
 from engram.plots.markdown import interval, literal_text, span, table
 from engram.plots.report_looks import long_context
+from engram.plots.report_sweeps import experts_as_control
 from engram.plots.results import pool_recall, recognise
 from tests.plots import made_up
 
@@ -19,8 +20,9 @@ HEADINGS = [
     "Experts or memory",
     "Size of the tables",
     "Ablations",
-    "Beside a dense model",
+    "Arms side by side",
     "Looks inside",
+    "Copying from the context",
     "Long context",
     "Throughput",
 ]
@@ -177,11 +179,14 @@ def test_kinds_of_result(tmp_path):
     both = read(made_up.long_context()).data["models"]["engram_equal_loss"]
     assert both["held_out_loss_before"] == 2.9
     assert (both["held_out_loss"], both["scores"][1]["exact"], both["scores"][1]["answers"]) == (3.1, 405, 512)
-    assert both["scores"][1]["by_seed"] == [200 / 256, 205 / 256]
+    assert both["scores"][1]["by_seed"] == {0: (200, 256), 1: (205, 256)}
     least, most = both["scores"][1]["wilson"]
     assert 0.74 < least < 405 / 512 < most < 0.84
     assert both["scores"][1]["low"] < least < most < both["scores"][1]["high"]  # of two seeds
-    assert set(read(made_up.recall()).data["models"]) == {"without memory", "with memory"}
+    recall = read({name: {**one, "provenance": {"command": "engram recall"}} for name, one in made_up.recall().items()})
+    assert set(recall.data["models"]) == {"without memory", "with memory"}
+    assert "- x: `engram recall`" in Report([recall], {}, judge(group_results([recall])), PAPER).markdown(str)
+    assert read("", strict=False) is None  # a command is at work on it
     assert read({"runs": []}, strict=False) is None
     with pytest.raises(DataError, match="of no kind that can be drawn"):
         read({"runs": []})
@@ -222,8 +227,9 @@ def test_intervals_of_long_context_are_over_seeds_and_named(tmp_path):
 
     score, text, caption = told(made_up.long_context(seeds=(0, 1, 2), queries=(100, 205, 190)))
     low, high = score["low"], score["high"]
-    assert low < min(score["by_seed"]) < max(score["by_seed"]) < high == 1.0  # Wilson's would leave out all of them
-    assert score["wilson"][0] > min(score["by_seed"])
+    shares = [exact / answers for exact, answers in score["by_seed"].values()]
+    assert low < min(shares) < max(shares) < high == 1.0  # Wilson's would leave out all of them
+    assert score["wilson"][0] > min(shares)
     assert f"| 64.5 [{100 * low:.1f}, 100.0] |" in text
     for part in (text, caption):
         assert "Student's t over seeds" in part
@@ -242,6 +248,30 @@ def test_intervals_of_long_context_are_over_seeds_and_named(tmp_path):
     for entry in result["entries"]:
         entry["copying_before"] = 1.25
     assert "dense 1.25; engram\\_equal\\_loss 1.25. A" in told(result)[1]
+
+
+def test_experts_are_called_a_weak_control_only_where_a_model_without_memory_beats_them():
+    sweeps = {"allocation": made_up.allocation(budgets=("small",)), "dense": made_up.comparison()}
+    for shift, told in (
+        (-9, "Experts alone lose to a model without a memory"),
+        (9, "No model without a memory is clearly better"),
+    ):
+        for point in sweeps["dense"]["points"]:
+            if point["labels"]["arm"] == "dense":
+                point["test"] = {**point["test"], "loss": point["test"]["loss"] + shift}
+        assert told in experts_as_control(sweeps)
+
+
+def test_arms_without_a_memory_are_not_judged_by_the_noise_of_those_with_one():
+    result = made_up.ablation()
+    far = next(p["labels"]["arm"] for p in result["points"] if p["labels"]["arm"] != "reference")
+    summary = result["summary"]["all"][far]
+    summary["against_reference"] = {**summary["against_reference"], "mean": 9.0}
+    assert f"clearly unlike the reference: {literal_text(far)} (" in report({"ablation": result}).markdown(str)
+    for point in result["points"]:
+        if point["labels"]["arm"] == far:
+            point["counts"] = {**point["counts"], "table_rows": 0}
+    assert f"unlike the reference: {literal_text(far)}" not in report({"ablation": result}).markdown(str)
 
 
 def test_copying_is_told_by_seed_and_at_equal_loss(tmp_path):

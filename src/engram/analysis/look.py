@@ -65,7 +65,9 @@ def look(
         start: told when an analysis begins.
 
     Returns:
-        ``text`` and ``text_hashed`` (what was read), ``skipped`` (name: reason) and one entry per analysis under its name.
+        ``model`` and ``against`` (their names), ``has_memory`` (of both), ``text`` and ``text_hashed`` (what was read), ``skipped`` (name:
+        reason) and one entry per analysis under its name. Curves of the lens are those of ``memory on`` and ``memory off``, or of ``model``
+        where it has no memory, and of ``against``.
 
     Raises:
         ConfigError: an analysis is unknown or makes no sense for this model, or the second model has another vocabulary.
@@ -90,6 +92,7 @@ def look(
         "gains": lambda: gains(subject.model, losses(), sample, tokenizer),
     }
     result: dict[str, Any] = {"model": subject.name, "against": None if second is None else second.name}
+    result["has_memory"] = {"model": subject.has_memory, "against": second is not None and second.has_memory}
     result |= {"text": sample.to_dict(), "text_hashed": None, "skipped": skipped}
     if {"rows", "zipf"} & set(names):
         result["text_hashed"] = hashed().to_dict()
@@ -111,7 +114,7 @@ def _chosen(subject: Subject, what: Sequence[str] | None) -> tuple[list[str], di
 
 
 def _lens(subject: Subject, second: Subject | None, sample: Sample, begin: Start) -> dict[str, Any]:
-    subjects = {subject.name: subject}
+    subjects = {"model": subject}
     if subject.has_memory:
         subjects = {"memory on": subject, "memory off": Subject("memory off", subject.model, False)}
     if second is not None:

@@ -34,8 +34,11 @@ def check_writable(file: Path | None) -> None:
         raise typer.BadParameter(f"got {file}, which is a folder; expected a file to write")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        new = not file.exists()
         with open(file, "a", encoding="utf-8"):
             pass
+        if new:  # an empty file is no result
+            file.unlink()
     except OSError as error:
         raise typer.BadParameter(f"cannot write {file}: {error.strerror}; choose another place") from None
 

@@ -76,11 +76,12 @@ def made_twice(results: Results) -> list[float]:
     return [other - found[0] for found in losses.values() for other in found[1:]]
 
 
-def against_experts_alone(results: Results) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def against_experts_alone(results: Results) -> Iterator[tuple[str, str, dict[str, Any], bool]]:
     """Arms of comparisons beside experts alone of an allocation: same text, tokens and seeds, active parameters within 2 %.
 
     Yields:
-        Names of both, and the difference of test losses, seed by seed. A run that stands in both sweeps is not compared with itself.
+        Names of both, the difference of test losses, seed by seed, and whether the arm has a memory. A run that stands in both sweeps is not
+        compared with itself.
     """
     pure = [
         (name, budget, points)
@@ -98,7 +99,8 @@ def against_experts_alone(results: Results) -> Iterator[tuple[str, str, dict[str
                 if not (experts and same_text and _comparable(points[0], experts[0])):
                     continue
                 if found := paired(_not_the_same_runs(points, experts), experts):
-                    yield f"{name}, {arm}", f"{other}, {budget}" if budget else other, found
+                    has_memory = points[0]["counts"]["table_rows"] > 0
+                    yield f"{name}, {arm}", f"{other}, {budget}" if budget else other, found, has_memory
 
 
 def _not_the_same_runs(points: Points, others: Points) -> list[Mapping[str, Any]]:

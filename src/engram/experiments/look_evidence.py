@@ -7,16 +7,24 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from engram.experiments.evidence import AGREES, CANNOT_TELL, DISAGREES, Evidence, Results, sign_verdict
-from engram.experiments.statistics import widened
+from engram.experiments.statistics import share_over_seeds, widened
 
-__all__ = ["alignment", "logit_lens", "recall"]
+__all__ = ["alignment", "logit_lens", "recall", "tells_what_memory_does"]
+
+
+def tells_what_memory_does(look: Mapping[str, Any]) -> bool:
+    """Whether a look was at a model with a memory beside one without."""
+    if not look.get("against"):
+        return False
+    # Results from before this was written down are of such models: the second was chosen for it.
+    return look.get("has_memory", {"model": True, "against": False}) == {"model": True, "against": False}
 
 
 def logit_lens(results: Results) -> Iterator[Evidence]:
     """KL of the lens in the first half of the blocks, from the first that has a memory: the second model's less that of the first."""
     for where, result in results.get("look", {}).items():
         curve = result.get("logit_lens", {}).get("difference", {}).get("against")
-        if not curve:
+        if not curve or not tells_what_memory_does(result):
             continue
         # Above zero, the model with a memory knows more. Blocks before its first module say nothing about it.
         first = min((int(layer) for layer in result.get("rows", {}).get("layers", {})), default=0)
@@ -35,7 +43,7 @@ def alignment(results: Results) -> Iterator[Evidence]:
     """How many blocks ahead the most similar ones of the second model are, in the first half."""
     for where, result in results.get("look", {}).items():
         found = result.get("cka")
-        if not found or not result.get("against"):
+        if not found or not tells_what_memory_does(result):
             continue
         early = found["soft_alignment"][: max(1, len(found["soft_alignment"]) // 2)]
         ahead = math.fsum(index - block for block, index in enumerate(early)) / len(early)
@@ -70,21 +78,25 @@ def _compare_recall(name: str, other: str, plain: str, result: Mapping[str, Any]
     models = result["models"]
     scores = {n: {s["length"]: s for s in models[n]["scores"] if s["kind"] == kind} for n in (other, plain)}
     for length in sorted(set(scores[other]) & set(scores[plain])):
-        a, b = scores[other][length], scores[plain][length]
+        seeds = sorted(scores[other][length]["by_seed"].keys() & scores[plain][length]["by_seed"].keys())
+        if not seeds:
+            continue
+        of_each = [[scores[n][length]["by_seed"][seed] for seed in seeds] for n in (other, plain)]
+        a, b = map(share_over_seeds, of_each)
         value = a["share"] - b["share"]
         # Over answers: Newcombe's, from Wilson's of each (Statistics in Medicine 17, 1998, method 10).
         (a_low, a_high), (b_low, b_high) = a["wilson"], b["wilson"]
         least = value - math.hypot(a["share"] - a_low, b_high - b["share"])
         most = value + math.hypot(a_high - a["share"], b["share"] - b_low)
-        low, high = widened([x - y for x, y in zip(a["by_seed"], b["by_seed"])], least, most) or (None, None)
+        differences = [x / of_x - y / of_y for (x, of_x), (y, of_y) in zip(*of_each)]
+        low, high = widened(differences, least, most) or (None, None)
         verdict, note = sign_verdict(low, high, 1), f"{other!r} against {plain!r}, {a['answers']} answers each"
         if low is None:
             note = f"{note}; one seed: no interval"
         if not result["trained_apart"]:
             verdict, note = CANNOT_TELL, f"{note}; one model with its memory on and off, none that was trained without"
-        if isinstance(
-            result.get("sizes", {}).get("joint"), str
-        ):  # seeds are of what followed; of several pairs each has its own
+        # Then seeds are of what followed; of several pairs each has its own.
+        if isinstance(result.get("sizes", {}).get("joint"), str):
             verdict, note = CANNOT_TELL, f"{note}; all seeds go on from one model of either kind"
         low, high = (None, None) if low is None or high is None else (100 * low, 100 * high)
         yield Evidence(verdict, f"{name}, {length} tokens", 100 * value, low, high, "percentage points", note)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["excludes_zero", "fit_line", "fit_parabola", "mean_interval", "seed_interval", "student_t", "widened"]
+from engram.evaluation.answers import wilson_interval
+
+__all__ = [
+    "excludes_zero",
+    "fit_line",
+    "fit_parabola",
+    "mean_interval",
+    "seed_interval",
+    "share_over_seeds",
+    "student_t",
+    "widened",
+]
 
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom (any statistics table).
 _T95 = (
@@ -55,9 +66,27 @@ def widened(values: Sequence[float], low: float, high: float) -> tuple[float, fl
     return None if entry["low"] is None else (min(entry["low"], low), max(entry["high"], high))
 
 
+def share_over_seeds(answers: Iterable[tuple[int, int]]) -> dict[str, Any]:
+    """Exact answers of several trainings together.
+
+    Args:
+        answers: exact ones and all, for each seed.
+
+    Returns:
+        ``exact``, ``answers``, ``share`` with its 95 % interval ``low`` to ``high``, Student's t over seeds and no narrower than ``wilson``,
+        that over all answers as if they were independent; of one seed it is ``wilson``.
+    """
+    counted = list(answers)
+    exact, asked = (sum(numbers) for numbers in zip(*counted))
+    wilson = wilson_interval(exact, asked)
+    low, high = widened([right / of for right, of in counted], *wilson) or wilson
+    ends = {"low": max(0.0, low), "high": min(1.0, high), "wilson": wilson}
+    return {"exact": exact, "answers": asked, "share": exact / asked, **ends}
+
+
 def excludes_zero(low: float | None, high: float | None) -> bool:
-    """Whether there is an interval, and zero is not in it."""
-    return low is not None and high is not None and not low <= 0 <= high
+    """Whether there is an interval of numbers (NaN is none), and zero is not in it."""
+    return low is not None and high is not None and (0 < low <= high or low <= high < 0)
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

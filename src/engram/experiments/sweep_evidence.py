@@ -130,7 +130,7 @@ def _judge_optimum(
     inside: bool,
     points: Sequence[Mapping[str, Any]],
 ) -> Evidence:
-    told = f"best share measured: {100 * best['rho']:.0f} %"
+    told = f"best share with a memory: {100 * best['rho']:.0f} %"
     found = [
         (row, difference) for row in others if (difference := paired(_at(points, best["label"]), _at(points, row["label"])))
     ]

@@ -28,16 +28,16 @@ def plot_look(result: Mapping[str, Any], folder: str | Path) -> dict[str, list[P
 
 
 def named_subjects(result: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The result with the second model under its own name, where the lens's curves are told apart."""
-    if not result["against"] or "logit_lens" not in result:
+    """The result with the models under their own names, where the lens's curves are told apart."""
+    if "logit_lens" not in result:
         return result
-    lens = {
-        key: {result["against"] if name == "against" else name: curve for name, curve in part.items()}
-        if key in ("subjects", "difference")
-        else part
-        for key, part in result["logit_lens"].items()
-    }
-    return {**result, "logit_lens": lens}
+    lens = result["logit_lens"]
+    names: dict[str, str] = {}
+    for key in lens["subjects"]:
+        name = result[key] if key in ("model", "against") else key
+        names[key] = f"{name} ({key})" if name in names.values() else name
+    parts = {part: {names[key]: curve for key, curve in lens[part].items()} for part in ("subjects", "difference")}
+    return {**result, "logit_lens": {**lens, **parts, "reference": names[lens["reference"]]}}
 
 
 def _gates(result: Mapping[str, Any], folder: Path) -> list[Path]:

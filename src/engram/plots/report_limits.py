@@ -10,8 +10,8 @@ from engram.plots.markdown import count, literal_text, plural, span
 __all__ = ["limits"]
 
 _ALWAYS = (
-    "**Tasks.** There are no downstream tasks: knowledge, reasoning and reading comprehension are out of reach of such models. Loss is "
-    "all that is compared.",
+    "**Tasks.** There are no downstream tasks: knowledge, reasoning and reading comprehension are out of reach of such models. Loss on "
+    "held-out text is what is compared, and answers to made-up questions where long text is asked about.",
     "**Settings.** One optimiser, schedule and batch size serve all arms of a sweep; only learning rates were chosen, and for some groups "
     "of arms together.",
     "**Speed.** Times are of this implementation on the hardware named, not of the paper's system.",
@@ -45,8 +45,8 @@ def _scale(sweeps: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Any]) ->
     total, active = (count(max(p["counts"][key] for p in points)) for key in ("total", "active"))
     scale = next(iter(paper["allocation"].values()))["scale"]
     yield (
-        f"**Size.** Models here have at most {total} parameters, {active} of them active; the paper's larger budget is {scale}. What holds "
-        "for one need not hold for the other, in either direction."
+        f"**Size.** Models here have at most {total} parameters, and none has more than {active} active ones; the paper's larger budget is "
+        f"{scale}. What holds for one need not hold for the other, in either direction."
     )
     per_active, epochs = span([p["tokens"] / p["counts"]["active"] for p in points]), span([p["epochs"] for p in points])
     yield (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from engram.experiments.look_evidence import tells_what_memory_does
 from engram.plots.markdown import count, interval, literal_text, table
 from engram.plots.results import COPYING, SHARE, recall_interval
 
@@ -47,18 +48,24 @@ def _lens(result: Mapping[str, Any]) -> list[str]:
     differences = lens.get("difference", {}).get("against")
     if not differences:
         return []
-    with_memory, against = lens["subjects"][lens["reference"]], lens["subjects"]["against"]
+    first, second = lens["subjects"][lens["reference"]], lens["subjects"]["against"]
     rows = [
         (str(a["layer"]), interval(a, 3), interval(b, 3), interval(difference, 3, signed=True))
-        for a, b, difference in [*zip(with_memory, against, differences)][:-1]  # of the last block it is zero
+        for a, b, difference in [*zip(first, second, differences)][:-1]  # of the last block it is zero
     ]
     documents = ", ".join(
         f"{literal_text(kind)} {found['documents']}" for kind, found in result["text"].get("kinds", {}).items()
     )
     told = f" Intervals are over documents ({documents}): too narrow where they are few." if documents else ""
+    names = (
+        ["with memory", "without"]
+        if tells_what_memory_does(result)
+        else list(map(literal_text, (result["model"], result["against"])))
+    )
+    header = ("block", f"KL of the lens, {names[0]}", names[1], f"{names[1]} less {names[0].removesuffix(' memory')}")
     return [
-        table(("block", "KL of the lens, with memory", "without", "without less with"), rows, right=range(4)),
-        f"KL of what the head makes of a block's output to what the model says in the end, nats per token; one model of each kind.{told}",
+        table(header, rows, right=range(4)),
+        f"KL of what the head makes of a block's output to what the model says in the end, nats per token; one model each.{told}",
     ]
 
 
@@ -109,7 +116,7 @@ def long_context(result: Mapping[str, Any]) -> list[str]:
             if key in scores:
                 score = scores[key]
                 share = f"{100 * score['share']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
-                seeds = ", ".join(f"{100 * s:.1f}" for s in score["by_seed"])
+                seeds = ", ".join(f"{100 * exact / answers:.1f}" for exact, answers in score["by_seed"].values())
                 rows.append(
                     (
                         literal_text(name),

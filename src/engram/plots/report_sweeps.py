@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from engram.experiments.cross_checks import (
@@ -22,7 +22,17 @@ from engram.experiments.statistics import excludes_zero
 from engram.plots.markdown import count, interval, literal_text, plural, span, table
 from engram.plots.marks import points_of
 
-__all__ = ["ANSWERS", "contamination", "failures", "measured", "progress", "protocol", "repeats", "tuning", "weak_experts"]
+__all__ = [
+    "ANSWERS",
+    "contamination",
+    "experts_as_control",
+    "failures",
+    "measured",
+    "progress",
+    "protocol",
+    "repeats",
+    "tuning",
+]
 
 _PAPER_RANGE = 0.4
 """The smallest share of experts that the paper measured."""
@@ -139,18 +149,23 @@ def _other_digits(differences: Sequence[float]) -> str:
     )
 
 
-def weak_experts(results: Mapping[str, Mapping[str, Any]]) -> str:
+def experts_as_control(results: Mapping[str, Mapping[str, Any]]) -> str:
     """What experts alone are worth beside the arms of other sweeps, where the runs can be compared; empty otherwise."""
+    compared = list(against_experts_alone(results))
+    if not compared:
+        return ""
     told = [
         f"{literal_text(arm)}: {interval(difference, signed=True)} nats against experts alone of {literal_text(other)}"
-        for arm, other, difference in against_experts_alone(results)
+        for arm, other, difference, _ in compared
     ]
-    if not told:
-        return ""
-    return (
-        f"**Weak experts.** {'; '.join(told)} (same text, tokens and seeds). Experts as small and as briefly trained as these are a weak "
-        "control: what a memory gains over them is not what it gains over good ones."
+    better = any(not has_memory and (found["high"] or 0) < 0 for _, _, found, has_memory in compared)
+    verdict = (
+        "Experts alone lose to a model without a memory, so they are a weak control: what a memory gains over them is not what it gains over "
+        "good ones."
+        if better
+        else "No model without a memory is clearly better than experts alone here; others, better tuned or trained for longer, were not tried."
     )
+    return f"**Experts as a control.** {'; '.join(told)} (same text, tokens and seeds). {verdict}"
 
 
 def tuning(name: str, result: Mapping[str, Any]) -> str:
@@ -259,7 +274,7 @@ def _best(summary: Mapping[str, Any], points: Sequence[Mapping[str, Any]], other
     best = summary.get("best")
     if best is None:
         return ""
-    told = f"Best share by validation loss: {100 * best['rho']:.1f} %"
+    told = f"Best share with a memory by validation loss: {100 * best['rho']:.1f} %"
     if best["gain"] is not None:
         other = interval(other_half[best["label"]], signed=True)
         told += f": {interval(best['gain'], signed=True)} nats against experts alone ({other} on the validation half, by which it was chosen)"
@@ -330,13 +345,15 @@ def _arms(result: Mapping[str, Any]) -> list[str]:
         parts.append(table(header, rows, right=range(1, 7)))
         points = [point for found in points_of(result, "arm", setting).values() for point in found]
         if compared and (half := pooled_half_width(points)) is not None:
-            parts.append(_pooled(arms, half))
+            parts.append(_pooled(arms, {p["labels"]["arm"] for p in points if p["counts"]["table_rows"]}, half))
     return parts
 
 
-def _pooled(arms: Mapping[str, Any], half: float) -> str:
-    """What would be told apart if all arms were as noisy as each other."""
-    differences = {label: arm["against_reference"] for label, arm in arms.items() if arm["against_reference"]}
+def _pooled(arms: Mapping[str, Any], noisy: Set[str], half: float) -> str:
+    """What would be told apart if all arms with a memory (``noisy``) were as noisy as each other."""
+    differences = {
+        label: arms[label]["against_reference"] for label in arms if label in noisy and arms[label]["against_reference"]
+    }
     clear = [
         f"{literal_text(label)} ({'' if excludes_zero(found['low'], found['high']) else 'not '}by its own interval)"
         for label, found in differences.items()

@@ -15,13 +15,13 @@ from engram.plots.report_looks import copying, long_context, looks, throughput
 from engram.plots.report_sweeps import (
     ANSWERS,
     contamination,
+    experts_as_control,
     failures,
     measured,
     progress,
     protocol,
     repeats,
     tuning,
-    weak_experts,
 )
 from engram.plots.results import SWEEPS, ResultFile, reading
 
@@ -31,7 +31,7 @@ _HEADINGS = {
     "allocation": "Experts or memory",
     "slots": "Size of the tables",
     "ablation": "Ablations",
-    "comparison": "Beside a dense model",
+    "comparison": "Arms side by side",
     "look": "Looks inside",
     "copying": "Copying from the context",
     "long_context": "Long context",
@@ -42,7 +42,7 @@ _QUESTIONS = {
     "share rows of memory?",
     "slots": "With the backbone fixed, what does a larger table bring?",
     "ablation": "What does each part of the layer contribute? Differences are to the arm `reference`, seed by seed.",
-    "comparison": "The same budget spent on other models.",
+    "comparison": "The same text and tokens spent on other models; differences are to the arm that is named, seed by seed.",
     "look": "What the memory does to a trained model.",
     "copying": "When does a model learn to copy what stood in its context before, which recall over long text is built on?",
     "long_context": "What is found again in long text.",
@@ -100,7 +100,7 @@ class Report:
             "## What agrees with the paper, and what does not",
             *self._agreement(),
             "## What this scale cannot show",
-            limits(self._sweeps(), self.verdicts, self.paper, weak_experts(self._sweeps())),
+            limits(self._sweeps(), self.verdicts, self.paper, experts_as_control(self._sweeps())),
             "## How to make this again",
             *self._provenance(),
         ]
@@ -230,14 +230,16 @@ _IN_SHORT = {"agrees": "agree", "disagrees": "disagree", "cannot tell": "cannot 
 
 
 def _best_shares(file: ResultFile) -> Iterator[str]:
+    done, wanted = len(file.data["points"]), file.data["expected_points"]
+    unfinished = f" ({done} of {plural(wanted, 'point')} so far)" if done < wanted else ""
     for budget, summary in file.data["summary"].items():
         best = summary.get("best")
         if best is not None and best["gain"] is not None:
             where = literal_text(file.name if budget == "all" else f"{file.name}, {budget}")
             gain = interval(best["gain"], signed=True)
             yield (
-                f"- {where}: with {100 * best['rho']:.0f} % experts, the best share by validation loss, the test loss differs from experts "
-                f"alone by {gain} nats; which share is best is told apart from few of its neighbours."
+                f"- {where}: with {100 * best['rho']:.0f} % experts, the best share with a memory by validation loss, the test loss differs "
+                f"from experts alone by {gain} nats{unfinished}."
             )
 
 

@@ -111,9 +111,10 @@ def pool_recall(data: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         ``models: {name: {held_out_loss, held_out_loss_before, copying_before, scores}}`` (losses None where one is not known, copying a list
         by seed) beside what else the result says, and ``trained_apart``: whether they are models of their own, not one with its memory on and
-        off. Scores have ``kind``, ``length``, ``answers``, ``exact``, ``share`` with its interval ``low`` to ``high``, ``by_seed``, the
-        shares one by one, and ``wilson``, the interval over all answers as if they were independent. ``low`` to ``high`` is Student's t over
-        seeds, no narrower than ``wilson``; of one seed it is ``wilson``.
+        off. Scores have ``kind``, ``length``, ``by_seed`` (exact answers and all, for each seed) and what ``share_over_seeds`` gives.
+
+    Raises:
+        DataError: a model has two entries of one seed.
     """
     runs = _recall_runs(data)
     models = {}
@@ -122,7 +123,8 @@ def pool_recall(data: Mapping[str, Any]) -> dict[str, Any]:
         copying = [entry["copying_before"] for entry in entries if "copying_before" in entry]
         models[name] = {**losses, "copying_before": copying, "scores": _pool(entries)}
     rest = {} if set(runs) == set(data) else {key: value for key, value in data.items() if key != "entries"}
-    return {**rest, "trained_apart": bool(rest), "models": models}
+    told = {} if rest else {"provenance": next(iter(data.values())).get("provenance", {})}  # one command measured them all
+    return {**rest, **told, "trained_apart": bool(rest), "models": models}
 
 
 def recall_interval(models: Mapping[str, Mapping[str, Any]]) -> str:
@@ -138,32 +140,18 @@ def _mean(entries: list[Mapping[str, Any]], key: str) -> float | None:
 
 
 def _pool(entries: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    from engram.evaluation import wilson_interval
-    from engram.experiments.statistics import widened
+    from engram.experiments.statistics import share_over_seeds
 
-    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for score in (score for entry in entries for score in entry["scores"] if score["depth"] is None):
-        groups.setdefault((score["kind"], score["length"]), []).append(score)
-    pooled = []
-    for (kind, length), scores in groups.items():
-        exact, answers = (sum(score[key] for score in scores) for key in ("exact", "answers"))
-        wilson = wilson_interval(exact, answers)
-        shares = [score["exact"] / score["answers"] for score in scores]
-        low, high = widened(shares, *wilson) or wilson
-        pooled.append(
-            {
-                "kind": kind,
-                "length": length,
-                "answers": answers,
-                "exact": exact,
-                "share": exact / answers,
-                "low": max(0.0, low),
-                "high": min(1.0, high),
-                "wilson": wilson,
-                "by_seed": shares,
-            }
-        )
-    return pooled
+    groups: dict[tuple[str, int], dict[int, tuple[int, int]]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.get("seed", 0)):
+        for score in (score for score in entry["scores"] if score["depth"] is None):
+            by_seed = groups.setdefault((score["kind"], score["length"]), {})
+            if by_seed.setdefault(entry.get("seed", 0), found := (score["exact"], score["answers"])) is not found:
+                raise DataError(f"two entries of one model and seed {entry.get('seed', 0)}; expected one.")
+    return [
+        {"kind": kind, "length": length, "by_seed": by_seed, **share_over_seeds(by_seed.values())}
+        for (kind, length), by_seed in groups.items()
+    ]
 
 
 def read_result(path: Path, strict: bool = True) -> ResultFile | None:
@@ -171,7 +159,7 @@ def read_result(path: Path, strict: bool = True) -> ResultFile | None:
 
     Args:
         path: JSON file.
-        strict: whether a kind that is not known is an error; else it is None.
+        strict: whether a file that is no JSON or of no known kind is an error; else it is None.
 
     Raises:
         DataError: the file is missing, no JSON, of no known kind, or lacks what its kind has.
@@ -181,6 +169,8 @@ def read_result(path: Path, strict: bool = True) -> ResultFile | None:
     except OSError as error:
         raise DataError(f"result {path}: {error.strerror}; expected a JSON file that engram wrote.") from None
     except ValueError as error:
+        if not strict:  # what a command that is at work, or was cut off, left there
+            return None
         raise DataError(f"result {path}: not JSON ({error}); write it again with the command that made it.") from None
     kind = recognise(data)
     if kind is None:

@@ -52,7 +52,7 @@ def _allocation(result: Mapping[str, Any], folder: Path, name: str, paper: Mappi
     beside = "Left: the paper's points. " if theirs else ""
     caption = (
         f"{beside}Loss against the share of experts, one panel per budget. Faint: single seeds. Bars: 95 % intervals. Dashed: parabola. "
-        "Star: its lowest point with interval. Ring: the best share by validation loss."
+        "Star: its lowest point with interval. Ring: the best share with a memory by validation loss."
     )
     pictures = [Picture(save_figure(figure, folder / f"{name}.png"), caption)]
     return pictures + _gains(budgets, folder / f"{name}_gain.png")

@@ -36,7 +36,8 @@ $(VENV)/.developer: $(VENV)/.library
 	$(PIP) --editable ".[dev]"
 	touch $@
 
-# The figures that the README quotes; several hours on two cores.
+# The figures that the README quotes; several hours on two cores. Without benchmarks/decode.py, which compares with engram-peft in the same
+# run: give it --peer-python, the Python of an environment that has engram-peft.
 figures: $(VENV)/.developer
 	$(BIN)/python benchmarks/demo_seeds.py
 	$(BIN)/python benchmarks/knowledge.py
@@ -47,7 +48,6 @@ figures: $(VENV)/.developer
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/train_step.py --rows 100000 10000000 --kinds frozen sparse --out results/train_step_rows.json
 	$(BIN)/engram bench --rounds 101 --json results/bench.json
-	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/formats.py
 	$(BIN)/python benchmarks/larger_than_memory.py
 	$(BIN)/python benchmarks/joint_training.py

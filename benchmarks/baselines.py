@@ -7,14 +7,13 @@ in front of the question. A seed that is in the result file already is skipped.
 
 import argparse
 import copy
-import json
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, provenance, write
+from common import add_entries, entries_of, result_file
 from peft import LoraConfig, get_peft_model
 
 from engram import MemoryEditor, load_bundled, load_facts
@@ -119,11 +118,12 @@ def judge(on, off, tokenizer, facts, texts, capitals, stuffing=None):
             }
         return result
 
-    known = answers(capitals)
+    asked = answers(capitals)
     return {
         "categories": shares(answers(facts)),
         "categories_held_out": shares(answers(facts, held_out=True)),
-        "capitals": {"known": len(known), "still_right": sum(a.exact for a in known)},
+        # "known" is how many were asked: the base itself misses one.
+        "capitals": {"known": len(asked), "still_right": sum(a.exact for a in asked)},
         "harm": harm(on, off, tokenizer, texts, change),
     }
 
@@ -187,20 +187,19 @@ def _rows(editor):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--every", type=int, default=1, help="only every n-th fact, for trying the script")
-    parser.add_argument("--out", default=RESULTS / "baselines.json")
+    parser.add_argument("--epochs", type=int, default=30, help="other than the usual ones needs --out")
+    parser.add_argument("--every", type=int, default=1, help="only every n-th fact, for trying the script; needs --out")
+    parser.add_argument("--out")
     args = parser.parse_args()
+    out = result_file(parser, args, "baselines.json", "epochs", "every")
     facts = [*load_facts(BUNDLED / "facts.yaml"), *load_facts(BUNDLED / "patterns.yaml")][:: args.every]
     texts = [text for group in load_texts(BUNDLED / "none_of_its_business.yaml").values() for text in group[::3]]
     capitals = load_facts(BUNDLED / "capitals.yaml")[:: 2 * args.every]
-    out = Path(args.out)
-    runs = json.loads(out.read_text())["runs"] if out.exists() else []
     for seed in args.seeds:
-        if not any(run["seed"] == seed for run in runs):
+        if not any(run["seed"] == seed for run in entries_of(out, "runs")):
             print(f"seed {seed}", flush=True)
-            runs.append({"seed": seed, "epochs": args.epochs, "systems": one_seed(seed, args.epochs, facts, texts, capitals)})
-            write(out, {**provenance(args.seeds), "runs": runs})
+            systems = one_seed(seed, args.epochs, facts, texts, capitals)
+            add_entries(out, "runs", [{"seed": seed, "epochs": args.epochs, "systems": systems}], "seed")
 
 
 if __name__ == "__main__":

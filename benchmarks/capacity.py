@@ -1,19 +1,18 @@
 """How many facts fit: recall and harm against the number of facts and the rows per head, and the same memories with their tags ignored.
 
 One memory per size is taught more and more facts (in slices, one attempt each) and measured on the way. Ignoring tags shows what
-verification is for: whatever row an n-gram hits is read, whoever wrote it. A seed and size that is in the result file is skipped.
+verification is for: whatever row an n-gram hits is read, whoever wrote it. A seed and size that is in the result file with all these numbers of
+facts is skipped.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import torch
-from common import RESULTS, provenance, write
+from common import add_entries, entries_of, result_file
 from knowledge import SLICE, all_facts, texts_not_taught
 
 from engram import MemoryEditor, TeachError, TeachSettings, load_bundled, native
@@ -22,6 +21,7 @@ from engram.tables import ABSENT, VerifiedTable
 
 FACTS = (300, 1000, 3000, 10_000)
 ROWS = (20_000, 200_000, 1 << 31)
+POINT = ("seed", "rows_per_head", "facts", "tags")  # what tells points apart
 STRIDE = 25  # facts are taken in strides, so that the first few hundred hold every kind
 
 
@@ -89,22 +89,15 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--facts", type=int, nargs="+", default=FACTS)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--out", default=RESULTS / "capacity.json")
+    parser.add_argument("--out")
     args = parser.parse_args()
-    out = Path(args.out)
-    points = json.loads(out.read_text())["points"] if out.exists() else []
+    out = result_file(parser, args, "capacity.json")
     for seed in args.seeds:
         for rows in args.rows:
+            points = entries_of(out, "points")
             done = {p["facts"] for p in points if p["seed"] == seed and p["rows_per_head"] == rows}
             if not done.issuperset(args.facts):
-                others = [p for p in points if p["seed"] != seed or p["rows_per_head"] != rows]
-                one_size(
-                    seed,
-                    rows,
-                    args.facts,
-                    lambda new, others=others: write(out, {**provenance(args.seeds), "points": others + new}),
-                )
-                points = json.loads(out.read_text())["points"]
+                one_size(seed, rows, sorted(args.facts), lambda new: add_entries(out, "points", new, *POINT))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from common import RESULTS, provenance, write
+from common import provenance, result_file, write
 from joint_training import held_out_loss
 from long_context import EQUAL, RECIPE
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -118,7 +118,7 @@ def tiny_runs(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two tiny runs: only to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="two tiny runs: only to see that it runs; needs --out")
     parser.add_argument("--plain", type=Path, nargs="+", help="runs of engram train without a memory, one for each seed")
     parser.add_argument("--joint", type=Path, nargs="+", help="runs with a memory, of the same seeds")
     parser.add_argument("--every", type=int, default=50, help="measure checkpoints at multiples of so many steps")
@@ -129,8 +129,9 @@ def main():
         default=1,
         help="checkpoints at a time, in processes of their own (OMP_NUM_THREADS says how many threads each has)",
     )
-    parser.add_argument("--out", default=RESULTS / "copying.json")
+    parser.add_argument("--out")
     args = parser.parse_args()
+    out = result_file(parser, args, "copying.json", "quick")
     if not args.quick and not (args.plain and args.joint):
         parser.error("expected --plain and --joint, or --quick")
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +147,7 @@ def main():
                 print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()), flush=True)
         pairs = equal_pairs(entries)
         write(
-            args.out,
+            out,
             {
                 **provenance(sorted({entry["seed"] for entry in entries})),
                 "sizes": {**sizes, "equal": EQUAL},

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import RESULTS, provenance, spread, write
+from common import provenance, result_file, spread, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engram import EngramConfig, TableConfig, get_engram_model, load_bundled
@@ -140,12 +140,15 @@ def overheads(own, base):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=300)
-    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
-    parser.add_argument("--rows", type=int, default=200_000, help="rows per head")
-    parser.add_argument("--quick", action="store_true", help="a small model and few tokens, to try the script")
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="other than the usual ones needs --out")
+    parser.add_argument("--rows", type=int, default=200_000, help="rows per head; other than the usual ones needs --out")
+    parser.add_argument("--quick", action="store_true", help="a small model and few tokens, to try the script; needs --out")
     parser.add_argument("--peer-python", help="Python of an environment with engram-peft, to measure it in the same run")
-    parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
+    parser.add_argument("--out")
     args = parser.parse_args()
+    out = result_file(parser, args, "decode.json", "quick", "layers", "rows")
+    if args.out is None and args.peer_python is None:
+        parser.error(f"expected --peer-python PYTHON, or --out FILE: {out.name} compares with engram-peft in one run")
     if args.quick:
         args.tokens, args.layers, args.rows = 4, 3, 1000
     base = base_model(args.layers)
@@ -165,7 +168,7 @@ def main():
     result = measure(variants, peers, ids, args.tokens)
     for name, entry in result.items():
         print(f"{name}: {entry['seconds']['median'] * 1e3:.2f} ms, {100 * entry['overhead_paired']:+.2f} % (paired)")
-    write(args.out, {**provenance(0), "layers": args.layers, "rows_per_head": args.rows, "variants": result})
+    write(out, {**provenance(0), "layers": args.layers, "rows_per_head": args.rows, "variants": result})
 
 
 if __name__ == "__main__":

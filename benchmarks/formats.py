@@ -7,7 +7,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from common import RESULTS, provenance, write
+from common import provenance, result_file, write
 from joint_training import FULL, LEARNING_RATE, QUICK, corpus, held_out_loss, trained
 
 from engram import EngramModel, MemoryEditor, load_bundled, load_facts
@@ -68,11 +68,12 @@ def taught(seed, facts, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--out", default=RESULTS / "formats.json")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs; needs --out")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="other than the usual ones need --out")
+    parser.add_argument("--steps", type=int, default=300, help="other than the usual ones needs --out")
+    parser.add_argument("--out")
     args = parser.parse_args()
+    out = result_file(parser, args, "formats.json", "quick", "seeds", "steps")
     sizes = QUICK if args.quick else {**FULL, "steps": args.steps}
     facts = load_facts(FACTS)
     _, tokenizer = load_bundled()
@@ -86,7 +87,7 @@ def main():
             }
         runs.append({"seed": seed, **run})
         print(seed, run, flush=True)
-    write(args.out, {**provenance(args.seeds), "sizes": sizes, "runs": runs})
+    write(out, {**provenance(args.seeds), "sizes": sizes, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 import time
 
 import torch
-from common import RESULTS, provenance, spread, write
+from common import provenance, result_file, spread, write
 from train_step import Vocabulary
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -255,8 +255,7 @@ def parsed():
     parser.add_argument("--quick", "--tiny", action="store_true", help="tiny sizes, on the CPU too; needs --out")
     parser.add_argument("--out")
     args = parser.parse_args()
-    if args.quick and not args.out:
-        parser.error("--quick needs --out FILE: figures of tiny sizes must not replace measured ones")
+    args.out = result_file(parser, args, "gpu.json", "quick")
     if not args.quick and not torch.cuda.is_available():
         parser.error("no CUDA device; --quick runs without one")
     if args.quick:
@@ -287,15 +286,14 @@ def main():
         "asked_table_bytes": int(args.table_bytes),
         "tables": {"host": host_account, "device": small_account},
     }
-    out = args.out or RESULTS / "gpu.json"
-    write(out, result)
+    write(args.out, result)
     with torch.no_grad():
         check([(host, host_tables), (small, small_tables)], sizes, device)
         counts = (64, 512) if args.quick else (512 * HEADS, 131_072, 1_048_576)
         result["bus"] = gather_and_copy(host_tables[0], device, args.rounds, 1 << (12 if args.quick else 28), counts)
-        write(out, result)
+        write(args.out, result)
     result["decoding"] = decode(host, small, sizes, args, device)
-    write(out, result)
+    write(args.out, result)
 
 
 if __name__ == "__main__":

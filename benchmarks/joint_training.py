@@ -5,7 +5,7 @@ import math
 import tempfile
 
 import torch
-from common import RESULTS, provenance, spread, write
+from common import RESULTS, provenance, result_file, spread, write
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from engram import EngramConfig, EngramTrainer, EngramTrainingArguments, get_engram_model, load_bundled
@@ -86,10 +86,11 @@ def trained(kind, seed, tokenizer, train, sizes, lr):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--out", default=RESULTS / "joint_training.json")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs; needs --out")
+    parser.add_argument("--steps", type=int, default=500, help="other than the usual ones needs --out")
+    parser.add_argument("--out")
     args = parser.parse_args()
+    out = result_file(parser, args, "joint_training.json", "quick", "steps")
     sizes = {**(QUICK if args.quick else FULL), **({} if args.quick else {"steps": args.steps})}
     seeds, lr = [0] if args.quick else [0, 1, 2], LEARNING_RATE
     _, tokenizer = load_bundled()
@@ -109,7 +110,7 @@ def main():
         "gain": {"seeds": gains, "mean": sum(gains) / len(gains), "min": min(gains)},
         "gain_percent_of_perplexity": 100 * (1 - math.exp(-sum(gains) / len(gains))),
     }
-    write(args.out, result)
+    write(out, result)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ the long-range task, for every seed. A seed that is in the result file already i
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from common import RESULTS, provenance, write
+from common import add_entries, entries_of, result_file
 
 from engram import MemoryEditor, load_bundled, load_facts
 from engram.data.corpus import held_out_standard_library
@@ -125,13 +124,12 @@ def thousand(model, tokenizer, facts, extra, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", default=RESULTS / "knowledge.json")
-    parser.add_argument("--limit", type=int, help="fewer facts, for trying the script")
+    parser.add_argument("--out")
+    parser.add_argument("--limit", type=int, help="fewer facts, for trying the script; needs --out")
     args = parser.parse_args()
-    out = Path(args.out)
-    runs = json.loads(out.read_text())["runs"] if out.exists() else []
+    out = result_file(parser, args, "knowledge.json", "limit")
     for seed in args.seeds:
-        if any(run["seed"] == seed for run in runs):
+        if any(run["seed"] == seed for run in entries_of(out, "runs")):
             continue
         print(f"seed {seed}", flush=True)
         model, tokenizer = load_bundled()
@@ -141,8 +139,8 @@ def main():
             facts = facts[:: len(facts) // args.limit]
         spread = [facts[len(facts) * i // 1010] for i in range(1010)] if len(facts) > 1010 else facts
         small = thousand(model, tokenizer, spread[:-10], spread[-10:], seed)
-        runs.append({"seed": seed, "thousand": small, "everything": large(model, tokenizer, facts, seed)})
-        write(out, {**provenance(args.seeds), "runs": runs})
+        run = {"seed": seed, "thousand": small, "everything": large(model, tokenizer, facts, seed)}
+        add_entries(out, "runs", [run], "seed")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 
 import torch
-from common import RESULTS, provenance, spread, write
+from common import RESULTS, provenance, result_file, spread, write_so_far
 from joint_training import held_out_loss
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -33,6 +33,7 @@ from engram.training.tokenizer import train_tokenizer
 
 RECIPE = CorpusRecipe(standard_library=True, test_percent=0)
 EQUAL = 0.01  # nats per token
+QUOTED_SEEDS = 3  # in results/long_context.json, of one pair of runs
 TOKENIZER_SHARE = 4  # every fourth document is enough for a small vocabulary
 SCRATCH = {"vocab": 2048, "hidden": 64, "layers": 3, "heads": 2}
 FULL = {
@@ -76,6 +77,15 @@ NAMES = {
 def model_of(run):
     """Where the model of a run lies; the bundled one is its own."""
     return BUNDLED_NAME if run in (None, BUNDLED_NAME) else f"{run}/model"
+
+
+def shared_tokenizer(runs):
+    """The tokenizer of all these runs: text is tokenized and questions are made once, for all of them."""
+    tokenizer = load_tokenizer(model_of(runs[0]))
+    for run in runs[1:]:
+        if load_tokenizer(model_of(run)).get_vocab() != tokenizer.get_vocab():
+            raise SystemExit(f"{run}: has another tokenizer than {runs[0]}; expected runs that share one")
+    return tokenizer
 
 
 def build(tokenizer, sizes, run):
@@ -254,7 +264,7 @@ def pooled(entries):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs; needs --out")
     parser.add_argument("--seeds", type=int, help="seeds 0 to one below this; as many as there are pairs, or 2")
     parser.add_argument(
         "--workers",
@@ -263,7 +273,7 @@ def main():
         help="seeds at a time, in processes of their own (OMP_NUM_THREADS says how many threads each has)",
     )
     parser.add_argument("--steps", type=int, default=FULL["steps"])
-    parser.add_argument("--out", default=RESULTS / "long_context.json")
+    parser.add_argument("--out", help=f"not needed with one pair of runs, {QUOTED_SEEDS} seeds and the usual settings")
     parser.add_argument("--scratch", action="store_true", help="models and a tokenizer that start from nothing")
     parser.add_argument(
         "--plain",
@@ -292,6 +302,9 @@ def main():
     pairs = len(args.plain or [None])
     if pairs != len(args.joint or [None]) or (pairs > 1 and args.seeds not in (None, pairs)):
         parser.error("expected as many --joint as --plain, and as many --seeds if there are several")
+    out = result_file(parser, args, "long_context.json", "quick", "scratch", "equal_loss", "float32", *chosen)
+    if args.out is None and (args.plain is None or pairs > 1 or args.seeds != QUOTED_SEEDS):
+        parser.error(f"expected --out FILE: {out.name} holds one pair of runs (--plain, --joint) with --seeds {QUOTED_SEEDS}")
     sizes = {
         **sizes,
         **{arm: runs if pairs > 1 else runs and runs[0] for arm, runs in (("plain", args.plain), ("joint", args.joint))},
@@ -307,7 +320,7 @@ def main():
     if args.scratch:
         tokenizer = train_tokenizer((doc.text for doc in documents[::TOKENIZER_SHARE]), sizes["vocab"], 1 << 16)
     else:
-        tokenizer = load_tokenizer(model_of(paired(sizes, 0)["joint"]))
+        tokenizer = shared_tokenizer([*(args.joint or [None]), *(args.plain or [])])
     held_out = pack(held_out_documents, tokenizer, sizes["length"], sizes["held_out"], seed=0)
     entries = []
     one = functools.partial(run, tokenizer=tokenizer, documents=documents, held_out=held_out, texts=texts, sizes=sizes)
@@ -315,7 +328,8 @@ def main():
         for done, found in enumerate(pool.map(one, seeds) if args.workers > 1 else map(one, seeds), start=1):
             print(recall_table({NAMES[e["model"]]: e for e in sorted(found, key=lambda e: list(NAMES).index(e["model"]))}))
             entries += found
-            write(args.out, {**provenance(seeds[:done]), "sizes": sizes, "pooled": pooled(entries), "entries": entries})
+            result = {**provenance(seeds[:done]), "sizes": sizes, "pooled": pooled(entries), "entries": entries}
+            write_so_far(out, result, complete=done == len(seeds))
 
 
 if __name__ == "__main__":

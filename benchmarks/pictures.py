@@ -45,7 +45,8 @@ def main():
     bench = load("bench")
     plot_bench({"benchmarks": {name: bench["benchmarks"][name] for name in ("hash", "tiers")}}, PICTURES)
     plot_steps(load("train_step")["entries"], STEPS, PICTURES / "train_step.png")
-    plot_gates({"11,413 facts": load("knowledge")["runs"][0]["everything"]["gates"]}, PICTURES / "gates.png")
+    everything = load("knowledge")["runs"][0]["everything"]
+    plot_gates({f"{everything['facts']:,} facts": everything["gates"]}, PICTURES / "gates.png")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,11 @@ still exact behind 500 tokens of other text. A seed that is in the result file a
 """
 
 import argparse
-import json
 import tempfile
 import time
-from pathlib import Path
 
 import torch
-from common import RESULTS, provenance, write
+from common import add_entries, entries_of, result_file
 from knowledge import CORPUS, UNSEEN, all_facts
 
 from engram import MemoryEditor, TeachSettings, load_bundled
@@ -99,20 +97,20 @@ def judge(seed, reader, width, others, facts):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", default=RESULTS / "readers.json")
+    parser.add_argument("--out")
     args = parser.parse_args()
-    out = Path(args.out)
-    runs = json.loads(out.read_text())["runs"] if out.exists() else []
+    out = result_file(parser, args, "readers.json")
     for seed in args.seeds:
-        if any(run["seed"] == seed for run in runs):
+        if any(run["seed"] == seed for run in entries_of(out, "runs")):
             continue
         with tempfile.TemporaryDirectory() as folder:
             facts = all_facts(seed, folder)
+        runs = []
         for width in WIDTHS:
             for reader in READERS:
                 runs.append(judge(seed, reader, width, facts[EVERY // 2 :: EVERY], facts[::EVERY]))
                 print(runs[-1], flush=True)
-        write(out, {**provenance(args.seeds), "runs": runs})
+        add_entries(out, "runs", runs, "seed", "reader", "values_per_ngram")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def baselines():
         for patterns in (0, 1)
     ]
     header = ("", f"facts ({asked[0]})", f"patterns ({asked[1]})", f"facts, unseen phrasing ({asked[2]})")
-    header += (f"patterns, unseen phrasing ({asked[3]})", f"capitals kept ({runs[0]['base']['capitals']['known']})")
+    header += (f"patterns, unseen phrasing ({asked[3]})", f"capitals right, of {runs[0]['base']['capitals']['known']}")
     header += ("KL to the base on other text", "loss, first and last epoch", "size", "time")
     epochs = result["runs"][0]["epochs"]
     note = f"\n\nExact answers, {len(runs)} seeds, ranges over seeds; one thread. Fine-tuning and LoRA (rank 16): AdamW, {epochs} epochs. "
@@ -430,8 +430,11 @@ def larger_than_memory():
         rows.append((bound, *per_second, f"{entry['peak_bytes'] / 2**20:.0f} MB"))
     first = result["variants"][0]
     header = ("`resident_bytes`", "rows per second: random look-ups", "training steps", "in order", "peak memory")
-    note = f"\n\nA table of {first['table_bytes'] / 2**30:.0f} GB in a process that is given {first['memory_limit_bytes'] / 2**20:.0f} MB "
-    note += "(control group), from disk."
+    limit = first["memory_limit_bytes"]
+    process = (
+        f"that is given {limit / 2**20:.0f} MB (control group), from disk" if limit else "without a limit, from disk or cache"
+    )
+    note = f"\n\nA table of {first['table_bytes'] / 2**30:.0f} GB in a process {process}."
     return table(header, rows) + note + source(result)
 
 

@@ -4,12 +4,10 @@ Everything is judged on prompts and texts that the learned router was not fitted
 """
 
 import argparse
-import json
 from contextlib import nullcontext
-from pathlib import Path
 
 from capacity import tags_ignored
-from common import RESULTS, provenance, write
+from common import add_entries, entries_of, result_file
 from knowledge import BUNDLED, texts_not_taught
 
 from engram import EngramRouter, LearnedRouter, MemoryEditor, load_bundled, load_facts
@@ -53,15 +51,15 @@ def one_seed(seed, every):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--every", type=int, default=1, help="only every n-th fact and text, for trying the script")
-    parser.add_argument("--out", default=RESULTS / "routing.json")
+    parser.add_argument(
+        "--every", type=int, default=1, help="only every n-th fact and text, for trying the script; needs --out"
+    )
+    parser.add_argument("--out")
     args = parser.parse_args()
-    out = Path(args.out)
-    runs = json.loads(out.read_text())["runs"] if out.exists() else []
+    out = result_file(parser, args, "routing.json", "every")
     for seed in args.seeds:
-        if not any(run["seed"] == seed for run in runs):
-            runs.append({"seed": seed, "systems": one_seed(seed, args.every)})
-            write(out, {**provenance(args.seeds), "runs": runs})
+        if not any(run["seed"] == seed for run in entries_of(out, "runs")):
+            add_entries(out, "runs", [{"seed": seed, "systems": one_seed(seed, args.every)}], "seed")
 
 
 if __name__ == "__main__":

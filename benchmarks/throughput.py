@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from common import RESULTS, provenance, spread, write
+from common import provenance, result_file, spread, write
 from peers.protocol import FULL, QUICK
 from peers.protocol import backbone as llama_backbone
 from train_step import Vocabulary, build_model
@@ -124,13 +124,14 @@ def measure(name, rows, optimizer, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs; needs --out")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--backbones", nargs="+", choices=list(BUILDERS), default=list(BUILDERS))
     parser.add_argument("--rows", nargs="+", type=int, help="rows of all tables together (default: by backbone)")
     parser.add_argument("--optimizers", nargs="+", choices=["adamw", "muon"], default=["adamw", "muon"])
-    parser.add_argument("--out", default=RESULTS / "throughput.json")
+    parser.add_argument("--out")
     args = parser.parse_args()
+    out = result_file(parser, args, "throughput.json", "quick")
     args.rounds = 2 if args.quick else args.rounds
     entries = [
         measure(name, count, optimizer, args)
@@ -138,7 +139,7 @@ def main():
         for count in args.rows or ([2_000] if args.quick else ROWS[name])
         for optimizer in args.optimizers
     ]
-    write(args.out, {**provenance(0), "threads": torch.get_num_threads(), "rounds": args.rounds, "entries": entries})
+    write(out, {**provenance(0), "threads": torch.get_num_threads(), "rounds": args.rounds, "entries": entries})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import sys
 import time
 
 import torch
-from common import RESULTS, provenance, spread, write
+from common import provenance, result_file, spread, write
 from peers.compare import PEERS, compare, peer_version
 from peers.protocol import FULL, HEADS, QUICK, SEED, backbone, batches
 
@@ -142,7 +142,7 @@ def measure_peer(args, sizes):
     versions = peer_version(args.peer, args.peer_python)
     entries = compare(args.peer, args.peer_python, row_counts, args.rounds, spread, args.quick)
     result = {**provenance(SEED), "peer": args.peer, "peer_versions": versions, "sizes": sizes, "entries": entries}
-    write(args.out or RESULTS / "train_step_peer.json", result)
+    write(args.out, result)
 
 
 def measure(args, sizes):
@@ -166,7 +166,7 @@ def measure(args, sizes):
             f"({e['seconds']['min']:.3f}-{e['seconds']['max']:.3f}), x{e['to_smallest_sparse']:.2f}; "
             f"mean {e['seconds']['mean']:.3f} s, x{e['mean_to_smallest_sparse']:.2f}{added}"
         )
-    write(args.out or RESULTS / "train_step.json", {**provenance(SEED), "sizes": sizes, "entries": entries})
+    write(args.out, {**provenance(SEED), "sizes": sizes, "entries": entries})
 
 
 def main():
@@ -184,10 +184,8 @@ def main():
     if args.peak_of:
         print_peak_memory(args.peak_of[0], int(args.peak_of[1]), sizes)
         return
-    if not args.out and (args.quick or args.rows or args.kinds != list(KINDS)):
-        parser.error(
-            "--quick, --rows and --kinds need --out FILE: such figures must not replace the ones that the README quotes"
-        )
+    name = "train_step_peer.json" if args.peer else "train_step.json"
+    args.out = result_file(parser, args, name, "quick", "rows", "kinds")
     if "sparse" not in args.kinds:
         parser.error("--kinds: got none that others are compared with, expected sparse among them")
     if bool(args.peer) != bool(args.peer_python):

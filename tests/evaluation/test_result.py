@@ -2,9 +2,10 @@ import json
 
 import pytest
 
-from engram import Fact
-from engram.evaluation import evaluate_memory, markdown_table, wilson_interval
+from engram import ConfigError, DataError, Fact
+from engram.evaluation import bits_per_byte, evaluate_memory, markdown_table, measure_copying, measure_drift, wilson_interval
 from engram.plots import plot_capacity, plot_evaluation, plot_gates, plot_shares
+from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS, make_editor
 
 TEXTS = {"prose": ["The memory is addressed by the last tokens.", "the text"], "taught": ["KEY:beta 20 7319"]}
@@ -40,6 +41,41 @@ def test_one_result_says_it_all(result):
     assert [f["exact"] for f in result["facts"]] == [True] * 4 + [False]
     assert result["facts"][-1]["held_out"]
     assert json.loads(json.dumps(result)) == result
+
+
+class Nobody:
+    """A router that lets no prompt read the memory."""
+
+    threshold = 0.5
+
+    def scores(self, prompts):
+        return [0.0] * len(prompts)
+
+
+def test_a_router_decides_about_texts_as_it_does_about_prompts(result):
+    editor = make_editor()
+    editor.teach(FACTS)
+    taught = ["KEY:beta 20 7319"]
+    read = evaluate_memory(editor.memory, editor.tokenizer, FACTS[:1], {"taught": taught}, taught).to_dict()
+    assert read["bits_per_byte"]["base"] != read["bits_per_byte"]["memory"]
+    routed = evaluate_memory(editor.memory, editor.tokenizer, FACTS[:1], {"taught": taught}, taught, router=Nobody()).to_dict()
+    assert routed["recall"] == 0
+    assert routed["harm"]["taught"] == {**read["harm"]["taught"], "mean_kl": 0.0, "tokens_changed": 0, "untouched": 1.0}
+    assert routed["bits_per_byte"] == {"base": read["bits_per_byte"]["base"], "memory": read["bits_per_byte"]["base"]}
+    for name, gates in routed["gates"].items():
+        assert gates == [sum(read["gates"][name]), *[0] * (len(gates) - 1)] or name == "taught"  # answers differ in length
+        assert sum(gates[1:]) == 0
+
+
+def test_long_texts_are_cut_to_what_the_model_takes():
+    memory, tokenizer = tiny_memory(tiny_model("gpt2", n_positions=16)).eval(), tiny_tokenizer()
+    long = "the text of the memory " * 20
+    assert measure_drift(memory, tokenizer, [long]).tokens == 16
+    assert bits_per_byte(memory, tokenizer, [long]) > 0
+    with pytest.raises(DataError, match="2 texts without a byte"):
+        bits_per_byte(memory, tokenizer, ["", ""])
+    with pytest.raises(ConfigError, match="expected at most 8: the model has 16 positions"):
+        measure_copying(memory)
 
 
 def test_tables_and_pictures(result, tmp_path):

@@ -60,6 +60,11 @@ def wilson_interval(hits: int, trials: int, z: float = 1.959964) -> tuple[float,
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def reads_memory(router: Router | None, prompts: Sequence[str]) -> list[bool]:
+    """Which prompts may read the memory: all of them without a router."""
+    return [True] * len(prompts) if router is None else [score >= router.threshold for score in router.scores(prompts)]
+
+
 @torch.no_grad()
 def ask(
     model: Any,
@@ -81,7 +86,7 @@ def ask(
         progress: called with the number of prompts answered since the last call.
         router: decides per prompt whether the model's memory is read; without one it always is.
     """
-    routed = [score >= router.threshold for score in router.scores(prompts)] if router is not None else None
+    routed = None if router is None else reads_memory(router, prompts)
     encoded = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     device = model.get_input_embeddings().weight.device

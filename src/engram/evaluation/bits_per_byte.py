@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from engram.data.facts import pad_right
+from engram.errors import DataError
+from engram.models.positions import within_context
 
 __all__ = ["bits_per_byte", "text_windows"]
 
@@ -33,9 +35,16 @@ def bits_per_byte(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_le
         model: a causal language model (with or without a memory).
         tokenizer: its tokenizer.
         texts: what to predict; every token counts, each window of ``max_length`` starts afresh.
-        max_length: tokens per window.
+        max_length: tokens per window, at most the model's context.
         batch_size: windows per forward pass.
+
+    Raises:
+        DataError: there is no text.
     """
+    written = sum(len(text.encode()) for text in texts)
+    if not written:
+        raise DataError(f"bits_per_byte: got {len(texts)} texts without a byte, expected some to predict.")
+    max_length = within_context(model.config, max_length)
     windows = sorted(text_windows(tokenizer, texts, max_length), key=len)
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     nats = 0.0
@@ -45,4 +54,4 @@ def bits_per_byte(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_le
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         target = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
         nats += F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum").item()
-    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+    return nats / math.log(2) / written

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from engram.errors import ConfigError
+from engram.models.positions import context_length
 
 __all__ = ["measure_copying"]
 
@@ -26,10 +27,15 @@ def measure_copying(model: Any, tokens: int = 64, sequences: int = 32, seed: int
         seed: of the tokens, drawn from all that the model has embeddings for.
 
     Raises:
-        ConfigError: ``tokens`` or ``sequences`` is impossible.
+        ConfigError: ``tokens`` or ``sequences`` is impossible, or two showings are longer than the model's context.
     """
     if tokens < 2 or sequences < 1:
         raise ConfigError(f"measure_copying: got {tokens} tokens in {sequences} sequences, expected at least 2 in at least 1.")
+    limit = context_length(model.config)
+    if limit is not None and 2 * tokens > limit:
+        raise ConfigError(
+            f"measure_copying: got {tokens} tokens to show twice, expected at most {limit // 2}: the model has {limit} positions."
+        )
     embeddings = model.get_input_embeddings().weight
     once = torch.randint(embeddings.shape[0], (sequences, tokens), generator=torch.Generator().manual_seed(seed))
     ids = torch.cat([once, once], dim=1).to(embeddings.device)

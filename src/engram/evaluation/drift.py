@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from engram.data.facts import pad_right, tokenize_prompt
-from engram.models import EngramModel
+from engram.evaluation.answers import reads_memory
+from engram.models import EngramModel, Router
+from engram.models.positions import within_context
 
 __all__ = ["Drift", "measure_drift"]
 
@@ -29,14 +31,26 @@ class Drift:
 
 
 @torch.no_grad()
-def measure_drift(memory: EngramModel, tokenizer: Any, texts: Sequence[str], max_length: int = 256) -> Drift:
-    """Compare next-token distributions with the memory on and off."""
+def measure_drift(
+    memory: EngramModel, tokenizer: Any, texts: Sequence[str], max_length: int = 256, router: Router | None = None
+) -> Drift:
+    """Compare next-token distributions with the memory on and off.
+
+    Args:
+        memory: an attached memory.
+        tokenizer: the model's tokenizer.
+        texts: what to read.
+        max_length: tokens of each, at most the model's context.
+        router: decides per text whether the memory is read; without one it always is.
+    """
+    max_length = within_context(memory.config, max_length)
     total = changed = same = 0
     kl = 0.0
     device = memory.get_input_embeddings().weight.device
-    for text in texts:
+    for text, read in zip(texts, reads_memory(router, texts)):
         ids, mask = (x.to(device) for x in pad_right([tuple(tokenize_prompt(tokenizer, text)[:max_length])], 0))
-        on = memory(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        with memory.routed(None if router is None else torch.tensor([read])):
+            on = memory(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         with memory.disable_engram():
             off = memory(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         same += int(torch.equal(on, off))

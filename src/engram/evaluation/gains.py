@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engram.errors import ConfigError
 from engram.models import EngramModel, LearnedRouter
-from engram.models.positions import context_length
+from engram.models.positions import within_context
 
 __all__ = ["RoutedKind", "TextGain", "fit_router_to_texts", "measure_gains"]
 
@@ -38,7 +38,7 @@ def measure_gains(memory: EngramModel, tokenizer: Any, texts: Sequence[str], max
     two tokens gain nothing.
     """
     device = memory.get_input_embeddings().weight.device
-    max_length = min(max_length, context_length(memory.config) or max_length)
+    max_length = within_context(memory.config, max_length)
     gains = []
     for text in texts:
         ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"][:max_length]], device=device, dtype=torch.int64)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from engram.data.facts import Fact, pad_right, tokenize_prompt
-from engram.evaluation.answers import Answer, check_facts, score_by_category, wilson_interval
+from engram.evaluation.answers import Answer, check_facts, reads_memory, score_by_category, wilson_interval
 from engram.evaluation.bits_per_byte import bits_per_byte
 from engram.evaluation.drift import measure_drift
 from engram.models import EngramModel, Router
+from engram.models.positions import within_context
 
 __all__ = ["EvalResult", "FactResult", "ShareResult", "evaluate_memory", "markdown_table"]
 
@@ -106,12 +107,12 @@ def evaluate_memory(
         texts: by kind, texts it has no business with.
         held_out_text: documents for bits per byte.
         known: facts the base model may know and the memory was not taught.
-        router: decides per prompt whether the memory is read.
+        router: decides per prompt, and per text, whether the memory is read.
         progress: called with the number of prompts answered since the last call.
     """
     answers = check_facts(memory, tokenizer, facts, progress=progress, router=router)
     unseen = check_facts(memory, tokenizer, facts, progress=progress, held_out=True, router=router)
-    drift = {kind: measure_drift(memory, tokenizer, group) for kind, group in texts.items()}
+    drift = {kind: measure_drift(memory, tokenizer, group, router=router) for kind, group in texts.items()}
     tokens = sum(d.tokens for d in drift.values())
     return EvalResult(
         recall=sum(a.exact for a in answers) / len(answers),
@@ -120,11 +121,11 @@ def evaluate_memory(
         categories=_shares(facts, answers),
         categories_held_out=_shares(facts, unseen),
         harm={kind: asdict(d) for kind, d in drift.items()},
-        bits_per_byte=_bits(memory, tokenizer, held_out_text),
+        bits_per_byte=_bits(memory, tokenizer, held_out_text, router),
         known=_known(memory, tokenizer, known, router),
         latency=_latency(memory, tokenizer, next(iter(texts.values()))[0]) if texts else {},
         bytes=_bytes(memory),
-        gates=_gates(memory, tokenizer, answers, texts),
+        gates=_gates(memory, tokenizer, answers, texts, router),
         facts=[*_fact_results(facts, answers, False), *_fact_results(facts, unseen, True)],
     )
 
@@ -172,12 +173,23 @@ def _fact_results(facts: Sequence[Fact], answers: Sequence[Answer], held_out: bo
     ]
 
 
-def _bits(memory: EngramModel, tokenizer: Any, texts: Sequence[str]) -> dict[str, float] | None:
-    if not texts:
+def _bits(memory: EngramModel, tokenizer: Any, texts: Sequence[str], router: Router | None) -> dict[str, float] | None:
+    if not _size(texts):
         return None
+
+    def bits(group: Sequence[str]) -> float:
+        return bits_per_byte(memory, tokenizer, group) * _size(group) if _size(group) else 0.0
+
+    reads = reads_memory(router, texts)
+    routed = bits([text for text, read in zip(texts, reads) if read])
     with memory.disable_engram():
-        base = bits_per_byte(memory, tokenizer, texts)
-    return {"base": base, "memory": bits_per_byte(memory, tokenizer, texts)}
+        base = bits(texts)
+        routed += bits([text for text, read in zip(texts, reads) if not read])
+    return {"base": base / _size(texts), "memory": routed / _size(texts)}
+
+
+def _size(texts: Sequence[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
 
 
 def _known(memory: EngramModel, tokenizer: Any, facts: Sequence[Fact], router: Router | None) -> dict[str, int] | None:
@@ -224,9 +236,10 @@ def _bytes(memory: EngramModel) -> dict[str, int]:
 
 @torch.no_grad()
 def _gates(
-    memory: EngramModel, tokenizer: Any, answers: Sequence[Answer], texts: Mapping[str, Sequence[str]]
+    memory: EngramModel, tokenizer: Any, answers: Sequence[Answer], texts: Mapping[str, Sequence[str]], router: Router | None
 ) -> dict[str, list[int]]:
     """How far gates open where rows are read; positions that read none count in the first bin of their histogram."""
+    longest = within_context(memory.config, 256)
     samples = {
         "taught": [f"{a.prompt} {a.said}" for a in answers[:: max(1, len(answers) // 256)]],
         "untaught": [text for group in texts.values() for text in group][:256],
@@ -235,8 +248,11 @@ def _gates(
     device = memory.get_input_embeddings().weight.device
     for name, group in samples.items():
         total = torch.zeros(_GATE_BINS, dtype=torch.int64)
-        for text in group:
-            ids, _ = pad_right([tuple(tokenize_prompt(tokenizer, text)[:256])], 0)
+        for text, read in zip(group, reads_memory(router, group)):
+            ids, _ = pad_right([tuple(tokenize_prompt(tokenizer, text)[:longest])], 0)
+            if not read:
+                total[0] += ids.numel() * len(memory.engrams)
+                continue
             with memory.record() as traces:
                 memory(input_ids=ids.to(device), use_cache=False)
             for trace in traces.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["context_length"]
+__all__ = ["context_length", "within_context"]
 
 _NAMES = ("max_position_embeddings", "n_positions")
 
@@ -17,3 +17,8 @@ def context_length(config: Any) -> int | None:
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return next((found for name in _NAMES if isinstance(found := getattr(text, name, None), int)), None)
+
+
+def within_context(config: Any, tokens: int) -> int:
+    """``tokens``, or the positions that the model was made for if those are fewer."""
+    return min(tokens, context_length(config) or tokens)

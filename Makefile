@@ -36,8 +36,8 @@ $(VENV)/.developer: $(VENV)/.library
 	$(PIP) --editable ".[dev]"
 	touch $@
 
-# The figures that the README quotes; several hours on two cores. Without benchmarks/decode.py, which compares with engram-peft in the same
-# run: give it --peer-python, the Python of an environment that has engram-peft.
+# Most of the figures that are quoted; several hours on two cores. Left out: benchmarks/decode.py and train_step.py beside engram-peft, which need
+# --peer-python, the Python of an environment that has it; runs of many hours (sweeps, the bundled model), whose commands stand in their recipes.
 figures: $(VENV)/.developer
 	$(BIN)/python benchmarks/demo_seeds.py
 	$(BIN)/python benchmarks/knowledge.py

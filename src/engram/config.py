@@ -1,7 +1,7 @@
 """What a memory is, and where it lives.
 
 ``EngramConfig`` is identity: it decides every address and every parameter shape, is fingerprinted and is saved with the memory.
-``TableConfig`` is placement: it may change at every load without changing a single output.
+``TableConfig`` is placement: its tier may change at every load without changing a single output, its dtype rounds the rows.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ def bench_command(
     check_folder(plots)
     result = run_benchmarks(names or list(BENCHMARKS), rounds or (5 if quick else 21), quick, _show)
     given = [*(names or []), *(["--quick"] if quick else []), *([f"--rounds {rounds}"] if rounds else [])]
+    given += [] if json_out is None else [f"--json {json_out}"]
     result = {"command": " ".join(["engram bench", *given]), **result}
     print(f"{result['hardware']}; kernels: {result['instruction_set'] or 'PyTorch alone'}")
     if json_out is not None:

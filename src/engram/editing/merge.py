@@ -146,9 +146,9 @@ def merge_memories(
         prefer: which side wins conflicts; None refuses them.
 
     Raises:
-        CheckpointError: a memory cannot be read, or ``out`` holds another memory or cannot be written.
+        CheckpointError: a memory cannot be read, or ``out`` cannot be written.
         FingerprintError: the memories have different addresses, readers or bases.
-        ConfigError: ``prefer`` is neither.
+        ConfigError: ``prefer`` is neither, or ``out`` holds another memory.
         MergeConflictError: there are conflicts and ``prefer`` is not given; nothing is written.
     """
     if prefer not in (None, "a", "b"):

@@ -242,6 +242,7 @@ class EngramModel(nn.Module):
         Raises:
             CheckpointError: the files are missing, truncated or malformed.
             FingerprintError: the memory belongs to another tokenizer, mapping or base model.
+            ConfigError: it has another configuration.
         """
         from engram.models.files import load_memory
 

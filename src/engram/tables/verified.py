@@ -271,7 +271,7 @@ class DraftTable(EmbeddingTable):
         return rows
 
     def lookup(self, row_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows of the base; drafts have no readers but the layer.
+        """Not offered: drafts have no reader but the layer.
 
         Raises:
             TableError: always.

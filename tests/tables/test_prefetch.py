@@ -1,7 +1,10 @@
 """Rows fetched ahead are the rows that a look-up gives, gradients included."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -167,3 +170,25 @@ def test_the_order_of_events_on_a_side_stream(monkeypatch):
     monkeypatch.setattr(DeviceTable, "is_read_by", lambda *_: False)
     with pytest.raises(TableError, match="which a graph cannot repeat"):
         prefetcher._start_on_stream(table, torch.tensor([1]), torch.float32, None)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_fetches_by_a_thread_of_its_own():
+    """The child of a process that has prefetched: it inherits the executor, and no thread."""
+    script = """
+import os, signal, torch
+from engram.tables import DeviceTable, RowPrefetcher
+table, prefetcher, numbers = DeviceTable(9, 4), RowPrefetcher(True), torch.tensor([1, 2])
+table.load_rows(0, torch.arange(36.0).view(9, 4))
+before = table.prefetch(numbers, torch.float32, prefetcher).wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    same = torch.equal(table.prefetch(numbers, torch.float32, prefetcher).wait(), before)
+    prefetcher.close()
+    os._exit(0 if same else 1)
+prefetcher.close()
+print(os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0"]

@@ -320,6 +320,40 @@ def test_a_state_is_not_loaded_into_rows_that_are_read_only(tmp_path):
     assert torch.equal(read_only.read(torch.arange(ROWS), torch.float32), random_rows())
 
 
+def test_a_hybrid_loads_a_state_as_its_cold_table_does(tmp_path):
+    new = random_rows() + 1
+    for cold in (HostTable(ROWS, DIM), MmapTable(ROWS, DIM, tmp_path / "rows", "r+")):
+        hybrid = HybridTable(cold, 4)
+        hybrid.promote(torch.arange(4))
+        hybrid.read(torch.arange(4), torch.float32)  # copies are made
+        hybrid.load_state_dict({"weight": new})
+        for table in (hybrid, cold):
+            assert torch.equal(table.read(torch.arange(ROWS), torch.float32), new)
+        for table in (hybrid, cold) if isinstance(cold, MmapTable) else (hybrid,):
+            with pytest.raises(TableError, match="load without assign"):
+                table.load_state_dict({"weight": new}, assign=True)
+    stamp_rows(cold.path, "a")
+    hybrid.load_state_dict({"weight": new})
+    assert not rows_are(cold.path, "a")
+    del table, cold, hybrid
+    gc.collect()
+    with pytest.raises(TableError, match="mapped read-only"):
+        HybridTable(MmapTable(ROWS, DIM, tmp_path / "rows"), 4).load_state_dict({"weight": new})
+
+
+def test_a_file_that_another_took_the_place_of_is_noticed_when_rows_are_written(tmp_path):
+    table = MmapTable(ROWS, DIM, tmp_path / "rows", "r+")
+    table.load_rows(0, random_rows())
+    table.flush()
+    (tmp_path / "other").write_bytes((tmp_path / "rows").read_bytes())
+    os.replace(tmp_path / "other", tmp_path / "rows")
+    with pytest.raises(TableError, match="another file is there now"):
+        table.flush()
+    (tmp_path / "rows").unlink()
+    with pytest.raises(TableError, match="or none"):
+        table.flush()
+
+
 @pytest.mark.parametrize("form", ["float32", "int8"])
 def test_a_refused_change_leaves_a_row_file_known(form, tmp_path):
     path = tmp_path / "rows"
@@ -958,6 +992,8 @@ def test_mapped_rows_are_saved_and_a_truncated_file_is_an_error_then(placement, 
 def test_rows_mapped_in_place_are_those_of_one_memory_only(tmp_path):
     memory = trained_memory()
     memory.save_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        list(memory.engrams.values())[-1].multi_head_embedding.embedding.weight[-1] += 1
     memory.save_pretrained(tmp_path / "b")
     memory.unload()
     memory = EngramModel.from_pretrained(tiny_model(), tmp_path / "a", tiny_tokenizer(), TableConfig(tier="mmap"))

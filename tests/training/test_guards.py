@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from engram import CheckpointError, ConfigError
+from engram import CheckpointError, ConfigError, EngramTrainingArguments
 from engram.errors import TrainingError
 from engram.testing import tiny_memory, tiny_model
 from engram.training import guards
@@ -87,6 +87,41 @@ def test_a_gradient_scaler_deals_with_infinities_itself(tmp_path):
     trainer = make(tmp_path)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     assert trainer._get_grad_norm(trainer.model, torch.tensor(float("inf"))) == float("inf")
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 0.0])
+def test_scaled_gradients_are_clipped_and_told_by_their_true_size(tmp_path, monkeypatch, max_grad_norm):
+    """As in float16, where a loss is scaled up so that small gradients are not lost."""
+
+    def norms(name, scale):
+        seen = []
+
+        class Look(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+                grads = [
+                    p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in model.parameters() if p.grad is not None
+                ]
+                seen.append(float(torch.stack([grad.norm() for grad in grads]).norm()))
+
+        torch.manual_seed(0)
+        trainer = make(tmp_path / name, callbacks=[Look()], max_steps=3, max_grad_norm=max_grad_norm)
+        if scale:
+            monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")
+            trainer.accelerator.native_amp = True
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+        trainer.train()
+        return seen, [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+
+    plain, scaled = norms("plain", False), norms("scaled", True)
+    for a, b in zip(plain, scaled):
+        assert b == pytest.approx(a, rel=0.2)  # float16 rounds; the scale is 65,536
+
+
+@pytest.mark.parametrize(("field", "message"), [("world_size", "2 processes, expected one"), ("n_gpu", "CUDA_VISIBLE_DEVICES")])
+def test_several_processes_and_gpus_are_refused(tmp_path, monkeypatch, field, message):
+    monkeypatch.setattr(EngramTrainingArguments, field, property(lambda self: 2))
+    with pytest.raises(ConfigError, match=message):
+        make(tmp_path)
 
 
 @contextmanager

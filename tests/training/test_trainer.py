@@ -265,6 +265,28 @@ def test_rows_that_are_only_read_are_not_trained_by_mistake(tmp_path, placement)
     make(tmp_path, memory, train_tables=False).train()
 
 
+def test_a_reader_is_trained_over_rows_mapped_in_place_and_goes_on_from_its_checkpoints(tmp_path):
+    memory = tiny_memory(tiny_model())
+    memory.save_pretrained(tmp_path / "m")
+    options = {"train_tables": False, "save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+
+    def trainer(**changes):
+        placed = EngramModel.from_pretrained(tiny_model(), tmp_path / "m", tiny_tokenizer(), TableConfig(tier="mmap"))
+        return make(tmp_path, placed, **{**options, **changes})
+
+    first = trainer()
+    first.train()
+    again = trainer()
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert losses(again)[-4:] == losses(first)[-4:]
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4, "output_dir": str(tmp_path / "best")}
+    trainer(held_out=Rows(8), **best).train()
+    other = tiny_memory(tiny_model(), seed=1)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"and .* holds others"):
+        again.model.load_memory(tmp_path / "other")
+
+
 def test_what_to_train_is_chosen_by_the_arguments(tmp_path):
     memory = tiny_memory(tiny_model())
     make(tmp_path, memory, train_reader=False)

@@ -239,7 +239,7 @@ def _fill_tables(memory: EngramModel, tensors: TensorReader, saved_dtype: str, c
     empty = {
         layer_id: table
         for layer_id, table in tables.items()
-        if not _is_filled(table, stamps[layer_id], tensors.file, changed_rows)
+        if not _is_filled(table, layer_id, stamps[layer_id], tensors, changed_rows)
     }
     for layer_id, table in empty.items():
         prefix, cold = f"layers.{layer_id}.{_TABLE}", _cold(table)
@@ -262,13 +262,13 @@ def _cold(table: Any) -> Any:
     return table.cold if isinstance(table, HybridTable) else table
 
 
-def _is_filled(table: Any, stamp: str, source: Path, changed_rows: str) -> bool:
+def _is_filled(table: Any, layer_id: str, stamp: str, tensors: TensorReader, changed_rows: str) -> bool:
     """Whether a table's rows are to stay as they are."""
-    cold = _cold(table)
+    cold, source = _cold(table), tensors.file
     if not isinstance(cold, MappedRows):
         return False
     if cold.mode == "r":
-        if cold.path.resolve() != source.resolve():
+        if cold.path.resolve() != source.resolve() and not _holds_the_same(cold, layer_id, tensors):
             raise CheckpointError(
                 f"the rows are mapped where they lie in {cold.path}, and {source} holds others. Load that memory anew (from_pretrained), or "
                 "give the rows files of their own: TableConfig(tier='mmap', path=...)."
@@ -285,6 +285,25 @@ def _is_filled(table: Any, stamp: str, source: Path, changed_rows: str) -> bool:
         "filled when that was stopped. Choose another path, or TableConfig(changed_rows='keep') to go on with them, 'refill' to write the "
         "saved rows over them."
     )
+
+
+def _holds_the_same(cold: MappedRows, layer_id: str, tensors: TensorReader) -> bool:
+    """Whether saved rows are those that are mapped already: a checkpoint holds a copy of frozen ones."""
+    names = [f"layers.{layer_id}.{_TABLE}{name}" for name in ("weight", "scales")]
+    names = [name for name in names if name in tensors.specs]
+    for number, block in enumerate(cold.stored_blocks(_ROWS_AT_ONCE)):
+        start, stop = number * _ROWS_AT_ONCE, (number + 1) * _ROWS_AT_ONCE
+        saved = [tensors.read(name, start, stop) for name in names]
+        if len(saved) != len(block) or not all(
+            a.dtype == b.dtype and a.shape == b.shape and _bits_equal(a, b) for a, b in zip(saved, block)
+        ):
+            return False
+    return True
+
+
+def _bits_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one type and shape are the same to the bit; a NaN equals itself then."""
+    return torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))
 
 
 def row_stamp(source: str, layer_id: int | str, dtype: str) -> str:

@@ -78,6 +78,21 @@ class HybridTable(EmbeddingTable):
         self.hot_scales = None if self.hot_scales is None else self.hot_scales.to(device)
         return self
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        """Into the cold table, whose parameter this is and which may refuse.
+
+        Raises:
+            TableError: as the cold table; or loaded tensors shall take the place of its own (``assign``).
+        """
+        if local_metadata.get("assign_to_params_buffers") and any(name.startswith(prefix) for name in state_dict):
+            raise TableError(
+                "HybridTable: got load_state_dict(assign=True), which would leave the cold rows; load without assign."
+            )
+        self.cold._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self._copied = None
+
     @property
     def format_name(self) -> str:
         """How rows are stored, by its name in ``FORMATS``."""

@@ -198,11 +198,10 @@ class MappedRows(EmbeddingTable):
         """Write changed rows to the disk; they are safe there when it returns.
 
         Raises:
-            TableError: the file was truncated since it was mapped.
+            TableError: the file was truncated, removed, or another was put in its place since it was mapped.
         """
         if self.mode == "r+":
-            self._file.check()
-            self._file.map.flush()
+            self._file.flush()
 
     def iter_row_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[int, Tensor]]:
         """Consecutive rows, detached.
@@ -257,16 +256,23 @@ class MappedRows(EmbeddingTable):
         super().load_rows(start, rows)
         self._file.touched(rows.shape[0], in_order=True)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         """As ``nn.Module``; what is loaded goes into the file.
 
         Raises:
-            TableError: the file is mapped read-only (what is loaded would lie in pages of this process, and go with them) or was truncated.
+            TableError: the file is mapped read-only (what is loaded would lie in pages of this process, and go with them) or was truncated, or
+                loaded tensors shall take the place of the mapped ones (``assign``).
         """
         if any(name.startswith(prefix) for name in state_dict):
+            if local_metadata.get("assign_to_params_buffers"):
+                raise TableError(
+                    f"rows in {self.path}: got load_state_dict(assign=True), which would leave the file; load without assign."
+                )
             self._refuse_read_only()
             self._file.changing()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _put(self, start: int, *stored: Tensor) -> None:
         for rows, held, place, size in zip(stored, self._tensors(), self._places, self._row_bytes, strict=True):

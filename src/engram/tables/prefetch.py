@@ -6,6 +6,7 @@ while the blocks below compute.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,7 @@ class RowPrefetcher:
         self.mode, self.static = mode, static
         self._streams: dict[torch.device, Any] = {}
         self._thread: ThreadPoolExecutor | None = None
+        self._process = os.getpid()  # whose thread it is: a forked child inherits the object without it
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
 
     def pays(self, table: EmbeddingTable, device: torch.device) -> bool:
@@ -89,7 +91,7 @@ class RowPrefetcher:
 
     def close(self) -> None:
         """End the thread and forget streams and buffers; they come back when needed."""
-        if self._thread is not None:
+        if self._thread is not None and self._process == os.getpid():
             self._thread.shutdown()
         self._thread = None
         self._streams.clear()
@@ -123,7 +125,8 @@ class RowPrefetcher:
         )  # the CPU would wait for the numbers here, and so for all that is enqueued
 
     def _in_thread(self, fetch: Callable[[], tuple[Tensor, Any]]) -> Future[Any]:
-        if self._thread is None:
+        if self._thread is None or self._process != os.getpid():
+            self._process = os.getpid()
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engram-prefetch")
         return self._thread.submit(fetch)
 

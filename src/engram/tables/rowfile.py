@@ -135,6 +135,21 @@ class RowFile:
         """
         self._check_size(self.map.size())
 
+    def flush(self) -> None:
+        """Write what changed to the disk; it is safe there, under the file's name, when this returns.
+
+        Raises:
+            TableError: the file was truncated, removed, or another was put in its place since it was mapped.
+        """
+        self.check()
+        self.map.flush()
+        with suppress(OSError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self._handle)):
+                return
+        raise TableError(
+            f"{self.path}: another file is there now, or none; the rows are in the one that was mapped. Save the memory elsewhere."
+        )
+
     def changing(self) -> None:
         """Check, and withdraw the note of what the file holds: not every file system's times tell of writes through a map.
 

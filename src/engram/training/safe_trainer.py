@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging as hf_logging
 
 from engram.checkpoint import load_tree, save_tree, write_json_atomically
-from engram.errors import CheckpointError, TrainingError
+from engram.errors import CheckpointError, ConfigError, TrainingError
 from engram.training.cpu_types import warning_of_slow_bfloat16
 from engram.training.examples import OneLength, check_not_empty
 from engram.training.guards import check_reports, is_complete, last_checkpoint, no_number, weights_are_finite, whole_or_removed
@@ -95,11 +95,15 @@ class SafeTrainer(Trainer):
     arguments have a ``keep_memory`` that is false.
     A loss or gradient norm that is NaN or infinite ends the run before the step is taken; a checkpoint that cannot be written is removed and
     those before it stay. Logs have ``tokens_per_second`` (positions, padding included; evaluation and saving do not count).
+
+    Raises:
+        ConfigError: there are several processes, or several GPUs that a batch would be divided between.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_reports(_given(args, kwargs, 1, "args"))
         super().__init__(*args, **kwargs)
+        _refuse_several(self.args)
         if _given(args, kwargs, 2, "data_collator") is None:
             self.data_collator = OneLength(self.data_collator)
         self.throughput = Throughput()
@@ -256,6 +260,18 @@ class SafeTrainer(Trainer):
 
     def _save_weights(self, folder: Path) -> None:
         self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder)
+
+
+def _refuse_several(args: Any) -> None:
+    """Checkpoints, routes and row-sparse gradients are those of one process and one device."""
+    if args.world_size > 1:
+        raise ConfigError(
+            f"training: got {args.world_size} processes, expected one; start it without torchrun or accelerate launch."
+        )
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"training: got {args.n_gpu} GPUs to divide batches between, expected one; choose it with CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str) -> Any:

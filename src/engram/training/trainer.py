@@ -168,13 +168,12 @@ class EngramTrainer(SafeTrainer):
             )
         return self.optimizer
 
-    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
-        return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+    def _clip_grad_norm(self, model: Any, max_norm: float | None = None) -> torch.Tensor:
+        self.accelerator.unscale_gradients()  # of float16: until then they are so many times too large
+        return clip_grad_norm_(model.parameters(), self.args.max_grad_norm if max_norm is None else max_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        return super()._get_grad_norm(
-            model, clip_grad_norm_(model.parameters(), float("inf")) if grad_norm is None else grad_norm
-        )
+        return super()._get_grad_norm(model, self._clip_grad_norm(model, float("inf")) if grad_norm is None else grad_norm)
 
     def _get_learning_rate(self) -> float:
         """The base learning rate: tables, which come first, have a multiple of it."""

@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from engram import CompressedTokenizer, ConfigError
+from engram.hashing import ExactTokenizer, count_ids
 from engram.hashing.compression import build_normalizer
 from engram.testing import tiny_tokenizer
 
@@ -71,3 +75,16 @@ def test_what_is_no_tokenizer_is_refused():
         CompressedTokenizer("gpt2")
     with pytest.raises(ConfigError, match="no tokens"):
         CompressedTokenizer(Tokens())
+
+
+def test_tokens_behind_a_gap_in_the_ids_are_tokens_of_their_own():
+    names = {f"w{i}": i for i in range(20)} | {"<u>": 20, "x": 50, "y": 51}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(names, unk_token="<u>")), unk_token="<u>", pad_token="w1"
+    )
+    assert len(tokenizer) < count_ids(tokenizer) == 52
+    for kind in (CompressedTokenizer, ExactTokenizer):
+        compressed = kind(tokenizer)
+        x, y, pad, gap, other = compressed.compress(np.array([50, 51, 1, 30, 31]))
+        assert len({x, y, pad, gap}) == 4
+        assert (gap == other) == (kind is CompressedTokenizer)  # what no token has

@@ -174,6 +174,31 @@ def test_static_cache(memory):
     assert torch.equal(memory.generate(**common, cache_implementation="static"), memory.generate(**common))
 
 
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
+def test_static_caches_that_hold_a_window_alone(kind):
+    memory = tiny_memory(tiny_model(kind, sliding_window=16))
+    ids, mask = padded(["The memory, the memory is", "the text"])
+    common = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "pad_token_id": 1,
+        "eos_token_id": None,
+    }
+    assert torch.equal(memory.generate(**common, cache_implementation="static"), memory.generate(**common))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_cache_that_is_filled_and_not_returned(kind):
+    memory, cache = tiny_memory(tiny_model(kind)), DynamicCache()
+    ids = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        memory(input_ids=ids[:, :7], past_key_values=cache, use_cache=False)
+        got = memory(input_ids=ids[:, 7:], past_key_values=cache, use_cache=False).logits
+        assert_close(got, memory(input_ids=ids, use_cache=False).logits[:, 7:])
+
+
 def test_sliding_windows_do_not_cut_the_history():
     memory = tiny_memory(tiny_model("gemma3_text"), max_ngram_size=4)
     ids, _ = padded(["The memory is addressed by the last tokens of the text. def lookup(self, ids): return"])

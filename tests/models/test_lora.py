@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engram import MemoryEditor
+from engram.models.identity import base_identity
 from engram.testing import tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS
 
@@ -68,3 +69,23 @@ def test_each_part_is_switched_and_saved_apart(tmp_path):
     loaded.memory.unload()
     only = MemoryEditor.load(base(), tmp_path / "memory", tiny_tokenizer())  # the memory without LoRA
     assert torch.equal(only.memory(input_ids=ids, use_cache=False).logits, alone)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 5]),
+        peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        peft.VeraConfig(target_modules=["q_proj"]),
+    ],
+    ids=["modules_to_save", "trainable_tokens", "ia3", "vera"],
+)
+def test_a_memory_made_beside_any_adapter_fits_the_model_alone(config, tmp_path):
+    identity = base_identity(base())
+    model = base()
+    peft.get_peft_model(model, config)
+    assert base_identity(model) == identity
+    editor = MemoryEditor.create(model, tiny_tokenizer())
+    editor.save(tmp_path)
+    MemoryEditor.load(base(), tmp_path, tiny_tokenizer())

@@ -116,6 +116,8 @@ def test_host_rows_on_fixed_buffers():
 
 
 def test_what_fixed_buffers_cannot_do_is_refused():
+    with pytest.raises(AttachError, match="got layers of sliding_attention, expected full_attention only"):
+        StaticDecoder(tiny_memory(tiny_model("mistral", sliding_window=16)), max_length=8)
     with pytest.raises(AttachError, match="expected full_attention only"):
         StaticDecoder(tiny_memory(tiny_model("gemma3_text")), 64)
     tail = StaticTail(None, 3, torch.zeros(2, 1), 5)

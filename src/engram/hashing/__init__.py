@@ -1,6 +1,6 @@
 """Floor 1: from token ids to row numbers."""
 
-from engram.hashing.compression import CompressedTokenizer, ExactTokenizer
+from engram.hashing.compression import CompressedTokenizer, ExactTokenizer, count_ids
 from engram.hashing.ngram import NgramHashMapping, build_mapping, mapping_without_tokenizer
 from engram.hashing.reference import hash_reference, tag_reference
 from engram.hashing.spec import HASH_SPECS, HashSpec, get_hash_spec
@@ -12,6 +12,7 @@ __all__ = [
     "HashSpec",
     "NgramHashMapping",
     "build_mapping",
+    "count_ids",
     "get_hash_spec",
     "hash_reference",
     "mapping_without_tokenizer",

@@ -13,7 +13,7 @@ from tokenizers import Regex, normalizers
 
 from engram.errors import ConfigError
 
-__all__ = ["CompressedTokenizer", "ExactTokenizer", "TokenizerLike", "build_normalizer"]
+__all__ = ["CompressedTokenizer", "ExactTokenizer", "TokenizerLike", "build_normalizer", "count_ids"]
 
 _REPLACEMENT_CHARACTER = "\ufffd"
 _LONE_SPACE = "\ue000"  # private-use character that carries a single space through Strip
@@ -49,6 +49,12 @@ def build_normalizer() -> normalizers.Normalizer:
     )
 
 
+def count_ids(tokenizer: TokenizerLike) -> int:
+    """Ids that a tokenizer may give, its largest and one; more than it has tokens where their numbers have gaps."""
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    return max(len(tokenizer), 1 + max(vocabulary.values(), default=-1))
+
+
 class CompressedTokenizer:
     """The compression map of one tokenizer.
 
@@ -56,7 +62,7 @@ class CompressedTokenizer:
         tokenizer: a Hugging Face tokenizer (anything with ``len``, ``decode`` and ``convert_ids_to_tokens``).
 
     Attributes:
-        lookup_table: int64 ``[len(tokenizer)]``, raw id -> canonical id; canonical ids are numbered by first appearance.
+        lookup_table: int64 ``[count_ids(tokenizer)]``, raw id -> canonical id; canonical ids are numbered by first appearance.
 
     Raises:
         ConfigError: the object is not a tokenizer, or its vocabulary is empty.
@@ -71,8 +77,8 @@ class CompressedTokenizer:
     def _build_lookup_table(tokenizer: TokenizerLike) -> np.ndarray:
         normalizer = build_normalizer()
         canonical: dict[str, int] = {}
-        table = np.empty(len(tokenizer), dtype=np.int64)
-        for token_id in range(len(tokenizer)):
+        table = np.empty(count_ids(tokenizer), dtype=np.int64)
+        for token_id in range(len(table)):
             key = _canonical_key(tokenizer, token_id, normalizer)
             table[token_id] = canonical.setdefault(key, len(canonical))
         return table
@@ -104,12 +110,12 @@ class ExactTokenizer(CompressedTokenizer):
 
     @staticmethod
     def _build_lookup_table(tokenizer: TokenizerLike) -> np.ndarray:
-        return np.arange(len(tokenizer), dtype=np.int64)
+        return np.arange(count_ids(tokenizer), dtype=np.int64)
 
     def __init__(self, tokenizer: TokenizerLike) -> None:
         super().__init__(tokenizer)
         digest = hashlib.sha256()
-        for token_id in range(len(tokenizer)):
+        for token_id in range(count_ids(tokenizer)):
             digest.update(str(tokenizer.convert_ids_to_tokens(token_id)).encode("utf-8", "surrogatepass") + b"\0")
         self._identity = digest.digest()
 
@@ -153,5 +159,5 @@ def unknown_id(token_id: int, vocab_size: int) -> ConfigError:
 def _canonical_key(tokenizer: TokenizerLike, token_id: int, normalizer: normalizers.Normalizer) -> str:
     text = tokenizer.decode([token_id], skip_special_tokens=False)
     if _REPLACEMENT_CHARACTER in text:  # a fragment of a multi-byte character: its raw token string is all that tells it apart
-        return tokenizer.convert_ids_to_tokens(token_id)
+        return str(tokenizer.convert_ids_to_tokens(token_id))
     return normalizer.normalize_str(text) or text

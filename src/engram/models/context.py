@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engram.errors import AttachError
+from engram.models.packing import Packing
 from engram.tables import RowHandle
 
 __all__ = ["ForwardContext", "token_mask"]
@@ -32,6 +33,10 @@ class ForwardContext:
     """bool ``[B]``: which sequences may read the memory; None stands for all. Already applied to ``slots``."""
     fetched: dict[int, RowHandle] = field(default_factory=dict)
     """Rows on their way, per layer that has any prefetched."""
+    cache: Any = None
+    """The cache that was given."""
+    packing: Packing | None = None
+    """Where rows hold several texts: all else here is by text, ``B`` and ``T`` being those of the texts as sequences of their own."""
     found: dict[int, int] = field(default_factory=dict)
     """For verified rows: positions per layer that have slots, where that is known."""
 
@@ -39,7 +44,8 @@ class ForwardContext:
 def token_mask(attention_mask: Any, past: int, input_ids: Tensor) -> Tensor | None:
     """Which of the new positions are real, ``[B, T]``, from whatever mask a transformers model accepts.
 
-    A 4-D mask is read on its diagonal: a real position may attend to itself, a padded one may not, whatever the window.
+    A 4-D mask is read on its diagonal: a real position may attend to itself, a padded one may not, whatever the window. One of fewer keys
+    than there are positions is of a cache that holds a window alone, the newest last.
 
     Args:
         attention_mask: None, ``[B, past + T]`` (or ``[B, T]``), ``[B, 1, T, keys]`` (bool or additive), or a dict of the latter.
@@ -60,8 +66,9 @@ def token_mask(attention_mask: Any, past: int, input_ids: Tensor) -> Tensor | No
             return attention_mask[:, past : past + length]
         if attention_mask.shape[1] == length:
             return attention_mask
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.shape[-1] >= past + length:
-        diagonal = attention_mask[:, 0, :, past : past + length].diagonal(dim1=-2, dim2=-1)
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.shape[-1] >= length:
+        first = min(past, attention_mask.shape[-1] - length)
+        diagonal = attention_mask[:, 0, :, first : first + length].diagonal(dim1=-2, dim2=-1)
         real = diagonal if diagonal.dtype == torch.bool else diagonal == 0
         return real.expand(batch, length)
     got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__

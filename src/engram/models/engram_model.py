@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from engram.checkpoint import saved_version
 from engram.config import EngramConfig, TableConfig
 from engram.errors import AttachError, CheckpointError, ConfigError, TableError
-from engram.hashing import NgramHashMapping, build_mapping
+from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram
 from engram.models.architectures import Decoder, find_decoder
 from engram.models.hooks import DecoderHooks
+from engram.models.packing import Packing
 from engram.tables import check_room, refuse_other_rows, row_file
 
 __all__ = ["DEFAULT_ROLLBACK_WINDOW", "EngramModel", "get_engram_model"]
@@ -152,6 +153,28 @@ class EngramModel(nn.Module):
         """The base model's ``generate`` with the memory: KV cache, batches, beams and speculative decoding included."""
         self._check_attached()
         return self.base_model.generate(*args, **kwargs)
+
+    def generate_batch(self, *_: Any, **__: Any) -> Any:
+        """Not offered: continuous batching packs requests into one row, where the memory cannot tell them apart.
+
+        Raises:
+            AttachError: always.
+        """
+        raise AttachError(
+            "continuous batching packs requests into one row, where the memory cannot tell them apart; use generate, or the base model alone "
+            "(unload())."
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    @property
+    def generation_config(self) -> Any:
+        """The base model's, which ``generate`` goes by."""
+        return self.base_model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.base_model.generation_config = config
 
     def disable_engram(self) -> AbstractContextManager[None]:
         """Inside this context the model is exactly the base model."""
@@ -318,6 +341,11 @@ class EngramModel(nn.Module):
         self._traces[layer_id] = {"hash_ids": hash_ids}
         return self._traces[layer_id]
 
+    def _put_together(self, layer_id: int, packing: Packing) -> None:
+        """What was recorded of packed texts, by row."""
+        trace = (self._traces or {}).get(layer_id, {})
+        trace.update({name: packing.together(values) for name, values in trace.items()})
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -346,9 +374,9 @@ def _check_fit(model: PreTrainedModel, decoder: Decoder, config: EngramConfig, t
         raise ConfigError(f"tokenizer: got {type(tokenizer).__name__}, expected the model's Hugging Face tokenizer.")
     embeddings: Any = model.get_input_embeddings()
     vocab = embeddings.weight.shape[0]
-    if len(tokenizer) > vocab:
+    if count_ids(tokenizer) > vocab:
         raise AttachError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embeddings {vocab}; is it this model's tokenizer?"
+            f"the tokenizer has ids up to {count_ids(tokenizer) - 1}, the model's embeddings {vocab}; is it this model's tokenizer?"
         )
 
 

@@ -26,7 +26,7 @@ from engram.checkpoint import (
 from engram.checkpoint.stream import TensorSpec, as_parts, type_code
 from engram.config import EngramConfig, TableConfig
 from engram.errors import CheckpointError, ConfigError, FingerprintError
-from engram.hashing import NgramHashMapping, build_mapping
+from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.models.identity import base_identity, identity_mismatch
 from engram.tables import HybridTable, MappedRows, QuantisedTable, StoredRows, VerifiedTable, row_format, rows_are, stamp_rows
 
@@ -89,7 +89,7 @@ def check_memory(
     """
     description = read_description(path)
     config = _config_of(description, path)
-    if hasattr(tokenizer, "__len__") and config.pad_id >= len(tokenizer):
+    if hasattr(tokenizer, "__len__") and config.pad_id >= count_ids(tokenizer):
         _check_fingerprint(description, "a smaller vocabulary", path)
     mapping = build_mapping(config, tokenizer)
     _check_fingerprint(description, mapping.fingerprint, path)

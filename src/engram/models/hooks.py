@@ -21,6 +21,7 @@ from engram.layers import EngramState
 from engram.models.cache import CacheState, bind_state, cached_length, state_of
 from engram.models.context import ForwardContext, token_mask
 from engram.models.lookahead import find_verified, prefetch_rows
+from engram.models.packing import find_packing
 from engram.tables import RowPrefetcher
 
 if TYPE_CHECKING:
@@ -71,23 +72,40 @@ class DecoderHooks:
                 "got inputs_embeds without token ids, but the memory is addressed by token ids: pass input_ids, or in forward "
                 "(generate does not take it) engram_input_ids=... beside inputs_embeds, or run inside memory.disable_engram()."
             )
+        if arguments.get("cache") is not None:
+            raise AttachError(
+                "got a paged cache (continuous batching): requests share a row there, and the memory cannot tell them apart; use generate, or "
+                "memory.disable_engram()."
+            )
         wants_cache = cache is not None or self._wants_cache(module, arguments.get("use_cache"))
-        self._context = self._prepare(input_ids, arguments.get("attention_mask"), cache, wants_cache)
+        self._context = self._prepare(input_ids, arguments, cache, wants_cache)
+        self._context.cache = cache
 
     @staticmethod
     def _wants_cache(module: nn.Module, use_cache: bool | None) -> bool:
         return bool(getattr(module.config, "use_cache", False) if use_cache is None else use_cache)
 
-    def _prepare(self, input_ids: Tensor, attention_mask: Any, cache: Cache | None, wants_cache: bool) -> ForwardContext:
+    def _prepare(self, input_ids: Tensor, arguments: dict[str, Any], cache: Cache | None, wants_cache: bool) -> ForwardContext:
         memory, config, static = self._memory, self._memory.engram_config, self._memory._static
+        packing, route = None, self._route(len(input_ids))
         if static is not None:  # fixed shapes: the state is given, and asking the cache for its length would be a wait
             state, mask = static.state, None
         else:
             state = state_of(cache, memory.owner_token) if cache is not None else None
-            mask = token_mask(attention_mask, cached_length(cache), input_ids)
-        ids = input_ids if mask is None else input_ids.masked_fill(mask == 0, config.pad_id)
+            given, past = arguments.get("attention_mask"), cached_length(cache)
+            mask = token_mask(given, past, input_ids)
+            packing = find_packing(arguments.get("position_ids"), given, past, input_ids, mask)
+        ids = input_ids
+        if packing is not None:
+            ids = packing.apart(ids)
+            mask = packing.mask if mask is None else packing.mask & (packing.apart(mask) != 0)
+            route = None if route is None else packing.of_rows(route)
+        ids = ids if mask is None else ids.masked_fill(mask == 0, config.pad_id)
         history = None if state is None else state.ids.last(config.max_ngram_size - 1)
-        context = self._addresses(ids, history, mask, self._route(len(input_ids)))
+        context = self._addresses(ids, history, mask, route)
+        context.packing = packing
+        if packing is not None:  # which text would go on is not known: nothing is kept, and continuing is refused
+            return context
         if wants_cache and state is None:
             state = CacheState(memory.owner_token, tuple(config.layer_ids), memory.rollback_window)
         context.state = state
@@ -127,7 +145,13 @@ class DecoderHooks:
                 "(gradient checkpointing needs a transformers version that checkpoints below module hooks, 5.23 or later)."
             )
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        contribution = self._read(layer_id, block, hidden_states)
+        packing = self._context.packing
+        if packing is None:
+            contribution = self._read(layer_id, block, hidden_states)
+        else:
+            contribution = self._read(layer_id, block, packing.apart(hidden_states))
+            contribution = None if contribution is None else packing.together(contribution)
+            self._memory._put_together(layer_id, packing)
         if contribution is None:
             return None
         hidden_states = hidden_states + contribution
@@ -169,6 +193,8 @@ class DecoderHooks:
             context.state.ids.append(context.input_ids)
             return
         cache = _cache_in(output)
+        if cache is None:  # with use_cache=False some models fill the cache they are given and return none
+            cache = context.cache
         if cache is not None and cached_length(cache) > 0:
             _commit(cache, context)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ __all__ = ["base_identity", "identity_mismatch"]
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 256, 16
 _SAMPLED_WEIGHTS = 64
 _COMPARED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "embedding_sha256", "weights_sha256")
+_HOLD_THE_MODULE = {"base_layer", "original_module", "token_adapter"}
 
 
 def base_identity(model: nn.Module) -> dict[str, Any]:
     """Name, sizes, a checksum of a corner of the input embeddings and one of a sample of every weight.
 
     Checksums are taken in bfloat16, so that the same weights loaded as float32 or bfloat16 have the same identity; those of float16 weights
-    say nothing about the others, which they round otherwise. LoRA adapters on the model do not count: they come and go.
+    say nothing about the others, which they round otherwise. Adapters of peft on the model do not count: they come and go.
     """
     config: Any = model.config
     return {
@@ -57,14 +59,24 @@ def _embedding_digest(model: nn.Module) -> str | None:
 def _weights_digest(model: nn.Module) -> str | None:
     """Of some evenly spaced values of every parameter, in the order of the model; None where a parameter is not in memory."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            continue
+    for parameter in _own_parameters(model):
         if parameter.is_meta:
             return None
         flat = parameter.detach().reshape(-1)
         digest.update(_bits(flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS]))
     return digest.hexdigest()
+
+
+def _own_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters without those of adapters: what peft puts in the place of a module holds the module itself under one of a few names."""
+    adapted = {name for name, module in model.named_modules(remove_duplicate=False) if hasattr(module, "adapter_layer_names")}
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parts = name.split(".")
+        within = {parts[i] for i in range(1, len(parts)) if ".".join(parts[:i]) in adapted}
+        if id(parameter) not in seen and within <= _HOLD_THE_MODULE:
+            seen.add(id(parameter))
+            yield parameter
 
 
 def _bits(values: torch.Tensor) -> bytes:

@@ -85,8 +85,11 @@ class StaticDecoder:
     """
 
     def __init__(self, memory: EngramModel, max_length: int, capture: bool | None = None) -> None:
-        kinds = set(getattr(memory.base_model.config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
+        config = memory.base_model.config
+        kinds = set(getattr(config, "layer_types", None) or [])
+        if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+            kinds = {"sliding_attention"}
+        if kinds - {"full_attention"}:
             raise AttachError(f"StaticDecoder: got layers of {', '.join(sorted(kinds))}, expected full_attention only.")
         self._memory, self.max_length, self._capture = memory, max_length, capture
         self.prefetcher = RowPrefetcher(static=True)

@@ -1,10 +1,19 @@
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engram import ConfigError, DataError
-from engram.data.corpus import CorpusRecipe, Document, TextSource, build_corpus, held_out_standard_library
+from engram.data.corpus import (
+    CorpusRecipe,
+    Document,
+    DocumentStream,
+    TextSource,
+    build_corpus,
+    held_out_standard_library,
+    split_of,
+)
 from engram.data.packing import pack
 from engram.evaluation.bits_per_byte import text_windows
 from engram.testing import tiny_tokenizer
@@ -39,6 +48,28 @@ def test_bad_sources(tmp_path):
         CorpusRecipe(standard_library=True, held_out_percent=101)
 
 
+def test_the_largest_weight_of_a_text_counts(tmp_path):
+    for name, content in {"a.txt": "fact\n<|doc|>\nother", "facts.txt": "fact\n<|doc|>\nfact two", "later.txt": "last"}.items():
+        (tmp_path / name).write_text(content)
+    texts = (TextSource("*.txt"), TextSource("facts.txt", 20), TextSource("f*.txt", 3))
+    stream = DocumentStream(CorpusRecipe(texts=texts, held_out_percent=100), tmp_path)
+    documents = list(stream)
+    by_heart = [("facts.txt#0", 20), ("facts.txt#1", 20)]
+    assert [(doc.name, doc.weight) for doc in documents] == [("a.txt#1", 1), ("later.txt#0", 1), *by_heart]
+    assert stream.duplicates == 5
+    assert [split_of(doc, stream.recipe) for doc in documents] == ["held_out", "held_out", "train", "train"]
+    assert [(doc.name, doc.weight) for doc in build_corpus(stream.recipe, tmp_path).train] == by_heart
+
+
+def test_a_text_by_heart_is_trained_on_whatever_else_has_its_name(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "n.txt").write_text(f"text in {folder}")
+    recipe = CorpusRecipe(texts=(TextSource("a/n.txt"), TextSource("b/n.txt", 5)), held_out_percent=100)
+    corpus = build_corpus(recipe, tmp_path)
+    assert [[doc.text for doc in side] for side in (corpus.train, corpus.held_out)] == [["text in b"], ["text in a"]]
+
+
 def test_packing_is_exact_seeded_and_weighted():
     tokenizer = tiny_tokenizer()
     documents = [Document("a", "The memory"), Document("b", "rows and rows", weight=3)]
@@ -52,6 +83,17 @@ def test_packing_is_exact_seeded_and_weighted():
     assert abs(text.count("rows and rows") - 3 * text.count("The memory")) <= 4
     with pytest.raises(DataError, match="no documents"):
         pack([], tokenizer, 16, 1, 0)
+
+
+def test_text_cannot_fake_the_start_of_a_packed_document():
+    tokenizer = tiny_tokenizer()
+    ids = pack([Document("a", "one <|endoftext|> two")], tokenizer, 8, 8, seed=0).stream
+    starts = np.flatnonzero(ids == tokenizer.bos_token_id)
+    assert tokenizer.decode(ids[starts[0] + 1 : starts[1]]) == "one <|endoftext|> two"
+    bare = copy.deepcopy(tokenizer)
+    bare.bos_token = bare.eos_token = None
+    with pytest.raises(ConfigError, match="beginning- or end-of-text"):
+        pack([Document("a", "text")], bare, 8, 8, seed=0)
 
 
 def test_windows_cover_every_token_once():

@@ -81,6 +81,25 @@ def test_the_answer_follows_from_the_notes_alone(made):
             assert tuple(answers) == example.expected
 
 
+class SaysTheSame:
+    """A tokenizer whose ids say no less when there are fewer of them."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.said = tokenizer, None
+
+    def __call__(self, *args, **kwargs):
+        return self.tokenizer(*args, **kwargs)
+
+    def decode(self, ids):
+        self.said = self.said or self.tokenizer.decode(ids) + " and so on"
+        return self.said
+
+
+def test_an_example_is_never_longer_than_asked(tokenizer, words):
+    example = make_example(RecallTask(length=120, depth=1.0), words, Distraction(SaysTheSame(tokenizer), TEXTS), 0)
+    assert len(tokenizer(example.text)["input_ids"]) <= 120
+
+
 def test_depth_is_where_the_note_stands(made):
     for kind in ("needle", "multi_key", "tracking"):
         places = []

@@ -12,6 +12,7 @@ from engram.data.html_text import html_to_text
 from engram.data.near_duplicates import NearDuplicates, estimated_overlap, signature
 from engram.data.recipe import KINDS, parse_corpus, read_corpus_recipe
 from engram.data.sources import installed_versions
+from engram.data.texts import load_documents
 
 ROOT = Path(__file__).parents[2]
 LINES = "A line of text that is long enough.\nAnother line of it.\n"
@@ -67,8 +68,79 @@ def test_a_folder_is_read_by_suffix_and_what_is_left_out_is_counted(mixed):
 def test_a_page_reads_like_text():
     page = "<head><style>p {}</style></head><p>One &amp; <b>two</b>\n three</p><script>x()</script><pre>a\n  b</pre><ul><li>i<li>j</ul>"
     assert html_to_text(page) == "One & two three\n\na\n  b\n\ni\nj"
-    assert html_to_text("<html><head><title>t</title><body>shown") == ""  # a head never closed hides what follows
     assert html_to_text("plain < text") == "plain < text"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<html><head><title>T</title><body><p>Hello <b>world</b></p></body></html>",
+        "<!doctype html><head><meta charset=utf-8><title>T</title><p>Hello <b>world</b>",
+        "<head>\n<title>T</title>\n<noscript><img></noscript>\n<style>p {}</style>\nHello world",
+        "<!doctype html><title>T</title><p>Hello world",
+        "<head><title>T<body>Hello world",
+        "<head><noscript><style>p {}</style></head><div>Hello world</div>",
+    ],
+)
+def test_a_head_may_be_left_open(page):
+    assert html_to_text(page) == "Hello world"
+
+
+PARAGRAPH = "The river ran past the mill, and nobody in the village counted its stones any more. " * 4
+CHINESE = "\u6cb3\u6d41\u8fc7\u78e8\u574a\uff0c\u6751\u91cc\u6ca1\u6709\u4eba\u518d\u6570\u77f3\u5934\u4e86\u3002" * 20
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "is_kept"),
+    [
+        ("soft_wrapped.md", "# Title\n" + f"\n{PARAGRAPH}\n" * 6, True),
+        ("article.html", f"<p>{PARAGRAPH}</p>" * 6, True),
+        ("no_spaces.txt", CHINESE, True),
+        ("a_link.md", f"{PARAGRAPH * 2} https://example.org/{'a' * 300}", True),
+        ("picture.md", f"{PARAGRAPH} data:image/png;base64,{'a' * 3000}", False),
+        ("numbers.txt", "1.25 3.5 0.75 2.5 " * 40, False),
+        ("code.py", f"x = '{PARAGRAPH}'\n", False),
+    ],
+)
+def test_prose_may_have_long_lines(tmp_path, name, content, is_kept):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    stream = DocumentStream(CorpusRecipe(folders=(FolderSource("."),)), tmp_path)
+    assert [Path(doc.name).name for doc in stream] == [name] * is_kept
+    assert stream.skipped == ({} if is_kept else {"long lines": 1})
+
+
+def test_patterns_match_files_whatever_their_names_and_folders_are_called(tmp_path):
+    folder = tmp_path / "draft [1] *?"
+    (folder / "sub" / "deeper").mkdir(parents=True)
+    for name in ("a.txt", "b[1].txt", "sub/c.txt", "sub/deeper/d.txt"):
+        (folder / name).write_text(f"text of {name}")
+
+    def matched(pattern):
+        return [doc.name for doc in DocumentStream(CorpusRecipe(texts=(TextSource(pattern),)), folder)]
+
+    assert matched("*.txt") == ["a.txt#0", "b[1].txt#0"]
+    assert matched("b[1].txt") == ["b[1].txt#0"]  # as a pattern it means b1.txt
+    assert matched("sub/**") == ["c.txt#0", "d.txt#0"]  # folders match too
+    assert matched(str(folder / "a.txt")) == ["a.txt#0"]
+    (folder / "broken.txt").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"cannot read .*broken\.txt"):
+        matched("*.txt")
+
+
+def test_separators_are_lines_and_byte_order_marks_no_text(tmp_path):
+    contents = {
+        "a.txt": "a\n<|doc|>\n<|doc|>\nb\n<|doc|> no line\n",
+        "b.txt": "\ufeff<|doc|>\nc\n\n<|doc|>",
+        "c.txt": "\ufeffa",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content.encode().replace(b"\n", b"\r\n"))
+    stream = DocumentStream(CorpusRecipe(texts=(TextSource("*.txt"),)), tmp_path)
+    documents = {"a.txt#0": "a", "a.txt#1": "b\n<|doc|> no line", "b.txt#0": "c"}
+    assert {doc.name: doc.text for doc in stream} == documents
+    assert stream.duplicates == 1
+    assert load_documents(tmp_path / "a.txt") == {"a": ["a", "b\n<|doc|> no line"]}
+    assert load_documents(tmp_path / "b.txt") == {"b": ["c"]}
 
 
 def test_documentation_is_what_the_installation_says_about_itself():

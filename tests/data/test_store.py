@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -6,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,6 +149,34 @@ def test_places_that_cannot_be_used(text_recipe, tokenizer, text_folder, tmp_pat
     assert not (tmp_path / "none").exists()
     (tmp_path / "empty").mkdir()
     assert len(build_store(text_recipe, tokenizer, text_folder, tmp_path / "empty"))
+
+
+def test_a_store_may_be_built_through_a_link(text_recipe, tokenizer, text_folder, tmp_path):
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    for name in ("empty", "missing"):
+        link = tmp_path / name
+        link.symlink_to(tmp_path / "disk" / name)
+        assert len(build_store(text_recipe, tokenizer, text_folder, link))
+        assert link.is_symlink()
+        assert TokenStore(tmp_path / "disk" / name).fingerprint == TokenStore(link).fingerprint
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "empty", "missing"}
+
+
+def test_a_mount_point_is_refused_before_the_work(text_recipe, tokenizer, text_folder, tmp_path, monkeypatch):
+    out, rename, shown = tmp_path / "volume", os.rename, []
+    out.mkdir()
+
+    def as_of_a_mount_point(source, target, **options):
+        if Path(source) == out:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        rename(source, target, **options)
+
+    monkeypatch.setattr(os, "rename", as_of_a_mount_point)
+    with pytest.raises(CheckpointError, match=r"a mount point.*choose a folder inside it"):
+        build_store(text_recipe, tokenizer, text_folder, out, lambda *done: shown.append(done))
+    assert not shown
+    assert not list(out.iterdir())
+    assert len(build_store(text_recipe, tokenizer, text_folder, out / "store"))
 
 
 def damage_tokens(folder):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engram.data.near_duplicates import NearDuplicates
 from engram.data.recipe import CorpusRecipe, FolderSource, TextSource
-from engram.data.sources import Document, Source, UnfitSource, bucket, list_sources, standard_library_sources
+from engram.data.sources import Document, Source, UnfitSource, bucket, list_sources, standard_library_sources, text_sources
 from engram.errors import DataError
 
 __all__ = [
@@ -52,6 +52,8 @@ class SourceDigest:
 class DocumentStream:
     """The documents of a recipe one after another, without duplicates: memory does not grow with the text, only with the number of documents.
 
+    Of texts that are the same the first one stays; where ``texts`` give them different weights, the first one of the largest weight.
+
     Iterating again reads the files again. After an iteration ``duplicates``, ``near_duplicates`` (documents left out) and ``skipped``
     (files left out, by reason) tell what it left out, and ``read`` what it read.
 
@@ -69,6 +71,7 @@ class DocumentStream:
         self.skipped: Counter[str] = Counter()
         self._digest = hashlib.sha256()
         self._seen: set[bytes] = set()
+        self._by_heart: dict[bytes, int] = {}
         threshold = self.recipe.near_duplicates
         self._similar = None if threshold is None else NearDuplicates(threshold)
 
@@ -79,6 +82,7 @@ class DocumentStream:
             DataError: a named file is missing, empty or not UTF-8.
         """
         self._start()
+        self._by_heart = _weights_by_text(self.recipe, self.folder)
         for source in list_sources(self.recipe, self.folder):
             content = self._load(source)
             if content is None:
@@ -120,8 +124,8 @@ class DocumentStream:
         return content
 
     def _is_new(self, document: Document) -> bool:
-        digest = hashlib.sha256(document.text.encode()).digest()
-        if digest in self._seen:
+        digest = _digest(document)
+        if digest in self._seen or document.weight < self._by_heart.get(digest, 1):
             self.duplicates += 1
             return False
         self._seen.add(digest)
@@ -135,6 +139,23 @@ class DocumentStream:
         return new
 
 
+def _weights_by_text(recipe: CorpusRecipe, folder: Path) -> dict[bytes, int]:
+    """Largest weight of every text that a recipe may give two weights."""
+    least = min((text.weight for text in recipe.texts), default=1)
+    weights: dict[bytes, int] = {}
+    for text in recipe.texts:
+        if text.weight > least:
+            for source in text_sources(text, folder):
+                for document in source.documents(source.load()):
+                    digest = _digest(document)
+                    weights[digest] = max(text.weight, weights.get(digest, 1))
+    return weights
+
+
+def _digest(document: Document) -> bytes:
+    return hashlib.sha256(document.text.encode()).digest()
+
+
 def build_corpus(recipe: CorpusRecipe, folder: Path) -> Corpus:
     """Collect, deduplicate and split, all in memory; ``build_store`` streams.
 
@@ -145,10 +166,10 @@ def build_corpus(recipe: CorpusRecipe, folder: Path) -> Corpus:
     Raises:
         DataError: a named file is missing, empty or not UTF-8, or nothing is left to train on.
     """
-    documents = list(DocumentStream(recipe, folder))
-    held_out = [doc for doc in documents if split_of(doc, recipe) == "held_out"]
-    names = {doc.name for doc in held_out}
-    train = [doc for doc in documents if doc.name not in names]
+    sides: dict[str, list[Document]] = {split: [] for split in SPLITS}
+    for document in DocumentStream(recipe, folder):
+        sides[split_of(document, recipe)].append(document)
+    train, held_out = sides["train"], sides["held_out"]
     if not train:
         raise DataError("corpus: no documents to train on; name more text files in the recipe.")
     return Corpus(train, held_out)
@@ -161,7 +182,7 @@ def held_out_standard_library(recipe: CorpusRecipe | None = None) -> list[Docume
     for source in standard_library_sources(recipe, lambda name: _is_held_out(name, recipe)):
         try:
             for doc in source.documents(source.load()):
-                kept.setdefault(hashlib.sha256(doc.text.encode()).digest(), doc)
+                kept.setdefault(_digest(doc), doc)
         except UnfitSource:
             continue  # some test files are broken on purpose
     return list(kept.values())

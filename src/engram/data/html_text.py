@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 
 __all__ = ["html_to_text"]
 
-_HIDDEN = {"script", "style", "template", "noscript", "head"}
+_HIDDEN = {"script", "style", "template", "noscript", "title"}
+_OF_HEAD = {*_HIDDEN, "html", "head", "base", "link", "meta"}
 _BLOCKS = {
     "p",
     "div",
@@ -39,28 +40,42 @@ class _Reader(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
         self._hidden = self._preformatted = 0
+        self._in_head = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "head":
+            self._in_head = True
+        elif tag == "body":
+            self._show()
+        elif tag not in _OF_HEAD and not self._hidden:  # HTML may leave out both the end of <head> and <body>
+            self._in_head = False
         self._hidden += tag in _HIDDEN
         self._preformatted += tag == "pre"
         self._break(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag == "body" or (tag in _HIDDEN and self._hidden):  # an end of <head> left out must not hide the page
-            self._hidden = 0 if tag in ("body", "head") else self._hidden - 1
+        if tag in ("body", "head"):
+            self._show()
+        elif tag in _HIDDEN and self._hidden:
+            self._hidden -= 1
         if tag == "pre" and self._preformatted:
             self._preformatted -= 1
         self._break(tag)
 
     def handle_data(self, data: str) -> None:
-        if self._hidden:
+        if self._hidden or (self._in_head and data.isspace()):
             return
+        self._in_head = False
         if not self._preformatted:
             data = re.sub(r"\s+", " ", data)
             if not self.parts or self.parts[-1].endswith("\n"):
                 data = data.lstrip()
         if data:
             self.parts.append(data)
+
+    def _show(self) -> None:
+        """Leave the head; what was left open in it must not hide the page."""
+        self._hidden, self._in_head = 0, False
 
     def _break(self, tag: str) -> None:
         if tag in _BLOCKS and not self._hidden and self.parts and not self.parts[-1].endswith("\n\n"):

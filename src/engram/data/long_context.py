@@ -33,7 +33,6 @@ RECALL_TASKS: dict[str, str] = {
 }
 """The kinds of question."""
 
-_FITTING_ROUNDS = 8
 _IS = " = "
 
 
@@ -129,12 +128,11 @@ def make_example(task: RecallTask, words: RecallWords, distraction: Distraction,
             f"{task.kind}: a length of {task.length} tokens has no room for its notes and questions, which take {needed}."
         )
     filler = distraction.stretch(rng, task.length - needed)
-    for _ in range(_FITTING_ROUNDS):  # text that is cut and joined does not have the sum of its parts' tokens
-        text, spans = _assemble(filler, notes, plan.questions, distraction)
-        excess = _count(distraction.tokenizer, text) - task.length
-        if excess <= 0:
-            break
+    text, spans = _assemble(filler, notes, plan.questions, distraction)
+    # Text that is cut and joined does not have the sum of its parts' tokens. Without any filler it fits, so this ends.
+    while (excess := _count(distraction.tokenizer, text) - task.length) > 0:
         filler = filler[: max(0, len(filler) - excess)]
+        text, spans = _assemble(filler, notes, plan.questions, distraction)
     return RecallExample(task.kind, task.length, text, tuple(spans), tuple(depth for _, _, depth in plan.questions))
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from engram.data.corpus import Document
+from engram.data.store import begin_token
 from engram.errors import DataError
+from engram.hashing import count_ids
 
 __all__ = ["PackedDataset", "pack"]
 
@@ -35,16 +37,21 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 def pack(documents: Sequence[Document], tokenizer: Any, seq_len: int, blocks: int, seed: int) -> PackedDataset:
     """Exactly ``blocks`` blocks: epoch after epoch, each in its own seeded order, a document as often as its weight says.
 
-    Every document starts with the tokenizer's beginning-of-text token. The same arguments give the same blocks.
+    Every document starts with the tokenizer's beginning-of-text token (or else its end-of-text token) and holds no other special token:
+    text that looks like one is text. The same arguments give the same blocks.
 
     Raises:
         DataError: there are no documents.
+        ConfigError: the tokenizer has neither token.
     """
     if not documents:
         raise DataError("pack: got no documents.")
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    encoded = tokenizer([doc.text for doc in documents], return_attention_mask=False, verbose=False)["input_ids"]
-    ids = [np.asarray(row, dtype=dtype) for row in encoded]
+    dtype = np.uint16 if count_ids(tokenizer) <= 1 << 16 else np.uint32
+    begin = begin_token(tokenizer)
+    texts = [doc.text for doc in documents]
+    options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False, "verbose": False}
+    encoded = tokenizer(texts, **options)["input_ids"]
+    ids = [np.asarray([begin, *row], dtype=dtype) for row in encoded]
     copies = np.repeat(np.arange(len(documents)), [doc.weight for doc in documents])
     rng = np.random.default_rng(seed)
     wanted, pieces, length = blocks * seq_len, [], 0

@@ -36,7 +36,8 @@ class TextSource:
     path: str
     """A file or a glob pattern, relative to the recipe."""
     weight: int = 1
-    """How often each document is seen per epoch. Files of weight above 1 are for knowing by heart and are never held out."""
+    """How often each document is seen per epoch. Files of weight above 1 are for knowing by heart and are never held out.
+    Where several entries name the same text, the largest weight counts."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:

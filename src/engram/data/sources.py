@@ -27,14 +27,17 @@ __all__ = [
     "bucket",
     "installed_versions",
     "list_sources",
+    "split_documents",
     "standard_library_sources",
+    "text_sources",
 ]
 
 DOCUMENT_SEPARATOR = "<|doc|>"
 """A line that holds just this separates documents inside a text file."""
 
 _MIN_CHARACTERS = 40
-_MAX_MEAN_LINE = 120  # longer on average: a generated table, not prose or code
+_MAX_MEAN_LINE = 120  # longer on average: a generated table, not code; prose may have a paragraph on each line
+_LONG_WORD = re.compile(r"[!-~]{100,}")  # of ASCII alone: not all languages put spaces between words
 _DOCUMENTATION_SUFFIXES = (".rst", ".txt", ".md", ".html")
 _PROSE_SUFFIXES = (*_DOCUMENTATION_SUFFIXES, ".htm", ".tex", ".org", "")
 _OURSELVES = "engram-memory"  # a corpus must not change with every line of our own description
@@ -79,7 +82,7 @@ class Source:
             if self.required_path is None:
                 raise UnfitSource("not UTF-8") from None
             raise DataError(f"corpus: {self.required_path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
-        yield from self.parse(text.replace("\r\n", "\n").replace("\r", "\n"))
+        yield from self.parse(text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def list_sources(recipe: CorpusRecipe, folder: Path) -> Iterator[Source]:
@@ -89,7 +92,7 @@ def list_sources(recipe: CorpusRecipe, folder: Path) -> Iterator[Source]:
         DataError: a named file or folder is missing.
     """
     for text in recipe.texts:
-        yield from _text_sources(text, folder)
+        yield from text_sources(text, folder)
     for source in recipe.folders:
         yield from _folder_sources(source, folder)
     if recipe.standard_library:
@@ -103,13 +106,32 @@ def bucket(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:4], "big") % 100
 
 
-def _text_sources(source: TextSource, folder: Path) -> Iterator[Source]:
-    files = sorted(glob.glob(str(folder / source.path), recursive=True))
+def split_documents(text: str) -> list[str]:
+    """Documents of a text: what stands between lines that hold just ``DOCUMENT_SEPARATOR``; empty ones are left out."""
+    parts = re.split(rf"^{re.escape(DOCUMENT_SEPARATOR)}$", text, flags=re.MULTILINE)
+    return [part.strip("\n") for part in parts if part.strip()]
+
+
+def text_sources(source: TextSource, folder: Path) -> Iterator[Source]:
+    """The files that one entry of a recipe's ``texts`` names, sorted.
+
+    Raises:
+        DataError: there are none.
+    """
+    files = _matching(source.path, folder)
     if not files:
         raise DataError(f"corpus: no file matches {source.path!r} in {folder}; check the recipe's 'texts'.")
     for file in files:
         name = Path(file).name
         yield Source(name, partial(_load_named, file), partial(_split_text, file, name, source.weight), required_path=file)
+
+
+def _matching(pattern: str, folder: Path) -> list[str]:
+    literal = str(folder / pattern)
+    if os.path.isfile(literal):  # names may hold brackets and stars
+        return [literal]
+    found = sorted(str(folder / match) for match in glob.glob(pattern, root_dir=folder, recursive=True))
+    return [path for path in found if os.path.isfile(path) or not os.path.exists(path)]  # reading a broken link is an error
 
 
 def _load_named(file: str) -> bytes:
@@ -120,8 +142,7 @@ def _load_named(file: str) -> bytes:
 
 
 def _split_text(file: str, name: str, weight: int, text: str) -> Iterator[Document]:
-    parts = [part.strip("\n") for part in f"\n{text}\n".split(f"\n{DOCUMENT_SEPARATOR}\n")]
-    parts = [part for part in parts if part.strip()]
+    parts = split_documents(text)
     if not parts:
         raise DataError(f"corpus: {file} is empty.")
     for number, part in enumerate(parts):
@@ -176,17 +197,23 @@ def _kind_of(relative: PurePosixPath) -> str:
 
 
 def _whole_file(name: str, kind: str, text: str) -> Iterator[Document]:
-    if name.lower().endswith((".html", ".htm")):
+    is_page = name.lower().endswith((".html", ".htm"))
+    if is_page:
         text = html_to_text(text)
-    _check(text)
+    _check(text, is_prose=is_page or kind in ("prose", "documentation"))
     yield Document(name, text, kind=kind)
 
 
-def _check(text: str) -> None:
+def _check(text: str, is_prose: bool) -> None:
     if len(text) < _MIN_CHARACTERS:
         raise UnfitSource("too short")
-    if len(text) / (text.count("\n") + 1) > _MAX_MEAN_LINE:
+    if len(text) / (text.count("\n") + 1) > _MAX_MEAN_LINE and not (is_prose and _reads_as_words(text)):
         raise UnfitSource("long lines")
+
+
+def _reads_as_words(text: str) -> bool:
+    """Whether at least half of a text is letters of words, in any language; data of a file or a table of numbers is not."""
+    return 2 * sum(map(str.isalpha, _LONG_WORD.sub("", text))) >= len(text)
 
 
 def standard_library_sources(recipe: CorpusRecipe, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Source]:
@@ -211,7 +238,7 @@ def _standard_library_files(recipe: CorpusRecipe, suffixes: tuple[str, ...]) -> 
 
 
 def _python_file(name: str, is_test: bool, text: str) -> Iterator[Document]:
-    _check(text)
+    _check(text, is_prose=False)
     yield Document(name, text, kind="test" if is_test else "code")
     if not is_test:
         yield from _docstrings(name, text)

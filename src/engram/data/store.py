@@ -160,10 +160,11 @@ def build_store(
     if (out / STORE_NAME).exists():
         return _open_same(out, identity, recipe)
     _refuse_other_files(out)
-    with sole_builder(out):
+    place = Path(os.path.realpath(out))  # a link stays one
+    with sole_builder(place):
         if (out / STORE_NAME).exists():  # somebody else was faster
             return _open_same(out, identity, recipe)
-        with appearing_whole(out) as temporary:
+        with appearing_whole(place) as temporary:
             made_of = {"installed": installed_versions(recipe), **(note or {})}
             write_store_files(temporary, stream, tokenizer, identity, sources, show, made_of)
     return TokenStore(out)

@@ -20,6 +20,7 @@ from engram.data.corpus import SPLITS, DocumentStream, SourceDigest, split_of
 from engram.data.recipe import KINDS, CorpusRecipe
 from engram.data.sources import Document
 from engram.errors import CheckpointError, DataError
+from engram.hashing import count_ids
 
 __all__ = [
     "DOCUMENTS_NAME",
@@ -60,8 +61,13 @@ def sole_builder(out: Path) -> Iterator[None]:
 
 @contextmanager
 def appearing_whole(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``out`` at the end, or nothing."""
+    """A temporary folder that becomes ``out``, which is no link, at the end; or nothing.
+
+    Raises:
+        CheckpointError: it cannot be written, or ``out`` is a folder that nothing can replace.
+    """
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    _check_replaceable(out, temporary)
     try:
         temporary.mkdir()
         yield temporary
@@ -80,6 +86,20 @@ def appearing_whole(out: Path) -> Iterator[Path]:
         raise
 
 
+def _check_replaceable(out: Path, aside: Path) -> None:
+    """Fail before the work and not after it: a folder that cannot be moved (a mount point) cannot be replaced either."""
+    if not out.is_dir():
+        return
+    try:
+        out.rename(aside)
+        aside.rename(out)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot put a token store in the place of the folder {out} ({error.strerror}; a mount point?); choose a folder inside it, such "
+            f"as {out / 'store'}."
+        ) from None
+
+
 def write_store_files(
     folder: Path,
     stream: DocumentStream,
@@ -95,7 +115,7 @@ def write_store_files(
         DataError: a source cannot be used, changed while it was read, or nothing is left to train on.
         OSError: the disk is full.
     """
-    vocab_size, begin = len(tokenizer), identity["tokenizer"]["begin_id"]
+    vocab_size, begin = count_ids(tokenizer), identity["tokenizer"]["begin_id"]
     dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
     chunks: list[np.ndarray] = []
     start = 0

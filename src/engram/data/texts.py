@@ -9,7 +9,7 @@ import yaml
 
 from engram.data.corpus import held_out_standard_library
 from engram.data.facts import load_facts
-from engram.data.sources import DOCUMENT_SEPARATOR
+from engram.data.sources import split_documents
 from engram.errors import DataError
 
 __all__ = ["load_documents", "load_texts", "standard_texts"]
@@ -48,11 +48,10 @@ def load_documents(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     if file.suffix in (".yaml", ".yml"):
         return load_texts(file)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read texts {path}: {error}. Expected a text file in UTF-8, or YAML.") from None
-    parts = [part.strip("\n") for part in f"\n{text}\n".split(f"\n{DOCUMENT_SEPARATOR}\n")]
-    documents = [part for part in parts if part.strip()]
+    documents = split_documents(text)
     if not documents:
         raise DataError(f"{path}: the file is empty; expected text.")
     return {file.stem: documents}

@@ -44,12 +44,12 @@ def opened(run, checkpoint):
     return EngramModel.from_pretrained(model, checkpoint, tokenizer_of(run), TableConfig(dtype="float32")).eval()
 
 
-def checkpoints(run, every):
-    """Checkpoints by step, thinned out."""
+def checkpoints(run, first, every):
+    """Checkpoints by step from ``first`` on, thinned out."""
     found = {int(folder.name.split("-")[1]): folder for folder in (run / "checkpoints").glob("checkpoint-*")}
     if not found:
         raise SystemExit(f"{run}: holds no checkpoints; expected a run of engram train with keep_checkpoints: true")
-    return {step: found[step] for step in sorted(found) if step % every == 0}
+    return {step: found[step] for step in sorted(found) if step >= first and step % every == 0}
 
 
 def recipe_of(run):
@@ -122,6 +122,7 @@ def main():
     parser.add_argument("--plain", type=Path, nargs="+", help="runs of engram train without a memory, one for each seed")
     parser.add_argument("--joint", type=Path, nargs="+", help="runs with a memory, of the same seeds")
     parser.add_argument("--every", type=int, default=50, help="measure checkpoints at multiples of so many steps")
+    parser.add_argument("--first", type=int, default=0, help="leave out checkpoints before this step")
     parser.add_argument("--pairs", type=Path, help="folder to write the pairs of equal loss into")
     parser.add_argument(
         "--workers",
@@ -138,7 +139,12 @@ def main():
         runs = tiny_runs(Path(folder)) if args.quick else dict(zip(KINDS, (args.plain, args.joint)))
         sizes = {"length": 64, "held_out": 2} if args.quick else {"length": LENGTH, "held_out": HELD_OUT}
         every = 8 if args.quick else args.every
-        tasks = [(kind, run, step, at) for kind in KINDS for run in runs[kind] for step, at in checkpoints(run, every).items()]
+        tasks = [
+            (kind, run, step, at)
+            for kind in KINDS
+            for run in runs[kind]
+            for step, at in checkpoints(run, args.first, every).items()
+        ]
         one = functools.partial(measured, sizes=sizes)
         entries = []
         with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:

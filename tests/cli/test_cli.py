@@ -122,6 +122,7 @@ def test_trace_of_a_sentence(monkeypatch, capsys):
         (["trace", "a", "--memory", "nowhere"], 1, "no memory in nowhere"),
         (["trace", "a", "--tokenizer", "x"], 2, "goes with --demo-size"),
         (["trace", "a", "--demo-size", "--memory", "x"], 2, "cannot be combined"),
+        (["trace", "a", "--demo-size", "--model", "x"], 2, "got a model beside --demo-size"),
         (["pretrain", "none.yaml", "--out", "run"], 2, "does not exist"),
         (["recall", "--tasks", "needle,haystack"], 2, "tasks: got haystack, expected some of needle"),
         (["recall", "--lengths", "256,4096"], 2, "lengths: got 4096, expected at most 1024"),

@@ -81,6 +81,17 @@ def test_a_file_that_is_no_result_is_not_written_over(monkeypatch, capsys, tmp_p
     assert file.read_text() == "my notes"
 
 
+def test_a_run_folder_with_the_result_of_another_sweep_keeps_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("engram.experiments.run_sweep", None)
+    file = tmp_path / "run" / "sweep.json"
+    file.parent.mkdir()
+    file.write_text('{"sweep": "slots"}')
+    code, _, err = invoke(monkeypatch, capsys, "sweep", SWEEP, "--out", tmp_path / "run")
+    assert code == 1
+    assert "is the result of sweep 'slots', expected 'tiny'" in err
+    assert file.read_text() == '{"sweep": "slots"}'
+
+
 @pytest.mark.parametrize(
     ("result", "words"),
     [

@@ -1,9 +1,12 @@
 """The commands that move knowledge, on a tiny model saved to disk."""
 
 import copy
+import hashlib
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 
 import pytest
 
@@ -91,6 +94,24 @@ def test_more_facts_join_and_contradictions_do_not(engram, taught, tmp_path):
     assert engram("ask", "KEY:gamma 4", "--memory", taught)[1] == "none\n"
 
 
+def pipe_with(content, pipe):
+    """A pipe into which a thread writes; one that nobody reads holds nobody up."""
+    os.mkfifo(pipe)
+    Thread(target=pipe.write_text, args=[content], daemon=True).start()
+    return pipe
+
+
+def test_facts_from_a_pipe_are_read_once(engram, world, tmp_path):
+    facts = pipe_with(TWO, tmp_path / "facts")
+    code, _, err = engram("teach", facts, "--memory", tmp_path / "m", "--model", world / "base")
+    assert code == 0, err
+    (fact,) = json.loads(engram("facts", "--memory", tmp_path / "m", "--json")[1])
+    assert (fact["source"], fact["sha256"]) == ("facts", hashlib.sha256(TWO.encode()).hexdigest())
+    code, _, err = engram("teach", pipe_with("[", tmp_path / "wrong"), "--memory", tmp_path / "m")
+    assert code == 2
+    assert f"{tmp_path / 'wrong'} is not valid YAML" in err
+
+
 def test_what_is_not_exact_is_listed(engram, world, tmp_path, monkeypatch):
     from engram.editing import TeachSettings
 
@@ -146,6 +167,22 @@ def test_evaluation_is_written(engram, taught, tmp_path):
     assert "colour" in (tmp_path / "r.md").read_text()
     assert (tmp_path / "p" / "recall.png").is_file()
     assert "engram eval" in result["provenance"]["command"]
+
+
+def test_a_demo_does_not_write_over_what_somebody_taught(engram, taught, world, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "memory").symlink_to(taught)
+    monkeypatch.setattr("engram.cli.demo._Demo.run", None)  # a refusal comes before the work
+    command = ("demo", "--facts", "two.yaml", "--model", world / "base", "--out", tmp_path / "out")
+    code, _, err = engram(*command)
+    assert code == 2
+    assert "holds 2 facts that are not among those of this demo ('KEY:alpha 17' for one)" in err
+    with pytest.raises(TypeError):  # its own facts are no obstacle
+        engram("demo", "--facts", "one.yaml", *command[3:])
+    tiny_memory(load_model(str(world / "base"))[0]).save_pretrained(tmp_path / "trained" / "memory")
+    code, _, err = engram(*command[:-1], tmp_path / "trained")
+    assert code == 2
+    assert "a memory that no demo made" in err
 
 
 def test_facts_are_generated(engram, tmp_path):

@@ -1,7 +1,17 @@
+import io
+import os
+import sys
+from functools import partial
+
 import pytest
 import typer
 
-from engram.cli.outputs import check_writable
+from engram.checkpoint import ConversionReport
+from engram.cli.convert import print_report
+from engram.cli.outputs import check_writable, is_terminal
+from engram.cli.place import _print_layers
+from engram.cli.trace import _print_table
+from engram.evaluation import Trace
 
 
 def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
@@ -12,3 +22,27 @@ def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
     assert (tmp_path / "old.json").read_text() == "{}"
     with pytest.raises(typer.BadParameter, match="cannot write"):
         check_writable(tmp_path / "old.json" / "r.json")
+
+
+def test_what_is_no_regular_file_is_left_alone(tmp_path):
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    check_writable(pipe)  # without waiting for a reader
+    assert pipe.is_fifo()
+    link.symlink_to(tmp_path / "nothing yet")
+    check_writable(link)
+    assert link.is_symlink()
+    assert not (tmp_path / "nothing yet").exists()
+
+
+def test_a_closed_stream_is_no_terminal(monkeypatch):
+    assert not is_terminal(io.StringIO())
+    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `>&-`
+    assert not is_terminal(sys.stdout)
+    report = ConversionReport(source="a", out="b", dtype_before="float32", dtype_after="int8", layers=[])
+    for show in (
+        partial(print_report, report),
+        partial(_print_layers, []),
+        partial(_print_table, Trace("", [], {}, []), False),
+    ):
+        show()

@@ -575,6 +575,15 @@ def test_lessons_are_heard_whatever_surrounds_them(surroundings):
     assert all(editor.verify().values())
 
 
+def test_every_part_is_afterwards_in_the_mode_it_was_in():
+    model = tiny_model("gpt2").train()
+    editor = MemoryEditor.create(model, tiny_tokenizer())
+    model.eval()
+    editor.teach(FACTS[1:2])
+    assert editor.memory.training
+    assert not any(module.training for module in model.modules())
+
+
 def test_what_was_loaded_in_inference_mode_is_not_taught():
     with torch.inference_mode():
         editor = make_editor()

@@ -36,8 +36,11 @@ def test_a_model_that_copies_gains_what_a_token_costs():
 def test_a_model_that_does_not_look_back_gains_nothing():
     memory = tiny_memory(tiny_model())
     memory.train()
+    memory.base_model.eval()
     assert abs(measure_copying(memory, tokens=12, sequences=9)) < 0.1
     assert memory.training
+    assert memory.engrams.training
+    assert not any(module.training for module in memory.base_model.modules())
     assert measure_copying(memory, tokens=12) == measure_copying(memory, tokens=12)
 
 

@@ -108,6 +108,23 @@ def test_every_rho_has_the_same_total_active_and_operations(rho):
     assert count_model(built(mixed.backbone, mixed.engram)) == mixed.counts
 
 
+@pytest.mark.parametrize("orders", [{0: [2]}, {0: [2], 2: [2]}, {0: [4], 2: [4]}])
+def test_tables_take_the_rest_whatever_orders_layers_read(orders):
+    few = allocate(backbone(**ROOMY), engram(max_ngram_size=4, layer_orders=orders), **BUDGET, rho=0.8)
+    assert few.counts.total == pytest.approx(BUDGET["total"], rel=TOLERANCE)
+    assert few.counts.rho == pytest.approx(0.8, abs=0.01)
+
+
+def test_heads_that_get_too_few_rows_are_counted():
+    with pytest.raises(ConfigError, match="fewer than two rows for each of 8 heads"):
+        allocate(backbone(**ROOMY), engram(max_ngram_size=4, layer_orders={0: [2]}), **BUDGET, rho=0.9999)
+
+
+def test_rows_per_head_stay_what_they_were():
+    found = [allocate(backbone(**ROOMY), engram(max_ngram_size=n), **BUDGET, rho=0.8).engram for n in (3, 4)]
+    assert [memory.engram_vocab_size for memory in found] == [(1479, 1479), (960, 960, 960)]
+
+
 @settings(max_examples=40, deadline=None)
 @given(total=st.integers(1_000, 2_000_000), active=st.integers(500, 500_000), rho=st.floats(0.01, 1.0))
 def test_a_budget_is_met_or_refused(total, active, rho):

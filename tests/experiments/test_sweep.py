@@ -286,6 +286,20 @@ def test_models_side_by_side_are_compared_with_the_one_that_the_recipe_names():
         ({"variants": {"rho": {"0.6": {"weight_decay": -1}}}, "tune": None}, "weight_decay"),
         ({"variants": {"rho": {"0.6": {"bf16": "no"}}}, "tune": None}, "true or false"),
         ({"variants": {"rho": {"0.6": {"engram": None, "budget.rho": 0.6}}}, "tune": None}, "without a memory"),
+        (
+            {
+                "question": "slots",
+                "variants": {
+                    "rows": {
+                        "none": {"budget.rho": 1.0},
+                        "more": {"budget.rho": 0.6},
+                        "no": {"budget.rho": 1.0, "learning_rate": 0.1},
+                    }
+                },
+                "tune": None,
+            },
+            "got no, none without a memory, expected at most one",
+        ),
     ],
 )
 def test_impossible_sweeps_are_refused_before_anything_runs(tmp_path, change, words):

@@ -137,7 +137,7 @@ def _write_locked(
         if ledger is not None:
             account.write_text(json.dumps(ledger, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
             files["ledger"] = _finished(account)
-        write_json_atomically(folder / DESCRIPTION_NAME, {"format_version": FORMAT_VERSION, **description, **files})
+        _replace(folder / DESCRIPTION_NAME, _as_json({"format_version": FORMAT_VERSION, **description, **files}))
     except BaseException as error:  # Ctrl-C while writing too: leave no half file behind
         if weights.name in (_named_files(folder) or ()):  # it came after the save was done
             _discard(*(folder / file for file in replaced), pending)
@@ -153,11 +153,26 @@ def _write_locked(
 
 def write_json_atomically(path: Path, fields: Mapping[str, Any]) -> None:
     """Replace ``path`` by the JSON of ``fields`` in one rename, on disk before it returns."""
-    write_atomically(path, (json.dumps(fields, indent=2) + "\n").encode())
+    write_atomically(path, _as_json(fields))
+
+
+def _as_json(fields: Mapping[str, Any]) -> bytes:
+    return (json.dumps(fields, indent=2) + "\n").encode()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content`` in one rename, on disk before it returns."""
+    """Replace ``path`` by ``content`` in one rename, on disk before it returns.
+
+    Of a link it is the target that is replaced. What is no regular file (a pipe, a device) is written into.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    _replace(Path(os.path.realpath(path)), content)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Replace what has the name ``path``, be it a link: a description that leads into another memory or a hub's cache is not ours to write."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_bytes(content)

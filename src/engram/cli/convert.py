@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engram.cli.loading import Running, open_base
-from engram.cli.outputs import check_writable
+from engram.cli.outputs import check_writable, is_terminal
 
 if TYPE_CHECKING:
     from engram.checkpoint import ConversionReport
@@ -107,7 +107,7 @@ def print_report(report: ConversionReport) -> None:
         sizes = (f"{n:,}" for n in (layer.rows, layer.bytes_before, layer.bytes_after))
         errors = (f"{x:.4g}" for x in (layer.max_abs_error, layer.rms_error, layer.rms_rows))
         table.add_row(str(layer.layer_id), *sizes, *errors, f"{100 * layer.relative_error:.3g} %")
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console(width=None if is_terminal(sys.stdout) else 160).print(table)
 
 
 def _compare(source: Path, out: Path, model: str | None, text: str | None) -> dict[str, Any]:

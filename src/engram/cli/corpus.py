@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.outputs import check_writable, made_with
+from engram.cli.outputs import check_writable, is_terminal, made_with
 
 if TYPE_CHECKING:
     from engram.data.contamination import Contamination
@@ -139,4 +139,4 @@ def _print_contamination(entry: Contamination) -> None:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+    return Console(width=None if is_terminal(sys.stdout) else _PIPED_WIDTH)

@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running
 from engram.cli.outputs import made_with
+
+if TYPE_CHECKING:
+    from engram.data.facts import Fact
 
 __all__ = ["demo_command"]
 
@@ -44,6 +47,7 @@ def demo_command(
     running.check()
     console = Console()
     taught = load_facts(facts or _FACTS / "facts.yaml")
+    _refuse_to_lose(out / "memory", taught)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.html").touch()
@@ -55,6 +59,7 @@ def demo_command(
     demo = _Demo(base, tokenizer, taught, seed, console, knows_capitals=model == "bundled")
     demo.run()
     with lock_store(out / "memory"):
+        _refuse_to_lose(out / "memory", taught)  # somebody may have taught it more meanwhile
         demo.editor.save(out / "memory", overwrite=True)  # a demo may be shown again
     result = demo.result(
         command=_command(facts, model, seed, running), model=model, seed=seed, seconds=round(time.monotonic() - started)
@@ -68,6 +73,28 @@ def demo_command(
         missed = [fact.prompts[0] for fact in taught if fact.id in demo.report.not_exact]
         console.print(f"[bold red]not exact ({len(missed)}):[/] {escape(', '.join(missed[:10]))}")
         raise typer.Exit(1)
+
+
+def _refuse_to_lose(memory: Path, facts: list[Fact]) -> None:
+    """Refuse to write over a memory that holds anything but these facts."""
+    from engram.checkpoint import DESCRIPTION_NAME, read_description, read_ledger
+    from engram.data.facts import quoted
+    from engram.editing import Ledger
+    from engram.errors import ConfigError
+
+    if not (memory / DESCRIPTION_NAME).exists():
+        return
+    ledger = read_ledger(memory, read_description(memory))
+    if ledger is None:
+        raise ConfigError(f"{memory} holds a memory that no demo made; choose another folder with --out.")
+    taught = {(fact.answer, frozenset(fact.prompts)) for fact in facts}
+    held = [entry.to_fact() for entry in Ledger.from_dict(ledger)]
+    others = [fact for fact in held if (fact.answer, frozenset(fact.prompts)) not in taught]
+    if others:
+        raise ConfigError(
+            f"{memory} holds {len(others)} facts that are not among those of this demo ({quoted(others[0].prompts[0])} for one), and would be "
+            "written over; choose another folder with --out."
+        )
 
 
 def _command(facts: Path | None, model: str, seed: int, running: Running) -> str:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_editor, open_memory
-from engram.cli.outputs import check_text
-from engram.errors import TeachError
+from engram.cli.outputs import check_text, is_terminal
+from engram.errors import DataError, TeachError
 
 if TYPE_CHECKING:
+    from engram.data import Fact
     from engram.editing import Explanation, LedgerFact, MemoryEditor, RowConflict
     from engram.models import EngramModel
 
@@ -64,10 +65,9 @@ def teach_command(
     The memory is saved after every thousand facts: a run that was stopped goes on where it was.
     """
     from engram.checkpoint import lock_store
-    from engram.data import load_facts, with_chat_prompts
+    from engram.data import with_chat_prompts
 
-    lessons = load_facts(facts)
-    checksum = hashlib.sha256(facts.read_bytes()).hexdigest()
+    lessons, checksum = _read_facts(facts)
     with lock_store(memory):
         editor = _open(memory, model, seed, Running(device, model_dtype))
         if chat:
@@ -100,6 +100,21 @@ def teach_command(
         for fact_id, reason in failed.items():
             print(f"not exact: {prompts.get(fact_id, fact_id)!r}: {reason}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _read_facts(file: Path) -> tuple[list[Fact], str]:
+    """What a facts file teaches, and its SHA-256. A pipe can be read but once, so a copy is read."""
+    from engram.data import load_facts
+
+    if not (file.is_fifo() or file.is_char_device()):
+        return load_facts(file), hashlib.sha256(file.read_bytes()).hexdigest()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / file.name
+        copy.write_bytes(file.read_bytes())
+        try:
+            return load_facts(copy), hashlib.sha256(copy.read_bytes()).hexdigest()
+        except DataError as error:
+            raise DataError(str(error).replace(str(copy), str(file))) from None
 
 
 def ask_command(
@@ -398,7 +413,7 @@ def _print_explanation(explanation: Explanation, editor: MemoryEditor) -> None:
             f"{token.foreign_rows} refused" if token.foreign_rows else "",
         ]
         table.add_row(*(cell.replace("[", r"\[") for cell in [*cells, *hits]))
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if is_terminal(sys.stdout) else 160)
     console.print(table)
     if not explanation.facts:
         console.print("no taught n-gram occurs: this is the base model's answer, bit for bit")

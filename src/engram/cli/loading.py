@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engram.cli.outputs import is_terminal
 from engram.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Running:
         from engram.models import load_model
 
         self.check()
-        if not sys.stderr.isatty():
+        if not is_terminal(sys.stderr):
             disable_progress_bar()
         loaded = load_model(name, getattr(torch, self.dtype))
         model: Any = loaded[0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
-__all__ = ["check_folder", "check_text", "check_writable", "made_with"]
+__all__ = ["check_folder", "check_text", "check_writable", "is_terminal", "made_with"]
 
 
 def made_with() -> dict[str, Any]:
@@ -16,6 +18,11 @@ def made_with() -> dict[str, Any]:
 
     found = made_with_device()
     return {"hardware": found["device"], "versions": found["versions"]}
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody may be watching; a stream that was closed before the start is None."""
+    return stream is not None and stream.isatty()
 
 
 def check_text(text: str, hint: str) -> None:
@@ -35,10 +42,14 @@ def check_writable(file: Path | None) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         new = not file.exists()
+        if not new and not file.is_file():  # opening a pipe would wait for its reader
+            if not os.access(file, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
         with open(file, "a", encoding="utf-8"):
             pass
         if new:  # an empty file is no result
-            file.unlink()
+            file.resolve().unlink()  # of a link that leads nowhere, what it made, not the link
     except OSError as error:
         raise typer.BadParameter(f"cannot write {file}: {error.strerror}; choose another place") from None
 

@@ -11,6 +11,7 @@ import typer
 
 from engram.cli.convert import check_dtype, print_report, progress_bar, read_text
 from engram.cli.loading import base_name
+from engram.cli.outputs import is_terminal
 
 if TYPE_CHECKING:
     from engram.config import TableConfig
@@ -43,7 +44,7 @@ def place_command(
     """Show where a memory's rows are and what other places would cost; with --tier and --out, move it there."""
     from engram.models.bundled_files import memory_folder
 
-    _check_options(tier, path, out, hot_rows, hot_from)
+    _check_options(tier, out, hot_rows, hot_from, resident_bytes)
     memory = memory_folder(memory)
     if dtype is not None:
         check_dtype(dtype)
@@ -71,12 +72,18 @@ def place_command(
             print(f"layer {layer_id}: {found['rows']:,} of {found['rows_seen']:,} rows seen take {share:.1f} % of the look-ups")
 
 
-def _check_options(tier: str | None, path: Path | None, out: Path | None, hot_rows: int | None, hot_from: Path | None) -> None:
+def _check_options(
+    tier: str | None, out: Path | None, hot_rows: int | None, hot_from: Path | None, resident_bytes: int | None
+) -> None:
     tiers = ("device", "host", "mmap", "hybrid")
     if tier is not None and tier not in tiers:
         raise typer.BadParameter(f"got {tier!r}, expected one of {', '.join(tiers)}", param_hint="--tier")
     if tier is not None and out is None:
         raise typer.BadParameter("got a tier without --out, expected a folder for the moved memory", param_hint="--tier")
+    if resident_bytes is not None and out is None:
+        raise typer.BadParameter(
+            "got bytes without --out, expected a folder for the moved memory", param_hint="--resident-bytes"
+        )
     if out is not None and tier is None and hot_from is None:
         raise typer.BadParameter(
             "got a folder without --tier; use `engram convert` to change the format alone", param_hint="--out"
@@ -171,4 +178,4 @@ def _print_costs(costs: list[PlacementCost]) -> None:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return Console(width=None if is_terminal(sys.stdout) else 160)

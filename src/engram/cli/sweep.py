@@ -48,11 +48,13 @@ def sweep_command(
     check_writable(json_out)
     place = json_out or out / "sweep.json"
     with sole_writer(place, f"writing {place}"):
+        known = _known(place)
+        _refuse_another(place, known, sweep.name)
         result = run_sweep(
             sweep,
             recipe.parent,
             out,
-            _known(json_out),
+            known if json_out else {},  # without a file of its own, what counts is in the folder
             workers=workers or max(1, _workers() // threads),
             threads=threads,
             show=lambda line: print(line, file=sys.stderr, flush=True),
@@ -90,7 +92,16 @@ def _changes(given: list[str] | None) -> dict[str, Any]:
     return changes
 
 
-def _known(file: Path | None) -> dict[str, Any]:
+def _refuse_another(file: Path, known: dict[str, Any], name: str) -> None:
+    from engram.errors import CheckpointError
+
+    if known and known["sweep"] != name:
+        raise CheckpointError(
+            f"{file} is the result of sweep {known['sweep']!r}, expected {name!r}; choose another --out or --json (nothing was overwritten)."
+        )
+
+
+def _known(file: Path) -> dict[str, Any]:
     """The result in a file, if there is one: a damaged file is not written over.
 
     Raises:
@@ -98,7 +109,7 @@ def _known(file: Path | None) -> dict[str, Any]:
     """
     from engram.errors import DataError
 
-    if file is None or not file.is_file() or not file.stat().st_size:
+    if not file.is_file() or not file.stat().st_size:
         return {}
     try:
         result = json.loads(file.read_text(encoding="utf-8"))

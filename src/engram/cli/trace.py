@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.outputs import check_text
+from engram.cli.outputs import check_text, is_terminal
 from engram.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,6 +48,10 @@ def trace_command(
 
     if demo_size and memory is not None:
         raise ConfigError("--demo-size shows a random model; it cannot be combined with --memory.")
+    if demo_size and model != "bundled":
+        raise typer.BadParameter(
+            "got a model beside --demo-size, which shows a random one; expected one of the two", param_hint="--model"
+        )
     if tokenizer is not None and not demo_size:
         raise ConfigError("--tokenizer goes with --demo-size; other models bring their own.")
     if not text.strip():
@@ -124,7 +128,7 @@ def _print_table(trace: Trace, fresh: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+    console = Console(width=None if is_terminal(sys.stdout) else _PIPED_WIDTH)
     layers = list(trace.tables)
     table = Table(title=f"{len(trace.tokens)} tokens -> output {trace.output_shape}")
     for heading in (

@@ -14,6 +14,7 @@ from engram.editing.keys import PlannedRows, plan_rows
 from engram.editing.ledger import Ledger, LedgerFact
 from engram.editing.lesson import answers_exactly
 from engram.editing.reports import RowConflict
+from engram.evaluation.mode import evaluation_mode
 from engram.models import EngramModel
 from engram.tables import ABSENT, StoredRows, VerifiedTable
 
@@ -89,13 +90,9 @@ class Holdings:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """With the model in evaluation mode and the memory heard by all, whatever surrounds this."""
-        was_training = self.memory.training
-        self.memory.eval()
-        try:
-            with self.memory.enable_engram(), self.memory.routed(None), _outside_inference_mode():
-                yield
-        finally:
-            self.memory.train(was_training)
+        memory = self.memory
+        with evaluation_mode(memory), memory.enable_engram(), memory.routed(None), _outside_inference_mode():
+            yield
 
     def rows(self) -> dict[str, StoredRows]:
         """Rows of every layer as they are now, to put back."""

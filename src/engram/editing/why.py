@@ -11,6 +11,7 @@ from torch import Tensor
 from engram.data.facts import room_for_answer, tokenize_prompt
 from engram.editing.editor import MemoryEditor
 from engram.editing.ledger import answer_room
+from engram.evaluation.generation import generate_greedily
 from engram.tables import ABSENT
 
 __all__ = ["Explanation", "Hit", "TokenReason", "explain"]
@@ -89,13 +90,7 @@ def explain(editor: MemoryEditor, prompt: str, max_new_tokens: int | None = None
         max_new_tokens = answer_room(editor.facts, _ANSWER_TOKENS)
     max_new_tokens = min(max_new_tokens, room_for_answer(memory.config, len(prompt_ids)))
     asked = torch.tensor([prompt_ids], device=device)
-    said = memory.generate(
-        input_ids=asked,
-        attention_mask=torch.ones_like(asked),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=memory.engram_config.pad_id,
-    )
+    said = generate_greedily(memory, tokenizer, asked, torch.ones_like(asked), max_new_tokens)
     with memory.record() as traces:
         on = memory(input_ids=said, use_cache=False).logits[0].float()
     traces = dict(traces)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 
-from engram.data.facts import EncodedFact, Fact, encode_fact, tokenize_prompt
+from engram.data.facts import EncodedFact, Fact, encode_fact, quoted, tokenize_prompt
+from engram.errors import DataError
+from engram.evaluation.generation import generate_greedily, last_position, padding_id
 from engram.models import Router
 
 __all__ = ["Answer", "CategoryScore", "ask", "check_facts", "score_by_category", "wilson_interval"]
@@ -81,31 +84,25 @@ def ask(
         model: a causal language model, with or without a memory.
         tokenizer: its tokenizer (padding is put on the left here whatever its setting).
         prompts: what to ask.
-        max_new_tokens: longest answer.
+        max_new_tokens: longest answer; shorter where a model with learnt positions has no more of them.
         batch_size: prompts per call of ``generate``.
         progress: called with the number of prompts answered since the last call.
         router: decides per prompt whether the model's memory is read; without one it always is.
+
+    Raises:
+        DataError: a prompt takes all positions of such a model.
     """
-    routed = None if router is None else reads_memory(router, prompts)
     encoded = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    device = model.get_input_embeddings().weight.device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    rooms = _rooms(model.config, prompts, encoded, max_new_tokens)
+    routed = None if router is None else reads_memory(router, prompts)
+    device, pad = model.get_input_embeddings().weight.device, padding_id(tokenizer)
     answers = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        members = order[start : start + batch_size]
+    for members in _batches(encoded, rooms, batch_size):
         longest = max(len(encoded[i]) for i in members)
         ids = torch.tensor([[pad] * (longest - len(encoded[i])) + encoded[i] for i in members])
         mask = torch.tensor([[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in members])
         with nullcontext() if routed is None else model.routed(torch.tensor([routed[i] for i in members])):
-            out = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
-                eos_token_id=tokenizer.eos_token_id,
-            )
+            out = generate_greedily(model, tokenizer, ids.to(device), mask.to(device), rooms[members[0]])
         for i, row in zip(members, out[:, longest:].tolist()):
             answers[i] = tokenizer.decode(_before(row, tokenizer.eos_token_id), skip_special_tokens=True).strip()
         if progress is not None:
@@ -132,6 +129,9 @@ def check_facts(
         progress: called with the number of prompts answered since the last call.
         held_out: ask the phrasings that are never taught instead.
         router: as for ``ask``.
+
+    Raises:
+        DataError: as for ``ask``.
     """
     rows = [
         (index, prompt, fact.answer)
@@ -153,6 +153,28 @@ def score_by_category(facts: Sequence[Fact], answers: Sequence[Answer]) -> list[
         entry[0] += 1
         entry[1] += answer.exact
     return [CategoryScore(category, prompts, exact) for category, (prompts, exact) in totals.items()]
+
+
+def _rooms(config: Any, prompts: Sequence[str], encoded: Sequence[list[int]], wanted: int) -> list[int]:
+    """Tokens that each answer may have."""
+    end = last_position(config)
+    if end is None:
+        return [wanted] * len(prompts)
+    for prompt, ids in zip(prompts, encoded):
+        if len(ids) >= end:
+            raise DataError(
+                f"prompt {quoted(prompt)}: got {len(ids):,} tokens, expected fewer than {end:,} (the model's context); shorten it."
+            )
+    return [min(wanted, end - len(ids)) for ids in encoded]
+
+
+def _batches(encoded: Sequence[list[int]], rooms: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices of prompts of similar length and the same room: one near the end of the context would take it from the others."""
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    for _, same in groupby(order, key=lambda i: rooms[i]):
+        group = list(same)
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
 
 
 def _answer_length(tokenizer: Any, fact: Fact, index: int) -> int:

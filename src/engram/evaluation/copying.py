@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from engram.errors import ConfigError
+from engram.evaluation.mode import evaluation_mode
 from engram.models.positions import context_length
 
 __all__ = ["measure_copying"]
@@ -39,11 +40,8 @@ def measure_copying(model: Any, tokens: int = 64, sequences: int = 32, seed: int
     embeddings = model.get_input_embeddings().weight
     once = torch.randint(embeddings.shape[0], (sequences, tokens), generator=torch.Generator().manual_seed(seed))
     ids = torch.cat([once, once], dim=1).to(embeddings.device)
-    was_training = model.training
-    model.eval()
-    costs = [_costs(model, part) for part in ids.split(8)]
-    model.train(was_training)
-    cost = torch.cat(costs)
+    with evaluation_mode(model):
+        cost = torch.cat([_costs(model, part) for part in ids.split(8)])
     # The first token of either showing is left out: no context tells it.
     return float(cost[:, : tokens - 1].mean() - cost[:, tokens:].mean())
 

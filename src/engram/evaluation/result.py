@@ -210,7 +210,9 @@ def _known(memory: EngramModel, tokenizer: Any, facts: Sequence[Fact], router: R
 def _latency(memory: EngramModel, tokenizer: Any, text: str) -> dict[str, float]:
     """Decode a few tokens, memory on and off in turn; medians over rounds."""
     device = memory.get_input_embeddings().weight.device
-    ids = torch.tensor([tokenize_prompt(tokenizer, text)], device=device)
+    prompt = tokenize_prompt(tokenizer, text)
+    room = within_context(memory.config, len(prompt) + _DECODE_TOKENS) - _DECODE_TOKENS
+    ids = torch.tensor([prompt[: max(room, 1)]], device=device)
     times: dict[str, list[float]] = {"base": [], "memory": []}
 
     def decode() -> float:

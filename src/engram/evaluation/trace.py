@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from engram.data.facts import tokenize_prompt
+from engram.data.facts import quoted, tokenize_prompt
+from engram.errors import DataError
+from engram.evaluation.generation import last_position
 from engram.models import EngramModel
 from engram.tables import ABSENT
 
@@ -59,8 +61,16 @@ class Trace:
 
 @torch.no_grad()
 def trace_text(memory: EngramModel, tokenizer: Any, text: str) -> Trace:
-    """Run ``text`` through the model and record what the memory did at every token."""
-    ids = tokenize_prompt(tokenizer, text)
+    """Run ``text`` through the model and record what the memory did at every token.
+
+    Raises:
+        DataError: the text is longer than the model has learnt positions for.
+    """
+    ids, end = tokenize_prompt(tokenizer, text), last_position(memory.config)
+    if end is not None and len(ids) > end:
+        raise DataError(
+            f"text {quoted(text)}: got {len(ids):,} tokens, expected at most {end:,} (the model's context); shorten it."
+        )
     device = memory.get_input_embeddings().weight.device
     with memory.record() as recorded:
         logits = memory(input_ids=torch.tensor([ids], device=device), use_cache=False).logits

@@ -110,13 +110,14 @@ def _fit_width(backbone: BackboneConfig, memory: EngramConfig | None, active: in
 
 def _fit_rows(memory: EngramConfig, room: int, rho: float) -> EngramConfig:
     """Rows per head that fill ``room`` values; heads get primes just above, which is corrected for."""
-    per_row = memory.num_heads * len(memory.layer_ids) * memory.head_dim
+    heads = sum(memory.num_heads_of(layer_id) for layer_id in memory.layer_ids)
+    per_row = heads * memory.head_dim
     floor = room // per_row
     for _ in range(4):
         if floor < 2:
             raise ConfigError(
                 f"budget: at rho {rho:g} only {max(room, 0):,} values are left for tables, fewer than two rows for each of "
-                f"{memory.num_heads * len(memory.layer_ids)} heads; expected a smaller rho, or rho 1 for none."
+                f"{heads} heads; expected a smaller rho, or rho 1 for none."
             )
         fitted = memory.replace(engram_vocab_size=int(floor))
         excess = count_rows(fitted) * fitted.head_dim - room

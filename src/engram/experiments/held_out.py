@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engram.data.blocks import IGNORED, HeldOutBlocks
+from engram.evaluation.mode import evaluation_mode
 
 __all__ = ["measure"]
 
@@ -29,13 +30,11 @@ def measure(model: nn.Module, blocks: HeldOutBlocks, every: int = 1, batch_size:
         ``loss`` (nats per token), ``tokens``, ``by_kind`` with loss and tokens of each kind of text; and ``bits_per_byte`` where all blocks are
         measured.
     """
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     indices, losses = list(range(0, len(blocks), every)), []
-    for start in range(0, len(indices), batch_size):
-        losses += _losses(model, [blocks[i] for i in indices[start : start + batch_size]], device)
-    model.train(was_training)
+    with evaluation_mode(model):
+        for start in range(0, len(indices), batch_size):
+            losses += _losses(model, [blocks[i] for i in indices[start : start + batch_size]], device)
     sums = blocks.sum_by_kind(losses, indices)
     nats, tokens = (sum(pair[n] for pair in sums.values()) for n in (0, 1))
     result = {

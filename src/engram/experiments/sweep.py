@@ -77,7 +77,7 @@ class SweepRun:
             limit: start at most so many points of each stage; 0 sums up what there is.
 
         Raises:
-            CheckpointError: ``out`` or ``known`` hold another sweep, or the disk is full.
+            CheckpointError: ``out`` holds a point made on other text, or the disk is full.
             DataError: the corpus cannot be used.
         """
         store = self._prepare()
@@ -306,7 +306,8 @@ def run_sweep(
     """Run what is missing of a sweep; see ``SweepRun``.
 
     Raises:
-        CheckpointError, DataError: as for ``SweepRun.run``.
+        CheckpointError: ``known`` is of another sweep, and as for ``SweepRun.run``.
+        DataError: as for ``SweepRun.run``.
     """
     out = Path(out)
     if known and known.get("sweep") != recipe.name:

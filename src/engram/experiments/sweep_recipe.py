@@ -222,13 +222,20 @@ def _read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None)
     for key, value in (changes or {}).items():
         _change(base, key, value, "--set")
     recipe = build_flat(SweepRecipe, {**fields, "base": base, "tune": tune}, f"sweep {path}")
+    without_memory = set()
     for labels in recipe.combinations():
         point = recipe.recipe_of(labels, recipe.seeds[0])
         if point.model is not None:
             raise ConfigError(
                 f"sweep {path}: got model: {point.model}, but the points of a sweep start from fresh backbones; use engram train."
             )
-        point.solved()
+        if point.solved().engram is None:
+            without_memory.add(labels.get("rows"))
+    if recipe.question == "slots" and len(without_memory) > 1:
+        raise ConfigError(
+            f"sweep.variants.rows: got {', '.join(sorted(map(str, without_memory)))} without a memory, expected at most one: "
+            "the others are compared with it."
+        )
     return recipe
 
 

@@ -1,0 +1,66 @@
+"""Greedy answers, and how much text a model can take at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig
+
+from engram.models.positions import context_length
+
+__all__ = ["generate_greedily", "last_position", "padding_id"]
+
+
+def generate_greedily(model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
+    """The most likely continuation, token by token, whatever the checkpoint's own ``generation_config`` asks for.
+
+    Args:
+        model: a causal language model, with or without a memory.
+        tokenizer: its tokenizer, whose end-of-text token ends an answer.
+        ids: prompts, padded on the left, ``[B, T]``.
+        mask: 0 where they are padded, ``[B, T]``.
+        max_new_tokens: longest answer.
+
+    Returns:
+        Prompts and answers, ``[B, T + new]``.
+    """
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=padding_id(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with _without_defaults(model.generation_config):
+        return model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+
+
+def padding_id(tokenizer: Any) -> int:
+    """What pads prompts: the tokenizer's own padding, or its end-of-text token."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def last_position(config: Any) -> int | None:
+    """Tokens beyond which the model fails, having learnt a vector for each position; None where it can go on, however well.
+
+    Args:
+        config: of the model.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return None if getattr(text, "rope_parameters", None) else context_length(config)
+
+
+@contextmanager
+def _without_defaults(config: GenerationConfig) -> Iterator[None]:
+    """Inside this context a model's generation defaults are those of transformers: ``generate`` takes from them whatever it isn't told."""
+    own = dict(vars(config))
+    vars(config).clear()  # in place: models that wrap each other share one
+    vars(config).update(vars(GenerationConfig()))
+    try:
+        yield
+    finally:
+        vars(config).clear()
+        vars(config).update(own)

@@ -1,0 +1,99 @@
+"""Asking: nothing of the checkpoint's own generation defaults counts, and no prompt runs into the end of the context."""
+
+import pytest
+
+from engram import DataError, Fact, MemoryEditor
+from engram.evaluation import ask, check_facts, evaluate_memory, trace_text
+from engram.evaluation.answers import _batches
+from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
+
+LONG = Fact(("DOOR:garden",), "0123456789 0123456789 0123456789", id="long")
+TEXT = "the text of the memory " * 60
+
+
+def of_tokens(count, end):
+    """A prompt of so many tokens."""
+    text = end
+    while len(tiny_tokenizer()(text)["input_ids"]) < count:
+        text = "~" + text
+    assert len(tiny_tokenizer()(text)["input_ids"]) == count
+    return text
+
+
+@pytest.fixture(scope="module")
+def learnt():
+    """A memory on a model with learnt positions, taught a long answer and one at the end of the context."""
+    editor = MemoryEditor.create(tiny_model("gpt2"), tiny_tokenizer(), max_ngram_size=64)
+    facts = [
+        LONG,
+        Fact((of_tokens(248, "DOOR:attic"),), "12", id="far"),
+        Fact((of_tokens(251, "DOOR:shed"),), "7", id="further"),
+    ]
+    assert not editor.teach(facts).not_exact
+    return editor, facts
+
+
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        {"no_repeat_ngram_size": 2},
+        {"repetition_penalty": 5.0},
+        {"num_beams": 3, "length_penalty": -5.0},
+        {"suppress_tokens": list(range(10, 300))},
+        {"begin_suppress_tokens": list(range(10, 300))},
+        {"bad_words_ids": [[token] for token in range(10, 300)]},
+        {"sequence_bias": [[[token], -100.0] for token in range(10, 300)]},
+        {"min_new_tokens": 60},
+        {"max_length": 3},
+        {"forced_eos_token_id": 5, "eos_token_id": 7},
+        {"do_sample": True, "temperature": 50.0},
+    ],
+    ids=lambda defaults: next(iter(defaults)),
+)
+def test_answers_are_greedy_whatever_the_checkpoint_prefers(learnt, defaults):
+    editor, _ = learnt
+    config = editor.memory.generation_config
+    before = config.to_dict()
+    try:
+        for name, value in defaults.items():
+            setattr(config, name, value)
+        asked = config.to_dict()
+        assert ask(editor.memory, editor.tokenizer, LONG.prompts, 50) == [LONG.answer]
+        assert editor.why(LONG.prompts[0]).answer == LONG.answer
+        assert config.to_dict() == asked
+    finally:
+        for name in defaults:
+            setattr(config, name, before[name])
+
+
+def test_a_prompt_near_the_end_of_the_context_takes_nothing_from_the_others(learnt):
+    editor, facts = learnt
+    assert [answer.said for answer in check_facts(editor.memory, editor.tokenizer, facts)] == [
+        "0123456789 " * 2 + "0123456789",
+        "12",
+        "7",
+    ]
+    long = of_tokens(256, "DOOR:roof")
+    with pytest.raises(DataError, match=r"prompt '~~~.*got 256 tokens, expected fewer than 256 \(the model's context\)"):
+        ask(editor.memory, editor.tokenizer, ["DOOR:garden", long])
+
+
+def test_rotary_models_answer_beyond_the_length_of_their_training():
+    memory = tiny_memory(tiny_model())
+    said = ask(memory, tiny_tokenizer(), [of_tokens(300, "DOOR:roof"), "DOOR:garden"], 4)
+    assert said[1] == ask(memory, tiny_tokenizer(), ["DOOR:garden"], 4)[0]
+    assert len(trace_text(memory, tiny_tokenizer(), of_tokens(300, "DOOR:roof")).tokens) == 300
+
+
+def test_batches_are_of_one_room():
+    encoded = [[0] * length for length in (9, 2, 5, 9, 3, 8)]
+    assert list(_batches(encoded, [1, 4, 4, 1, 4, 2], 2)) == [[1, 4], [2], [5], [0, 3]]
+    assert list(_batches(encoded, [4] * 6, 4)) == [[1, 4, 2, 5], [0, 3]]
+
+
+def test_long_texts_are_measured_as_far_as_the_context_goes(learnt):
+    editor, facts = learnt
+    result = evaluate_memory(editor.memory, editor.tokenizer, facts, {"prose": [TEXT]})
+    assert result.latency["ratio"] > 0
+    with pytest.raises(DataError, match=r"text 'the text of the memory .*expected at most 256"):
+        trace_text(editor.memory, editor.tokenizer, TEXT)

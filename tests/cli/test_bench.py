@@ -12,7 +12,7 @@ def test_bench_shows_and_saves_what_it_measured(monkeypatch, capsys, tmp_path):
     assert "hash: 2,048 tokens" in shown
     assert "times as fast as NumPy" in shown
     result = json.loads(out.read_text())
-    assert result["command"] == "engram bench hash --quick --rounds 2"
+    assert result["command"] == f"engram bench hash --quick --rounds 2 --json {out}"
     assert result["rounds"] == 2
     assert (tmp_path / "bench_hash.png").stat().st_size > 1000
 

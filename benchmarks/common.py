@@ -1,8 +1,10 @@
 """What every benchmark records beside its figures."""
 
 import json
+import multiprocessing
 import statistics
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -92,3 +94,18 @@ def _together(values):
     if isinstance(values[0], dict):
         return {field: _together([value[field] for value in values if field in value]) for field in values[0]}
     return "; ".join(dict.fromkeys(values))
+
+
+def add_workers(parser, what):
+    """``--workers`` of ``side_by_side``."""
+    told = f"{what} at a time, in processes of their own (OMP_NUM_THREADS says how many threads each has)"
+    parser.add_argument("--workers", type=int, default=1, help=told)
+
+
+def side_by_side(one, tasks, workers):
+    """``one`` of every task, in their order as they are done; by several processes if there are to be some."""
+    if workers == 1:
+        yield from map(one, tasks)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(one, tasks)

@@ -10,12 +10,10 @@ import argparse
 import dataclasses
 import functools
 import json
-import multiprocessing
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from common import provenance, result_file, write
+from common import add_workers, provenance, result_file, side_by_side, write
 from joint_training import held_out_loss
 from long_context import EQUAL, RECIPE
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -124,12 +122,7 @@ def main():
     parser.add_argument("--every", type=int, default=50, help="measure checkpoints at multiples of so many steps")
     parser.add_argument("--first", type=int, default=0, help="leave out checkpoints before this step")
     parser.add_argument("--pairs", type=Path, help="folder to write the pairs of equal loss into")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=1,
-        help="checkpoints at a time, in processes of their own (OMP_NUM_THREADS says how many threads each has)",
-    )
+    add_workers(parser, "checkpoints")
     parser.add_argument("--out")
     args = parser.parse_args()
     out = result_file(parser, args, "copying.json", "quick")
@@ -147,10 +140,9 @@ def main():
         ]
         one = functools.partial(measured, sizes=sizes)
         entries = []
-        with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
-            for entry in pool.map(one, tasks) if args.workers > 1 else map(one, tasks):
-                entries.append(entry)
-                print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()), flush=True)
+        for entry in side_by_side(one, tasks, args.workers):
+            entries.append(entry)
+            print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()), flush=True)
         pairs = equal_pairs(entries)
         write(
             out,

@@ -12,13 +12,11 @@ rest. Give several pairs, and each seed goes on from another: only then do seeds
 
 import argparse
 import functools
-import multiprocessing
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 
 import torch
-from common import RESULTS, provenance, result_file, spread, write_so_far
+from common import RESULTS, add_workers, provenance, result_file, side_by_side, spread, write_so_far
 from joint_training import held_out_loss
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -266,12 +264,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs; needs --out")
     parser.add_argument("--seeds", type=int, help="seeds 0 to one below this; as many as there are pairs, or 2")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=1,
-        help="seeds at a time, in processes of their own (OMP_NUM_THREADS says how many threads each has)",
-    )
+    add_workers(parser, "seeds")
     parser.add_argument("--steps", type=int, default=FULL["steps"])
     parser.add_argument("--out", help=f"not needed with one pair of runs, {QUOTED_SEEDS} seeds and the usual settings")
     parser.add_argument("--scratch", action="store_true", help="models and a tokenizer that start from nothing")
@@ -324,12 +317,11 @@ def main():
     held_out = pack(held_out_documents, tokenizer, sizes["length"], sizes["held_out"], seed=0)
     entries = []
     one = functools.partial(run, tokenizer=tokenizer, documents=documents, held_out=held_out, texts=texts, sizes=sizes)
-    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
-        for done, found in enumerate(pool.map(one, seeds) if args.workers > 1 else map(one, seeds), start=1):
-            print(recall_table({NAMES[e["model"]]: e for e in sorted(found, key=lambda e: list(NAMES).index(e["model"]))}))
-            entries += found
-            result = {**provenance(seeds[:done]), "sizes": sizes, "pooled": pooled(entries), "entries": entries}
-            write_so_far(out, result, complete=done == len(seeds))
+    for done, found in enumerate(side_by_side(one, seeds, args.workers), start=1):
+        print(recall_table({NAMES[e["model"]]: e for e in sorted(found, key=lambda e: list(NAMES).index(e["model"]))}))
+        entries += found
+        result = {**provenance(seeds[:done]), "sizes": sizes, "pooled": pooled(entries), "entries": entries}
+        write_so_far(out, result, complete=done == len(seeds))
 
 
 if __name__ == "__main__":

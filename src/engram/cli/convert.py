@@ -140,9 +140,8 @@ def _measure(base: Any, tokenizer: Any, folder: Path, taught: bool, text: str | 
 
     description = read_description(folder)
     form = row_format(description.get("table_dtype", "float32"))
-    in_place = not description["engram_config"].get(
-        "verify_rows"
-    )  # rows that were taught are found by tags, which are in memory
+    # Rows that were taught are found by tags, which are in memory.
+    in_place = not description["engram_config"].get("verify_rows")
     placement = TableConfig(tier="mmap", dtype=form.name) if in_place else None  # type: ignore[arg-type]
     memory = EngramModel.from_pretrained(base, folder, tokenizer, placement)
     try:

@@ -79,7 +79,7 @@ def _refuse_to_lose(memory: Path, facts: list[Fact]) -> None:
     """Refuse to write over a memory that holds anything but these facts."""
     from engram.checkpoint import DESCRIPTION_NAME, read_description, read_ledger
     from engram.data.facts import quoted
-    from engram.editing import Ledger
+    from engram.editing.ledger import Ledger, what_it_says
     from engram.errors import ConfigError
 
     if not (memory / DESCRIPTION_NAME).exists():
@@ -87,13 +87,12 @@ def _refuse_to_lose(memory: Path, facts: list[Fact]) -> None:
     ledger = read_ledger(memory, read_description(memory))
     if ledger is None:
         raise ConfigError(f"{memory} holds a memory that no demo made; choose another folder with --out.")
-    taught = {(fact.answer, frozenset(fact.prompts)) for fact in facts}
-    held = [entry.to_fact() for entry in Ledger.from_dict(ledger)]
-    others = [fact for fact in held if (fact.answer, frozenset(fact.prompts)) not in taught]
+    taught = set(map(what_it_says, facts))
+    others = [fact for fact in Ledger.from_dict(ledger) if what_it_says(fact) not in taught]
     if others:
         raise ConfigError(
-            f"{memory} holds {len(others)} facts that are not among those of this demo ({quoted(others[0].prompts[0])} for one), and would be "
-            "written over; choose another folder with --out."
+            f"{memory} holds {len(others)} facts that are not among those of this demo ({quoted(others[0].prompts[0].text)} for one), and "
+            "would be written over; choose another folder with --out."
         )
 
 

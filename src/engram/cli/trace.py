@@ -68,6 +68,7 @@ def trace_command(
 
 def _attached(model: str, memory: Path | None) -> tuple[EngramModel, Any]:
     from engram.config import EngramConfig
+    from engram.evaluation.generation import padding_id
     from engram.models import EngramModel, get_engram_model, load_model
     from engram.models.bundled_files import memory_folder
 
@@ -79,7 +80,7 @@ def _attached(model: str, memory: Path | None) -> tuple[EngramModel, Any]:
         engram_vocab_size=20_000,
         n_embed_per_ngram=256,
         layer_ids=sorted({min(1, blocks - 1), blocks // 2}),
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_id=padding_id(tokenizer),
         table_init="normal",
     )
     return get_engram_model(base, config, tokenizer), tokenizer

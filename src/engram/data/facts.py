@@ -36,6 +36,7 @@ __all__ = [
     "load_facts",
     "pad_right",
     "quoted",
+    "room_before",
     "room_for_answer",
     "tokenize_prompt",
 ]
@@ -212,10 +213,24 @@ def room_for_answer(config: Any, length: int) -> int:
     """
     from engram.models.positions import context_length  # whoever has a config has loaded what this loads
 
-    context = context_length(config)
-    if context is not None and length >= context:
-        raise DataError(f"prompt: got {length:,} tokens, expected fewer than {context:,} (the model's context); shorten it.")
-    return sys.maxsize if context is None else context - length
+    return room_before(context_length(config), length)
+
+
+def room_before(end: int | None, length: int, prompt: str | None = None) -> int:
+    """Tokens between a prompt of ``length`` tokens and ``end``; no end of room where that is None.
+
+    Args:
+        end: tokens that the model takes.
+        length: of the prompt, tokens.
+        prompt: itself, for the message.
+
+    Raises:
+        DataError: there is room for none.
+    """
+    if end is not None and length >= end:
+        named = "prompt" if prompt is None else f"prompt {quoted(prompt)}"
+        raise DataError(f"{named}: got {length:,} tokens, expected fewer than {end:,} (the model's context); shorten it.")
+    return sys.maxsize if end is None else end - length
 
 
 def encode_fact(tokenizer: Any, fact: Fact, fact_index: int, max_length: int | None = None) -> list[EncodedFact]:

@@ -23,6 +23,7 @@ from engram.editing.sorting import in_parts, sort_out
 from engram.editing.spelling import Speller
 from engram.editing.teaching import Progress, Teaching
 from engram.errors import CheckpointError, ConfigError, TeachError
+from engram.evaluation.generation import padding_id
 from engram.models import EngramModel, find_decoder, get_engram_model
 from engram.tables import VerifiedTable
 
@@ -79,7 +80,7 @@ class MemoryEditor:
         Raises:
             AttachError, ConfigError: as ``get_engram_model``.
         """
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad = padding_id(tokenizer)
         if pad is None:
             raise ConfigError("the tokenizer has neither a pad_token nor an eos_token; set one of them.")
         defaults = {"layer_ids": (len(find_decoder(model).blocks) - 1,), "pad_id": pad, "seed": seed}

@@ -13,7 +13,7 @@ from engram.data.facts import Fact
 from engram.editing.keys import KeyedPrompt
 from engram.errors import CheckpointError, TeachError
 
-__all__ = ["Ledger", "LedgerFact", "answer_room"]
+__all__ = ["Ledger", "LedgerFact", "answer_room", "what_it_says"]
 
 _VERSION = 1
 
@@ -40,8 +40,13 @@ class LedgerFact:
 
     def same_as(self, other: LedgerFact | Fact) -> bool:
         """Whether both say the same: answer and prompts, whoever wrote them when."""
-        mine, theirs = self.to_fact(), other.to_fact() if isinstance(other, LedgerFact) else other
-        return (mine.answer, set(mine.prompts)) == (theirs.answer, set(theirs.prompts))
+        return what_it_says(self) == what_it_says(other)
+
+
+def what_it_says(fact: LedgerFact | Fact) -> tuple[str, frozenset[str]]:
+    """Answer and prompts, whoever wrote them when."""
+    plain = fact.to_fact() if isinstance(fact, LedgerFact) else fact
+    return plain.answer, frozenset(plain.prompts)
 
 
 def answer_room(facts: Iterable[LedgerFact], at_least: int) -> int:

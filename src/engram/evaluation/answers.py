@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from engram.data.facts import EncodedFact, Fact, encode_fact, quoted, tokenize_prompt
-from engram.errors import DataError
-from engram.evaluation.generation import generate_greedily, last_position, padding_id
+from engram.data.facts import EncodedFact, Fact, encode_fact, room_before, tokenize_prompt
+from engram.evaluation.generation import generate_greedily, padding_id
 from engram.models import Router
+from engram.models.positions import last_position
 
 __all__ = ["Answer", "CategoryScore", "ask", "check_facts", "score_by_category", "wilson_interval"]
 
@@ -93,7 +93,8 @@ def ask(
         DataError: a prompt takes all positions of such a model.
     """
     encoded = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
-    rooms = _rooms(model.config, prompts, encoded, max_new_tokens)
+    end = last_position(model.config)
+    rooms = [min(max_new_tokens, room_before(end, len(ids), prompt)) for prompt, ids in zip(prompts, encoded)]
     routed = None if router is None else reads_memory(router, prompts)
     device, pad = model.get_input_embeddings().weight.device, padding_id(tokenizer)
     answers = [""] * len(prompts)
@@ -153,19 +154,6 @@ def score_by_category(facts: Sequence[Fact], answers: Sequence[Answer]) -> list[
         entry[0] += 1
         entry[1] += answer.exact
     return [CategoryScore(category, prompts, exact) for category, (prompts, exact) in totals.items()]
-
-
-def _rooms(config: Any, prompts: Sequence[str], encoded: Sequence[list[int]], wanted: int) -> list[int]:
-    """Tokens that each answer may have."""
-    end = last_position(config)
-    if end is None:
-        return [wanted] * len(prompts)
-    for prompt, ids in zip(prompts, encoded):
-        if len(ids) >= end:
-            raise DataError(
-                f"prompt {quoted(prompt)}: got {len(ids):,} tokens, expected fewer than {end:,} (the model's context); shorten it."
-            )
-    return [min(wanted, end - len(ids)) for ids in encoded]
 
 
 def _batches(encoded: Sequence[list[int]], rooms: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -1,4 +1,4 @@
-"""Greedy answers, and how much text a model can take at all."""
+"""Greedy answers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig
 
-from engram.models.positions import context_length
-
-__all__ = ["generate_greedily", "last_position", "padding_id"]
+__all__ = ["generate_greedily", "padding_id"]
 
 
 def generate_greedily(model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
@@ -41,16 +39,6 @@ def generate_greedily(model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, max
 def padding_id(tokenizer: Any) -> int:
     """What pads prompts: the tokenizer's own padding, or its end-of-text token."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
-def last_position(config: Any) -> int | None:
-    """Tokens beyond which the model fails, having learnt a vector for each position; None where it can go on, however well.
-
-    Args:
-        config: of the model.
-    """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return None if getattr(text, "rope_parameters", None) else context_length(config)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from engram.data.long_context import RECALL_TASKS, RecallExample, RecallTask, en
 from engram.data.long_context_words import Distraction, RecallWords, Split
 from engram.errors import ConfigError
 from engram.evaluation.answers import wilson_interval
+from engram.evaluation.generation import padding_id
 from engram.models import EngramModel
 from engram.models.positions import context_length
 
@@ -191,7 +192,7 @@ def score_recall(
         DataError: the tokenizer does not know where tokens stand.
     """
     device = model.get_input_embeddings().weight.device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = padding_id(tokenizer)
     answers: list[RecallAnswer] = []
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]

@@ -9,8 +9,8 @@ import torch
 
 from engram.data.facts import quoted, tokenize_prompt
 from engram.errors import DataError
-from engram.evaluation.generation import last_position
 from engram.models import EngramModel
+from engram.models.positions import last_position
 from engram.tables import ABSENT
 
 __all__ = ["LayerTrace", "TokenTrace", "Trace", "trace_text"]

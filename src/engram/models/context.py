@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from engram.errors import AttachError
-from engram.models.packing import Packing
+from engram.models.packing import Packing, lets_through
 from engram.tables import RowHandle
 
 __all__ = ["ForwardContext", "token_mask"]
@@ -69,8 +68,7 @@ def token_mask(attention_mask: Any, past: int, input_ids: Tensor) -> Tensor | No
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.shape[-1] >= length:
         first = min(past, attention_mask.shape[-1] - length)
         diagonal = attention_mask[:, 0, :, first : first + length].diagonal(dim1=-2, dim2=-1)
-        real = diagonal if diagonal.dtype == torch.bool else diagonal == 0
-        return real.expand(batch, length)
+        return lets_through(diagonal).expand(batch, length)
     got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
     raise AttachError(
         f"attention_mask: got {got}, from which padding cannot be told; expected [B, {past + length}] for {length} new ids after {past}."

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from engram.errors import AttachError
 
-__all__ = ["Packing", "find_packing"]
+__all__ = ["Packing", "find_packing", "lets_through"]
+
+
+def lets_through(values: Tensor) -> Tensor:
+    """Where a mask of four dimensions, boolean or to be added, lets attention through; bool of the same shape."""
+    return values if values.dtype == torch.bool else values == 0
 
 
 class Packing:
@@ -75,8 +80,7 @@ def find_packing(position_ids: Any, attention_mask: Any, past: int, input_ids: T
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.shape[-1] >= past + length:
         assert mask is not None
         before = attention_mask[:, 0, 1:, past : past + length - 1].diagonal(dim1=-2, dim2=-1)
-        seen = before if before.dtype == torch.bool else before == 0
-        return _packing(~seen & (mask[:, 1:] != 0) & (mask[:, :-1] != 0), past, input_ids)
+        return _packing(~lets_through(before) & (mask[:, 1:] != 0) & (mask[:, :-1] != 0), past, input_ids)
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["context_length", "within_context"]
+__all__ = ["context_length", "last_position", "within_context"]
 
 _NAMES = ("max_position_embeddings", "n_positions")
 
@@ -15,10 +15,23 @@ def context_length(config: Any) -> int | None:
     Args:
         config: of the model; of one that takes more than text, the text part counts.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = _text_part(config)
     return next((found for name in _NAMES if isinstance(found := getattr(text, name, None), int)), None)
+
+
+def last_position(config: Any) -> int | None:
+    """Tokens beyond which the model fails, having learnt a vector for each position; None where it can go on, however well.
+
+    Args:
+        config: of the model.
+    """
+    return None if getattr(_text_part(config), "rope_parameters", None) else context_length(config)
 
 
 def within_context(config: Any, tokens: int) -> int:
     """``tokens``, or the positions that the model was made for if those are fewer."""
     return min(tokens, context_length(config) or tokens)
+
+
+def _text_part(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -31,6 +31,7 @@ from engram.data.packing import pack
 from engram.data.recipe import build_fields, parse_corpus, read_yaml
 from engram.errors import CheckpointError, ConfigError
 from engram.evaluation.bits_per_byte import bits_per_byte
+from engram.evaluation.mode import evaluation_mode
 from engram.training.progress import LiveProgress
 from engram.training.safe_trainer import InOrder, SafeTrainer, last_checkpoint
 from engram.training.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
@@ -210,11 +211,9 @@ class _Measure(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         recipe = self.run.recipe
         if state.global_step % recipe.eval_steps == 0 and self.run.corpus.held_out:
-            model.eval()
             texts = [doc.text for doc in self.run.corpus.held_out[: recipe.eval_texts]]
-            with self.trainer.throughput.paused():  # tokens per second are those of training
+            with evaluation_mode(model), self.trainer.throughput.paused():  # tokens per second are those of training
                 bits = bits_per_byte(model, self.run.tokenizer, texts, recipe.seq_len)
-            model.train()
             state.log_history.append({"step": state.global_step, "bits_per_byte": round(bits, 4)})
 
 

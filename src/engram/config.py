@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -309,6 +310,10 @@ class TableConfig:
             raise ConfigError(f"TableConfig.tier: got {self.tier!r}, expected one of {', '.join(map(repr, tiers))}.")
         if self.dtype not in types:
             raise ConfigError(f"TableConfig.dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, types))}.")
+        if isinstance(self.path, os.PathLike):
+            object.__setattr__(self, "path", os.fspath(self.path))
+        if self.path is not None and not isinstance(self.path, str):
+            raise ConfigError(f"TableConfig.path: got {self.path!r}, expected the name of a folder.")
         if self.path is not None and self.tier not in ("mmap", "hybrid"):
             raise ConfigError(f"TableConfig.path: got {self.path!r}, expected None unless tier is 'mmap' or 'hybrid'.")
         if (self.tier == "hybrid") != (self.hot_rows is not None):

@@ -197,7 +197,7 @@ def test_facts_are_generated(engram, tmp_path):
         (("ask", "x", "--memory", "nowhere"), 1, "no memory in nowhere"),
         (("facts", "--memory", "nowhere"), 1, "no memory in nowhere"),
         (("forget", "x", "--memory", "nowhere"), 1, "no memory in nowhere"),
-        (("diff", "nowhere", "nowhere"), 1, "no memory in nowhere"),
+        (("diff", "nowhere", "nowhere"), 2, "no memory in nowhere"),
         (("ask", " ", "--memory", "nowhere"), 2, "empty text"),
         (("why", "", "--memory", "nowhere"), 2, "empty text"),
         (("teach", "none.yaml", "--memory", "x"), 2, "does not exist"),

@@ -75,6 +75,7 @@ def test_a_memory_is_moved_and_used_there(engram, tmp_path):
         (("nowhere",), 1, "no memory in nowhere"),
         (("m", "--tier", "tape", "--out", "x"), 2, "got 'tape', expected one of device, host, mmap, hybrid"),
         (("m", "--tier", "host"), 2, "got a tier without --out"),
+        (("m", "--dtype", "int8"), 2, "got a format without --out"),
         (("m", "--resident-bytes", "4096"), 2, "got bytes without --out"),
         (("m", "--out", "x"), 2, "got a folder without --tier"),
         (("m", "--tier", "hybrid", "--out", "x"), 2, "expected a number of rows"),

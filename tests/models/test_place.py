@@ -101,12 +101,25 @@ def test_a_placed_memory_loads_where_it_was_placed(saved, tmp_path):
     assert isinstance(table_of(load(tmp_path / "mixed", TableConfig())), DeviceTable)
     with pytest.raises(ConfigError, match="exists already"):
         place_memory(saved, tmp_path / "other", TableConfig(tier="mmap", path=str(tmp_path / "rows")))
-    for fields in ({"tier": "tape"}, {"hot_rows": 3}, {"shelf": 1}):
+    for fields in ({"tier": "tape"}, {"hot_rows": 3}, {"shelf": 1}, {"tier": "mmap", "path": 5}):
         text = (tmp_path / "inside" / "engram.json").read_text()
         (tmp_path / "inside" / "engram.json").write_text(text.replace('"tier": "mmap"', str(fields)[1:-1].replace("'", '"')))
         with pytest.raises(ConfigError):
             load(tmp_path / "inside")
         (tmp_path / "inside" / "engram.json").write_text(text)
+
+
+@pytest.mark.parametrize("rows", ["rows", "memory/rows"])
+def test_a_memory_and_its_row_files_are_moved_together(saved, tmp_path, rows):
+    expected = logits(load(saved))
+    (tmp_path / "here").mkdir()
+    place_memory(saved, tmp_path / "here" / "memory", TableConfig(tier="mmap", path=tmp_path / "here" / rows))
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MappedRows, "load_rows", None)  # they are found: nothing is filled
+        memory = load(tmp_path / "there" / "memory")
+    assert table_of(memory).path == tmp_path / "there" / rows / "layer-0.rows"
+    assert torch.equal(logits(memory), expected)
 
 
 @pytest.mark.parametrize("form", ["int8", "float8", "int4"])

@@ -32,6 +32,7 @@ __all__ = [
     "read_tensors",
     "saved_version",
     "stream_store",
+    "sync_to_disk",
     "tensor_offsets",
     "write_atomically",
     "write_json_atomically",
@@ -176,10 +177,10 @@ def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_bytes(content)
-        _sync(temporary)
+        sync_to_disk(temporary)
         os.replace(temporary, path)
         with suppress(OSError):  # some file systems have no sync for folders; the file itself is written
-            _sync(path.parent)
+            sync_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -301,7 +302,7 @@ def _named_file(path: str | os.PathLike[str], description: Mapping[str, Any], en
 
 def _finished(file: Path) -> dict[str, Any]:
     """The description's entry of a file that is now safely on disk."""
-    _sync(file)
+    sync_to_disk(file)
     entry: dict[str, Any] = {"file": file.name, "bytes": file.stat().st_size}
     if entry["bytes"] <= _CHECKED_BYTES:
         entry["sha256"] = _digest(file)
@@ -319,7 +320,8 @@ def _discard(*files: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: str | os.PathLike[str]) -> None:
+    """Return when a file's or folder's content is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, from_numpy
 
-from engram.checkpoint.store import write_json_atomically
+from engram.checkpoint.store import sync_to_disk, write_json_atomically
 from engram.errors import CheckpointError
 
 __all__ = ["load_tree", "save_tree"]
@@ -36,6 +36,7 @@ def save_tree(path: str | os.PathLike[str], tree: Any) -> None:
         ) from error
     try:
         save_file(tensors, f"{os.fspath(path)}.safetensors")
+        sync_to_disk(f"{os.fspath(path)}.safetensors")
         write_json_atomically(Path(f"{os.fspath(path)}.json"), {"tree": skeleton})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {error}; free space or choose another folder.") from error

@@ -16,7 +16,7 @@ import typer
 
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_editor, open_memory
 from engram.cli.outputs import check_text, is_terminal
-from engram.errors import DataError, TeachError
+from engram.errors import DataError, EngramError, TeachError
 
 if TYPE_CHECKING:
     from engram.data import Fact
@@ -270,11 +270,15 @@ def diff_command(
     b: Annotated[Path, typer.Argument(help="Another.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Facts and rows in which two memories differ; exit code 1 if they do."""
+    """Facts and rows in which two memories differ; exit code 1 if they do, 2 if one of them cannot be read."""
     from engram.editing import diff_memories
     from engram.editing.merge import StoredMemory
 
-    found = diff_memories(a, b)
+    try:
+        found = diff_memories(a, b)
+    except (EngramError, OSError) as error:  # not 1, which scripts take for "they differ"
+        print(f"engram: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
     if as_json:
         print(json.dumps(found.to_dict(), ensure_ascii=False, indent=1))
     else:

@@ -44,7 +44,7 @@ def place_command(
     """Show where a memory's rows are and what other places would cost; with --tier and --out, move it there."""
     from engram.models.bundled_files import memory_folder
 
-    _check_options(tier, out, hot_rows, hot_from, resident_bytes)
+    _check_options(tier, dtype, out, hot_rows, hot_from, resident_bytes)
     memory = memory_folder(memory)
     if dtype is not None:
         check_dtype(dtype)
@@ -73,13 +73,23 @@ def place_command(
 
 
 def _check_options(
-    tier: str | None, out: Path | None, hot_rows: int | None, hot_from: Path | None, resident_bytes: int | None
+    tier: str | None,
+    dtype: str | None,
+    out: Path | None,
+    hot_rows: int | None,
+    hot_from: Path | None,
+    resident_bytes: int | None,
 ) -> None:
     tiers = ("device", "host", "mmap", "hybrid")
     if tier is not None and tier not in tiers:
         raise typer.BadParameter(f"got {tier!r}, expected one of {', '.join(tiers)}", param_hint="--tier")
     if tier is not None and out is None:
         raise typer.BadParameter("got a tier without --out, expected a folder for the moved memory", param_hint="--tier")
+    if dtype is not None and out is None:
+        raise typer.BadParameter(
+            "got a format without --out, expected a folder for the moved memory; costs are shown for every format",
+            param_hint="--dtype",
+        )
     if resident_bytes is not None and out is None:
         raise typer.BadParameter(
             "got bytes without --out, expected a folder for the moved memory", param_hint="--resident-bytes"

@@ -96,10 +96,18 @@ def check_memory(
     _check_base(description, model, path, allow_other_base)
     saved_dtype = description.get("table_dtype", "float32")
     if placement is None:
-        placement = TableConfig.from_dict({"dtype": saved_dtype, **(description.get("placement") or {})})
+        placement = _saved_placement(description, path, saved_dtype)
     if placement.tier == "mmap" and placement.path is None:
         return mapping, _in_place(placement, description, path, saved_dtype, config)
     return mapping, placement
+
+
+def _saved_placement(description: dict[str, Any], path: str | os.PathLike[str], saved_dtype: str) -> TableConfig:
+    """Where the memory was placed (``engram place``); a relative folder of row files is meant from the memory's own."""
+    placement = TableConfig.from_dict({"dtype": saved_dtype, **(description.get("placement") or {})})
+    if placement.path is None or os.path.isabs(placement.path):
+        return placement
+    return replace(placement, path=os.path.normpath(os.path.join(os.path.realpath(path), placement.path)))
 
 
 def _in_place(

@@ -246,7 +246,8 @@ def place_memory(
 ) -> ConversionReport:
     """Save a memory again in the format of a placement, which it is then loaded with unless another is asked for.
 
-    With a ``path`` the row files are written too, so that the first load maps them as they are.
+    With a ``path`` the row files are written too, so that the first load maps them as they are. Row files inside the memory's folder or
+    beside it are found again when both are moved together; others are looked for where they were written.
 
     Args:
         source: folder of the memory.
@@ -259,8 +260,9 @@ def place_memory(
         ConfigError, CheckpointError, TableError: as ``check_fit`` and ``convert_memory``, or a row file exists already.
     """
     check_fit(source, placement, out)
+    row_files = placement.path
     if placement.path is not None:
-        placement = replace(placement, path=str(Path(placement.path).resolve()))
+        placement = replace(placement, path=_saved_path(placement.path, out))
     fields = {
         name: value
         for name, value in asdict(placement).items()
@@ -268,9 +270,15 @@ def place_memory(
     }
     tensors = {f"placement.{layer_id}.hot_ids": rows for layer_id, rows in (hot or {}).items()}
     report = convert_memory(source, out, placement.dtype, progress, {"placement": fields}, tensors)
-    if placement.path is not None:
-        write_row_files(out, placement.path, progress)
+    if row_files is not None:
+        write_row_files(out, row_files, progress)
     return report
+
+
+def _saved_path(row_files: str, memory: str | os.PathLike[str]) -> str:
+    """How a memory's description names the folder of its row files: relative to the memory where the two may be moved as one."""
+    folder, home = Path(row_files).resolve(), Path(memory).resolve()
+    return os.path.relpath(folder, home) if folder.is_relative_to(home) or folder.parent == home.parent else str(folder)
 
 
 def _check_row_files(source: str | os.PathLike[str], folder: str) -> None:

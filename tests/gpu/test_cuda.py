@@ -16,6 +16,7 @@ from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, t
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("default"),  # of whatever versions that machine has
 ]
 
 ROWS, DIM = 3000, 64

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from engram import EngramError, TableConfig, TableError
 from engram.layers import RollingTail
 from engram.ops import causal_depthwise_conv, context_gate, lookup_rows
+from engram.ops.lookup import _sent
 from engram.ops.reference import (
     causal_depthwise_conv_reference,
     context_gate_reference,
@@ -77,6 +78,16 @@ def test_lookup_equals_its_reference_gradient_included():
     assert_close(one.grad.to_dense(), two.grad)
 
 
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 2), (torch.bfloat16, 3)])
+def test_a_gradient_is_summed_before_it_is_sent_if_nothing_is_lost_by_that(dtype, rows):
+    values = torch.tensor([[1.0, 2], [3, 4], [5, 6]], dtype=dtype)
+    gradient = torch.sparse_coo_tensor(torch.tensor([[7, 2, 7]]), values, (9, 2), check_invariants=False)
+    assert _sent(gradient, gradient.device) is gradient
+    sent = _sent(gradient, torch.device("meta"))
+    assert (sent.device.type, sent.dtype, sent.shape, sent.is_coalesced()) == ("meta", dtype, (9, 2), dtype == torch.float32)
+    assert (sent._indices().shape, sent._values().shape) == ((1, rows), (rows, 2))
+
+
 def test_table_rows_are_updated_and_iterated():
     table = DeviceTable(10, 3, init="normal")
     before = table.weight.detach().clone()
@@ -112,6 +123,21 @@ def test_rolling_tail_is_a_list_that_forgets(steps, count):
         assert tail.length == len(plain)
         got = tail.last(count)
         assert ([] if got is None else got.flatten().tolist()) == (plain[-count:] if count else [])
+
+
+def test_a_tail_that_owns_what_it_holds_outlives_the_buffers_it_was_given():
+    tail, buffer, expected = RollingTail(), torch.zeros(1, 1, 1), []
+    for value in range(12):
+        buffer.fill_(value)
+        tail.append(buffer)
+        expected.append(value)
+        if value % 3 == 2:
+            assert tail.last(4) is not None  # joins chunks
+        tail.own()
+        kept = [chunk.data_ptr() for chunk in tail._chunks]
+        tail.own()
+        assert [chunk.data_ptr() for chunk in tail._chunks] == kept  # nothing is copied twice
+    assert tail.last(12).flatten().tolist() == expected
 
 
 def test_rolling_tail_forgets_behind_its_window_and_says_so():

@@ -5,13 +5,14 @@ import io
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
 from engram import AttachError, ConfigError, EngramError, MemoryEditor, get_engram_model
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS
 
 TEXTS = ["def lookup(self, ids): return self", "The memory", "CAPITAL:France is the capital of"]
+ONE = torch.tensor([[5, 6, 7]])
 
 
 @pytest.fixture
@@ -172,6 +173,20 @@ def test_static_cache(memory):
     assert_close(got, full(memory, ids, mask))
     common = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 10, "do_sample": False}
     assert torch.equal(memory.generate(**common, cache_implementation="static"), memory.generate(**common))
+
+
+def test_transformers_is_told_not_to_compile_steps(memory, monkeypatch):
+    """It would on a GPU, with a static cache; there is none here, so what it is told is looked at."""
+    seen = []
+    monkeypatch.setattr(type(memory.base_model), "device", property(lambda _: torch.device("cuda")))
+    monkeypatch.setattr(type(memory.base_model), "generate", lambda *_, **options: seen.append(options.get("disable_compile")))
+    memory.generate(ONE)
+    memory.generate(ONE, disable_compile=False)
+    memory.generate(ONE, compile_config=CompileConfig())
+    memory.generate(ONE, generation_config=GenerationConfig(compile_config=CompileConfig()))
+    with memory.disable_engram():
+        memory.generate(ONE)
+    assert seen == [True, False, None, None, None]
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engram import AttachError, EngramError, TableConfig, get_engram_model, native
+from engram import AttachError, EngramError, TableConfig, TableError, get_engram_model, native
 from engram.models import StaticDecoder
 from engram.models.static_decoding import StaticTail
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
@@ -127,6 +127,15 @@ def test_what_fixed_buffers_cannot_do_is_refused():
     assert torch.equal(tail.buffer, torch.tensor([[5.0, 3, 4], [5, 1, 2]]))
     with pytest.raises(EngramError, match="cannot go back"):
         tail.trim(1)
+
+
+def test_rows_that_pass_through_the_cpu_are_refused_before_a_capture(tmp_path):
+    place = TableConfig(tier="mmap", path=str(tmp_path / "rows"))
+    memory = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer(), place).eval()
+    decoder = StaticDecoder(memory, max_length=32, capture=True)
+    decoder.prefill(prompts(TEXTS[:1])[0])
+    with pytest.raises(TableError, match="pass through the CPU, which a graph cannot repeat"):
+        decoder.step(torch.tensor([5]))
 
 
 def test_a_graph_is_known_to_be_old_when_rows_moved(monkeypatch):

@@ -41,11 +41,16 @@ def at_answers_only(memory: EngramModel, answer: Tensor) -> Iterator[None]:
     if head is None:  # an unusual model: its logits are picked afterwards
         yield
         return
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][answer].unsqueeze(0), *args[1:]))
+    handle = head.register_forward_pre_hook(lambda _, args: (_picked(args[0], answer), *args[1:]))
     try:
         yield
     finally:
         handle.remove()
+
+
+def _picked(hidden: Tensor, answer: Tensor) -> Tensor:
+    """Positions of an answer ``[1, answer tokens, d]``; the head may be on another device than the prompts."""
+    return hidden[answer.to(hidden.device)].unsqueeze(0)
 
 
 def answer_logits(memory: EngramModel, ids: Tensor, mask: Tensor, answer: Tensor) -> Tensor:

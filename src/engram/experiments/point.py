@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from engram.checkpoint import write_json_atomically
@@ -107,7 +108,11 @@ def run_point(
         base = _build_base(solved, data.tokenizer)
     model = _attach_memory(solved, base, data.tokenizer, out)
     # A new memory is empty: this is what the model was without it.
-    before = None if solved.model is None else _measure_all(model, data, solved.bf16)
+    before = None
+    if solved.model is not None:
+        if torch.cuda.is_available():  # where the trainer takes it: both are measured alike
+            nn.Module.to(model, "cuda")
+        before = _measure_all(model, data, solved.bf16)
     curve = _Curve(solved, data)
     trainer = _trainer(solved, data, model, out, [curve, *callbacks], report_to)
     curve.trainer = trainer

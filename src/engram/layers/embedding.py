@@ -24,6 +24,7 @@ class MultiHeadEmbedding(nn.Module):
         init: ``zero`` or ``normal``.
         verified: whether rows answer to their owners only (``VerifiedTable``).
         layer_id: whose table this is.
+        device: where a table of tier ``device`` is made.
     """
 
     offsets: Tensor
@@ -36,13 +37,12 @@ class MultiHeadEmbedding(nn.Module):
         init: str = "zero",
         verified: bool = False,
         layer_id: int = 0,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         ends = torch.tensor(head_sizes, dtype=torch.int64).cumsum(0)
         self.register_buffer("offsets", torch.cat([ends.new_zeros(1), ends[:-1]]))
-        self.embedding: EmbeddingTable = build_table(
-            int(ends[-1]), head_dim, table_config, init, verified=verified, layer_id=layer_id
-        )
+        self.embedding: EmbeddingTable = build_table(int(ends[-1]), head_dim, table_config, init, device, verified, layer_id)
         self._used: tuple[object, int, Tensor] | None = None
         self._index: tuple[object, int, RowIndex] | None = None
 

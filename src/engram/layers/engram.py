@@ -42,13 +42,19 @@ class Engram(nn.Module):
         mapping: the addresses.
         layer_id: which of ``config.layer_ids`` this is.
         table_config: where the table lives.
+        device: where a table of tier ``device`` is made, which may be larger than host memory; the rest follows by ``to``.
 
     Raises:
         ConfigError: ``hidden_size`` is missing or ``layer_id`` is not one of the memory's layers.
     """
 
     def __init__(
-        self, config: EngramConfig, mapping: NgramHashMapping, layer_id: int, table_config: TableConfig | None = None
+        self,
+        config: EngramConfig,
+        mapping: NgramHashMapping,
+        layer_id: int,
+        table_config: TableConfig | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         if config.hidden_size is None:
@@ -61,7 +67,7 @@ class Engram(nn.Module):
         own = self.branches if config.branch_gates else 1
         keys, queries, joints = {"gate": (own, own, 0), "add": (0, 0, 0), "concat": (0, own, own)}[config.fuse]
         self.multi_head_embedding = MultiHeadEmbedding(
-            mapping.head_sizes(layer_id), config.head_dim, table_config, config.table_init, config.verify_rows, layer_id
+            mapping.head_sizes(layer_id), config.head_dim, table_config, config.table_init, config.verify_rows, layer_id, device
         )
         self.value_proj = nn.Linear(d_mem, d, bias=config.use_bias)
         self.key_projs = nn.ModuleList(nn.Linear(d_mem, d, bias=config.use_bias) for _ in range(keys))

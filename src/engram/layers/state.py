@@ -28,6 +28,7 @@ class RollingTail:
         self.window = window
         self.length = 0
         self._chunks: list[Tensor] = []
+        self._owned: list[Tensor] = []
 
     @property
     def kept(self) -> int:
@@ -74,6 +75,12 @@ class RollingTail:
                 taken = taken[:, -count:]
         self._chunks.append(taken)
         return taken[:, max(taken.shape[1] - count, 0) :]
+
+    def own(self) -> None:
+        """Keep what is held in memory of its own: what a compiled pass made (CUDA graphs) is overwritten by the next one."""
+        before = {id(chunk) for chunk in self._owned}
+        self._chunks = [chunk if id(chunk) in before else chunk.clone() for chunk in self._chunks]
+        self._owned = list(self._chunks)
 
     def trim(self, length: int) -> None:
         """Forget everything after the first ``length`` positions."""

@@ -44,6 +44,11 @@ class CacheState:
         for tail in self._tails():
             tail.map_batch(fn)
 
+    def own(self) -> None:
+        """Keep everything in memory of its own (see ``RollingTail.own``)."""
+        for tail in self._tails():
+            tail.own()
+
     def _tails(self) -> list[RollingTail]:
         return [self.ids, *self.conv.values()]
 

@@ -150,8 +150,17 @@ class EngramModel(nn.Module):
             self._given_ids = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's ``generate`` with the memory: KV cache, batches, beams and speculative decoding included."""
+        """The base model's ``generate`` with the memory: KV cache, batches, beams and speculative decoding included.
+
+        With a static cache transformers compiles each step into CUDA graphs, which the memory's growing state breaks in pieces and which
+        would copy a table in host memory at every step. Steps are taken as they are, unless ``compile_config`` or ``disable_compile`` says
+        otherwise; ``StaticDecoder`` has a step in one graph.
+        """
         self._check_attached()
+        config = kwargs.get("generation_config") or self.generation_config
+        asked = kwargs.get("compile_config") or getattr(config, "compile_config", None)
+        if self.is_enabled and asked is None and self.base_model.device.type != "cpu":
+            kwargs.setdefault("disable_compile", True)
         return self.base_model.generate(*args, **kwargs)
 
     def generate_batch(self, *_: Any, **__: Any) -> Any:

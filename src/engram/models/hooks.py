@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from engram.errors import AttachError
 from engram.layers import EngramState
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from engram.models.engram_model import EngramModel
 
 __all__ = ["DecoderHooks"]
+
+_CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states", "layer_past")
+"""Arguments and outputs of a decoder that hold what it keeps of the past."""
 
 
 class DecoderHooks:
@@ -59,11 +62,12 @@ class DecoderHooks:
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._context = None
         arguments = {**dict(zip(self._argument_names, args)), **kwargs}
-        cache = arguments.get("past_key_values")
+        cache = next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
         if not self._memory.is_enabled:
             if cache is not None:
                 _forget_state(cache)
             return
+        _refuse_unknown_kind(cache)
         input_ids = arguments.get("input_ids")
         if input_ids is None:
             input_ids = self._memory._given_ids
@@ -91,8 +95,8 @@ class DecoderHooks:
         if static is not None:  # fixed shapes: the state is given, and asking the cache for its length would be a wait
             state, mask = static.state, None
         else:
-            state = state_of(cache, memory.owner_token) if cache is not None else None
-            given, past = arguments.get("attention_mask"), cached_length(cache)
+            state, past = _past_in(cache, memory.owner_token)
+            given = arguments.get("attention_mask")
             mask = token_mask(given, past, input_ids)
             packing = find_packing(arguments.get("position_ids"), given, past, input_ids, mask)
         ids = input_ids
@@ -195,7 +199,7 @@ class DecoderHooks:
         cache = _cache_in(output)
         if cache is None:  # with use_cache=False some models fill the cache they are given and return none
             cache = context.cache
-        if cache is not None and cached_length(cache) > 0:
+        if cache is not None and (cached_length(cache) > 0 if _counts_positions(cache) else cache.has_previous_state()):
             _commit(cache, context)
 
 
@@ -207,6 +211,8 @@ def _is_recomputed(block: nn.Module) -> bool:
 @torch.compiler.disable
 def _commit(cache: Cache, context: ForwardContext) -> None:
     context.state.ids.append(context.input_ids)
+    if context.input_ids.device.type == "cuda":
+        context.state.own()
     bind_state(cache, context.state)
 
 
@@ -217,8 +223,51 @@ def _forget_state(cache: Cache) -> None:
         cache.engram_state.owner = ""
 
 
+def _past_in(cache: Cache | None, owner: str) -> tuple[CacheState | None, int]:
+    """The state bound to a cache, None for a new one, and the positions in the cache.
+
+    A cache of recurrent states alone (Mamba's) keeps no count. Nothing can be taken back from it, so the state's own count is the truth.
+
+    Raises:
+        AttachError: the cache holds positions that this memory has not seen.
+    """
+    if cache is None:
+        return None, 0
+    if _counts_positions(cache):
+        return state_of(cache, owner), cached_length(cache)
+    if not cache.has_previous_state():  # new, or reset
+        return None, 0
+    state: CacheState | None = getattr(cache, "engram_state", None)
+    if state is None or state.owner != owner or any(getattr(layer, "record_past", False) for layer in cache.layers):
+        raise AttachError(
+            "the cache holds positions that this memory has not seen, or records them so that some can be taken back, which does not show in "
+            "a cache of recurrent states. Start with an empty cache, or run the whole prompt with the memory on."
+        )
+    return state, state.ids.length
+
+
+def _counts_positions(cache: Cache) -> bool:
+    layers = getattr(cache, "layers", ())
+    return not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
+
+
+def _refuse_unknown_kind(cache: Any) -> None:
+    """Only transformers' own caches tell the memory when beams are reordered or positions dropped."""
+    if cache is not None and not isinstance(cache, Cache):
+        raise AttachError(
+            f"got a cache of class {type(cache).__name__}, which the memory cannot follow; expected a transformers Cache. Pass use_cache=False, "
+            "or run inside memory.disable_engram() or after unload()."
+        )
+
+
 def _cache_in(output: Any) -> Cache | None:
-    found = getattr(output, "past_key_values", None)
-    if found is None and isinstance(output, tuple):
-        found = next((item for item in output if isinstance(item, Cache)), None)
+    """The cache among a decoder's outputs.
+
+    Raises:
+        AttachError: it is of a kind that could not be followed.
+    """
+    if isinstance(output, tuple):
+        return next((item for item in output if isinstance(item, Cache)), None)
+    found = next((value for name in _CACHE_NAMES if (value := getattr(output, name, None)) is not None), None)
+    _refuse_unknown_kind(found)
     return found

@@ -17,8 +17,9 @@ from transformers import StaticCache
 from engram.errors import AttachError, EngramError
 from engram.layers import RollingTail
 from engram.models.cache import CacheState, state_of
-from engram.tables import RowPrefetcher
+from engram.tables import RowPrefetcher, VerifiedTable
 from engram.tables.pinned import nothing_unlocked
+from engram.tables.prefetch import not_in_graphs
 
 if TYPE_CHECKING:
     from engram.models.engram_model import EngramModel
@@ -189,8 +190,21 @@ class StaticDecoder:
         tails = [tail.buffer for tail in (self.state.ids, *self.state.conv.values()) if isinstance(tail, StaticTail)]
         return [self._place, self._position, *(length for length in lengths if isinstance(length, Tensor)), *tails]
 
+    def _check_tables(self) -> None:
+        """Refuse rows that pass through the CPU before anything is captured: inside, torch would tell of the capture alone."""
+        device = self.tokens.device
+        for engram in self._memory.engrams.values() if self._memory.is_enabled else ():
+            table = engram.multi_head_embedding.embedding
+            if not isinstance(table, VerifiedTable) and table.tier != "device" and not table.is_read_by(device):
+                raise not_in_graphs(table)
+
     def _captured(self) -> Any:
-        """The graph of a step. Steps are taken to make it, so the state is put back after each."""
+        """The graph of a step. Steps are taken to make it, so the state is put back after each.
+
+        Raises:
+            TableError: the device cannot read a table by itself.
+        """
+        self._check_tables()
         moving = self._moving()
         before = [tensor.clone() for tensor in moving]
 

@@ -57,9 +57,20 @@ class _Lookup(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (row_ids,) = context.saved_tensors
         values = gradients[0].reshape(-1, context.shape[1]).to(context.dtype)
-        indices, values = (
-            row_ids.reshape(1, -1).to(context.device),
-            values.to(context.device),
-        )  # the optimiser works where rows live
-        sparse = torch.sparse_coo_tensor(indices, values, context.shape, device=values.device, check_invariants=False)
-        return sparse, None, None, None
+        gradient = torch.sparse_coo_tensor(
+            row_ids.reshape(1, -1).to(values.device), values, context.shape, check_invariants=False
+        )
+        return _sent(gradient, context.device), None, None, None
+
+
+def _sent(gradient: Tensor, device: torch.device) -> Tensor:
+    """A gradient ``[rows, dim]`` where its rows live, for the optimiser works there.
+
+    Rows read more than once are summed before they are sent, unless they have 16 bits: those are summed in float32 later.
+    """
+    if gradient.device == device:
+        return gradient
+    gradient = gradient.coalesce() if gradient.dtype == torch.float32 else gradient
+    indices, values = gradient._indices().to(device), gradient._values().to(device)
+    summed = gradient.is_coalesced()
+    return torch.sparse_coo_tensor(indices, values, gradient.shape, check_invariants=False, is_coalesced=summed)

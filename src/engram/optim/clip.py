@@ -27,8 +27,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
     holders = [p for p in holders if p.grad is not None]
     if not holders:
         return torch.tensor(0.0)
-    norms = [torch.linalg.vector_norm(_summed(p).float()) for p in holders]
-    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    total = _joint_norm([torch.linalg.vector_norm(_summed(p).float()) for p in holders])
     if max_norm == float("inf"):
         return total
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
@@ -37,6 +36,15 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
         values = p.grad._values() if p.grad.is_sparse else p.grad
         values.mul_(scale.to(values.device))
     return total
+
+
+def _joint_norm(norms: list[Tensor]) -> Tensor:
+    """The norm of all, on the device of the first; each device sums up its own and sends one number, which is one wait."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for norm in norms:
+        by_device.setdefault(norm.device, []).append(norm)
+    parts = [torch.linalg.vector_norm(torch.stack(part)) for part in by_device.values()]
+    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack([part.to(norms[0].device) for part in parts]))
 
 
 def _summed(parameter: Tensor) -> Tensor:

@@ -189,7 +189,11 @@ class EngramAdamW(torch.optim.AdamW):
         plain = {index: {k: v for k, v in entry.items() if k != "row_moments"} for index, entry in state_dict["state"].items()}
         super().load_state_dict({**state_dict, "param_groups": saved_groups, "state": plain})
         for index, moments in compact.items():
-            self.state[parameters[index][0]]["row_moments"] = moments
+            state = self.state[parameters[index][0]]
+            state["row_moments"] = moments
+            state["step"] = state[
+                "step"
+            ].cpu()  # torch moves that of "fused" groups to the parameter's device: reading it would be a wait
 
 
 def _step_numbers(group: dict[str, Any], step: float, table: Tensor) -> StepNumbers:

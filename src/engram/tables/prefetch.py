@@ -19,7 +19,7 @@ from engram.errors import TableError
 if TYPE_CHECKING:
     from engram.tables.base import EmbeddingTable
 
-__all__ = ["RowHandle", "RowPrefetcher"]
+__all__ = ["RowHandle", "RowPrefetcher", "not_in_graphs"]
 
 
 class RowHandle:
@@ -45,6 +45,14 @@ class RowHandle:
             current.wait_event(done)
             rows.record_stream(current)  # or the allocator would give the memory away while this stream reads it
         return rows
+
+
+def not_in_graphs(table: EmbeddingTable) -> TableError:
+    """What is wrong with a table in a CUDA graph whose rows the device does not read by itself."""
+    return TableError(
+        f"CUDA graph: rows in {table.location} pass through the CPU, which a graph cannot repeat; use tier 'device', or 'host' "
+        "where its memory can be page-locked."
+    )
 
 
 class RowPrefetcher:
@@ -116,10 +124,7 @@ class RowPrefetcher:
         if table.is_read_by(device):
             return RowHandle(row_ids, fetch())
         if torch.cuda.is_current_stream_capturing():
-            raise TableError(
-                f"CUDA graph: rows in {table.location} pass through the CPU, which a graph cannot repeat; use tier 'device', or 'host' "
-                "where its memory can be page-locked."
-            )
+            raise not_in_graphs(table)
         return RowHandle(
             row_ids, self._in_thread(fetch)
         )  # the CPU would wait for the numbers here, and so for all that is enqueued

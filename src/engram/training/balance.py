@@ -61,24 +61,26 @@ class LoadBalancer:
         def count(router: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
             if router.training and torch.is_grad_enabled():
                 chosen = output[2].flatten()
-                load = torch.bincount(chosen, minlength=len(getattr(router, _BIAS)))
+                # Not bincount, which makes the host wait for the largest number.
+                load = chosen.new_zeros(len(getattr(router, _BIAS))).scatter_add_(0, chosen, torch.ones_like(chosen))
                 self._loads[name] = self._loads[name] + load if name in self._loads else load
 
         return count
 
     @torch.no_grad()
-    def update(self) -> float:
+    def update(self) -> Tensor:
         """Move the biases by what was counted since the last update, and forget the counts.
 
         Returns:
-            The largest load of any expert as a multiple of the mean load, 1 at best; 0 if nothing was counted.
+            The largest load of any expert as a multiple of the mean load, a number on the routers' device (to read it is to wait for
+            the step); 1 at best, 0 if nothing was counted.
         """
-        worst = 0.0
+        worst = torch.zeros(())
         for name, load in self._loads.items():
             bias: Any = getattr(self.routers[name], _BIAS)
             counted = load.to(bias.dtype)
             bias.copy_(step_bias(bias, counted, self.rate))
-            worst = max(worst, float(counted.max() / counted.mean()))
+            worst = torch.maximum(worst.to(counted.device), (counted.max() / counted.mean()).float())
         self._loads.clear()
         return worst
 
@@ -98,7 +100,7 @@ class BalanceCallback(TrainerCallback):
     def __init__(self, model: nn.Module, rate: float = 1e-3) -> None:
         self.balancer = LoadBalancer(model, rate)
         self.balancer.remove()  # until training begins
-        self._worst = 0.0
+        self._worst = torch.zeros(())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Count from here on; training may begin more than once."""
@@ -111,8 +113,8 @@ class BalanceCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Add the load of the last step to what is logged."""
-        if logs is not None and self._worst:
-            logs["expert_load_max"] = round(self._worst, 3)
+        if logs is not None and (worst := float(self._worst)):
+            logs["expert_load_max"] = round(worst, 3)
             if state.log_history:
                 state.log_history[-1].setdefault("expert_load_max", logs["expert_load_max"])
 

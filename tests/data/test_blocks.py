@@ -11,6 +11,7 @@ from engram import ConfigError, DataError
 from engram.data.blocks import IGNORED, HeldOutBlocks, TrainingBlocks, epoch_order
 from engram.data.recipe import KINDS
 from engram.data.reference import training_stream
+from engram.data.store import TokenStore
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,45 @@ def test_impossible_blocks(store, small_store):
         HeldOutBlocks(store, 1)
     with pytest.raises(IndexError):
         HeldOutBlocks(store, 8)[10**6]
+
+
+def named(store, names):
+    """A copy of a store whose held-out documents are called so, over and over."""
+    other = TokenStore(store.folder)
+    other._names = list(store.names)
+    for number, document in enumerate(other.split("held_out")):
+        other._names[document] = names[number % len(names)]
+    return other
+
+
+def test_parts_by_file_keep_the_documentation_of_a_program_with_it(store):
+    files = ["a.py", "a.py#doc0", "b.py#doc12", "notes#doc.txt", "c.py"]
+    other = named(store, files)
+    parts = [HeldOutBlocks(other, 16, part=(n, 2), by_file=True) for n in range(2)]
+    assert sorted(document for part in parts for document in part.documents) == store.split("held_out").tolist()
+    found = [
+        {other.names[document].removesuffix("#doc0").removesuffix("#doc12") for document in part.documents} for part in parts
+    ]
+    assert not found[0] & found[1]
+    assert set().union(*found) == {"a.py", "b.py", "notes#doc.txt", "c.py"}
+    for part, names in zip(parts, found):
+        told = part.composition
+        sizes = [
+            int(other.documents["bytes"][[d for d in part.documents if other.names[d].startswith(name)]].sum())
+            for name in names
+        ]
+        assert (told["documents"], told["files"]) == (len(part.documents), len(names))
+        assert told["largest_share"] == round(max(sizes) / sum(sizes), 4)
+        assert told["largest"] in names
+
+
+def test_no_document_is_more_than_an_eighth_of_what_is_measured_by_file(store):
+    lengths = store.documents["length"][store.split("held_out")]
+    limit = 8 * int(np.median(lengths)) // 16
+    blocks = HeldOutBlocks(store, 16, limit, by_file=True)
+    assert store.documents["length"][blocks.documents].max() <= limit * 16 // 8 < lengths.max()
+    tiny = HeldOutBlocks(store, 16, 1, by_file=True)  # none is so short: one is taken all the same
+    assert len(tiny.documents) == 1
 
 
 def test_parts_share_the_held_out_documents_out(store):

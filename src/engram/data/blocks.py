@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +21,8 @@ __all__ = ["IGNORED", "HeldOutBlocks", "TrainingBlocks", "epoch_order"]
 IGNORED = -100
 """Label of a position that is not to be predicted (PyTorch's own number for it)."""
 _HELD_OUT_SEED = 0
+_DOCUMENTATION = re.compile(r"#doc\d+$")
+_LARGEST_SHARE = 8
 _KEPT_ORDERS = 2  # a block may lie across two epochs
 
 
@@ -108,6 +113,24 @@ class TrainingBlocks(Dataset[dict[str, Tensor]]):
         return self._orders[epoch]
 
 
+def _file_of(name: str) -> str:
+    """The file that a document is from: documentation inside a program is a document of its own."""
+    return _DOCUMENTATION.sub("", name)
+
+
+def _part_by_file(store: TokenStore, documents: np.ndarray, part: tuple[int, int]) -> np.ndarray:
+    """Documents of every ``of``-th file from the ``n``-th on, files in the order in which their first documents stand."""
+    files = [_file_of(store.names[document]) for document in documents]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(files))}
+    return documents[np.array([numbers[name] % part[1] == part[0] for name in files], dtype=bool)]
+
+
+def _without_giants(store: TokenStore, documents: np.ndarray, largest: int) -> np.ndarray:
+    """Documents of at most so many tokens; all of them if there are none."""
+    small = documents[store.documents["length"][documents] <= largest]
+    return small if len(small) else documents
+
+
 class HeldOutBlocks(Dataset[dict[str, Tensor]]):
     """Held-out documents in one fixed order, as blocks that overlap by one token, so that every token is predicted exactly once.
 
@@ -119,13 +142,22 @@ class HeldOutBlocks(Dataset[dict[str, Tensor]]):
         seq_len: tokens per block.
         limit: about how many blocks: whole documents are taken while they fit (one at least). All documents if None.
         part: ``(n, of)``: every ``of``-th document from the ``n``-th on, so that settings are chosen by other text than what reports.
+        by_file: count files in place of documents in ``part``, so that a program and the documentation in it are in one part; and pass
+            over documents of more than an eighth of the limit, so that no single text decides.
 
     Raises:
         DataError: nothing is held out.
         ConfigError: a number is impossible.
     """
 
-    def __init__(self, store: TokenStore, seq_len: int, limit: int | None = None, part: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        seq_len: int,
+        limit: int | None = None,
+        part: tuple[int, int] = (0, 1),
+        by_file: bool = False,
+    ) -> None:
         if not 0 <= part[0] < part[1]:
             raise ConfigError(f"HeldOutBlocks.part: got {part}, expected (n, of) with 0 <= n < of.")
         if seq_len < 2 or (limit is not None and limit < 1):
@@ -138,16 +170,28 @@ class HeldOutBlocks(Dataset[dict[str, Tensor]]):
             )
         self.store, self.seq_len = store, seq_len
         documents = documents[epoch_order(_HELD_OUT_SEED, 0, len(documents))]  # so that the first of them are of all kinds
-        documents = documents[part[0] :: part[1]]
+        documents = _part_by_file(store, documents, part) if by_file else documents[part[0] :: part[1]]
         if not len(documents):
             raise DataError(f"{store.folder} holds too few documents out for {part[1]} parts; raise held_out_percent.")
         if limit is not None:
+            if by_file:
+                documents = _without_giants(store, documents, limit * seq_len // _LARGEST_SHARE)
             ends = np.cumsum(store.documents["length"][documents])
             documents = documents[: max(1, int(np.searchsorted(ends, limit * (seq_len - 1) + 1, side="right")))]
         self.documents = documents
         """Numbers of the documents measured, in their order."""
         self._sequence = _Sequence(store, documents)
         self._tokens = int(self._sequence.ends[-1])
+
+    @property
+    def composition(self) -> dict[str, Any]:
+        """What is measured: number of documents and files, and the file with the largest share of the bytes, with that share."""
+        sizes: Counter[str] = Counter()
+        for document in self.documents:
+            sizes[_file_of(self.store.names[document])] += int(self.store.documents["bytes"][document])
+        name, largest = sizes.most_common(1)[0]
+        share = round(largest / sum(sizes.values()), 4)
+        return {"documents": len(self.documents), "files": len(sizes), "largest": name, "largest_share": share}
 
     @property
     def bytes_by_kind(self) -> dict[str, int]:

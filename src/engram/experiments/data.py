@@ -16,7 +16,7 @@ from engram.training.token_store import prepare_store
 __all__ = ["HALVES", "PreparedData", "load_data", "prepare_data"]
 
 HALVES = {"validation": 0, "test": 1}
-"""Every second held-out document: one half chooses settings, the other reports."""
+"""Every second held-out document (or file: ``DataRecipe.held_out_by``): one half chooses settings, the other reports."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class PreparedData:
     store: TokenStore
     seq_len: int
     held_out_tokens: int
+    held_out_by: str = "document"
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -36,7 +37,8 @@ class PreparedData:
     def held_out(self) -> dict[str, HeldOutBlocks]:
         """Both halves."""
         limit = max(1, self.held_out_tokens // self.seq_len)
-        return {half: HeldOutBlocks(self.store, self.seq_len, limit, (n, len(HALVES))) for half, n in HALVES.items()}
+        by_file = self.held_out_by == "file"
+        return {half: HeldOutBlocks(self.store, self.seq_len, limit, (n, len(HALVES)), by_file) for half, n in HALVES.items()}
 
     def train(self, blocks: int, seed: int) -> TrainingBlocks:
         """Training blocks in the order of a seed."""
@@ -66,9 +68,9 @@ def prepare_data(
         store = prepare_store(recipe.corpus, folder, out, recipe.vocab_size, show)
     else:
         store = build_store(recipe.corpus, tokenizer, folder, out, lambda done, total: show("tokens", done, total))
-    return PreparedData(store, recipe.seq_len, recipe.held_out_tokens)
+    return PreparedData(store, recipe.seq_len, recipe.held_out_tokens, recipe.held_out_by)
 
 
 def load_data(recipe: DataRecipe, out: Path) -> PreparedData:
     """Open a token store that ``prepare_data`` built; sources are not looked at again."""
-    return PreparedData(TokenStore(out), recipe.seq_len, recipe.held_out_tokens)
+    return PreparedData(TokenStore(out), recipe.seq_len, recipe.held_out_tokens, recipe.held_out_by)

@@ -233,6 +233,7 @@ def _result(recipe: PointRecipe, data: PreparedData, model: Any, trainer: SafeTr
     return {
         "counts": {**_memory_counts(recipe, model), **_backbone_counts(recipe, tokens)},
         "held_out": _measure_all(model, data, recipe.bf16),
+        "held_out_text": {half: blocks.composition for half, blocks in data.held_out.items()},
         "tokens": tokens,
         "epochs": round(dataset.epochs, 3),
         "steps": recipe.steps,

@@ -45,8 +45,13 @@ class DataRecipe:
     held_out_tokens: int = 131_072
     """At most so many tokens are measured in each of the two held-out halves: ``validation``, which settings are chosen by, and ``test``,
     which reports."""
+    held_out_by: str = "document"
+    """What the halves are cut by: ``document``, as in all older results, or ``file``, which puts a program and the documentation in it into
+    one half and leaves out documents of more than an eighth of ``held_out_tokens`` (``HeldOutBlocks``)."""
 
     def __post_init__(self) -> None:
+        if self.held_out_by not in ("document", "file"):
+            raise ConfigError(f"DataRecipe.held_out_by: got {self.held_out_by!r}, expected 'document' or 'file'.")
         if not isinstance(self.corpus, CorpusRecipe):
             raise ConfigError(
                 "DataRecipe.corpus: got none, expected a mapping, or the name of a recipe beside this one that has it."

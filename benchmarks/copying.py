@@ -3,13 +3,16 @@
 Takes runs of `engram train` that kept their checkpoints (recipes/train_equal_loss_plain.yaml and _joint.yaml, for each seed), and measures
 held-out loss and plain copying of each checkpoint. Copying is what recall over long text is built on (benchmarks/long_context.py), and it comes
 late and suddenly, so one pretraining of each kind says little. With `--pairs`, the checkpoints of either kind that are of equal held-out loss
-are written as runs to go on from, one pair for each seed: the latest such pair, whatever it copies.
+are written as runs to go on from, one pair for each seed: the latest such pair, whatever it copies. Held-out loss swings by 0.1 nats from one
+checkpoint to the next, so that two single ones may be equal by chance: the losses of a pair must also be equal when smoothed, as the median of
+a checkpoint and its two neighbours among those that were measured. The first and the last of a run, which lack one, are in no pair.
 """
 
 import argparse
 import dataclasses
 import functools
 import json
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from engram.experiments import prepare_data, read_point, run_point
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LENGTH, HELD_OUT = 512, 64
+SMOOTHED = 3  # checkpoints that a loss is smoothed over
 KINDS = ("dense", "engram")
 
 
@@ -74,14 +78,28 @@ def measured(task, sizes):
     }
 
 
+def smoothed(run):
+    """Checkpoints of one run that have a neighbour on either side, with the median loss of the three as ``smoothed_loss``."""
+    run = sorted(run, key=lambda entry: entry["step"])
+    return [
+        {**here, "smoothed_loss": statistics.median(entry["held_out_loss"] for entry in (before, here, after))}
+        for before, here, after in zip(run, run[1:], run[2:])
+    ]
+
+
+def are_equal(a, b):
+    """Whether two checkpoints are of equal loss, their own and smoothed. Smoothed alone, the two that are written might still differ."""
+    return all(abs(a[key] - b[key]) <= EQUAL for key in ("held_out_loss", "smoothed_loss"))
+
+
 def equal_pairs(entries):
     """For each seed the latest two checkpoints whose losses are equal: of the model with a memory first, then of the one without."""
     pairs = []
     for seed in sorted({entry["seed"] for entry in entries}):
-        dense, engram = ([e for e in entries if e["model"] == kind and e["seed"] == seed] for kind in KINDS)
-        equal = [(a, b) for a in dense for b in engram if abs(a["held_out_loss"] - b["held_out_loss"]) <= EQUAL]
+        dense, engram = (smoothed(e for e in entries if e["model"] == kind and e["seed"] == seed) for kind in KINDS)
+        equal = [(a, b) for a in dense for b in engram if are_equal(a, b)]
         if not equal:
-            print(f"seed {seed}: no two checkpoints are within {EQUAL} nats")
+            print(f"seed {seed}: no two checkpoints are within {EQUAL} nats, by their own loss and smoothed over {SMOOTHED}")
             continue
         pair = max(equal, key=lambda pair: (pair[1]["step"], pair[0]["step"]))
         pairs.append({"seed": seed, **dict(zip(KINDS, pair))})
@@ -148,7 +166,7 @@ def main():
             out,
             {
                 **provenance(sorted({entry["seed"] for entry in entries})),
-                "sizes": {**sizes, "equal": EQUAL},
+                "sizes": {**sizes, "equal": EQUAL, "smoothed": SMOOTHED},
                 "entries": entries,
                 "pairs": pairs,
             },

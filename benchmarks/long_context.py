@@ -242,7 +242,8 @@ def run(seed, tokenizer, documents, held_out, texts, sizes):
 
 
 def pooled(entries):
-    """The seeds' answers together, by model, kind and length; the log-probability keeps its spread over seeds."""
+    """The seeds' answers together, by model, kind and length; the log-probability keeps its spread over seeds. Beside them what copying noted
+    numbers at random finds, and how many wrong answers are another noted number (None where that cannot be told)."""
     groups = {}
     for entry in entries:
         for score in entry["scores"]:
@@ -255,6 +256,8 @@ def pooled(entries):
             "length": length,
             **asdict(ShareResult.of(sum(s["exact"] for s in scores), sum(s["answers"] for s in scores))),
             "log_probability": spread([s["log_probability"] for s in scores]),
+            "chance": scores[0]["chance"],
+            "other_value": None if scores[0]["other_value"] is None else sum(s["other_value"] for s in scores),
         }
         for (model, kind, length), scores in groups.items()
     ]

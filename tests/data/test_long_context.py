@@ -7,7 +7,7 @@ import torch
 
 from engram import DataError
 from engram.data.corpus import Document
-from engram.data.long_context import RECALL_TASKS, RecallTask, make_example
+from engram.data.long_context import RECALL_TASKS, RecallTask, chance_of, make_example
 from engram.data.long_context_mix import RecallMix, long_context_mix
 from engram.data.long_context_words import Distraction, RecallWords
 from engram.data.packing import pack
@@ -79,6 +79,68 @@ def test_the_answer_follows_from_the_notes_alone(made):
                         found = notes[found[0]]
                     answers.append(", ".join(found))
             assert tuple(answers) == example.expected
+
+
+def copied_at_random(example, rng):
+    """Answers of a model that copies numbers noted in the text, whichever are asked for."""
+    noted = [
+        value
+        for line in example.text.splitlines()
+        if line.startswith("note: ") and (value := line.split(" = ")[1][:-1]).isdigit()
+    ]
+    return [", ".join(rng.permutation(noted)[: answer.count(",") + 1]) for answer in example.expected]
+
+
+@pytest.mark.parametrize(
+    ("task", "chance"),
+    [
+        ({"kind": "needle"}, 1),
+        ({"kind": "needle", "distractors": 1}, 1 / 2),
+        ({"kind": "multi_key"}, 1 / 4),
+        ({"kind": "multi_query"}, 1 / 4),
+        ({"kind": "multi_query", "asked": 2, "distractors": 3}, 1 / 5),
+        ({"kind": "multi_value"}, 1 / 20),
+        ({"kind": "multi_value", "distractors": 1}, 1 / 6),
+        ({"kind": "multi_value", "asked": 3, "distractors": 0}, 1 / 6),
+        ({"kind": "tracking"}, 1 / 4),
+        ({"kind": "tracking", "asked": 3, "distractors": 1}, 1 / 2),
+    ],
+)
+def test_chance_is_what_copying_at_random_finds(made, task, chance):
+    assert RecallTask(**task).chance == pytest.approx(chance)
+    rng, right, asked = np.random.default_rng(0), 0, 0
+    for seed in range(100):
+        example = made(seed, length=160, **task)
+        assert example.chance == pytest.approx(chance)
+        for _ in range(10):
+            said = copied_at_random(example, rng)
+            right += sum(map(str.__eq__, said, example.expected))
+            asked += len(said)
+    assert right / asked == pytest.approx(chance, abs=4 * (chance * (1 - chance) / asked) ** 0.5 + 1e-9)
+
+
+def test_by_default_little_is_found_by_copying_at_random_and_all_kinds_fit_into_96_tokens(tokenizer, made):
+    chances = {kind: RecallTask(kind).chance for kind in RECALL_TASKS}
+    assert chances == {"needle": 1, "multi_key": 0.25, "multi_query": 0.25, "multi_value": 0.05, "tracking": 0.25}
+    for kind in RECALL_TASKS:
+        for seed in range(20):
+            assert len(tokenizer(made(seed, kind=kind, length=96).text)["input_ids"]) <= 96
+
+
+def test_results_from_before_chance_was_written_down_keep_their_own(made):
+    assert chance_of({"kind": "tracking", "chance": 0.25}) == 0.25
+    found = {kind: chance_of({"kind": kind}) for kind in RECALL_TASKS}
+    assert found == pytest.approx(
+        {"needle": 1, "multi_key": 1 / 4, "multi_query": 1 / 4, "multi_value": 1 / 6, "tracking": 1 / 2}
+    )
+
+
+def test_other_numbers_are_known_where_one_is_asked_for(made):
+    for kind, others in (("needle", 0), ("multi_key", 3), ("multi_query", 0), ("multi_value", 0), ("tracking", 3)):
+        example = made(kind=kind, length=160)
+        assert len(set(example.others)) == others
+        assert not set(example.others) & set(example.expected)
+        assert all(f" = {number}." in example.prompt for number in example.others)
 
 
 class SaysTheSame:

@@ -1,4 +1,7 @@
 import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,16 +88,76 @@ def test_a_measurement_counts_every_answer_once():
     assert [s.log_probability for s in again.scores] == pytest.approx([s.log_probability for s in result.scores], abs=1e-4)
     table = recall_table({"one": fields, "two": fields})
     assert table.count("\n") == 6
-    assert "| needle | 200 | 4 | 0.0 % | 0.0-49.0 % |" in table
+    assert "| needle | 200 | 4 | 100.0 % | 0.0 % | 0.0-49.0 % |" in table
+    assert [(score.chance, score.other_value) for score in overall] == [(1.0, None)] * 2 + [(0.25, None)] * 2
 
 
 def test_a_score_adds_up_its_answers():
-    answers = [RecallAnswer("needle", 100, i / 10, "123", i < 8, -i / 10, 1 + i) for i in range(10)]
+    answers = [RecallAnswer("multi_key", 100, i / 10, "123", i < 8, -i / 10, 1 + i, 0.25, i == 8) for i in range(10)]
     score = RecallScore.of(answers)
     assert (score.exact, score.answers, score.share, score.rank) == (8, 10, 0.8, 5.5)
     assert (score.low, score.high) == wilson_interval(8, 10)
     assert score.log_probability == pytest.approx(-0.45)
     assert score.log_probability_error == pytest.approx(0.0957427, abs=1e-6)  # standard deviation 0.30277 over the root of 10
+    assert (score.chance, score.other_value) == (0.25, 1)
+    assert RecallScore.of([replace(answer, other_value=None) for answer in answers]).other_value is None
+
+
+class Copies:
+    """Says the first number that is noted, whichever is asked for."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.inner, self.config = tokenizer, tiny_model(), tiny_model().config
+        self.generation_config = self.inner.generation_config
+
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
+    def forward(self, input_ids, past_key_values=None, use_cache=True, attention_mask=None):
+        """Whole texts only: the cache is what was read before."""
+        seen = input_ids if past_key_values is None else torch.cat([past_key_values, input_ids], dim=1)
+        logits = torch.zeros(*input_ids.shape, len(self.tokenizer))
+        for row, ids in enumerate(seen.tolist()):
+            first = seen.shape[1] - input_ids.shape[1]
+            for place in range(input_ids.shape[1]):
+                logits[row, place, self._next(self.tokenizer.decode(ids[: first + place + 1], skip_special_tokens=True))] = 9.0
+        return SimpleNamespace(logits=logits, past_key_values=seen)
+
+    __call__ = forward
+
+    def generate(self, input_ids, attention_mask, generation_config):
+        for _ in range(generation_config.max_new_tokens):
+            input_ids = torch.cat([input_ids, self.forward(input_ids).logits[:, -1:].argmax(-1)], dim=1)
+        return input_ids
+
+    def _next(self, text):
+        number = re.search(r"= (\d+)\.", text).group(1) if re.search(r"= (\d+)\.", text) else "0"
+        begun = re.search(r"recall: \w+ =( ?\d*)$", text)
+        rest = f" {number}."[len(begun.group(1)) :] if begun else "."
+        return self.tokenizer(rest, add_special_tokens=False)["input_ids"][0]
+
+
+def test_numbers_that_were_copied_though_others_were_asked_for_are_counted():
+    asked = examples(24, "tracking", 240)
+    answers = score_recall(Copies(TOKENIZER), TOKENIZER, asked)
+    noted = [re.search(r"= (\d+)\.", example.text).group(1) for example in asked]
+    assert [answer.exact for answer in answers] == [first == example.expected[0] for first, example in zip(noted, asked)]
+    score = RecallScore.of(answers)
+    assert 0 < score.exact < 24
+    assert score.other_value == 24 - score.exact
+    assert score.chance == 0.25
+    ignorant = score_recall(tiny_model(), TOKENIZER, asked[:2])
+    assert [answer.other_value for answer in ignorant] == [False, False]
+    needle = score_recall(Copies(TOKENIZER), TOKENIZER, examples(2))
+    assert [(answer.exact, answer.other_value) for answer in needle] == [(True, None), (True, None)]
+
+
+def test_results_that_do_not_say_their_chance_are_shown_with_that_of_their_defaults():
+    """Those before chance was written down had two chains and one other value."""
+    told = {"length": 100, "depth": None, "answers": 4, "exact": 2, "share": 0.5, "low": 0.1, "high": 0.9}
+    scores = [{**told, "kind": kind, "log_probability": -1.0, "rank": 2.0} for kind in ("tracking", "multi_value")]
+    table = recall_table({"one": {"scores": [*scores, {**scores[0], "chance": 0.25}]}})
+    assert [line.split("|")[4].strip() for line in table.splitlines()[2:]] == ["50.0 %", "16.7 %", "25.0 %"]
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,53 @@ def test_long_context_asks_for_models_of_their_own():
     assert "trained without" in found["note"]
 
 
+RANDOM = "neither is above what copying at random finds"
+
+
+def of_tracking(dense, engram, needle=256, chance=0.25, seeds=(0, 1)):
+    """Exact answers of 256 in ``tracking``, the same for every seed, of models that find so many needles."""
+    result = made_up.long_context(seeds)
+    for entry in result["entries"]:
+        exact = dense if entry["model"] == "dense" else engram
+        entry["scores"] = [made_up.score("needle", needle), {**made_up.score("tracking", exact), "chance": chance}]
+    return verdicts("long_context", pool_recall(result), "tracking")
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "random"),
+    [
+        ({"dense": 60, "engram": 100}, "agrees", False),  # one of them finds more than a quarter
+        ({"dense": 100, "engram": 60}, "disagrees", False),
+        ({"dense": 100, "engram": 100}, "cannot tell", False),
+        ({"dense": 10, "engram": 62}, "cannot tell", True),  # more, but so does one that copies at random
+        ({"dense": 62, "engram": 10}, "cannot tell", True),
+        ({"dense": 10, "engram": 62, "needle": 128}, "agrees", False),  # of a model that copies every second number only
+        ({"dense": 60, "engram": 100, "chance": 0.5}, "cannot tell", True),
+        ({"dense": 60, "engram": 100, "chance": None}, "cannot tell", True),  # results from before: two chains
+        ({"dense": 0, "engram": 0, "needle": 0}, "cannot tell", True),
+    ],
+)
+def test_more_answers_tell_nothing_where_copying_at_random_finds_as_many(changes, verdict, random):
+    (found,) = of_tracking(**changes)
+    assert found["verdict"] == verdict
+    assert (RANDOM in found["note"]) == random
+
+
+def test_every_model_with_a_memory_is_judged_at_every_length():
+    result = made_up.long_context()
+    more = [{**entry, "model": "engram_equal_steps"} for entry in result["entries"] if entry["model"] != "dense"]
+    result["entries"] += more
+    for entry in result["entries"]:
+        entry["scores"] = [{**score, "length": length} for score in entry["scores"] for length in (256, 512)]
+    found = verdicts("long_context", pool_recall(result), "multi_query")
+    assert [(entry["where"], entry["note"].split("'")[1]) for entry in found] == [
+        (f"result, {length} tokens", model) for model in ("engram_equal_loss", "engram_equal_steps") for length in (256, 512)
+    ]
+    result["entries"] += [{**entry, "model": "experts without"} for entry in more]
+    (none,) = verdicts("long_context", pool_recall(result), "multi_query")
+    assert none["verdict"] == "not measured"  # which of two is the control is not said
+
+
 def test_looks_need_a_second_model():
     def look(difference, against="experts", layers=(0, 1)):
         curve = [{"layer": i, "mean": m, "low": m - 0.1, "high": m + 0.1} for i, m in enumerate(difference)]

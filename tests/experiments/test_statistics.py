@@ -1,6 +1,15 @@
+import numpy as np
 import pytest
 
-from engram.experiments.statistics import fit_line, fit_parabola, mean_interval, seed_interval, student_t, widened
+from engram.experiments.statistics import (
+    fit_line,
+    fit_parabola,
+    half_width_over_settings,
+    mean_interval,
+    seed_interval,
+    student_t,
+    widened,
+)
 from engram.experiments.summary import summarise
 
 
@@ -24,6 +33,29 @@ def test_an_interval_over_trainings_is_no_narrower_than_that_over_answers():
     assert (low + high) / 2 == pytest.approx(0.5)
     assert high - 0.5 == pytest.approx(4.303 * 0.3 / 3**0.5)
     assert widened([0.5], 0.4, 0.6) is None
+
+
+def test_noise_pooled_over_settings_is_that_of_an_additive_model():
+    losses = np.random.default_rng(0).normal(size=(4, 3))
+    columns = [[a == i for i in range(4)] + [s == j for j in (1, 2)] for a in range(4) for s in range(3)]
+    design = np.array(columns, dtype=float)
+    residuals = losses.reshape(-1) - design @ np.linalg.lstsq(design, losses.reshape(-1), rcond=None)[0]
+    expected = student_t(6) * ((residuals**2).sum() / 6 * 2 / 3) ** 0.5
+    assert half_width_over_settings(losses.tolist()) == pytest.approx(expected)
+    assert half_width_over_settings((losses + np.array([0, 5, -9])).tolist()) == pytest.approx(expected)  # seeds, not noise
+    assert half_width_over_settings(losses[:2].tolist()) is None
+    assert half_width_over_settings(losses[:, :1].tolist()) is None
+    assert half_width_over_settings([]) is None
+
+
+def test_the_pooled_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    truth, missed = np.array([[0.0], [0.5], [-0.2], [0.1]]), 0
+    for _ in range(2000):
+        losses = truth + rng.normal(size=(1, 3)) + 0.3 * rng.normal(size=(4, 3))
+        found = (losses[1] - losses[0]).mean()
+        missed += abs(found - 0.5) > half_width_over_settings(losses.tolist())
+    assert missed / 2000 == pytest.approx(0.05, abs=0.02)
 
 
 def test_what_a_seed_does_to_all_settings_alike_is_no_uncertainty_of_a_shape():

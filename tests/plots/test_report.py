@@ -7,10 +7,11 @@ import pytest
 from engram.errors import DataError
 from engram.experiments.claims import judge
 from engram.experiments.paper import PAPER
+from engram.experiments.statistics import half_width_over_settings
 from engram.plots import Report, ResultFile, draw_result, group_results, plot_sweep, read_result, render_page
 from engram.plots.draw import plot_copying, plot_recall
 from engram.plots.markdown import interval, literal_text, span, table
-from engram.plots.report_looks import long_context
+from engram.plots.report_looks import copying, long_context
 from engram.plots.report_sweeps import experts_as_control
 from engram.plots.results import pool_recall, recognise
 from tests.plots import made_up
@@ -277,10 +278,74 @@ def test_arms_without_a_memory_are_not_judged_by_the_noise_of_those_with_one():
 def test_copying_is_told_by_seed_and_at_equal_loss(tmp_path):
     result = made_up.copying()
     told = section(report({"copying": result}).markdown(str), "Copying from the context")
-    assert "| 0 | dense | 100,000 | 0.75 | 100,000 | 3.0000 | 0.75 |" in told
-    assert "| 0 | engram | not by 100,000 | 0.05 | 50,000 | 3.0000 | 0.01 |" in told
-    assert "| 1 | dense | not by 100,000 | 0.00 | – | – | – |" in told
+    assert "| nats at 100,000 tokens | nats at its own end |" in told
+    assert "| 0 | dense | 100,000 | 0.75 | 0.75 | 100,000 | 3.0000 | 0.75 |" in told
+    assert "| 0 | engram | not by 100,000 (ended there) | 0.05 | 0.05 | 50,000 | 3.0000 | 0.01 |" in told
+    assert "| 1 | dense | not by 100,000 (ended there) | 0.00 | 0.00 | – | – | – |" in told
+    assert "by their own loss alone" in told
+    smoothed = {**result, "sizes": {"equal": 0.01, "smoothed": 3}}
+    assert "the median of 3 neighbouring checkpoints" in "\n".join(copying(smoothed))
     assert plot_copying(result["entries"], tmp_path / "copying.png").path.is_file()
+
+
+def test_runs_that_ended_at_different_tokens_are_compared_where_both_were_measured():
+    """Seed 0: the model without a memory went on for longer, and copied only then; seed 1 has one run."""
+    result = made_up.copying()
+    of_both = [entry for entry in result["entries"] if (entry["seed"], entry["model"]) != (1, "engram")]
+    longer = {**of_both[1], "step": 150, "tokens": 150_000, "copying": 1.5}
+    of_both[1] = {**of_both[1], "copying": 0.25}
+    result["entries"] = [longer, *of_both]
+    told = "\n".join(copying(result))
+    assert "| nats at equal tokens | nats at its own end |" in told
+    assert "| 0 | dense | 150,000 | 0.25 (at 100,000) | 1.50 |" in told
+    assert "| 0 | engram | not by 100,000 (ended there) | 0.05 (at 100,000) | 0.05 |" in told
+    assert "| 1 | dense | not by 100,000 (ended there) | – | 0.00 |" in told
+
+
+def test_recall_stands_beside_what_copying_at_random_finds():
+    result = made_up.long_context()
+    models = pool_recall(result)["models"]
+    told = "\n".join(long_context({"models": models}))
+    assert "| answers | copying at random, % | exact, % [" in told
+    assert re.search(r"\| tracking \| 256 \| 512 \| 50\.0 \| 30\.1 \[", told)  # from before chance was written down: two chains
+    assert "another noted number" not in told
+    for entry in result["entries"]:
+        for one in entry["scores"]:
+            if one["kind"] == "tracking":
+                one |= {"chance": 0.25, "other_value": 64 + 64 * entry["seed"]}
+    models = pool_recall(result)["models"]
+    told = "\n".join(long_context({"models": models}))
+    assert re.search(r"\| tracking \| 256 \| 512 \| 25\.0 \| 30\.1 \[.*\| 37\.5 \|", told)
+    assert re.search(r"\| needle \| 256 \| 512 \| 100\.0 \|.*\| – \|", told)
+    assert [score["other_value"] for score in models["dense"]["scores"]] == [None, None, 192]
+    result["entries"][0]["scores"][2]["chance"] = 0.5
+    with pytest.raises(DataError, match="tracking: seeds were asked among different numbers of notes"):
+        pool_recall(result)
+
+
+def test_shares_are_told_apart_by_the_noise_of_all_of_them():
+    """The noise of one share happens to be even over its seeds: its own interval is wider than all others', or next to nothing."""
+    entries = []
+    for rho, loss, noise in (
+        (1.0, 3.2, (0, 0, 0)),
+        (0.8, 3.0, (0.001, 0, -0.001)),
+        (0.6, 3.05, (0.03, -0.03, 0)),
+        (0.4, 3.004, (0.001, 0, -0.001)),
+    ):
+        for seed in (0, 1, 2):
+            entries.append(made_up.entry({"rho": str(rho)}, seed, loss + noise[seed], rho, round(100 * (1 - rho))))
+    result = made_up.sweep("allocation", {"rho": {str(rho): {} for rho in (1.0, 0.8, 0.6, 0.4)}}, entries)
+    half = half_width_over_settings([[p["test"]["loss"] for p in entries[3 * n : 3 * n + 3]] for n in range(4)])
+    assert 0.004 < half < 0.05
+    text = report({"a": result}).markdown(str)
+    assert (
+        "Shares that are not told apart from it if all are as noisy: 40, 80 %; by the interval of each alone: 60, 80 %." in text
+    )
+    assert f"95 % of differences lie within ±{half:.4f} of the truth" in text
+    assert f"| [{-0.2 - half:+.4f}, {-0.2 + half:+.4f}] |" in text
+    one = report({"a": made_up.allocation((0,), budgets=("small",))}).markdown(str)
+    assert "Shares that these seeds do not tell apart from it: " in one
+    assert "as noisy as each other" not in one
 
 
 def test_pieces_of_markdown():

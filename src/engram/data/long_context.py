@@ -13,7 +13,8 @@ training (``RecallWords``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 from engram.data.long_context_words import Distraction, RecallWords
 from engram.errors import ConfigError, DataError
 
-__all__ = ["RECALL_TASKS", "RecallExample", "RecallTask", "encode_example", "make_example"]
+__all__ = ["RECALL_TASKS", "RecallExample", "RecallTask", "chance_of", "encode_example", "make_example"]
 
 RECALL_TASKS: dict[str, str] = {
     "needle": "one note, asked for once",
@@ -71,8 +72,44 @@ class RecallTask:
         if self.distractors < 0:  # type: ignore[operator]
             raise ConfigError(f"RecallTask.distractors: got {self.distractors}, expected 0 or more.")
 
+    @property
+    def chance(self) -> float:
+        """Share of answers that a model gets right which copies noted numbers at random, whichever are asked for; 0 to 1.
 
-_DEFAULTS = {"needle": (1, 0), "multi_key": (1, 3), "multi_query": (4, 0), "multi_value": (2, 1), "tracking": (2, 1)}
+        With ``a`` = ``asked`` and ``d`` = ``distractors``:
+
+        - ``needle`` and ``multi_key``: 1 number of those noted, ``1 / (1 + d)``;
+        - ``tracking``: the same, since a chain has one number, at its beginning: ``1 / (1 + d)``, however long chains are;
+        - ``multi_query``: 1 of those noted for each answer, ``1 / (a + d)``;
+        - ``multi_value``: ``a`` different ones of those noted, in the right order, ``d! / (a + d)!``.
+        """
+        asked, others = int(self.asked or 1), int(self.distractors or 0)
+        if self.kind == "multi_value":
+            return 1 / math.perm(asked + others, asked)
+        return 1 / ((asked if self.kind == "multi_query" else 1) + others)
+
+
+# Asked and distractors. The more there are, the less is found by copying at random; with these, every kind fits into 96 tokens.
+_DEFAULTS = {"needle": (1, 0), "multi_key": (1, 3), "multi_query": (4, 0), "multi_value": (2, 3), "tracking": (2, 3)}
+
+# What results that do not say their chance were made with.
+_EARLIER_DEFAULTS = {**_DEFAULTS, "multi_value": (2, 1), "tracking": (2, 1)}
+
+
+def chance_of(score: Mapping[str, Any]) -> float:
+    """What copying noted numbers at random finds (``RecallTask.chance``), of a score in a result; 0 to 1.
+
+    Args:
+        score: as ``RecallScore`` has it. Results from before it had ``chance`` were made with two chains in ``tracking`` and one distractor in
+            ``multi_value``; theirs follows from that.
+
+    Raises:
+        KeyError: it says neither ``chance`` nor a kind that there is.
+    """
+    if score.get("chance") is not None:
+        return float(score["chance"])
+    asked, distractors = _EARLIER_DEFAULTS[score["kind"]]
+    return RecallTask(score["kind"], asked=asked, distractors=distractors).chance
 
 
 @dataclass(frozen=True)
@@ -87,6 +124,10 @@ class RecallExample:
     """Characters of the text that are answers: first, and one past the last."""
     depths: tuple[float, ...]
     """Per answer, the share of the text before the questions that stands before its note (the first of several)."""
+    chance: float
+    """``RecallTask.chance`` of its task."""
+    others: tuple[str, ...] = ()
+    """Other noted numbers that might be copied in place of the answer; none where several numbers are asked for."""
 
     @property
     def prompt(self) -> str:
@@ -101,10 +142,13 @@ class RecallExample:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Lines to hide, with the depth of each, and what is asked: a name, its answer and the depth of what answers it."""
+    """Lines to hide, with the depth of each, and what is asked: a name, its answer and the depth of what answers it; ``others`` as an
+    example has them.
+    """
 
     notes: list[tuple[float, str]]
     questions: list[tuple[str, str, float]]
+    others: tuple[str, ...] = ()
 
 
 def make_example(task: RecallTask, words: RecallWords, distraction: Distraction, seed: int | Sequence[int]) -> RecallExample:
@@ -133,7 +177,8 @@ def make_example(task: RecallTask, words: RecallWords, distraction: Distraction,
     while (excess := _count(distraction.tokenizer, text) - task.length) > 0:
         filler = filler[: max(0, len(filler) - excess)]
         text, spans = _assemble(filler, notes, plan.questions, distraction)
-    return RecallExample(task.kind, task.length, text, tuple(spans), tuple(depth for _, _, depth in plan.questions))
+    depths = tuple(depth for _, _, depth in plan.questions)
+    return RecallExample(task.kind, task.length, text, tuple(spans), depths, task.chance, plan.others)
 
 
 def encode_example(tokenizer: Any, example: RecallExample) -> tuple[list[int], list[tuple[int, int]]]:
@@ -184,7 +229,7 @@ def _single(rng: np.random.Generator, words: RecallWords, task: RecallTask) -> _
     names, numbers = words.draw_names(rng, 1 + others), words.draw_numbers(rng, 1 + others)
     depths = [rng.random() if task.depth is None else task.depth, *rng.random(others)]
     notes = [(depth, _note(name, number)) for depth, name, number in zip(depths, names, numbers)]
-    return _Plan(notes, [(names[0], numbers[0], depths[0])])
+    return _Plan(notes, [(names[0], numbers[0], depths[0])], tuple(numbers[1:]))
 
 
 def _several_keys(rng: np.random.Generator, words: RecallWords, task: RecallTask) -> _Plan:
@@ -214,7 +259,7 @@ def _chains(rng: np.random.Generator, words: RecallWords, task: RecallTask) -> _
         own = names[chain * links : (chain + 1) * links]
         depths = [start, *sorted(start + (1 - start) * rng.random(links - 1))]
         notes += [(depth, _note(name, value)) for depth, name, value in zip(depths, own, [number, *own])]
-    return _Plan(notes, [(names[links - 1], numbers[0], starts[0])])
+    return _Plan(notes, [(names[links - 1], numbers[0], starts[0])], tuple(numbers[1:]))
 
 
 _PLANS: dict[str, Callable[[np.random.Generator, RecallWords, RecallTask], _Plan]] = {

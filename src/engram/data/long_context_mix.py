@@ -19,6 +19,7 @@ __all__ = ["RecallMix", "long_context_mix"]
 _SHORTEST = 64  # tokens of a document
 _TOKENS_PER_NOTE = 22  # of a note and its question, about
 _MOST_NOTES = 16
+_MOST_OTHER_VALUES = 3  # as many as are asked among by default
 _SHORTEST_REPEAT = 8
 _IGNORED = -100
 
@@ -146,7 +147,7 @@ def _task(rng: np.random.Generator, kind: str, length: int) -> RecallTask:
     if kind == "multi_key":
         return RecallTask(kind, length, distractors=notes - 1)
     if kind == "multi_value":
-        return RecallTask(kind, length, asked=min(notes, 3), distractors=min(max(notes - 3, 0), 2))
+        return RecallTask(kind, length, asked=min(notes, 3), distractors=min(max(notes - 3, 0), _MOST_OTHER_VALUES))
     if kind == "tracking":
         links = int(rng.integers(1, min(notes, 3) + 1))
         return RecallTask(kind, length, asked=links, distractors=notes // links - 1)

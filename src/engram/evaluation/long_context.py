@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engram.data.long_context import RECALL_TASKS, RecallExample, RecallTask, encode_example, make_example
+from engram.data.long_context import RECALL_TASKS, RecallExample, RecallTask, chance_of, encode_example, make_example
 from engram.data.long_context_words import Distraction, RecallWords, Split
 from engram.errors import ConfigError
-from engram.evaluation.answers import wilson_interval
+from engram.evaluation.answers import ask, wilson_interval
 from engram.evaluation.generation import padding_id
 from engram.models import EngramModel
 from engram.models.positions import context_length
@@ -39,6 +39,10 @@ class RecallAnswer:
     """Mean over the answer's tokens, nats."""
     rank: float
     """Mean rank of the answer's tokens among all tokens; 1 is the most likely."""
+    chance: float
+    """How likely a noted number copied at random is the right answer (``RecallTask.chance``)."""
+    other_value: bool | None = None
+    """Whether the model says another number that is noted in the text; None where there is none, or several are asked for."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,10 @@ class RecallScore:
     """Standard error of that mean; 0 where there is one answer only."""
     rank: float
     """Mean over the answers."""
+    chance: float
+    """Share that copying noted numbers at random finds (``RecallTask.chance``), 0 to 1."""
+    other_value: int | None
+    """Wrong answers that are another number noted in the text: copied, but not what was asked for. None as in ``RecallAnswer``."""
 
     @classmethod
     def of(cls, answers: Sequence[RecallAnswer], depth: tuple[float, float] | None = None) -> RecallScore:
@@ -68,6 +76,7 @@ class RecallScore:
         exact = sum(answer.exact for answer in answers)
         low, high = wilson_interval(exact, len(answers))
         likely = torch.tensor([answer.log_probability for answer in answers], dtype=torch.float64)
+        others = [answer.other_value for answer in answers if answer.other_value is not None]
         return cls(
             kind=answers[0].kind,
             length=answers[0].length,
@@ -80,6 +89,8 @@ class RecallScore:
             log_probability=float(likely.mean()),
             log_probability_error=float(likely.std()) / math.sqrt(len(answers)) if len(answers) > 1 else 0.0,
             rank=sum(answer.rank for answer in answers) / len(answers),
+            chance=answers[0].chance,
+            other_value=sum(others) if others else None,
         )
 
 
@@ -152,18 +163,23 @@ def measure_recall(
 
 
 def recall_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Results (``to_dict``) by name as Markdown, one row per kind and length: exact answers and log-probability of each."""
+    """Results (``to_dict``) by name as Markdown, one row per kind and length: exact answers and log-probability of each.
+
+    Beside them stands what copying noted numbers at random would find.
+    """
     names = list(results)
     lines = [
-        "| task | tokens | answers |" + "".join(f" {name}: exact | 95 % interval | log p per token | rank |" for name in names),
-        "|---|---|---|" + "---|---|---|---|" * len(names),
+        "| task | tokens | answers | copying at random |"
+        + "".join(f" {name}: exact | 95 % interval | log p per token | rank |" for name in names),
+        "|---|---|---|---|" + "---|---|---|---|" * len(names),
     ]
     for scores in zip(*(result["scores"] for result in results.values())):
         first = scores[0]
         if first["depth"] is None:
             cells = [f"{100 * s['share']:.1f} % | {100 * s['low']:.1f}-{100 * s['high']:.1f} %" for s in scores]
             cells = [f" {cell} | {s['log_probability']:.2f} | {s['rank']:.1f} |" for cell, s in zip(cells, scores)]
-            lines.append(f"| {first['kind']} | {first['length']} | {first['answers']} |" + "".join(cells))
+            asked = f"| {first['kind']} | {first['length']} | {first['answers']} | {100 * chance_of(first):.1f} % |"
+            lines.append(asked + "".join(cells))
     return "\n".join(lines) + "\n"
 
 
@@ -179,7 +195,7 @@ def score_recall(
 
     The text before the first answer goes into the KV cache, of which no logits are kept; questions and answers follow in one pass.
     An answer whose tokens are all the most likely ones is what greedy decoding would say, because up to each of them the model has
-    read the same.
+    read the same. Where another noted number might be copied in place of the right one, models that are wrong are asked what they say.
 
     Args:
         model: a causal language model, with or without a memory.
@@ -202,11 +218,14 @@ def score_recall(
         ids = torch.tensor([[pad or 0] * (longest - len(ids)) + ids for ids, _ in rows], device=device)
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in rows], device=device)
         logits = _tail_logits(model, ids, mask, tail)
+        found: list[tuple[RecallExample, RecallAnswer]] = []
         for row, (example, (own, spans)) in enumerate(zip(batch, rows)):
             for span, expected, depth in zip(spans, example.expected, example.depths):
                 first = span[0] - len(own) + tail - 1
                 scored = logits[row, first : first + span[1] - span[0]].float()
-                answers.append(_answer(example, depth, expected, scored, torch.tensor(own[span[0] : span[1]], device=device)))
+                right = torch.tensor(own[span[0] : span[1]], device=device)
+                found.append((example, _answer(example, depth, expected, scored, right)))
+        answers += _with_others(model, tokenizer, found)
         if progress is not None:
             progress(len(batch))
     return answers
@@ -244,7 +263,23 @@ def _answer(example: RecallExample, depth: float, expected: str, logits: Tensor,
         exact=bool((logits.argmax(-1) == ids).all()),
         log_probability=float(likely.mean()),
         rank=float(1 + (logits > right).sum(-1).float().mean()),
+        chance=example.chance,
     )
+
+
+def _with_others(model: Any, tokenizer: Any, found: Sequence[tuple[RecallExample, RecallAnswer]]) -> list[RecallAnswer]:
+    """The answers, with ``other_value`` where other numbers might have been copied.
+
+    What was scored follows the right answer's tokens. What is said after a wrong one is another text, so the model is let to speak.
+    """
+    wrong = [example for example, answer in found if example.others and not answer.exact]
+    # A token for each digit at most, and one for the space in front of them.
+    longest = 1 + max((len(text) for example in wrong for text in (*example.expected, *example.others)), default=0)
+    said = iter(ask(model, tokenizer, [example.prompt for example in wrong], longest, max(1, len(wrong))))
+    return [
+        replace(answer, other_value=not answer.exact and next(said).startswith(example.others)) if example.others else answer
+        for example, answer in found
+    ]
 
 
 def _scores(answers: list[RecallAnswer]) -> Iterator[RecallScore]:

@@ -14,6 +14,7 @@ __all__ = [
     "excludes_zero",
     "fit_line",
     "fit_parabola",
+    "half_width_over_settings",
     "mean_interval",
     "seed_interval",
     "share_over_seeds",
@@ -64,6 +65,31 @@ def widened(values: Sequence[float], low: float, high: float) -> tuple[float, fl
     """
     entry = mean_interval(values)
     return None if entry["low"] is None else (min(entry["low"], low), max(entry["high"], high))
+
+
+def half_width_over_settings(groups: Sequence[Sequence[float]]) -> float | None:
+    """Half of the 95 % interval of a difference between two settings of several, if all are as noisy as each other.
+
+    Values are taken as setting + seed + noise; the noise's variance is that of all residuals. One setting's differences to another say little
+    about it where there are few seeds: two degrees of freedom of three.
+
+    Args:
+        groups: for each setting, one value per seed, in one order of seeds.
+
+    Returns:
+        The half-width by Student's t of (settings - 1) (seeds - 1) degrees of freedom, in the values' unit; None for fewer than three settings
+        or two seeds.
+
+    Raises:
+        ValueError: settings have different numbers of seeds.
+    """
+    values = np.array(groups, dtype=float)
+    if len(groups) < 3 or values.shape[1] < 2:
+        return None
+    residuals = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
+    settings, seeds = values.shape
+    degrees = (settings - 1) * (seeds - 1)
+    return float(student_t(degrees) * math.sqrt((residuals**2).sum() / degrees * 2 / seeds))
 
 
 def share_over_seeds(answers: Iterable[tuple[int, int]]) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engram.data.long_context import chance_of
 from engram.experiments.look_evidence import tells_what_memory_does
 from engram.plots.markdown import count, interval, literal_text, table
 from engram.plots.results import COPYING, SHARE, recall_interval
@@ -74,76 +75,130 @@ _COPIES = 0.5
 
 
 def copying(result: Mapping[str, Any]) -> list[str]:
-    """By seed and model: from how many tokens on it copies, and what it does where the losses of the two are equal."""
-    entries = result["entries"]
+    """By seed and model: from how many tokens on it copies, and what it does at equal tokens and where the losses of the two are equal."""
+    runs = _copying_runs(result["entries"])
+    last_common = {seed: _last_common([run for (of, _), run in runs.items() if of == seed]) for seed, _ in runs}
+    all_at = set(last_common.values())
+    at = all_at.pop() if len(all_at) == 1 else None
     equal = {pair["seed"]: pair for pair in result.get("pairs", ())}
     rows = []
-    for seed, model in sorted({(entry["seed"], entry["model"]) for entry in entries}):
-        run = sorted((e for e in entries if (e["seed"], e["model"]) == (seed, model)), key=lambda entry: entry["tokens"])
+    for (seed, model), run in runs.items():
         first = next((entry["tokens"] for entry in run if entry[COPYING] >= _COPIES), None)
-        at = equal.get(seed, {}).get(model)
-        there = (count(at["tokens"]), f"{at['held_out_loss']:.4f}", f"{at[COPYING]:.2f}") if at else ("–",) * 3
-        last = run[-1]
+        pair = equal.get(seed, {}).get(model)
+        there = (count(pair["tokens"]), f"{pair['held_out_loss']:.4f}", f"{pair[COPYING]:.2f}") if pair else ("–",) * 3
         rows.append(
             (
                 str(seed),
                 literal_text(model),
-                count(first) if first else f"not by {count(last['tokens'])}",
-                f"{last[COPYING]:.2f}",
+                count(first) if first else f"not by {count(run[-1]['tokens'])} (ended there)",
+                _nats_at(run, last_common[seed], say_where=at is None),
+                f"{run[-1][COPYING]:.2f}",
                 *there,
             )
         )
-    header = ("seed", "model", "tokens to copy", "nats at the end", "tokens at equal loss", "held-out loss there", "nats there")
-    return [
-        table(header, rows, right=range(2, 7)),
+    at_tokens = "nats at equal tokens" if at is None else f"nats at {count(at)} tokens"
+    header = (
+        *("seed", "model", "tokens to copy", at_tokens, "nats at its own end"),
+        *("tokens at equal loss", "held-out loss there", "nats there"),
+    )
+    return [table(header, rows, right=range(2, 8)), _copying_note(result["sizes"])]
+
+
+def _copying_runs(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], list[Mapping[str, Any]]]:
+    """Checkpoints by seed and model, in the order of tokens."""
+    runs: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for entry in sorted(entries, key=lambda entry: (entry["seed"], entry["model"], entry["tokens"])):
+        runs.setdefault((entry["seed"], entry["model"]), []).append(entry)
+    return runs
+
+
+def _last_common(runs: Sequence[Sequence[Mapping[str, Any]]]) -> int | None:
+    """The largest number of tokens at which all of several runs were measured; None for one run, or where there is none."""
+    common = set.intersection(*({entry["tokens"] for entry in run} for run in runs))
+    return max(common) if len(runs) > 1 and common else None
+
+
+def _nats_at(run: Sequence[Mapping[str, Any]], tokens: int | None, say_where: bool) -> str:
+    if tokens is None:
+        return "–"
+    nats = next(entry[COPYING] for entry in run if entry["tokens"] == tokens)
+    return f"{nats:.2f} (at {count(tokens)})" if say_where else f"{nats:.2f}"
+
+
+def _copying_note(sizes: Mapping[str, Any]) -> str:
+    smoothed = (
+        f", by their own loss and by the median of {sizes['smoothed']} neighbouring checkpoints, since single losses swing"
+        if "smoothed" in sizes
+        else ", by their own loss alone, which swings from one checkpoint to the next"
+    )
+    return (
         "Nats per token by which random tokens cost less when they are shown a second time in one context. To copy: at least "
-        f"{_COPIES} nats, at the first checkpoint that was measured. Equal loss: the latest checkpoints of the two models of a seed "
-        f"that are within {result['sizes']['equal']} nats on held-out text.",
-    ]
+        f"{_COPIES} nats, at the first checkpoint that was measured. Runs may have ended at different numbers of tokens; at equal tokens is at "
+        "the last at which both models of a seed were measured. Equal loss: the latest checkpoints of the two models of a seed that are within "
+        f"{sizes['equal']} nats on held-out text{smoothed}; a dash where there are none."
+    )
+
+
+_RANDOM = (
+    "*Copying at random*: what a model finds that copies numbers noted in the text, whichever are asked for, and copies without fail. One that "
+    "finds only a share of single needles would find that share of it; what is not above that shows no more than copying."
+)
+_OTHER = " *Another noted number*: answers that are wrong, but are a number noted elsewhere in the text; the other wrong ones are none of them."
 
 
 def long_context(result: Mapping[str, Any]) -> list[str]:
-    """Exact answers by model, question and length."""
+    """Exact answers by model, question and length, beside what copying at random finds."""
     models = result["models"]
     keys = list(dict.fromkeys((s["kind"], s["length"]) for model in models.values() for s in model["scores"]))
-    rows = []
+    others = any(score.get("other_value") is not None for model in models.values() for score in model["scores"])
+    rows: list[tuple[str, ...]] = []
     for name, model in models.items():
         scores = {(s["kind"], s["length"]): s for s in model["scores"]}
-        before, after = (
-            "–" if model[key] is None else f"{model[key]:.4f}" for key in ("held_out_loss_before", "held_out_loss")
-        )
-        for key in keys:
-            if key in scores:
-                score = scores[key]
-                share = f"{100 * score['share']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
-                seeds = ", ".join(f"{100 * exact / answers:.1f}" for exact, answers in score["by_seed"].values())
-                rows.append(
-                    (
-                        literal_text(name),
-                        before,
-                        after,
-                        literal_text(key[0]),
-                        count(key[1]),
-                        count(score["answers"]),
-                        share,
-                        seeds,
-                    )
-                )
+        losses = ("–" if model[key] is None else f"{model[key]:.4f}" for key in ("held_out_loss_before", "held_out_loss"))
+        told = (literal_text(name), *losses)
+        rows += [(*told, *_recall_cells(scores[key], others)) for key in keys if key in scores]
     exact = f"exact, % [95 %: {recall_interval(models)}]"
-    header = ("model", "held-out loss before", "after", "question", "tokens", "answers", exact, "by seed, %")
-    parts = [table(header, rows, right=(1, 2, 4, 5, 6, 7))]
+    header = [
+        "model",
+        "held-out loss before",
+        "after",
+        "question",
+        "tokens",
+        "answers",
+        "copying at random, %",
+        exact,
+        "by seed, %",
+    ]
+    header += ["another noted number, %"] if others else []
+    parts = [table(header, rows, right=(1, 2, *range(4, 10))), _RANDOM + (_OTHER if others else "")]
     if any(len(score["by_seed"]) > 1 for model in models.values() for score in model["scores"]):
         parts.append(
             "Answers of one training hang together, so intervals are over seeds; they are no narrower than Wilson's over all answers, and end "
             "at 0 and 100 %."
         )
-    told = [_copying_before(name, model) for name, model in models.items() if model["copying_before"]]
-    if told:
+    before = [_copying_before(name, model) for name, model in models.items() if model["copying_before"]]
+    if before:
         parts.append(
             f"Random tokens shown a second time in one context cost less by so many nats per token, before recall was trained: "
-            f"{'; '.join(told)}. A model that cannot copy yet gains about nothing."
+            f"{'; '.join(before)}. A model that cannot copy yet gains about nothing."
         )
     return parts
+
+
+def _recall_cells(score: Mapping[str, Any], others: bool) -> tuple[str, ...]:
+    """One kind of question and length, as cells; with ``others`` how often another noted number was said."""
+    share, low, high = (100 * score[key] for key in ("share", "low", "high"))
+    other = score.get("other_value")
+    said_other = "–" if other is None else f"{100 * other / score['answers']:.1f}"
+    return (
+        literal_text(score["kind"]),
+        count(score["length"]),
+        count(score["answers"]),
+        f"{100 * chance_of(score):.1f}",
+        f"{share:.1f} [{low:.1f}, {high:.1f}]",
+        ", ".join(f"{100 * exact / answers:.1f}" for exact, answers in score["by_seed"].values()),
+        *([said_other] if others else []),
+    )
 
 
 def _copying_before(name: str, model: Mapping[str, Any]) -> str:

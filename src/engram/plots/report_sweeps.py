@@ -18,7 +18,8 @@ from engram.experiments.cross_checks import (
     parabola_above,
     pooled_half_width,
 )
-from engram.experiments.statistics import excludes_zero
+from engram.experiments.statistics import excludes_zero, half_width_over_settings
+from engram.experiments.summary import aligned, paired
 from engram.plots.markdown import count, interval, literal_text, plural, span, table
 from engram.plots.marks import points_of
 
@@ -200,6 +201,7 @@ def _allocation(result: Mapping[str, Any]) -> list[str]:
             parts.append(f"**Budget {literal_text(budget)}**")
         loads, points = _largest_loads(result, budget), points_of(result, "rho", budget)
         other_half = {row["label"]: row["against_experts_alone"] for row in others[budget]["curve"]}
+        half = half_width_over_settings(aligned([points[row["label"]] for row in summary["curve"]]))
         header = (
             "rho",
             "parameters",
@@ -211,6 +213,7 @@ def _allocation(result: Mapping[str, Any]) -> list[str]:
             "test loss",
             "bits per byte",
             "difference to experts alone",
+            "its interval if all shares are as noisy",
             "on the validation half",
         )
         rows = [
@@ -225,12 +228,14 @@ def _allocation(result: Mapping[str, Any]) -> list[str]:
                 interval(row["loss"]),
                 f"{statistics.fmean(p['test']['bits_per_byte'] for p in points[row['label']]):.3f}",
                 interval(row["against_experts_alone"], signed=True),
+                _pooled_interval(row["against_experts_alone"], half),
                 interval(other_half[row["label"]], signed=True),
             )
             for row in summary["curve"]
         ]
         flat = [point for found in points.values() for point in found]
-        parts += [table(header, rows, right=range(11)), _parabola(summary, flat), _best(summary, flat, other_half)]
+        parts += [table(header, rows, right=range(12)), _noise_of_shares(half), _parabola(summary, flat)]
+        parts.append(_best(summary, points, other_half, half))
     parts.append(
         "*Largest load*: tokens of the busiest expert in the last step, as a multiple of the mean; 1 is balanced. *Dense width*: of the "
         "leading block, which takes up what the router and the memory's projections leave of the active parameters."
@@ -269,8 +274,13 @@ def _lowest(fit: Mapping[str, Any], begin: str = "It") -> str:
     return f"{begin} is lowest at {place} %."
 
 
-def _best(summary: Mapping[str, Any], points: Sequence[Mapping[str, Any]], other_half: Mapping[str, Any]) -> str:
-    """The best share, and those that may be as good."""
+def _best(
+    summary: Mapping[str, Any],
+    points: Mapping[str, Sequence[Mapping[str, Any]]],
+    other_half: Mapping[str, Any],
+    half: float | None,
+) -> str:
+    """The best share, and those that may be as good; ``points`` by share, ``half`` of the interval that is pooled over shares."""
     best = summary.get("best")
     if best is None:
         return ""
@@ -278,8 +288,43 @@ def _best(summary: Mapping[str, Any], points: Sequence[Mapping[str, Any]], other
     if best["gain"] is not None:
         other = interval(other_half[best["label"]], signed=True)
         told += f": {interval(best['gain'], signed=True)} nats against experts alone ({other} on the validation half, by which it was chosen)"
-    equals = ", ".join(f"{100 * rho:.0f}" for rho in sorted(not_told_apart(summary["curve"], points, best["label"])))
-    return f"{told}. Shares that these seeds do not tell apart from it: {equals} %."
+    flat = [point for found in points.values() for point in found]
+    own = _percents(not_told_apart(summary["curve"], flat, best["label"]))
+    if half is None:
+        return f"{told}. Shares that these seeds do not tell apart from it: {own}."
+    within = _percents(_within(summary["curve"], points, best["label"], half))
+    return (
+        f"{told}. Shares that are not told apart from it if all are as noisy: {within}; by the interval of each alone: {own}."
+    )
+
+
+def _percents(shares: Sequence[float]) -> str:
+    return f"{', '.join(f'{100 * rho:.0f}' for rho in sorted(shares))} %"
+
+
+def _within(
+    curve: Sequence[Mapping[str, Any]], points: Mapping[str, Sequence[Mapping[str, Any]]], best: str, half: float
+) -> list[float]:
+    """Shares whose loss is less than half an interval away from that of the best one, itself included, and those that share no seed with it."""
+    differences = {row["rho"]: paired(points[row["label"]], points[best]) for row in curve}
+    return [rho for rho, difference in differences.items() if difference is None or abs(difference["mean"]) <= half]
+
+
+def _pooled_interval(difference: Mapping[str, Any] | None, half: float | None) -> str:
+    if difference is None or half is None:
+        return "–"
+    return f"[{difference['mean'] - half:+.4f}, {difference['mean'] + half:+.4f}]"
+
+
+def _noise_of_shares(half: float | None) -> str:
+    """What the interval is that is pooled over shares."""
+    if half is None:
+        return ""
+    return (
+        "The interval of each difference alone rests on as many differences as there are seeds. If all shares are as noisy as each other "
+        f"(share + seed + noise), 95 % of differences lie within ±{half:.4f} of the truth. This was computed after the data were seen and "
+        "corrects for no number of comparisons; the verdicts below go by each share's own interval."
+    )
 
 
 def _ends(ends: Sequence[float] | None) -> dict[str, float | None]:

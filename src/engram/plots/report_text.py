@@ -201,7 +201,8 @@ class Report:
             f"Each claim of the paper ({self.paper['source']}) is judged by the interval alone. *Agrees*: all of it has the sign that was "
             "claimed. *Disagrees*: all of it has the other. *Cannot tell*: it includes zero, there is none, or what the last but one column "
             "says stands against it. A U-shape also asks for a lowest point below 100 % and for a loss that is seen to rise again at the "
-            "smallest share; the gain of the best share must exceed the spread between seeds."
+            "smallest share; the gain of the best share must exceed the spread between seeds; and of two models asked about long text, one "
+            "must find more than copying noted numbers at random would."
         )
         rows = [
             (

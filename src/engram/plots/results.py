@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engram.data.long_context import chance_of
 from engram.errors import DataError, EngramError
 
 __all__ = [
@@ -111,10 +112,11 @@ def pool_recall(data: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         ``models: {name: {held_out_loss, held_out_loss_before, copying_before, scores}}`` (losses None where one is not known, copying a list
         by seed) beside what else the result says, and ``trained_apart``: whether they are models of their own, not one with its memory on and
-        off. Scores have ``kind``, ``length``, ``by_seed`` (exact answers and all, for each seed) and what ``share_over_seeds`` gives.
+        off. Scores have ``kind``, ``length``, ``chance``, ``other_value`` (of all seeds; None where a seed does not say), ``by_seed`` (exact
+        answers and all, for each seed) and what ``share_over_seeds`` gives.
 
     Raises:
-        DataError: a model has two entries of one seed.
+        DataError: a model has two entries of one seed, or seeds were not asked the same.
     """
     runs = _recall_runs(data)
     models = {}
@@ -140,18 +142,32 @@ def _mean(entries: list[Mapping[str, Any]], key: str) -> float | None:
 
 
 def _pool(entries: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    from engram.experiments.statistics import share_over_seeds
-
-    groups: dict[tuple[str, int], dict[int, tuple[int, int]]] = {}
+    groups: dict[tuple[str, int], dict[int, Mapping[str, Any]]] = {}
     for entry in sorted(entries, key=lambda entry: entry.get("seed", 0)):
         for score in (score for score in entry["scores"] if score["depth"] is None):
-            by_seed = groups.setdefault((score["kind"], score["length"]), {})
-            if by_seed.setdefault(entry.get("seed", 0), found := (score["exact"], score["answers"])) is not found:
-                raise DataError(f"two entries of one model and seed {entry.get('seed', 0)}; expected one.")
-    return [
-        {"kind": kind, "length": length, "by_seed": by_seed, **share_over_seeds(by_seed.values())}
-        for (kind, length), by_seed in groups.items()
-    ]
+            of_seed = groups.setdefault((score["kind"], score["length"]), {})
+            if (seed := entry.get("seed", 0)) in of_seed:
+                raise DataError(f"two entries of one model and seed {seed}; expected one.")
+            of_seed[seed] = score
+    return [_pool_seeds(kind, length, of_seed) for (kind, length), of_seed in groups.items()]
+
+
+def _pool_seeds(kind: str, length: int, of_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    from engram.experiments.statistics import share_over_seeds
+
+    by_seed = {seed: (score["exact"], score["answers"]) for seed, score in of_seed.items()}
+    chances = {round(chance_of(score), 9) for score in of_seed.values()}
+    if len(chances) > 1:
+        raise DataError(f"{kind}: seeds were asked among different numbers of notes; expected the same for all.")
+    others = [score.get("other_value") for score in of_seed.values()]
+    return {
+        "kind": kind,
+        "length": length,
+        "chance": chances.pop(),
+        "other_value": None if None in others else sum(others),
+        "by_seed": by_seed,
+        **share_over_seeds(by_seed.values()),
+    }
 
 
 def read_result(path: Path, strict: bool = True) -> ResultFile | None:

@@ -210,3 +210,49 @@ def throughput():
     ]
     told = {"command": "python benchmarks/throughput.py", "hardware": "a machine, 2 cores", "versions": {"torch": "2"}}
     return {**told, "threads": 2, "rounds": 25, "entries": entries}
+
+
+def ngram_counts(difference=-0.2, fingerprint="ad80bab3f9356ae5", mixed=False):
+    """As ``benchmarks/ngram_baseline.py`` writes it; ``difference``: to experts alone, and half of it to the best share with a memory."""
+
+    def spread(mean):
+        return {"mean": mean, "n": 3, "min": mean - 0.01, "max": mean + 0.01, "low": mean - 0.02, "high": mean + 0.02}
+
+    def half(mean):
+        return {"loss": spread(mean), "bits_per_byte": spread(mean / 2)}
+
+    def less(mean):
+        return {"rho": "1.00", "validation": half(mean - 0.1), "test": half(mean)}
+
+    summary = [
+        {
+            "budget": budget,
+            "order": order,
+            "seeds": [0, 1, 2],
+            "validation": half(4.1),
+            "test": half(4.4),
+            "less": {"experts alone": less(difference), "best with a memory": less(difference / 2)},
+        }
+        for budget in ("small", "large")
+        for order in (1, 3, 5)
+    ]
+    points = [{"budget": entry["budget"], "order": entry["order"], "ngrams": [2000, 30_000]} for entry in summary]
+    names = ("model", "counts", "mixture")
+    mixtures = [
+        {
+            "arm": arm,
+            "order": 3,
+            "seed": seed,
+            "weight_of_model": 0.4,
+            "test": {name: {"bits_per_byte": 2.5 - n / 10} for n, name in enumerate(names)},
+        }
+        for arm in ("experts", "memory")
+        for seed in range(3)
+    ]
+    asked = ("without - with", "without + counts - with", "with + counts - with", "without + counts - with + counts")
+    differences = [
+        {"without": "experts", "with": "memory", "order": 3, **{name: {"bits_per_byte": spread(0.1)} for name in asked}}
+    ]
+    told = {"command": "python benchmarks/ngram_baseline.py", "hardware": "a machine", "versions": {}, "text": fingerprint}
+    found = {"smoothing": "modified", "points": points, "summary": summary}
+    return {**told, **found, "mixtures": mixtures if mixed else [], "differences": differences if mixed else []}

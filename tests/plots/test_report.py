@@ -121,6 +121,30 @@ def test_what_held_out_text_shares_with_training_text_is_told_for_the_text_it_wa
         assert "What the held-out text shares with the training text was not measured" in report(files).markdown(str)
 
 
+def test_counts_of_the_same_text_stand_beside_an_allocation():
+    result = made_up.allocation(**SMALL)
+    fingerprint = result["data"]["fingerprint"]
+    assert recognise(made_up.ngram_counts()) == "ngram_counts"
+    text = report({"sweep": result, "counts": made_up.ngram_counts(fingerprint=fingerprint)}).markdown(str)
+    row = next(line for line in text.splitlines() if line.startswith("| trigram counts (Kneser-Ney)"))
+    assert [cell.strip() for cell in row.strip("|").split("|")][-5:] == [
+        "4.4000 [4.3800, 4.4200]",
+        "2.200",
+        "-0.2000 [-0.2200, -0.1800]",
+        "–",
+        "-0.3000 [-0.3200, -0.2800]",
+    ]
+    assert "are below experts alone (-0.2000 [-0.2200, -0.1800] nats) and below the best share with a memory" in text
+    assert "| small, trigrams | 32,000 |" in text
+    assert "Mixtures of models with counts: not measured" in text
+    above = report({"sweep": result, "counts": made_up.ngram_counts(0.01, fingerprint, mixed=True)}).markdown(str)
+    assert "are not told apart from experts alone" in above
+    assert "| experts | 3 | 2.500 [2.500, 2.500] | 2.400 [2.400, 2.400] | 2.300 [2.300, 2.300] | 0.40 |" in above
+    assert "| experts / memory | 3 | +0.1000 [+0.0800, +0.1200] |" in above
+    other = report({"sweep": result, "counts": made_up.ngram_counts(fingerprint="of other text")}).markdown(str)
+    assert "trigram" not in other
+
+
 def test_largest_loads_of_experts_are_told_over_seeds():
     result = made_up.allocation(**SMALL)
     for point in result["points"]:

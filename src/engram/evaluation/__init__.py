@@ -6,6 +6,7 @@ from engram.evaluation.copying import measure_copying
 from engram.evaluation.drift import Drift, measure_drift
 from engram.evaluation.gains import RoutedKind, TextGain, fit_router_to_texts, measure_gains
 from engram.evaluation.long_context import RecallAnswer, RecallResult, RecallScore, measure_recall, recall_table, score_recall
+from engram.evaluation.ngram_counts import NgramCounts, mixture_weight
 from engram.evaluation.result import EvalResult, FactResult, ShareResult, evaluate_memory, markdown_table
 from engram.evaluation.trace import Trace, trace_text
 
@@ -15,6 +16,7 @@ __all__ = [
     "Drift",
     "EvalResult",
     "FactResult",
+    "NgramCounts",
     "RecallAnswer",
     "RecallResult",
     "RecallScore",
@@ -32,6 +34,7 @@ __all__ = [
     "measure_drift",
     "measure_gains",
     "measure_recall",
+    "mixture_weight",
     "recall_table",
     "score_by_category",
     "score_recall",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -41,6 +42,8 @@ class BackboneConfig:
     n_routed_experts: int = 32
     num_experts_per_tok: int = 2
     n_shared_experts: int = 1
+    routed_scaling_factor: float = 1.0
+    """What the sum of the chosen experts, whose weights add up to 1, is multiplied by before the shared ones are added (DeepSeek-V3: 2.5)."""
     first_k_dense_replace: int = 1
     """Leading blocks without experts (``deepseek_v3``)."""
     hc_mult: int = 4
@@ -56,10 +59,13 @@ class BackboneConfig:
             )
         for f in dataclasses.fields(self):
             value, least = getattr(self, f.name), 0 if f.name == "first_k_dense_replace" else 1
-            if f.name not in ("architecture", "attn_implementation") and (
+            if f.name not in ("architecture", "attn_implementation", "routed_scaling_factor") and (
                 not isinstance(value, int) or isinstance(value, bool) or value < least
             ):
                 raise ConfigError(f"BackboneConfig.{f.name}: got {value!r}, expected an int of at least {least}.")
+        scale = self.routed_scaling_factor
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise ConfigError(f"BackboneConfig.routed_scaling_factor: got {scale!r}, expected a positive number.")
         if self.attn_implementation not in ("eager", "sdpa"):
             raise ConfigError(
                 f"BackboneConfig.attn_implementation: got {self.attn_implementation!r}, expected 'eager' or 'sdpa'."
@@ -119,8 +125,14 @@ class BackboneConfig:
         }
 
     def _experts(self) -> dict[str, Any]:
-        names = ("moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_shared_experts")
-        return {**{name: getattr(self, name) for name in names}, "routed_scaling_factor": 1.0}
+        names = (
+            "moe_intermediate_size",
+            "n_routed_experts",
+            "num_experts_per_tok",
+            "n_shared_experts",
+            "routed_scaling_factor",
+        )
+        return {name: getattr(self, name) for name in names}
 
     def _deepseek_v3(self) -> dict[str, Any]:
         return {

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from itertools import combinations
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from engram.data.long_context import chance_of
 from engram.experiments import look_evidence as looks
 from engram.experiments import sweep_evidence as sweeps
-from engram.experiments.evidence import CANNOT_TELL, NOT_MEASURED, Evidence, Results
+from engram.experiments.evidence import NOT_MEASURED, Evidence, Results
 from engram.experiments.paper import PAPER
 
 __all__ = ["CLAIMS", "Claim", "judge"]
@@ -43,46 +41,6 @@ def judge(results: Results) -> list[dict[str, Any]]:
 
 def _nothing(results: Results) -> Iterator[Evidence]:
     return iter(())
-
-
-def _recall(kind: str) -> Callable[[Results], Iterator[Evidence]]:
-    """A judge as ``look_evidence.recall``, to whom nothing is told by two models that find no more than copying at random would."""
-    compare = looks.recall(kind)
-
-    def judge_kind(results: Results) -> Iterator[Evidence]:
-        for name, result in results.get("long_context", {}).items():
-            if any(compare({"long_context": {name: result}})):  # else there is not one control
-                for narrow in _two_by_two(result):
-                    for found in compare({"long_context": {name: narrow}}):
-                        yield _unless_random(found, narrow["models"], kind)
-
-    return judge_kind
-
-
-def _two_by_two(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A result on long context with two of its models and one length at a time."""
-    lengths = sorted({score["length"] for model in result["models"].values() for score in model["scores"]})
-    for pair in combinations(result["models"].items(), 2):
-        for length in lengths:
-            models = {
-                name: {**model, "scores": [score for score in model["scores"] if score["length"] == length]}
-                for name, model in pair
-            }
-            yield {**result, "models": models}
-
-
-def _unless_random(found: Evidence, models: Mapping[str, Mapping[str, Any]], kind: str) -> Evidence:
-    """The evidence if one of these models, all of one length, finds more than copying at random would."""
-    if any(_finds_more_than_random({score["kind"]: score for score in model["scores"]}, kind) for model in models.values()):
-        return found
-    note = f"{found.note}; neither is above what copying at random finds"
-    return replace(found, verdict=CANNOT_TELL, note=note)
-
-
-def _finds_more_than_random(scores: Mapping[str, Mapping[str, Any]], kind: str) -> bool:
-    """Whether the whole interval is above chance. A model that cannot copy every needle copies no more of what it takes at random."""
-    copied = scores["needle"]["share"] if "needle" in scores else 1.0
-    return bool(scores[kind]["low"] > chance_of(scores[kind]) * copied)
 
 
 def _percent(share: float) -> str:
@@ -186,9 +144,11 @@ CLAIMS: tuple[Claim, ...] = (
         "multi_query",
         "More is found again in long text: multi-query needles",
         _paper_recall("multi_query"),
-        _recall("multi_query"),
+        looks.recall("multi_query"),
     ),
-    Claim("tracking", "More is found again in long text: variable tracking", _paper_recall("tracking"), _recall("tracking")),
+    Claim(
+        "tracking", "More is found again in long text: variable tracking", _paper_recall("tracking"), looks.recall("tracking")
+    ),
     Claim(
         "gates",
         "Gates open at tokens that complete a name or a phrase",

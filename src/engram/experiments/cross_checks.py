@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engram.experiments.arms import REFERENCE
-from engram.experiments.statistics import excludes_zero, mean_interval, seed_interval, student_t
+from engram.experiments.statistics import excludes_zero, half_width_over_settings, mean_interval, seed_interval
 from engram.experiments.summary import aligned, group_by, paired, parabola, summarise
 
 __all__ = [
@@ -48,22 +48,15 @@ def measured_tokens(results: Results) -> dict[str, dict[str, int]]:
 def pooled_half_width(points: Points) -> float | None:
     """Half of the 95 % interval of a difference between two arms, if all arms with a memory are as noisy as each other.
 
-    Losses are taken as arm + seed + noise; the noise's variance is that of all residuals, with (arms - 1) (seeds - 1) degrees of freedom.
-
     Returns:
-        None for fewer than three arms or two seeds that all of them have.
+        As ``half_width_over_settings``; None for fewer than three arms or two seeds that all of them have.
     """
     arms: dict[str, dict[int, float]] = {}
     for point in points:
         if point["counts"]["table_rows"]:
             arms.setdefault(point["labels"]["arm"], {})[point["seed"]] = point["test"]["loss"]
     seeds = sorted(set.intersection(*map(set, arms.values()))) if arms else []
-    if len(arms) < 3 or len(seeds) < 2:
-        return None
-    losses = np.array([[of_seed[seed] for seed in seeds] for of_seed in arms.values()])
-    residuals = losses - losses.mean(axis=1, keepdims=True) - losses.mean(axis=0) + losses.mean()
-    degrees = (len(arms) - 1) * (len(seeds) - 1)
-    return float(student_t(degrees) * math.sqrt((residuals**2).sum() / degrees * 2 / len(seeds)))
+    return half_width_over_settings([[of_seed[seed] for seed in seeds] for of_seed in arms.values()])
 
 
 def made_twice(results: Results) -> list[float]:

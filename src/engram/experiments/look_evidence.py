@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from engram.data.long_context import chance_of
 from engram.experiments.evidence import AGREES, CANNOT_TELL, DISAGREES, Evidence, Results, sign_verdict
 from engram.experiments.statistics import share_over_seeds, widened
 
@@ -74,6 +75,13 @@ def _is_control(name: str) -> bool:
     return bool({"without", "off", "moe", "dense", "plain", "none", "baseline"} & set(words))
 
 
+def _finds_more_than_random(scores: Sequence[Mapping[str, Any]], kind: str, length: int) -> bool:
+    """Whether a model's whole interval is above chance. One that cannot copy every needle copies no more of what it takes at random."""
+    of = {score["kind"]: score for score in scores if score["length"] == length}
+    copied = of["needle"]["share"] if "needle" in of else 1.0
+    return bool(of[kind]["low"] > chance_of(of[kind]) * copied)
+
+
 def _compare_recall(name: str, other: str, plain: str, result: Mapping[str, Any], kind: str) -> Iterator[Evidence]:
     models = result["models"]
     scores = {n: {s["length"]: s for s in models[n]["scores"] if s["kind"] == kind} for n in (other, plain)}
@@ -95,6 +103,8 @@ def _compare_recall(name: str, other: str, plain: str, result: Mapping[str, Any]
             note = f"{note}; one seed: no interval"
         if not result["trained_apart"]:
             verdict, note = CANNOT_TELL, f"{note}; one model with its memory on and off, none that was trained without"
+        if not any(_finds_more_than_random(models[n]["scores"], kind, length) for n in (other, plain)):
+            verdict, note = CANNOT_TELL, f"{note}; neither is above what copying at random finds"
         # Then seeds are of what followed; of several pairs each has its own.
         if isinstance(result.get("sizes", {}).get("joint"), str):
             verdict, note = CANNOT_TELL, f"{note}; all seeds go on from one model of either kind"

@@ -153,12 +153,19 @@ class PointRecipe:
         if self.memory_dropout >= 1:
             raise ConfigError(f"PointRecipe.memory_dropout: got {self.memory_dropout!r}, expected a share below 1.")
         self._check_table()
+        self._check_engram()
         if self.steps < 1:
             raise ConfigError(f"PointRecipe.tokens: got {self.tokens}, expected at least one batch, {self.batch_tokens}.")
         if self.model is None:
             self._fit_backbone()
         else:
             self._check_model()
+
+    def _check_engram(self) -> None:
+        default = EngramConfig()
+        for name, instead in (("seed", "the point's own 'seed' is used"), ("pad_id", "the tokenizer's is used")):
+            if self.engram is not None and getattr(self.engram, name) != getattr(default, name):
+                raise ConfigError(f"PointRecipe.engram.{name}: got {getattr(self.engram, name)}, expected none: {instead}.")
 
     def _check_table(self) -> None:
         if self.table is None:

@@ -135,6 +135,7 @@ _DRAWERS: dict[str, Callable[[ResultFile, Path], list[Picture]]] = {
     "bench": _bench,
     "copying": lambda file, folder: [plot_copying(file.data["entries"], folder / f"{file.name}.png")],
     "corpus": lambda file, folder: [],  # the report tells it in words
+    "ngram_counts": lambda file, folder: [],  # in words too
     "eval": _evaluation,
     "look": _look,
     "long_context": lambda file, folder: [plot_recall(file.data["models"], folder / f"{file.name}.png")],

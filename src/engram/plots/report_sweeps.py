@@ -22,6 +22,7 @@ from engram.experiments.statistics import excludes_zero, half_width_over_setting
 from engram.experiments.summary import aligned, paired
 from engram.plots.markdown import count, interval, literal_text, plural, span, table
 from engram.plots.marks import points_of
+from engram.plots.report_counts import counts_row
 
 __all__ = [
     "ANSWERS",
@@ -234,7 +235,11 @@ def _allocation(result: Mapping[str, Any]) -> list[str]:
             for row in summary["curve"]
         ]
         flat = [point for found in points.values() for point in found]
-        parts += [table(header, rows, right=range(12)), _noise_of_shares(half), _parabola(summary, flat)]
+        parts += [
+            table(header, [*rows, *counts_row(result.get("rival"), budget, header)], right=range(12)),
+            _noise_of_shares(half),
+            _parabola(summary, flat),
+        ]
         parts.append(_best(summary, points, other_half, half))
     parts.append(
         "*Largest load*: tokens of the busiest expert in the last step, as a multiple of the mean; 1 is balanced. *Dense width*: of the "

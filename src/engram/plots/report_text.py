@@ -10,6 +10,7 @@ from typing import Any
 
 from engram.plots.figure import Picture
 from engram.plots.markdown import count, interval, literal_text, plural, table
+from engram.plots.report_counts import counts_beside, counts_in_short
 from engram.plots.report_limits import limits
 from engram.plots.report_looks import copying, long_context, looks, throughput
 from engram.plots.report_sweeps import (
@@ -129,7 +130,7 @@ class Report:
             f"**In short:** {plural(judged, 'judgement')} on {plural(claims_judged, 'claim')} of the paper ({'; '.join(parts)}); "
             f"{found['not measured']} {claims} not measured. Judgements of one claim hang together, and so do those that share a control."
         )
-        lines = [line for file in self._of("allocation") for line in _best_shares(file)]
+        lines = [line for file in self._of("allocation") for line in (*_best_shares(file), *counts_in_short(self._rival(file)))]
         if lines:
             yield "\n".join(lines)
 
@@ -190,7 +191,15 @@ class Report:
         if not file.is_sweep:
             yield from _OTHERS[file.kind](file.data)
         elif file.data["points"]:
-            yield from ANSWERS[file.kind](file.data)
+            rival = self._rival(file)
+            yield from ANSWERS[file.kind]({**file.data, "rival": rival})
+            if rival is not None:
+                yield from counts_beside(rival)
+
+    def _rival(self, file: ResultFile) -> Mapping[str, Any] | None:
+        """Counts of the very text of an allocation."""
+        found = (f.data for f in self._of("ngram_counts") if f.data["text"] == file.data["data"]["fingerprint"])
+        return next(found, None) if file.kind == "allocation" else None
 
     def _paper_scale(self) -> str:
         scales = "; ".join(entry["scale"] for entry in self.paper["allocation"].values())

@@ -33,6 +33,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "eval": ("recall", "categories", "harm", "gates"),
     "look": ("model", "against", "text", "skipped"),
     "corpus": ("fingerprint", "counts", "contamination"),
+    "ngram_counts": ("smoothing", "points", "summary", "mixtures", "differences"),
 }
 """Kinds that are told by their keys."""
 
@@ -194,7 +195,7 @@ def read_result(path: Path, strict: bool = True) -> ResultFile | None:
             return None
         raise DataError(
             f"result {path}: of no kind that can be drawn; expected a result of engram sweep, bench, corpus, eval, look or recall, or of "
-            "benchmarks/long_context.py, copying.py or throughput.py."
+            "benchmarks/long_context.py, copying.py, throughput.py or ngram_baseline.py."
         )
     missing = [key for key in _SWEEP_KEYS if kind in SWEEPS and key not in data]
     if missing:

@@ -380,6 +380,7 @@ def measure(args, sweep, store, models, result):
     found = {
         **provenance(sorted({point["seed"] for point in points})),
         "text": data.store.fingerprint,
+        "held_out_text": {half: blocks.composition for half, blocks in data.held_out.items()},
         "smoothing": "modified Kneser-Ney, interpolated",
         "counted": "every predicted token of every block that a run reads, as often as it is read; contexts within the block and document",
         "points": points,

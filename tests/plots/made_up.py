@@ -254,5 +254,6 @@ def ngram_counts(difference=-0.2, fingerprint="ad80bab3f9356ae5", mixed=False):
         {"without": "experts", "with": "memory", "order": 3, **{name: {"bits_per_byte": spread(0.1)} for name in asked}}
     ]
     told = {"command": "python benchmarks/ngram_baseline.py", "hardware": "a machine", "versions": {}, "text": fingerprint}
+    told["held_out_text"] = {"test": {"documents": 14, "files": 1, "largest": "lib/ast.py", "largest_share": 0.4247}}
     found = {"smoothing": "modified", "points": points, "summary": summary}
     return {**told, **found, "mixtures": mixtures if mixed else [], "differences": differences if mixed else []}

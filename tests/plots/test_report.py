@@ -136,6 +136,7 @@ def test_counts_of_the_same_text_stand_beside_an_allocation():
     ]
     assert "are below experts alone (-0.2000 [-0.2200, -0.1800] nats) and below the best share with a memory" in text
     assert "| small, trigrams | 32,000 |" in text
+    assert "test: 14 documents of 1 file, the largest (`lib/ast.py`) with 42 % of the bytes" in text
     assert "Mixtures of models with counts: not measured" in text
     above = report({"sweep": result, "counts": made_up.ngram_counts(0.01, fingerprint, mixed=True)}).markdown(str)
     assert "are not told apart from experts alone" in above

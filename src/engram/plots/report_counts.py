@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engram.experiments.statistics import excludes_zero, mean_interval
-from engram.plots.markdown import count, interval, literal_text, table
+from engram.plots.markdown import count, interval, literal_text, plural, table
 
 __all__ = ["counts_beside", "counts_in_short", "counts_row"]
 
@@ -84,8 +84,19 @@ def counts_beside(rival: Mapping[str, Any]) -> list[str]:
         "on the same tokens. Nothing is trained, and nothing but the n-grams' numbers is kept.",
         table(header, rows, right=range(1, len(header))),
         _verdict(rival),
+        _held_out(rival.get("held_out_text", {})),
         *_mixtures(rival),
     ]
+
+
+def _held_out(halves: Mapping[str, Mapping[str, Any]]) -> str:
+    """How few texts all losses of the allocation rest on."""
+    told = [
+        f"{half}: {plural(part['documents'], 'document')} of {plural(part['files'], 'file')}, the largest (`{part['largest']}`) with "
+        f"{100 * part['largest_share']:.0f} % of the bytes"
+        for half, part in halves.items()
+    ]
+    return f"What both were measured on, {'; '.join(told)}. Intervals are over seeds and hold for this text." if told else ""
 
 
 def _stored(rival: Mapping[str, Any], entry: Mapping[str, Any]) -> float:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,12 @@ from typing import Any, Literal, Self
 from engram.errors import ConfigError
 
 __all__ = ["EngramConfig", "TableConfig"]
+
+_SIZES = 1 << 31
+"""Widths, counts and ids stay below: kernels count with int32, and a typing error shall not be tried out in memory."""
+_MOST_ORDERS = 1 << 16
+_MOST_ROWS = 1 << 62
+"""Rows of a layer, all heads together. They are numbered in int64; heads get primes a little above ``engram_vocab_size``, so half is left."""
 
 Gate = Literal["signed_sqrt", "plain"]
 TableInit = Literal["zero", "normal"]
@@ -32,8 +39,15 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_size(value: object, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < _SIZES
+
+
 def _is_positive(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+    except OverflowError:  # an int that no float holds
+        return False
 
 
 def _items(given: Any) -> tuple[Any, ...]:
@@ -130,7 +144,10 @@ class EngramConfig:
 
     def __post_init__(self) -> None:
         _require(
-            _is_int(self.max_ngram_size) and self.max_ngram_size >= 2, "max_ngram_size", self.max_ngram_size, "an int >= 2"
+            _is_size(self.max_ngram_size, 2) and self.max_ngram_size <= _MOST_ORDERS,
+            "max_ngram_size",
+            self.max_ngram_size,
+            f"an int from 2 to {_MOST_ORDERS}",
         )
         given: Any = self.engram_vocab_size
         sizes = (given,) * (self.max_ngram_size - 1) if _is_int(given) else _items(given)
@@ -142,7 +159,7 @@ class EngramConfig:
         )
         layers = _items(self.layer_ids)
         _require(
-            len(layers) > 0 and all(_is_int(i) and i >= 0 for i in layers) and len(set(layers)) == len(layers),
+            len(layers) > 0 and all(_is_size(i, 0) for i in layers) and len(set(layers)) == len(layers),
             "layer_ids",
             self.layer_ids,
             "a list of at least one 0-based block index, none twice",
@@ -151,18 +168,25 @@ class EngramConfig:
         object.__setattr__(self, "layer_ids", layers)
         for field in ("n_embed_per_ngram", "n_head_per_ngram", "kernel_size"):
             value = getattr(self, field)
-            _require(_is_int(value) and value >= 1, field, value, "a positive int")
+            _require(_is_size(value), field, value, "a positive int below 2^31")
         _require(
             self.n_embed_per_ngram % self.n_head_per_ngram == 0,
             "n_embed_per_ngram",
             self.n_embed_per_ngram,
             f"a multiple of n_head_per_ngram = {self.n_head_per_ngram}",
         )
+        _require(
+            sum(sizes) * self.n_head_per_ngram < _MOST_ROWS,
+            "engram_vocab_size",
+            self.engram_vocab_size,
+            f"less than 2^62 rows in a layer, all {self.n_head_per_ngram * len(sizes)} heads together: they are numbered in int64",
+        )
         for field in ("hidden_size", "hc_mult"):
             value = getattr(self, field)
-            _require(value is None or (_is_int(value) and value >= 1), field, value, "a positive int or None")
-        _require(_is_int(self.pad_id) and self.pad_id >= 0, "pad_id", self.pad_id, "a token id >= 0")
+            _require(value is None or _is_size(value), field, value, "a positive int below 2^31, or None")
+        _require(_is_size(self.pad_id, 0), "pad_id", self.pad_id, "a token id >= 0")
         _require(_is_int(self.seed) and 0 <= self.seed < 1 << 63, "seed", self.seed, "an int from 0 to 2^63 - 1")
+        _require(isinstance(self.hash_spec, str), "hash_spec", self.hash_spec, "the name of a hash specification")
         _require(self.gate in ("signed_sqrt", "plain"), "gate", self.gate, "'signed_sqrt' or 'plain'")
         _require(self.table_init in ("zero", "normal"), "table_init", self.table_init, "'zero' or 'normal'")
         _require(self.reader in ("trained", "seeded"), "reader", self.reader, "'trained' or 'seeded'")
@@ -304,6 +328,12 @@ class TableConfig:
     """For ``mmap`` without a path: per layer, the file and the first bytes in it of the rows' values and, if they have them, of their
     scales; filled in by ``from_pretrained``."""
 
+    stamps: Mapping[int, str] | None = dataclasses.field(default=None, repr=False)
+    """For row files in ``path``: per layer, what the file is noted to hold while it holds the saved rows. Several
+    processes may read such a file, also where it cannot be written: the first gets it for writing, for the others it is read-only (training
+    and editing are refused). Once its rows are changed, look-ups of the others are errors, never rows half written. Filled in by
+    ``from_pretrained``."""
+
     def __post_init__(self) -> None:
         tiers, types = ("device", "host", "mmap", "hybrid"), ("float32", "bfloat16", "float16", "int8", "float8", "int4")
         if self.tier not in tiers:
@@ -312,7 +342,7 @@ class TableConfig:
             raise ConfigError(f"TableConfig.dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, types))}.")
         if isinstance(self.path, os.PathLike):
             object.__setattr__(self, "path", os.fspath(self.path))
-        if self.path is not None and not isinstance(self.path, str):
+        if self.path is not None and (not isinstance(self.path, str) or "\0" in self.path):
             raise ConfigError(f"TableConfig.path: got {self.path!r}, expected the name of a folder.")
         if self.path is not None and self.tier not in ("mmap", "hybrid"):
             raise ConfigError(f"TableConfig.path: got {self.path!r}, expected None unless tier is 'mmap' or 'hybrid'.")

@@ -3,9 +3,21 @@ import os
 import threading
 from pathlib import Path
 
+import pytest
 import torch
+from filelock import FileLock
 
-from engram.checkpoint import write_atomically, write_store
+from engram import CheckpointError
+from engram.checkpoint import (
+    DESCRIPTION_NAME,
+    again_if_saved,
+    lock_store,
+    open_tensors,
+    read_description,
+    saved_version,
+    write_atomically,
+    write_store,
+)
 
 FIELDS = {"engram_config": {}}
 
@@ -50,3 +62,138 @@ def test_a_description_that_is_a_link_is_replaced_itself(tmp_path):
     write_store(tmp_path / "memory", {"rows": torch.zeros(1)}, FIELDS)
     assert json.loads(kept.read_text()) == FIELDS
     assert not (tmp_path / "memory" / "engram.json").is_symlink()
+
+
+def in_a_child(work):
+    """What ``work`` says in a forked child, which then waits with what it holds; and what ends it."""
+    (told, tell), (ended, end) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(end)
+            os.write(tell, str(work()).encode())
+            os.read(ended, 1)
+        except BaseException as error:
+            os.write(tell, type(error).__name__.encode())
+        finally:
+            os._exit(0)
+    answer = os.read(told, 1000).decode()
+
+    def finish():
+        os.close(end)
+        os.waitpid(child, 0)
+
+    return answer, finish
+
+
+def test_a_folder_is_never_held_twice(tmp_path, monkeypatch):
+    """B takes the lock in the moment in which A, of whose folder nothing came, gives it back and clears away."""
+    place, release, others, held = tmp_path / "new" / "folder", FileLock.release, [], []
+
+    def take():
+        held.append(lock_store(place))
+        held[0].__enter__()
+        return "held"
+
+    def released(lock, *args, **kwargs):
+        release(lock, *args, **kwargs)
+        if not others:
+            others.append(None)
+            others[0] = in_a_child(take)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileLock, "release", released)
+        with lock_store(place):
+            pass
+    answer, finish = others[0]
+    try:
+        assert answer == "held"
+        with pytest.raises(CheckpointError, match="is locked"), lock_store(place):
+            pass
+    finally:
+        finish()
+    with lock_store(place):
+        pass
+
+
+def test_a_lock_on_a_file_without_its_name_is_taken_anew(tmp_path, monkeypatch):
+    """B had opened the lock file when A removed it: what B gets is a lock that nobody else would ever meet."""
+    acquire = FileLock.acquire
+
+    def removed_meanwhile(lock, *args, **kwargs):
+        monkeypatch.undo()
+        got = acquire(lock, *args, **kwargs)
+        os.unlink(lock.lock_file)
+        (tmp_path / "new").rmdir()
+        return got
+
+    monkeypatch.setattr(FileLock, "acquire", removed_meanwhile)
+    with lock_store(tmp_path / "new"):
+        answer, finish = in_a_child(lambda: lock_store(tmp_path / "new").__enter__())
+        finish()
+        assert answer == "CheckpointError"
+
+
+def test_half_descriptions_of_killed_saves_are_removed(tmp_path):
+    def killed():
+        os.replace = lambda source, target: (
+            os.kill(os.getpid(), 9) if str(target).endswith(DESCRIPTION_NAME) else rename(source, target)
+        )
+        write_store(tmp_path, {"rows": torch.zeros(1)}, FIELDS, {"a": 1})
+
+    rename = os.replace
+    child = os.fork()
+    if child == 0:
+        killed()
+    os.waitpid(child, 0)
+    assert list(tmp_path.glob(f".{DESCRIPTION_NAME}.*.tmp"))
+    write_store(tmp_path, {"rows": torch.zeros(1)}, FIELDS)
+    assert {file.name for file in tmp_path.iterdir()} == {".engram.lock", DESCRIPTION_NAME, saved_version(tmp_path)}
+
+
+def test_what_is_read_while_others_save_is_read_again(tmp_path):
+    def save(value):
+        write_store(tmp_path, {"rows": torch.full((1,), value)}, FIELDS)
+
+    def read():
+        description = read_description(tmp_path)
+        if saves:
+            save(saves.pop())
+        with open_tensors(tmp_path, description) as tensors:
+            return float(tensors.get_tensor("rows"))
+
+    save(0.0)
+    saves = [2.0, 1.0]
+    assert again_if_saved(tmp_path, read) == 2
+    saves = [float(n) for n in range(9)]
+    with pytest.raises(CheckpointError, match="is missing"):
+        again_if_saved(tmp_path, read)  # not for ever
+    saves = []
+    (tmp_path / saved_version(tmp_path)).unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        again_if_saved(tmp_path, read)
+
+
+def test_descriptions_are_checked(tmp_path):
+    write_store(tmp_path, {"rows": torch.zeros(1)}, {**FIELDS, "table_dtype": "int8", "vocab_size": 9, "base_model": {}})
+    whole = json.loads((tmp_path / DESCRIPTION_NAME).read_text())
+    read_description(tmp_path)
+    for fields, message in (
+        ({"weights": []}, "weights is list, expected dict"),
+        ({"engram_config": None}, "engram_config is NoneType, expected dict"),
+        ({"placement": "x"}, "placement is str, expected dict"),
+        ({"table_dtype": "int3"}, "table_dtype is 'int3', expected one of float32"),
+        ({"vocab_size": True}, "vocab_size is bool, expected int"),
+        ({"vocab_size": 1 << 40}, "vocab_size is 1099511627776, expected 1 to"),
+        ({"base_model": {"name_or_path": 3}}, "the name of base_model is no text"),
+    ):
+        (tmp_path / DESCRIPTION_NAME).write_text(json.dumps(whole | fields))
+        with pytest.raises(CheckpointError, match=f"is malformed: {message}"):
+            read_description(tmp_path)
+    del whole["engram_config"], whole["weights"]
+    (tmp_path / DESCRIPTION_NAME).write_text(json.dumps(whole))
+    with pytest.raises(CheckpointError, match="no 'engram_config'; no 'weights'"):
+        read_description(tmp_path)
+    (tmp_path / DESCRIPTION_NAME).write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="nested too deeply"):
+        read_description(tmp_path)

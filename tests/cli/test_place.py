@@ -60,6 +60,7 @@ def test_a_memory_is_moved_and_used_there(engram, tmp_path):
     assert torch.equal(seen["a"], seen["b"])
     assert json.loads(out)["moved"]["dtype_after"] == "int8"
     assert sorted(file.name for file in (tmp_path / "rows").iterdir()) == [
+        ".engram.lock",
         "layer-0.rows",
         "layer-0.rows.form",
         "layer-0.rows.json",

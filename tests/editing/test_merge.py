@@ -3,12 +3,13 @@ import json
 import pytest
 import torch
 
-from engram import ConfigError, Fact, FingerprintError
-from engram.checkpoint import DESCRIPTION_NAME
-from engram.editing import diff_memories, merge_memories
+from engram import CheckpointError, ConfigError, Fact, FingerprintError
+from engram.checkpoint import DESCRIPTION_NAME, read_description, write_store
+from engram.editing import diff_memories, merge, merge_memories
 from engram.editing.merge import StoredMemory
-from engram.errors import MergeConflictError
+from engram.errors import EngramError, MergeConflictError
 from tests.editing.helpers import FACTS, make_editor, same, tensors
+from tests.models.test_files import mutations
 
 A = [FACTS[0], FACTS[1]]
 B = [FACTS[2], Fact(("KEY:gamma 4",), "ninety", id="gamma")]
@@ -162,3 +163,49 @@ def test_what_contradicts_is_looked_for_once(two, monkeypatch):
     monkeypatch.setattr(merge, "_contradictions", lambda *sides: calls.append(sides) or look(*sides))
     diff_memories(two[2] / "a", two[2] / "b")
     assert len(calls) == 1
+
+
+def test_a_memory_is_listed_while_somebody_saves(two, monkeypatch):
+    a, _, tmp_path = two
+    real, saves = merge.read_description, []
+
+    def late(path):
+        fields = real(path)
+        if not saves:
+            saves.append(a.save(path))
+        return fields
+
+    monkeypatch.setattr(merge, "read_description", late)
+    assert list(StoredMemory(tmp_path / "a").rows_by_fact()) == ["alpha", "beta"]
+    assert saves
+
+
+def test_a_damaged_description_of_a_taught_memory_is_an_error_of_ours(two):
+    _, _, tmp_path = two
+    whole, refused = json.loads((tmp_path / "a" / DESCRIPTION_NAME).read_text()), 0
+    for at, fields in mutations(whole):
+        (tmp_path / "a" / DESCRIPTION_NAME).write_text(json.dumps(fields))
+        try:
+            StoredMemory(tmp_path / "a").rows_by_fact()
+        except EngramError:
+            refused += 1
+        except BaseException as error:
+            raise AssertionError(f"{at}: {error!r}") from error
+    assert refused > 150
+
+
+def test_tensors_of_another_memory_are_refused(two):
+    _, _, tmp_path = two
+    memory = StoredMemory(tmp_path / "a")
+    dropped = ("format_version", "weights", "ledger")
+    fields = {name: value for name, value in read_description(tmp_path / "a").items() if name not in dropped}
+    names = list(memory.tensors)
+    for changed in (
+        {name: t for name, t in memory.tensors.items() if name != names[0]},
+        memory.tensors | {"layers.7.multi_head_embedding.embedding.weight": torch.zeros(1, 2)},
+        memory.tensors | {name: t[:-1] for name, t in memory.tensors.items() if name.endswith("tags")},
+        memory.tensors | {name: t.double() for name, t in memory.tensors.items() if name.endswith("weight")},
+    ):
+        write_store(tmp_path / "a", changed, fields)
+        with pytest.raises(CheckpointError, match="do not fit the memory's description"):
+            StoredMemory(tmp_path / "a")

@@ -82,7 +82,8 @@ def test_training_and_resuming(tmp_path, tier, bf16):
     straight = trainer(8)
     straight.train()
     losses = [entry["loss"] for entry in straight.state.log_history if "loss" in entry]
-    assert len(losses) == 8 and all(math.isfinite(loss) for loss in losses)
+    assert len(losses) == 8
+    assert all(math.isfinite(loss) for loss in losses)
     resumed = trainer(8)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     again = [entry["loss"] for entry in resumed.state.log_history if "loss" in entry]

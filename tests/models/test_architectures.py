@@ -1,7 +1,22 @@
+import os
+import shutil
+from types import SimpleNamespace
+
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from engram import AttachError, ConfigError, EngramConfig, get_engram_model, register_architecture
+from engram import (
+    AttachError,
+    ConfigError,
+    EngramConfig,
+    EngramModel,
+    Fact,
+    MemoryEditor,
+    get_engram_model,
+    register_architecture,
+)
 from engram.models import ARCHITECTURES, DecoderLayout
 from engram.testing import TINY_CONFIGS, assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 
@@ -17,13 +32,17 @@ def test_every_architecture_has_a_tiny_model():
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_attach_speak_and_leave(model_type):
+    attach_speak_and_leave(tiny_model(model_type), 4 if model_type == "deepseek_v4" else 1)
+
+
+def attach_speak_and_leave(model, streams=1):
     """Zero tables change nothing, a memory that speaks is heard and decodes as it prefills, unloading leaves no trace."""
-    model, inputs = tiny_model(model_type), batch()
+    inputs = batch()
     weights = {name: p.clone() for name, p in model.state_dict().items()}
     with torch.no_grad():
         before = model(**inputs).logits
         memory = get_engram_model(model, tiny_config(), tiny_tokenizer())
-        assert memory.engram_config.hc_mult == (4 if model_type == "deepseek_v4" else 1)
+        assert memory.engram_config.hc_mult == streams
         assert torch.equal(memory(**inputs).logits, before)
         memory.unload()
         memory = tiny_memory(model)
@@ -49,6 +68,48 @@ def test_attach_speak_and_leave(model_type):
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
+@pytest.fixture
+def pictures_too(monkeypatch):
+    """A model that takes pictures and text, whose blocks are deeper inside and whose sizes are in a config inside its own."""
+    monkeypatch.setattr("engram.models.architectures.ARCHITECTURES", dict(ARCHITECTURES))
+    register_architecture("gemma3", DecoderLayout("model", "language_model.layers"))
+    text = {**TINY_CONFIGS["gemma3_text"], "hidden_size": 64, "intermediate_size": 96, "vocab_size": len(tiny_tokenizer())}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={**text, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1},
+        vision_config={**vision, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=370,
+        boi_token_index=371,
+        eoi_token_index=372,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_model_that_takes_pictures_too(pictures_too, tmp_path):
+    attach_speak_and_leave(pictures_too)
+    memory, inputs = tiny_memory(pictures_too, max_ngram_size=4), batch()
+    for options in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
+        common = {**inputs, "max_new_tokens": 12, "do_sample": False, **options}
+        without = {**common, "use_cache": False, "cache_implementation": None}
+        assert torch.equal(memory.generate(**common), memory.generate(**without))
+    ids = torch.tensor([[5, 371, 370, 370, 370, 370, 372, 6, 7]])
+    picture = {"input_ids": ids, "pixel_values": torch.rand(1, 3, 28, 28), "token_type_ids": (ids == 370).long()}
+    with torch.no_grad():
+        with memory.disable_engram():
+            base = memory(**picture).logits
+        assert not torch.allclose(memory(**picture).logits, base, atol=1e-3)
+    memory.unload()
+    editor = MemoryEditor.create(pictures_too, tiny_tokenizer())
+    editor.teach([Fact(prompts=("CAPITAL:France",), answer="Paris", id="france")])
+    assert all(editor.verify().values())
+    editor.save(tmp_path)
+    editor.memory.unload()
+    assert all(MemoryEditor.load(pictures_too, tmp_path, tiny_tokenizer()).verify().values())
+
+
 def test_unload_gives_back_trainable_flags():
     model = tiny_model()
     model.lm_head.weight.requires_grad_(False)
@@ -71,6 +132,66 @@ def test_print_trainable_parameters(capsys):
     assert f"trainable params: {kinds['tables'] + kinds['reader']:,}" in out
     assert kinds["base"] == sum(p.numel() for p in memory.base_model.parameters())
     assert memory.table_config.dtype == "float32"
+
+
+def test_what_is_assigned_for_the_base_model_reaches_it():
+    memory = tiny_memory()
+    memory.loss_function = lambda *args, **kwargs: torch.tensor(7.0)
+    assert memory(**batch(), labels=batch()["input_ids"]).loss == 7
+    config = type(memory.config)(**{**memory.config.to_dict(), "use_cache": False})
+    memory.config = config
+    assert memory.base_model.config is config
+    assert memory.unload().config is config
+
+
+class Hub:
+    """What the hub's client is asked to do; uploaded files lie under ``folder`` as links, as in the hub's cache."""
+
+    def __init__(self, folder):
+        self.folder, self.calls = folder, []
+
+    def __call__(self, token=None):
+        self.calls.append(("token", token))
+        return self
+
+    def create_repo(self, repo_id, private=None, exist_ok=False):
+        self.calls.append((repo_id, private, exist_ok))
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    def upload_folder(self, repo_id, folder_path, commit_message, allow_patterns, delete_patterns):
+        self.calls.append((repo_id, commit_message))
+        for folder in (self.folder, self.folder / "blobs"):
+            folder.mkdir(exist_ok=True)
+        for old in filter_repo_objects([path.name for path in self.folder.iterdir()], allow_patterns=delete_patterns):
+            (self.folder / old).unlink()
+        for name in filter_repo_objects(os.listdir(folder_path), allow_patterns=allow_patterns):
+            shutil.copy(os.path.join(folder_path, name), self.folder / "blobs" / name)
+            (self.folder / name).unlink(missing_ok=True)
+            (self.folder / name).symlink_to(self.folder / "blobs" / name)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}")
+
+
+def test_a_memory_is_pushed_to_the_hub_and_not_its_base(tmp_path, monkeypatch):
+    hub = Hub(tmp_path / "snapshot")
+    monkeypatch.setattr("engram.models.engram_model.HfApi", hub)
+    memory, inputs = tiny_memory(), batch()
+    memory.push_to_hub("mine")
+    with torch.no_grad():
+        memory.engrams["0"].value_proj.weight.mul_(2)
+        expected = memory(**inputs).logits
+    assert memory.push_to_hub("mine", private=True, token="t", commit_message="again") == "https://hub/me/mine"
+    assert hub.calls[3:] == [("token", "t"), ("mine", True, True), ("me/mine", "again")]
+    names = sorted(path.name for path in hub.folder.iterdir() if path.is_symlink())
+    assert [name.split("-")[0] for name in names] == ["engram", "engram.json"]
+    memory.unload()
+    with torch.no_grad():
+        assert torch.equal(EngramModel.from_pretrained(tiny_model(), hub.folder, tiny_tokenizer())(**inputs).logits, expected)
+
+
+def test_saving_takes_no_options_that_it_would_not_heed(tmp_path):
+    with pytest.raises(TypeError, match="push_to_hub"):
+        tiny_memory().save_pretrained(tmp_path, push_to_hub=True)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

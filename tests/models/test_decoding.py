@@ -5,9 +5,20 @@ import io
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
-from engram import AttachError, ConfigError, EngramError, MemoryEditor, get_engram_model
+from engram import (
+    AttachError,
+    ConfigError,
+    EngramError,
+    EngramModel,
+    Fact,
+    FingerprintError,
+    MemoryEditor,
+    get_engram_model,
+    register_architecture,
+)
+from engram.models import ARCHITECTURES, DecoderLayout
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS
 
@@ -235,6 +246,61 @@ def test_a_cache_the_memory_has_not_seen_is_refused(memory):
         memory(input_ids=ids[:, 7:8], past_key_values=own)
 
 
+RECURRENT = {
+    "mamba": {"state_size": 8},
+    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+    "rwkv": {"attention_hidden_size": 32},
+}
+
+
+def recurrent_memory(kind, monkeypatch):
+    """A memory on a model whose cache has another name and form than a cache of keys and values."""
+    monkeypatch.setattr("engram.models.architectures.ARCHITECTURES", dict(ARCHITECTURES))
+    register_architecture(kind, DecoderLayout("rwkv", "blocks") if kind == "rwkv" else DecoderLayout("backbone", "layers"))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": len(tiny_tokenizer()), "pad_token_id": 1}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **RECURRENT[kind])).eval()
+    return tiny_memory(model, max_ngram_size=4)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_caches_of_recurrent_states_alone(kind, monkeypatch):
+    """They go by another name and cannot say how much they hold."""
+    memory, (ids, mask) = recurrent_memory(kind, monkeypatch), padded([TEXTS[0], TEXTS[2]])
+    assert int((mask == 0).sum()) > 0
+    assert bool(mask[:, -4:].all())
+    with torch.no_grad():
+        expected = memory(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        out = memory(input_ids=ids[:, :-4], attention_mask=mask[:, :-4], use_cache=True)
+        steps = []
+        for place in range(ids.shape[1] - 4, ids.shape[1]):
+            out = memory(input_ids=ids[:, place : place + 1], cache_params=out.cache_params, use_cache=True)
+            steps.append(out.logits)
+        assert_close(torch.cat(steps, 1), expected[:, -4:])
+        cache = out.cache_params
+        cache.reset()
+        again = memory(input_ids=ids, attention_mask=mask, cache_params=cache, use_cache=True)
+        assert_close(again.logits[mask.bool()], expected[mask.bool()])
+        with memory.disable_engram():
+            memory(input_ids=ids[:, :1], cache_params=cache, use_cache=True)
+        with pytest.raises(AttachError, match="has not seen"):
+            memory(input_ids=ids[:, :1], cache_params=cache, use_cache=True)
+    for options in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+        common = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 16, "do_sample": False, **options}
+        assert torch.equal(memory.generate(**common), memory.generate(**common, use_cache=False))
+
+
+def test_caches_that_cannot_be_followed_are_refused(monkeypatch):
+    memory, (ids, mask) = recurrent_memory("rwkv", monkeypatch), padded(["The memory, the memory"])
+    with pytest.raises(AttachError, match="class list, which the memory cannot follow"):
+        memory.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4)
+    with memory.disable_engram(), torch.no_grad():
+        state = memory(input_ids=ids, use_cache=True).state
+    with pytest.raises(AttachError, match="use_cache=False"):
+        memory(input_ids=ids[:, :1], state=state)
+    memory.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, use_cache=False)
+
+
 def test_an_empty_cache_of_the_users_is_filled(memory):
     ids, mask = padded()
     got, cache = in_chunks(memory, ids, mask, [3, ids.shape[1] - 3], DynamicCache(config=memory.base_model.config))
@@ -338,6 +404,46 @@ def test_recordings_inside_each_other(memory):
         full(memory, ids[:, :3], mask[:, :3])
     assert outer[0]["hash_ids"].shape[1] == 3
     assert not memory.is_recording
+
+
+@pytest.mark.parametrize("make", ["trained", "taught"])
+def test_a_vocabulary_that_grows_under_a_memory(make, tmp_path):
+    """New ids count as padding in n-grams, cached or not; they are never taught, for they have no address of their own."""
+    tokenizer, model = copy.deepcopy(tiny_tokenizer()), tiny_model(hidden_size=64, intermediate_size=96)
+    known = len(tokenizer)
+    if make == "trained":
+        memory = tiny_memory(model, max_ngram_size=4)
+    else:
+        editor = MemoryEditor.create(model, tokenizer)
+        editor.teach(FACTS)
+        memory = editor.memory
+    memory.save_pretrained(tmp_path)
+    ids, mask = padded()
+    before = full(memory, ids, mask)[..., :known]
+    tokenizer.add_tokens(["<tool>", "<user>"])
+    memory.resize_token_embeddings(known + 4)
+    assert_close(full(memory, ids, mask)[..., :known], before)
+    new = ids.clone()
+    new[:, -3] = torch.arange(known, known + 3)
+    chunked, _ = in_chunks(memory, new, mask, [ids.shape[1] - 4, 1, 1, 2])
+    assert_close(chunked[mask.bool()], full(memory, new, mask)[mask.bool()])
+    with memory.record() as traces:
+        full(memory, new, mask)
+    as_padding = memory.mapping.hash(new.where(new < known, memory.engram_config.pad_id))
+    assert all(torch.equal(trace["hash_ids"][0], as_padding[layer][0]) for layer, trace in traces.items())
+    if make == "taught":
+        with pytest.raises(ConfigError, match="tokens added to it since"):
+            editor.teach([Fact(prompts=("<tool> says",), answer="rows")])
+        editor.teach([Fact(prompts=("KEY:rho",), answer="<user>")])  # answers are spelled in tokens that the model can say
+        assert all(editor.verify().values())
+    memory.unload()
+    with pytest.raises(FingerprintError, match=r"vocab_size.*with more tokens"):
+        EngramModel.from_pretrained(model, tmp_path, tiny_tokenizer())
+    again = EngramModel.from_pretrained(model, tmp_path, tiny_tokenizer(), allow_other_base=True)
+    assert_close(full(again, ids, mask)[..., :known], before)
+    again.unload()
+    model.resize_token_embeddings(known)
+    EngramModel.from_pretrained(model, tmp_path, tiny_tokenizer())
 
 
 @pytest.mark.parametrize("make", ["trained", "taught"])

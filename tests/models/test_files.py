@@ -1,5 +1,8 @@
+import dataclasses
+import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -7,9 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engram import AttachError, CheckpointError, ConfigError, EngramModel, FingerprintError, TableConfig, get_engram_model
+from engram import (
+    AttachError,
+    CheckpointError,
+    ConfigError,
+    EngramModel,
+    FingerprintError,
+    TableConfig,
+    TableError,
+    get_engram_model,
+)
 from engram.checkpoint import DESCRIPTION_NAME, store
+from engram.editing.merge import StoredMemory
+from engram.errors import EngramError
 from engram.models import files
+from engram.models.place import layer_places, place_memory
+from engram.tables import DeviceTable, MappedRows
 from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from engram.training.tokenizer import train_tokenizer
 
@@ -64,8 +80,8 @@ def test_an_error_after_the_save_has_landed_loses_nothing(saved, monkeypatch):
             raise KeyboardInterrupt
         return sync(path)
 
-    sync = store._sync
-    monkeypatch.setattr(store, "_sync", interrupted)
+    sync = store.sync_to_disk
+    monkeypatch.setattr(store, "sync_to_disk", interrupted)
     with pytest.raises(KeyboardInterrupt):
         memory.save_pretrained(saved)
     assert weights(saved).is_file()
@@ -78,7 +94,7 @@ def test_an_error_after_the_save_has_landed_loses_nothing(saved, monkeypatch):
             raise OSError(22, "Invalid argument")  # a file system that has no sync for folders
         return sync(path)
 
-    monkeypatch.setattr(store, "_sync", refused)
+    monkeypatch.setattr(store, "sync_to_disk", refused)
     memory.save_pretrained(saved)
     assert {file.name for file in saved.iterdir()} == {DESCRIPTION_NAME, weights(saved).name, ".engram.lock"}
 
@@ -148,7 +164,7 @@ def test_missing_and_damaged_files(saved, tmp_path):
         ("[]", "does not describe a memory"),
         (text.replace('"format_version": 1', '"format_version": 9'), "upgrade engram"),
         (text.replace(file.name, "../elsewhere.safetensors"), "outside the folder"),
-        (text.replace('"weights"', '"wights"'), "'weights' is malformed"),
+        (text.replace('"weights"', '"wights"'), "is malformed: no 'weights'"),
         (text.replace('"engram_config"', '"config"'), "no 'engram_config'"),
     ):
         (saved / DESCRIPTION_NAME).write_text(damaged)
@@ -286,3 +302,182 @@ def test_killing_a_save_leaves_the_old_or_the_new_memory(tmp_path):
     assert [True, False] in found  # the second was there to begin with
     loaded.save_pretrained(path)
     assert len(list(path.glob("*.safetensors"))) == 1  # what the kills left over is cleaned up
+
+
+ROW_FILES = TableConfig(tier="mmap", path="rows")
+
+
+@torch.no_grad()
+def logits_of(memory):
+    return memory(input_ids=torch.arange(2, 12).view(1, 10), use_cache=False).logits
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_fill_that_was_killed_is_begun_again(saved, tmp_path, monkeypatch, after):
+    """Killed before the first block of the first table, before the first of the second, after all of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "_ROWS_AT_ONCE", 1 << 20)  # one block for a table
+    fills, load_rows = [], DeviceTable.load_rows
+
+    def killed(table, start, rows):
+        fills.append(1)
+        if len(fills) > after:
+            raise KeyboardInterrupt
+        load_rows(table, start, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceTable, "load_rows", killed)
+        if after == 3:
+            patch.setattr("engram.tables.rowfile.stamp_rows", lambda *_: os._exit)
+            load(saved, table_config=ROW_FILES)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                load(saved, table_config=ROW_FILES)
+    gc.collect()
+    expected = logits_of(load(saved))
+    assert torch.equal(logits_of(load(saved, table_config=ROW_FILES)), expected)
+    gc.collect()
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceTable, "load_rows", None)  # nothing is left to be filled
+        assert torch.equal(logits_of(load(saved, table_config=ROW_FILES)), expected)
+
+
+def test_a_full_disk_at_the_note_is_no_hindrance_later(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected, replace, notes, said = logits_of(load(saved)), os.replace, 0, []
+    while True:
+        notes += 1
+        left = [notes]
+
+        def full(*args, left=left):
+            left[0] -= 1
+            if left[0] == 0:
+                raise OSError(28, "No space left on device")
+            return replace(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", full)
+            try:
+                load(saved, table_config=TableConfig(tier="mmap", path=f"rows-{notes}")).unload()
+                break
+            except TableError as error:
+                said.append(str(error))
+        gc.collect()
+        memory = load(saved, table_config=TableConfig(tier="mmap", path=f"rows-{notes}"))
+        assert torch.equal(logits_of(memory), expected)
+    assert all("No space left on device" in error for error in said)
+    assert notes == 2 * 4 + 1  # empty, form, being filled, filled; of each table
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_copied_row_files_are_those_of_the_memory(saved, tmp_path, monkeypatch, dtype):
+    """A copy has other times; it is compared, row by row, and known from then on."""
+    monkeypatch.chdir(tmp_path)
+    placement = TableConfig(tier="mmap", dtype=dtype, path=str(tmp_path / "rows"))
+    expected = logits_of(load(saved, table_config=placement))
+    gc.collect()
+    shutil.copytree(tmp_path / "rows", tmp_path / "copied", copy_function=shutil.copyfile)
+    for file in (tmp_path / "copied").glob("*.rows"):
+        os.utime(file, (1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(MappedRows, "load_rows", None)
+        for compared in (True, False):
+            if not compared:
+                patch.setattr(files, "_holds_the_same", None)
+            memory = load(saved, table_config=dataclasses.replace(placement, path=str(tmp_path / "copied")))
+            assert torch.equal(logits_of(memory), expected)
+            del memory
+            gc.collect()
+    with open(tmp_path / "copied" / "layer-0.rows", "r+b") as file:
+        file.write(b"else")
+    with pytest.raises(CheckpointError, match=r"layer-0\.rows holds other rows .*delete that file: it is made anew"):
+        load(saved, table_config=dataclasses.replace(placement, path=str(tmp_path / "copied")))
+    gc.collect()
+    (tmp_path / "copied" / "layer-0.rows").unlink()
+    assert torch.equal(
+        logits_of(load(saved, table_config=dataclasses.replace(placement, path=str(tmp_path / "copied")))), expected
+    )
+
+
+def test_a_save_without_its_note_is_known_again(saved, tmp_path, monkeypatch):
+    """Killed between the save and the note of what the row files hold."""
+    monkeypatch.chdir(tmp_path)
+    memory = load(saved, table_config=ROW_FILES)
+    memory.engrams["0"].multi_head_embedding.embedding.update_rows(torch.tensor([1, 2]), lambda rows: rows + 1)
+    expected = logits_of(memory)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "stamp_rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            memory.save_pretrained(saved)
+    memory.unload()
+    del memory
+    gc.collect()
+    assert torch.equal(logits_of(load(saved, table_config=ROW_FILES)), expected)
+
+
+def test_two_processes_read_one_placed_memory_and_one_trains_it(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = load(saved, table_config=ROW_FILES)
+    expected = logits_of(first)
+    script = """
+import sys
+import torch
+from engram import EngramModel, EngramTrainer, EngramTrainingArguments, TableConfig, TableError, ConfigError
+from engram.testing import tiny_model, tiny_tokenizer
+memory = EngramModel.from_pretrained(tiny_model(), sys.argv[1], tiny_tokenizer(), TableConfig(tier="mmap", path="rows"))
+ids = torch.arange(2, 12).view(1, 10)
+with torch.no_grad():
+    torch.save(memory(input_ids=ids, use_cache=False).logits, "logits")
+try:
+    EngramTrainer(model=memory, args=EngramTrainingArguments(output_dir="out", use_cpu=True, report_to=[]), train_dataset=[{}])
+except ConfigError as error:
+    print("trained:", "only read" in str(error), flush=True)
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with torch.no_grad():
+        memory(input_ids=ids, use_cache=False)
+except TableError as error:
+    print("changed:", error, flush=True)
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", script, str(saved)], **pipes) as reader:
+        assert reader.stdout.readline() == "trained: True\n"
+        assert reader.stdout.readline() == "ready\n"
+        assert torch.equal(torch.load("logits"), expected)
+        first.engrams["0"].multi_head_embedding.embedding.update_rows(torch.tensor([1]), lambda rows: rows + 1)
+        said, _ = reader.communicate("go\n")
+    assert "another process changes its rows" in said
+
+
+def mutations(fields, path=()):
+    """Every key of a JSON object, dropped and with each of a few values that are wrong for most."""
+    for key, value in fields.items():
+        for wrong in (None, -1, "x", [], {}, 1 << 70, 10**400, True, 1.5, "\0", [1 << 70], ".."):
+            yield (*path, key), {**fields, key: wrong}
+        yield (*path, key, "dropped"), {name: other for name, other in fields.items() if name != key}
+        if isinstance(value, dict):
+            yield from ((at, {**fields, key: inner}) for at, inner in mutations(value, (*path, key)))
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_a_damaged_description_is_an_error_of_ours(saved, tmp_path, placed):
+    if placed:
+        place_memory(saved, tmp_path / "placed", TableConfig(tier="hybrid", hot_rows=3, path=str(tmp_path / "rows")))
+        saved = tmp_path / "placed"
+    model, tokenizer, whole, refused = tiny_model(), tiny_tokenizer(), description(saved), 0
+    for at, fields in mutations(whole):
+        (saved / DESCRIPTION_NAME).write_text(json.dumps(fields))
+        for read in (
+            lambda: EngramModel.from_pretrained(model, saved, tokenizer).unload(),
+            lambda: layer_places(saved),
+            lambda: StoredMemory(saved),
+        ):
+            try:
+                read()
+            except EngramError:
+                refused += 1
+            except BaseException as error:
+                raise AssertionError(f"{at}: {error!r}") from error
+        gc.collect()
+    assert refused > 300

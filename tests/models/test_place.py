@@ -1,14 +1,20 @@
 """Moving saved memories: what it costs, what is written, and that nothing but the place changes."""
 
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from engram import CheckpointError, ConfigError, EngramModel, FingerprintError, TableConfig, TableError
 from engram.checkpoint import read_description
+from engram.checkpoint.convert import StoredTable
+from engram.models import place
+from engram.models.files import row_stamp
 from engram.models.place import check_fit, count_rows_read, layer_places, place_memory, placement_costs
-from engram.tables import FORMATS, DeviceTable, HybridTable, MappedRows
+from engram.tables import FORMATS, DeviceTable, HybridTable, MappedRows, build_table, rows_are
 from engram.testing import tiny_config, tiny_model, tiny_tokenizer
 from engram.training.tokenizer import train_tokenizer
 
@@ -139,19 +145,143 @@ def test_quantised_rows_are_placed_in_files_and_hybrids(saved, tmp_path, form):
     assert torch.equal(logits(memory), expected)
 
 
-def test_row_files_that_cannot_be_written_leave_nothing(saved, tmp_path, monkeypatch):
-    def full(handle):
+def row_placement(tmp_path, **fields):
+    return TableConfig(tier="mmap", path=str(tmp_path / "r"), **fields)
+
+
+@pytest.mark.parametrize("failing", ["fsync", "posix_fallocate", "write"])
+def test_row_files_that_cannot_be_written_leave_nothing(saved, tmp_path, monkeypatch, failing):
+    """The second of two fails, when it is asked for, written or synced; the same works once there is room."""
+    calls = []
+
+    def full(*_):
         raise OSError(28, "No space left on device")
 
+    def second_full(handle, *rest):
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        calls.append(name)
+        return full() if "layer-2.rows" in name else real(handle, *rest)
+
+    def blocks(table, tensors):
+        yield from list(real_blocks(table, tensors))[:0] if table.layer_id == 2 else real_blocks(table, tensors)
+        if table.layer_id == 2:
+            full()
+
     with monkeypatch.context() as patch:
-        real = os.fsync
-        patch.setattr(
-            os, "fsync", lambda handle: full(handle) if "rows" in os.readlink(f"/proc/self/fd/{handle}") else real(handle)
-        )
-        with pytest.raises(CheckpointError, match="No space left on device"):
-            place_memory(saved, tmp_path / "out", TableConfig(tier="mmap", path=str(tmp_path / "r")))
-    assert list((tmp_path / "r").iterdir()) == []
-    load(tmp_path / "out")  # the memory itself is whole, and makes its row files when it is loaded
+        if failing == "write":
+            real_blocks, written = StoredTable.blocks, []
+            patch.setattr(
+                StoredTable, "blocks", lambda *args: blocks(*args) if "out" in str(args[1].file) else real_blocks(*args)
+            )
+            calls.append(written)
+        else:
+            real = getattr(os, failing)
+            patch.setattr(os, failing, second_full)
+        with pytest.raises(CheckpointError, match=r"layer-2\.rows .*No space left on device"):
+            place_memory(saved, tmp_path / "out", row_placement(tmp_path))
+        assert calls
+    assert not (tmp_path / "r").exists()
+    assert not (tmp_path / "out").exists()
+    place_memory(saved, tmp_path / "out", row_placement(tmp_path))
+    load(tmp_path / "out")
+
+
+PLACE_AND_DIE = """
+import os, sys
+from engram import TableConfig
+from engram.checkpoint import DESCRIPTION_NAME
+from engram.models.place import place_memory
+source, out, rows, die = sys.argv[1:]
+real = {name: getattr(os, name) for name in ("replace", "link", "posix_fallocate", "utime")}
+left = int(die)
+def counted(name):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), 9)
+        return real[name](*args, **kwargs)
+    return call
+for name in real:
+    setattr(os, name, counted(name))
+place_memory(source, out, TableConfig(tier="mmap", path=rows))
+"""
+
+
+def test_a_killed_placing_is_done_again(saved, tmp_path):
+    expected, kills = logits(load(saved)), 0
+    while True:
+        kills += 1
+        out, rows = tmp_path / f"out-{kills}", tmp_path / f"rows-{kills}"
+        done = subprocess.run([sys.executable, "-c", PLACE_AND_DIE, saved, out, rows, str(kills)], check=False)
+        if done.returncode == 0:
+            break
+        if not (out / "engram.json").exists():
+            place_memory(saved, out, TableConfig(tier="mmap", path=str(rows)))
+        assert not [file for file in (*out.glob(".*.tmp"), *rows.glob(".*.tmp")) if "pending" not in file.name]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MappedRows, "load_rows", None)  # the row files are there: nothing is filled
+            assert torch.equal(logits(load(out)), expected)
+    assert kills > 8
+
+
+def test_two_placings_do_not_write_into_one_folder(saved, tmp_path, monkeypatch):
+    other, real, refused = tmp_path / "other", place.convert_memory, []
+    shutil.copytree(saved, other)
+    placement = row_placement(tmp_path)
+
+    def slow(*args):
+        monkeypatch.setattr(place, "convert_memory", real)
+        code = f"from engram.models.place import *; from engram import TableConfig; place_memory({str(other)!r}, {str(tmp_path / 'b')!r}, "
+        code += f"TableConfig(tier='mmap', path={placement.path!r}))"
+        refused.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr)
+        return real(*args)
+
+    monkeypatch.setattr(place, "convert_memory", slow)
+    place_memory(saved, tmp_path / "a", placement)
+    assert "r is locked: another process" in refused[0]
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(ConfigError, match="exists already"):
+        place_memory(other, tmp_path / "b", placement)
+    assert rows_are(
+        tmp_path / "r" / "layer-0.rows", row_stamp(read_description(tmp_path / "a")["weights"]["file"], 0, "float32")
+    )
+
+
+def test_a_row_file_that_comes_meanwhile_is_not_replaced(saved, tmp_path, monkeypatch):
+    """One that a training makes, which knows nothing of placings."""
+    real = place.convert_memory
+
+    def slow(*args):
+        build_table(300, 16, row_placement(tmp_path), layer_id=2).load_rows(0, torch.ones(300, 16))
+        return real(*args)
+
+    monkeypatch.setattr(place, "convert_memory", slow)
+    with pytest.raises(ConfigError, match=r"layer-2\.rows exists already"):
+        place_memory(saved, tmp_path / "out", row_placement(tmp_path))
+    assert not (tmp_path / "out").exists()
+    assert bool((build_table(300, 16, row_placement(tmp_path), layer_id=2).lookup(torch.arange(300)) == 1).all())
+    assert not (tmp_path / "r" / "layer-0.rows").exists()
+
+
+def test_places_are_read_while_somebody_saves(saved, monkeypatch):
+    writer, real, saves = load(saved), place.read_description, []
+
+    def late(path):
+        description = real(path)
+        if not saves:
+            saves.append(writer.save_pretrained(path))
+        return description
+
+    for read in (layer_places, lambda path: placement_costs(path, measure=False), lambda path: check_fit(path, TableConfig())):
+        saves.clear()
+        monkeypatch.setattr(place, "read_description", late)
+        read(saved)
+        assert saves
+    saves.clear()
+    monkeypatch.setattr("engram.checkpoint.convert.read_description", late)
+    place_memory(saved, saved.parent / "copy", TableConfig(tier="host"))
+    assert saves
 
 
 def test_rows_that_texts_ask_for_are_counted(saved):

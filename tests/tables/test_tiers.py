@@ -34,6 +34,8 @@ from engram.tables import (
     QuantisedTable,
     RowPrefetcher,
     build_table,
+    check_room,
+    is_untouched,
     row_file_layout,
     row_format,
     rows_are,
@@ -699,7 +701,7 @@ def test_prefetched_training_of_a_hybrid_reads_the_cold_table():
                 optimizer.zero_grad()
                 each.lookup(each.prefetch(row_ids, through=through)).square().sum().backward()
                 optimizer.step()
-            assert table._copied is None
+            assert table._copies.version is None
             with torch.no_grad():
                 assert torch.equal(table.lookup(table.prefetch(row_ids, through=through)), plain.weight[row_ids])
 
@@ -854,6 +856,18 @@ def test_tables_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
         with pytest.raises(TableError, match="expected at most the 104,857,600 bytes available"):
             get_engram_model(model, config, tiny_tokenizer(), placement)
         assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_room_is_asked_for_where_the_rows_will_be(monkeypatch):
+    monkeypatch.setattr("engram.tables.memory.available_memory", lambda: 100 << 20)
+    monkeypatch.setattr("engram.tables.memory._accelerator_memory", lambda device: 300 << 20)
+    rows = [(101 << 20) // 256] * 2
+    check_room(rows, 64, TableConfig(), device="cuda:1")
+    for fields, device in (({}, "cpu"), ({"tier": "host"}, "cuda:1"), ({"tier": "hybrid", "hot_rows": 1}, "cuda:1")):
+        with pytest.raises(TableError, match="expected at most the 104,857,600 bytes available"):
+            check_room(rows, 64, TableConfig(**fields), device=device)
+    with pytest.raises(TableError, match="expected at most the 314,572,800 bytes available"):
+        check_room(rows * 2, 64, TableConfig(), device="cuda:1")
 
 
 def test_impossible_placements_are_refused():
@@ -1085,4 +1099,4 @@ def test_row_files_are_filled_once_and_trained_rows_are_not_overwritten(tmp_path
             file.write(b"else")
         with pytest.raises(CheckpointError, match=r"layer-2\.rows holds other rows"):
             load()
-        assert not (tmp_path / "rows" / "layer-0.rows.json").exists()  # layer 0 was not begun
+        assert is_untouched(tmp_path / "rows" / "layer-0.rows")  # layer 0 was not begun

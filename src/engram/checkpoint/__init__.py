@@ -5,6 +5,7 @@ from engram.checkpoint.sole import sole_writer
 from engram.checkpoint.store import (
     DESCRIPTION_NAME,
     FORMAT_VERSION,
+    again_if_saved,
     lock_store,
     open_tensors,
     read_description,
@@ -27,6 +28,7 @@ __all__ = [
     "LayerError",
     "TensorReader",
     "TensorSpec",
+    "again_if_saved",
     "convert_memory",
     "load_tree",
     "lock_store",

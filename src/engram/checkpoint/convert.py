@@ -12,7 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from engram._version import __version__
-from engram.checkpoint.store import DESCRIPTION_NAME, read_description, read_ledger, read_tensors, stream_store
+from engram.checkpoint.store import (
+    DESCRIPTION_NAME,
+    again_if_saved,
+    read_description,
+    read_ledger,
+    read_tensors,
+    stream_store,
+)
 from engram.checkpoint.stream import TensorReader, TensorSpec
 from engram.config import EngramConfig
 from engram.errors import CheckpointError, ConfigError, TableError
@@ -68,7 +75,7 @@ def stored_tables(description: Mapping[str, Any], tensors: TensorReader) -> list
     Raises:
         CheckpointError, ConfigError: the description and the tensors do not agree.
     """
-    config = EngramConfig.from_dict(description.get("engram_config") or {})
+    config = EngramConfig.from_dict(description["engram_config"])
     form, tables = row_format(description.get("table_dtype", "float32")), []
     for layer_id in config.layer_ids:
         table = StoredTable(layer_id, form, 0, config.head_dim)
@@ -137,6 +144,7 @@ def convert_memory(
     progress: Callable[[int, int], None] | None = None,
     extra: Mapping[str, Any] | None = None,
     extra_tensors: Mapping[str, Tensor] | None = None,
+    finish: Callable[[list[StoredTable], TensorReader], None] | None = None,
 ) -> ConversionReport:
     """Save a memory again with its rows in another format; everything else is copied as it is. No model is needed.
 
@@ -149,6 +157,7 @@ def convert_memory(
         progress: called with (bytes of rows done, of all).
         extra: fields to add to the description.
         extra_tensors: small tensors to save beside the others.
+        finish: called with the new tables and the file that holds them, before the memory appears in ``out``; an error there undoes it.
 
     Raises:
         ConfigError: ``out`` holds a memory already.
@@ -156,9 +165,9 @@ def convert_memory(
         CheckpointError: the source cannot be read, or ``out`` not be written.
     """
     check_target(source, out)
-    description, form = read_description(source), row_format(dtype)
-    ledger = read_ledger(source, description)
-    with read_tensors(source, description) as tensors:
+    form = row_format(dtype)
+    description, ledger, opened = again_if_saved(source, lambda: _opened(source))  # what is open can be read to its end
+    with opened as tensors:
         tables = stored_tables(description, tensors)
         report = ConversionReport(str(source), str(out), tables[0].form.name, form.name)
         rows = {name for table in tables for name in table.specs(table.form)}
@@ -178,8 +187,19 @@ def convert_memory(
         dropped = ("format_version", "weights", "ledger", "placement")
         fields = {key: value for key, value in description.items() if key not in dropped}
         fields |= {"library_version": __version__, "table_dtype": form.name, **(extra or {})}
-        stream_store(out, specs, parts(), fields, ledger)
+
+        def finished(weights: Path) -> None:
+            if finish is not None:
+                with TensorReader(weights) as written:
+                    finish(stored_tables(fields, written), written)
+
+        stream_store(out, specs, parts(), fields, ledger, finished)
     return report
+
+
+def _opened(source: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any] | None, TensorReader]:
+    description = read_description(source)
+    return description, read_ledger(source, description), read_tensors(source, description)
 
 
 def check_target(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:

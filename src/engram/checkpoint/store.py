@@ -10,21 +10,22 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engram.checkpoint.stream import TensorReader, TensorSpec, as_parts, read_header, write_tensors
-from engram.errors import CheckpointError
+from engram.errors import CheckpointError, TableError
 
 __all__ = [
     "DESCRIPTION_NAME",
     "FORMAT_VERSION",
+    "again_if_saved",
     "lock_store",
     "open_tensors",
     "read_description",
@@ -50,6 +51,23 @@ _LOCK_NAME = ".engram.lock"
 _EXPECTED = "expected the folder of a saved memory (`engram teach`, `engram train`, save_pretrained)."
 _CHECKED_BYTES = 256 << 20
 """Files up to this size carry a checksum; reading all of a larger table just to check it would defeat mapping it."""
+_READS = 4
+"""How often a memory is read anew that others save meanwhile."""
+_ROW_FORMATS = ("float32", "bfloat16", "float16", "int8", "float8", "int4")
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "engram_config": (dict,),
+    "weights": (dict,),
+    "ledger": (dict,),
+    "placement": (dict,),
+    "base_model": (dict,),
+    "hash_spec": (dict,),
+    "fingerprint": (str,),
+    "reader_sha256": (str,),
+    "vocab_size": (int,),
+    "table_dtype": (str,),
+}
+"""Types of a description's fields; all may be missing but the first two."""
+Read = TypeVar("Read")
 
 
 @contextmanager
@@ -63,9 +81,7 @@ def lock_store(path: str | os.PathLike[str]) -> Iterator[None]:
     folder = Path(path)
     new = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.resolve() / _LOCK_NAME, is_singleton=True)
-        lock.acquire(timeout=0)
+        lock = _acquired(folder)
     except Timeout:
         raise CheckpointError(
             f"the memory in {folder} is locked: another process is changing it. Wait until it is done, then try again."
@@ -75,12 +91,35 @@ def lock_store(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-        if new and {file.name for file in folder.iterdir()} <= {_LOCK_NAME}:  # nothing came of it: leave nothing behind
-            _discard(folder / _LOCK_NAME)
-            with suppress(OSError):  # a folder above that others use by now stays
+        try:
+            if new and {file.name for file in folder.iterdir()} <= {_LOCK_NAME}:  # nothing came of it: leave nothing behind
+                _discard(folder / _LOCK_NAME)  # while it is held: afterwards it may be somebody else's
                 for place in new:
                     place.rmdir()
+        except OSError:  # a folder that others use by now stays
+            pass
+        finally:
+            lock.release()
+
+
+def _acquired(folder: Path) -> FileLock:
+    """The lock of a folder, which is made if it is missing."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # somebody removed the folder just now
+            lock = FileLock(folder.resolve() / _LOCK_NAME, is_singleton=True)
+            lock.acquire(timeout=0)
+            if _has_its_name(lock):
+                return lock
+            lock.release()  # of a file that its last holder removed: others lock the one that has the name by now
+
+
+def _has_its_name(lock: FileLock) -> bool:
+    """Whether the file that is held is the one that others would try to lock."""
+    handle = lock._context.lock_file_fd  # filelock has no public name for it
+    with suppress(FileNotFoundError):
+        return handle is None or os.path.samestat(os.stat(lock.lock_file), os.fstat(handle))
+    return False
 
 
 def write_store(
@@ -110,10 +149,15 @@ def stream_store(
     parts: Iterable[tuple[str, Tensor]],
     description: Mapping[str, Any],
     ledger: Mapping[str, Any] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """As ``write_store``, for tensors that come in parts (see ``write_tensors``) and are never in memory whole."""
+    """As ``write_store``, for tensors that come in parts (see ``write_tensors``) and are never in memory whole.
+
+    ``finish`` is called with the weights file when that is on the disk under its final name, and before the description names it: what
+    it does belongs to the save, and an error there undoes the save.
+    """
     with lock_store(path):  # two savers would clear each other's files away
-        _write_locked(Path(path), specs, parts, description, ledger)
+        _write_locked(Path(path), specs, parts, description, ledger, finish)
 
 
 def _write_locked(
@@ -122,6 +166,7 @@ def _write_locked(
     parts: Iterable[tuple[str, Tensor]],
     description: Mapping[str, Any],
     ledger: Mapping[str, Any] | None,
+    finish: Callable[[Path], None] | None,
 ) -> None:
     name = f"{_WEIGHTS_PREFIX}{secrets.token_hex(6)}"
     weights, account = folder / f"{name}{_WEIGHTS_SUFFIX}", folder / f"{name}{_LEDGER_SUFFIX}"
@@ -138,6 +183,8 @@ def _write_locked(
         if ledger is not None:
             account.write_text(json.dumps(ledger, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
             files["ledger"] = _finished(account)
+        if finish is not None:
+            finish(weights)
         _replace(folder / DESCRIPTION_NAME, _as_json({"format_version": FORMAT_VERSION, **description, **files}))
     except BaseException as error:  # Ctrl-C while writing too: leave no half file behind
         if weights.name in (_named_files(folder) or ()):  # it came after the save was done
@@ -194,6 +241,10 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path) / DESCRIPTION_NAME
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise CheckpointError(
+            f"cannot read {file}: it is nested too deeply. Restore it from a backup or save the memory again."
+        ) from None
     except FileNotFoundError:
         raise CheckpointError(f"no memory in {path}: {DESCRIPTION_NAME} is missing; {_EXPECTED}") from None
     except NotADirectoryError:
@@ -207,7 +258,52 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: got format version {got!r}, expected {FORMAT_VERSION}; upgrade engram to read newer files."
         )
+    _check_fields(fields, file)
     return fields
+
+
+def _check_fields(fields: dict[str, Any], file: Path) -> None:
+    """Refuse a description without the fields that every memory has, or with one of another type: what reads them may rely on that."""
+    missing = [name for name in ("engram_config", "weights") if name not in fields]
+    wrong = [
+        f"{name} is {type(fields[name]).__name__}, expected {types[0].__name__}"
+        for name, types in _FIELDS.items()
+        if name in fields and (not isinstance(fields[name], types) or isinstance(fields[name], bool))
+    ]
+    if not (missing or wrong):
+        if fields.get("table_dtype", "float32") not in _ROW_FORMATS:
+            wrong.append(f"table_dtype is {fields['table_dtype']!r}, expected one of {', '.join(_ROW_FORMATS)}")
+        if not 1 <= fields.get("vocab_size", 1) < 1 << 31:
+            wrong.append(f"vocab_size is {fields['vocab_size']}, expected 1 to 2^31 - 1")
+        if not isinstance(fields.get("base_model", {}).get("name_or_path") or "", str):
+            wrong.append("the name of base_model is no text")
+    if missing or wrong:
+        problems = "; ".join([*(f"no {name!r}" for name in missing), *wrong])
+        raise CheckpointError(f"{file} is malformed: {problems}. Restore it from a backup or save the memory again.")
+
+
+def again_if_saved(path: str | os.PathLike[str], read: Callable[[], Read]) -> Read:
+    """What ``read`` gives, which reads the memory saved in the folder ``path``. If it fails because another process saved meanwhile, and so
+    cleared away what was being read, it is called again.
+
+    Raises:
+        Exception: what ``read`` raised.
+    """
+    for _ in range(_READS - 1):
+        version = _version_of(path)
+        try:
+            return read()
+        except (OSError, TableError):
+            if _version_of(path) == version:
+                raise
+    return read()
+
+
+def _version_of(path: str | os.PathLike[str]) -> str | None:
+    """Of the memory saved there; None if it cannot be read, which whoever reads all of it will say better."""
+    with suppress(CheckpointError):
+        return saved_version(path)
+    return None
 
 
 def saved_version(path: str | os.PathLike[str]) -> str | None:
@@ -272,7 +368,7 @@ def read_ledger(path: str | os.PathLike[str], description: Mapping[str, Any]) ->
     file = _named_file(path, description, "ledger")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {file}: {error}. Copy it again.") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{file}: got {type(fields).__name__}, expected a ledger. Copy it again.")
@@ -283,19 +379,22 @@ def _named_file(path: str | os.PathLike[str], description: Mapping[str, Any], en
     """The file that an entry of the description names, checked for place and size."""
     try:
         name, expected = str(description[entry]["file"]), int(description[entry]["bytes"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise CheckpointError(f"{path}/{DESCRIPTION_NAME}: the entry {entry!r} is malformed; save the memory again.") from None
     file = Path(path) / name
-    if Path(name).name != name:
+    if Path(name).name != name or "\0" in name:
         raise CheckpointError(f"{path}/{DESCRIPTION_NAME}: {entry} file {name!r} lies outside the folder; refused.")
-    if not file.is_file():
+    try:
+        size = file.stat().st_size if file.is_file() else None
+    except OSError as error:  # a name that is too long, say
+        raise CheckpointError(f"cannot read {file}: {error.strerror}. Copy the memory again.") from error
+    if size is None:
         raise CheckpointError(f"{file} is missing; expected {expected} bytes of {entry} beside {DESCRIPTION_NAME}.")
-    size = file.stat().st_size
     if size != expected:
         raise CheckpointError(
             f"{file}: got {size} bytes, expected {expected}; the file is truncated or from another save. Copy it again."
         )
-    if "sha256" in description[entry] and _digest(file) != description[entry]["sha256"]:
+    if "sha256" in description[entry] and _checked_digest(file) != description[entry]["sha256"]:
         raise CheckpointError(f"{file}: its checksum is not the one saved; the file was damaged or changed. Copy it again.")
     return file
 
@@ -307,6 +406,13 @@ def _finished(file: Path) -> dict[str, Any]:
     if entry["bytes"] <= _CHECKED_BYTES:
         entry["sha256"] = _digest(file)
     return entry
+
+
+def _checked_digest(file: Path) -> str:
+    try:
+        return _digest(file)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}. Copy the memory again.") from error
 
 
 def _digest(file: Path) -> str:
@@ -337,7 +443,7 @@ def _named_files(folder: Path) -> set[str] | None:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         names = {str(entry["file"]) for entry in fields.values() if isinstance(entry, dict) and "file" in entry}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return {name for name in names if Path(name).name == name}
 
@@ -358,6 +464,7 @@ def _remove_leftovers(folder: Path) -> None:
             listed |= _replaced(pending)
         _discard(*(folder / file for file in listed - keep))
     _discard(*folder.glob(f".{_WEIGHTS_PREFIX}*{_TEMPORARY_SUFFIX}"))
+    _discard(*folder.glob(f".{DESCRIPTION_NAME}.*{_TEMPORARY_SUFFIX}"))  # nobody else is writing one: the folder is locked
 
 
 def _replaced(pending: Path) -> set[str]:

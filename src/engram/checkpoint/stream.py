@@ -137,11 +137,13 @@ def read_header(file: Path) -> tuple[dict[str, TensorSpec], dict[str, int]]:
                 continue
             specs[name] = TensorSpec(_NAMES[entry["dtype"]], tuple(int(n) for n in entry["shape"]))
             start, end = entry["data_offsets"]
+            if min(specs[name].shape, default=0) < 0:
+                raise ValueError(f"{name} has a negative size")
             if not 0 <= start <= end <= size - 8 - length or end - start != specs[name].nbytes:
                 raise ValueError(f"{name} lies outside the file")
             places[name] = 8 + length + start
         return specs, places
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a readable safetensors file: {error}. Copy it again.") from error
 
 
@@ -158,7 +160,10 @@ class TensorReader:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.specs, self._places = read_header(file)
-        self._opened = open(file, "rb", buffering=0)  # noqa: SIM115
+        try:
+            self._opened = open(file, "rb", buffering=0)  # noqa: SIM115
+        except OSError as error:  # it was there a moment ago
+            raise CheckpointError(f"cannot read {file}: {error.strerror}. Copy it again.") from error
 
     def __enter__(self) -> Self:
         return self

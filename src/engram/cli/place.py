@@ -121,7 +121,7 @@ def _move(memory: Path, out: Path, placement: TableConfig, hot: dict[int, Any] |
     from engram.models.place import check_fit, place_memory
 
     check_target(memory, out)
-    check_fit(memory, placement, out)
+    check_fit(memory, placement, out)  # before anything is made or shown
     with lock_store(out), progress_bar("placing") as show:
         report = place_memory(memory, out, placement, hot, show)
     if not quiet:

@@ -11,11 +11,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engram.checkpoint import DESCRIPTION_NAME, open_tensors, read_description, read_ledger, write_store
+from engram.checkpoint import (
+    DESCRIPTION_NAME,
+    again_if_saved,
+    open_tensors,
+    read_description,
+    read_ledger,
+    write_store,
+)
 from engram.config import EngramConfig
 from engram.editing.keys import plan_rows
 from engram.editing.ledger import Ledger, LedgerFact
-from engram.errors import ConfigError, FingerprintError, MergeConflictError
+from engram.errors import CheckpointError, ConfigError, FingerprintError, MergeConflictError
 from engram.hashing import mapping_without_tokenizer
 from engram.models.identity import identity_mismatch
 from engram.tables import RowFormat, StoredRows, row_format
@@ -83,15 +90,39 @@ class StoredMemory:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.description = read_description(path)
-        self.config = EngramConfig.from_dict(self.description.get("engram_config") or {})
+        self.tensors: dict[str, Tensor] = {}
+        again_if_saved(path, self._read)
+
+    def _read(self) -> None:
+        self.description = read_description(self.path)
+        self.config = EngramConfig.from_dict(self.description["engram_config"])
         if not self.config.verify_rows:
             raise ConfigError(
-                f"{path}: this memory was not taught facts (its rows are not verified); it holds no facts to list or compare."
+                f"{self.path}: this memory was not taught facts (its rows are not verified); it holds no facts to list or compare."
             )
-        with open_tensors(path, self.description) as tensors:
-            self.tensors: dict[str, Tensor] = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-        self.ledger = Ledger.from_dict(read_ledger(path, self.description) or Ledger().to_dict())
+        with open_tensors(self.path, self.description) as tensors:
+            self.tensors = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        self.ledger = Ledger.from_dict(read_ledger(self.path, self.description) or Ledger().to_dict())
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        """Refuse tensors that are not those of the tables that the description speaks of."""
+        form, dim = self.form, self.config.head_dim
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for layer_id in self.config.layer_ids:
+            prefix = f"layers.{layer_id}.{_TABLE}"
+            rows = self.tensors.get(f"{prefix}row_ids", torch.zeros(0)).shape[:1].numel()
+            expected |= {f"{prefix}row_ids": (torch.int64, (rows,)), f"{prefix}tags": (torch.int32, (rows,))}
+            expected[f"{prefix}weight"] = (form.dtype, (rows, form.width(dim)))
+            if form.scale_dtype is not None:
+                expected[f"{prefix}scales"] = (form.scale_dtype, form.scale_shape(rows, dim))
+        found = {name: (t.dtype, tuple(t.shape)) for name, t in self.tensors.items() if _TABLE in name}
+        if found != expected:
+            wrong = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+            raise CheckpointError(
+                f"{self.path}: {', '.join(wrong[:4])} do not fit the memory's description ({len(self.config.layer_ids)} layer(s) of "
+                f"{form.name} rows of {dim} values). Copy the memory again."
+            )
 
     def rows_by_fact(self) -> dict[str, dict[str, list[int]]]:
         """Stored rows that each fact owns, per layer."""
@@ -232,8 +263,18 @@ def _find(rows: StoredRows, row_ids: Tensor, tags: Tensor) -> tuple[Tensor, Tens
     return slot, (rows.row_ids[slot] == row_ids) & (rows.tags[slot] == tags)
 
 
+def _vocab_size(memory: StoredMemory) -> int:
+    size = memory.description.get("vocab_size")
+    if size is None or memory.config.pad_id >= size:
+        raise CheckpointError(
+            f"{memory.path}: the description has vocab_size {size} with pad_id {memory.config.pad_id}, expected a size above it. Copy the "
+            "memory again."
+        )
+    return size
+
+
 def _planner(memory: StoredMemory) -> Callable[[list[LedgerFact]], dict[int, tuple[Tensor, Tensor, Tensor]]]:
-    mapping = mapping_without_tokenizer(memory.config, int(memory.description["vocab_size"]))
+    mapping = mapping_without_tokenizer(memory.config, _vocab_size(memory))
     cache: dict[tuple[LedgerFact, ...], dict[int, tuple[Tensor, Tensor, Tensor]]] = {}
 
     def plan(facts: list[LedgerFact]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:

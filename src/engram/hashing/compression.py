@@ -153,7 +153,9 @@ def check_id_range(ids: np.ndarray, vocab_size: int) -> None:
 
 def unknown_id(token_id: int, vocab_size: int) -> ConfigError:
     """What to raise for an id that no token has."""
-    return ConfigError(f"input_ids: got id {token_id}, expected 0..{vocab_size - 1}; are they from another tokenizer?")
+    return ConfigError(
+        f"input_ids: got id {token_id}, expected 0..{vocab_size - 1}; are they from another tokenizer, or of tokens added to it since?"
+    )
 
 
 def _canonical_key(tokenizer: TokenizerLike, token_id: int, normalizer: normalizers.Normalizer) -> str:

@@ -92,6 +92,11 @@ class NgramHashMapping:
         self._constants, self._kernel = {}, None
 
     @property
+    def accepted_ids(self) -> int:
+        """How many ids are taken, from 0 on."""
+        return len(self._lookup)
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides an address: specification, ids, multipliers, primes, padding, layers.
 

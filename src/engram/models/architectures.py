@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from torch import nn
 
 from engram.errors import AttachError
+from engram.models.positions import text_config
 
 __all__ = ["ARCHITECTURES", "Decoder", "DecoderLayout", "find_decoder", "register_architecture"]
 
 
 @dataclass(frozen=True)
 class DecoderLayout:
-    """Attribute paths inside a Hugging Face causal language model."""
+    """Attribute paths, dots included, inside a Hugging Face causal language model."""
 
     decoder: str
-    """The module that turns ids into hidden states (and owns the KV cache argument)."""
+    """The module that is given ids and turns them into hidden states (and owns the KV cache argument)."""
     blocks: str
     """The list of decoder blocks inside it."""
     streams: str | None = None
-    """Config field that holds the number of residual streams; None means one."""
+    """Field of the text config that holds the number of residual streams; None means one."""
 
 
 _LLAMA_LIKE = DecoderLayout("model", "layers")
@@ -47,6 +48,7 @@ ARCHITECTURES: dict[str, DecoderLayout] = {
     "deepseek_v4": DecoderLayout("model", "layers", streams="hc_mult"),
     "gpt2": DecoderLayout("transformer", "h"),
     "gpt_neox": DecoderLayout("gpt_neox", "layers"),
+    "opt": DecoderLayout("model.decoder", "layers"),
 }
 """``config.model_type`` -> layout. Grown by ``register_architecture`` only."""
 
@@ -94,15 +96,16 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise AttachError(
             f"{model_type}: {layout.decoder}.{layout.blocks} is a {type(blocks).__name__}, expected a ModuleList."
         )
-    streams = int(getattr(config, layout.streams)) if layout.streams else 1
-    return Decoder(module, blocks, int(config.hidden_size), streams)
+    text = text_config(config)
+    streams = int(getattr(text, layout.streams)) if layout.streams else 1
+    return Decoder(module, blocks, int(text.hidden_size), streams)
 
 
-def _submodule(parent: nn.Module, name: str, model_type: str) -> nn.Module:
-    child = getattr(parent, name, None)
-    if not isinstance(child, nn.Module):
+def _submodule(parent: nn.Module, path: str, model_type: str) -> nn.Module:
+    try:
+        return parent.get_submodule(path)
+    except AttributeError:
         raise AttachError(
-            f"{type(parent).__name__} ({model_type}) has no module {name!r}; expected the causal language model "
+            f"{type(parent).__name__} ({model_type}) has no module {path!r}; expected the causal language model "
             "(AutoModelForCausalLM), not its bare decoder and not a wrapper (of a PeftModel, give model.get_base_model())."
-        )
-    return child
+        ) from None

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engram.checkpoint import saved_version
+from engram.checkpoint import again_if_saved
 from engram.config import EngramConfig, TableConfig
-from engram.errors import AttachError, CheckpointError, ConfigError, TableError
+from engram.errors import AttachError, ConfigError
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram
 from engram.models.architectures import Decoder, find_decoder
@@ -28,8 +30,20 @@ DEFAULT_ROLLBACK_WINDOW = 4096
 """Positions by which a cache may be cropped and continued when the memory has a convolution (ids alone can go back any distance)."""
 
 _ATTACHED = "_engram_memory"
-_READS = 4
-"""How often a memory is read anew that others save meanwhile."""
+_EACH_SAVE = ["engram-*.safetensors", "engram-*.ledger.json"]
+"""Files of a saved memory whose names every save makes anew."""
+
+
+def _of_the_base(name: str) -> Any:
+    """An attribute of the base model: what is assigned on a memory goes there too, where the base model's own code looks for it."""
+
+    def get(self: EngramModel) -> Any:
+        return getattr(self.base_model, name)
+
+    def put(self: EngramModel, value: Any) -> None:
+        setattr(self.base_model, name, value)
+
+    return property(get, put, doc=f"The base model's ``{name}``.")
 
 
 def get_engram_model(
@@ -99,11 +113,11 @@ class EngramModel(nn.Module):
             mapping = build_mapping(config, tokenizer)
         embeddings: Any = model.get_input_embeddings()
         mapping.accept_ids(embeddings.weight.shape[0])
-        rows = [sum(mapping.head_sizes(i)) for i in config.layer_ids]
-        check_room(rows, config.head_dim, table_config or TableConfig(), config.verify_rows)
-        engrams = nn.ModuleDict({str(i): Engram(config, mapping, i, table_config) for i in config.layer_ids})
-        for layer_id in config.layer_ids:
-            engrams[str(layer_id)].to(_device_of(decoder.blocks[layer_id], model, layer_id))
+        devices = {i: _device_of(decoder.blocks[i], model, i) for i in config.layer_ids}
+        _check_room(mapping, devices, table_config or TableConfig())
+        engrams = nn.ModuleDict({str(i): Engram(config, mapping, i, table_config, device) for i, device in devices.items()})
+        for layer_id, device in devices.items():
+            engrams[str(layer_id)].to(device)
         # Everything is checked and built; the model is touched from here on only.
         self.base_model = model
         self.engrams = engrams
@@ -176,14 +190,9 @@ class EngramModel(nn.Module):
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
 
-    @property
-    def generation_config(self) -> Any:
-        """The base model's, which ``generate`` goes by."""
-        return self.base_model.generation_config
-
-    @generation_config.setter
-    def generation_config(self, config: Any) -> None:
-        self.base_model.generation_config = config
+    config = _of_the_base("config")
+    generation_config = _of_the_base("generation_config")
+    loss_function = _of_the_base("loss_function")
 
     def disable_engram(self) -> AbstractContextManager[None]:
         """Inside this context the model is exactly the base model."""
@@ -262,11 +271,45 @@ class EngramModel(nn.Module):
             f"(tables {kinds['tables']:,}, reader {kinds['reader']:,}, base {kinds['base']:,})"
         )
 
-    def save_pretrained(self, path: str | os.PathLike[str], **_: Any) -> None:
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Save the memory (not the base model) into the folder ``path``, atomically; see ``engram.models.files``."""
         from engram.models.files import save_memory
 
         save_memory(self, path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload memory",
+        private: bool | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload the memory (not the base model) to the Hugging Face hub; of what was pushed before, files that are not used any more go.
+
+        It is saved into a temporary folder first. ``from_pretrained`` reads the folder that ``huggingface_hub.snapshot_download`` gives.
+
+        Args:
+            repo_id: ``owner/name``; made if there is none.
+            commit_message: of the upload.
+            private: whether a repository that is made is private.
+            token: as for ``huggingface_hub``; that of ``hf auth login`` if not given.
+
+        Returns:
+            The address of the commit.
+        """
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            found = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            commit = api.upload_folder(
+                repo_id=found,
+                folder_path=folder,
+                commit_message=commit_message,
+                allow_patterns=["engram.json", *_EACH_SAVE],
+                delete_patterns=_EACH_SAVE,
+            )
+        return commit.commit_url
 
     def load_memory(self, path: str | os.PathLike[str], allow_other_base: bool = False) -> None:
         """Read a saved memory of the same identity into this one.
@@ -298,20 +341,13 @@ class EngramModel(nn.Module):
             tokenizer: the tokenizer it was made for.
             table_config: where the tables shall live now; as they were saved or placed (``engram place``) if not given.
             rollback_window: as for ``get_engram_model``.
-            allow_other_base: accept another base model of the same sizes (a fine-tuned one, say).
+            allow_other_base: accept another base model of the same sizes (a fine-tuned one, say), or with more tokens.
 
         Raises:
             CheckpointError, FingerprintError, ConfigError, AttachError: see ``load_memory`` and ``get_engram_model``; the model is
                 left as it was.
         """
-        for _ in range(_READS):
-            version = _version_of(path)
-            try:
-                return cls._load(model, path, tokenizer, table_config, rollback_window, allow_other_base)
-            except (CheckpointError, TableError):
-                if _version_of(path) == version:
-                    raise  # otherwise another process saved meanwhile, and cleared away what was being read
-        return cls._load(model, path, tokenizer, table_config, rollback_window, allow_other_base)
+        return again_if_saved(path, lambda: cls._load(model, path, tokenizer, table_config, rollback_window, allow_other_base))
 
     @classmethod
     def _load(
@@ -389,16 +425,19 @@ def _check_fit(model: PreTrainedModel, decoder: Decoder, config: EngramConfig, t
         )
 
 
-def _version_of(path: str | os.PathLike[str]) -> str | None:
-    """Of the memory saved there; None if it cannot be read, which whoever reads all of it will say better."""
-    with suppress(CheckpointError):
-        return saved_version(path)
-    return None
-
-
 def _trainable_flags(model: nn.Module) -> dict[str, bool]:
     """By name, and not by object, so that they hold for a copy of the model too; shared parameters under each of their names."""
     return {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _check_room(mapping: NgramHashMapping, devices: dict[int, torch.device], table_config: TableConfig) -> None:
+    """Refuse tables that do not fit: on each device those of its layers, in host memory all that live there together."""
+    config, places = mapping.config, dict[torch.device, list[int]]()
+    for layer_id, device in devices.items():
+        place = device if table_config.tier == "device" else torch.device("cpu")
+        places.setdefault(place, []).append(sum(mapping.head_sizes(layer_id)))
+    for place, rows in places.items():
+        check_room(rows, config.head_dim, table_config, config.verify_rows, place)
 
 
 def _device_of(block: nn.Module, model: PreTrainedModel, layer_id: int) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,17 +29,30 @@ from engram.config import EngramConfig, TableConfig
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.models.identity import base_identity, identity_mismatch
-from engram.tables import HybridTable, MappedRows, QuantisedTable, StoredRows, VerifiedTable, row_format, rows_are, stamp_rows
+from engram.tables import (
+    HybridTable,
+    MappedRows,
+    QuantisedTable,
+    RowFormat,
+    StoredRows,
+    VerifiedTable,
+    is_being_filled,
+    row_format,
+    rows_are,
+    stamp_rows,
+)
 
 if TYPE_CHECKING:
     from engram.models.engram_model import EngramModel
 
-__all__ = ["check_memory", "load_memory", "row_stamp", "save_memory"]
+__all__ = ["PLACED_FIELDS", "check_memory", "load_memory", "row_stamp", "save_memory"]
 
 _TABLE = "multi_head_embedding.embedding."
 _ROWS_AT_ONCE = 1 << 16
 _PLACEMENT = "placement."
 """Tensors that say where rows shall live, not what they are; they may be missing."""
+PLACED_FIELDS = {"tier", "path", "hot_rows", "resident_bytes"}
+"""Fields of a ``TableConfig`` that a saved memory's placement may have."""
 _READER = ("value_proj.", "key_projs.", "norm1.", "norm2.")
 
 
@@ -99,12 +113,20 @@ def check_memory(
         placement = _saved_placement(description, path, saved_dtype)
     if placement.tier == "mmap" and placement.path is None:
         return mapping, _in_place(placement, description, path, saved_dtype, config)
+    if placement.path is not None:
+        stamps = {layer: row_stamp(str(saved_version(path)), layer, placement.dtype) for layer in config.layer_ids}
+        placement = replace(placement, stamps=stamps)
     return mapping, placement
 
 
 def _saved_placement(description: dict[str, Any], path: str | os.PathLike[str], saved_dtype: str) -> TableConfig:
     """Where the memory was placed (``engram place``); a relative folder of row files is meant from the memory's own."""
-    placement = TableConfig.from_dict({"dtype": saved_dtype, **(description.get("placement") or {})})
+    noted = description.get("placement") or {}
+    if not noted.keys() <= PLACED_FIELDS:  # which file is read, above all, is not for a description to say
+        raise ConfigError(
+            f"{path}: got a placement of {', '.join(noted)}, expected some of {', '.join(sorted(PLACED_FIELDS))}."
+        )
+    placement = TableConfig.from_dict({"dtype": saved_dtype, **noted})
     if placement.path is None or os.path.isabs(placement.path):
         return placement
     return replace(placement, path=os.path.normpath(os.path.join(os.path.realpath(path), placement.path)))
@@ -247,66 +269,80 @@ def _fill_tables(memory: EngramModel, tensors: TensorReader, saved_dtype: str, c
     empty = {
         layer_id: table
         for layer_id, table in tables.items()
-        if not _is_filled(table, layer_id, stamps[layer_id], tensors, changed_rows)
+        if not _is_filled(table, layer_id, stamps[layer_id], tensors, form, changed_rows)
     }
     for layer_id, table in empty.items():
-        prefix, cold = f"layers.{layer_id}.{_TABLE}", _cold(table)
-        for start in range(0, table.rows, _ROWS_AT_ONCE):
-            stop = start + _ROWS_AT_ONCE
-            block = tensors.read(f"{prefix}weight", start, stop)
-            scales = tensors.read(f"{prefix}scales", start, stop) if form.quantised else None
-            if scales is None:
-                table.load_rows(start, block)
-            elif isinstance(cold, QuantisedTable) and cold.form == form:
-                cold.load_stored(start, block, scales)
-            else:
-                table.load_rows(start, form.decode(block, scales))
-        if isinstance(cold, MappedRows):
-            cold.flush()
-            stamp_rows(cold.path, stamps[layer_id])
+        cold = _cold(table)
+        with cold.filled_with(stamps[layer_id]) if isinstance(cold, MappedRows) else nullcontext():
+            _fill_table(table, layer_id, tensors, form)
+
+
+def _fill_table(table: Any, layer_id: str, tensors: TensorReader, form: RowFormat) -> None:
+    prefix, cold = f"layers.{layer_id}.{_TABLE}", _cold(table)
+    for start in range(0, table.rows, _ROWS_AT_ONCE):
+        stop = start + _ROWS_AT_ONCE
+        block = tensors.read(f"{prefix}weight", start, stop)
+        scales = tensors.read(f"{prefix}scales", start, stop) if form.quantised else None
+        if scales is None:
+            table.load_rows(start, block)
+        elif isinstance(cold, QuantisedTable) and cold.form == form:
+            cold.load_stored(start, block, scales)
+        else:
+            table.load_rows(start, form.decode(block, scales))
 
 
 def _cold(table: Any) -> Any:
     return table.cold if isinstance(table, HybridTable) else table
 
 
-def _is_filled(table: Any, layer_id: str, stamp: str, tensors: TensorReader, changed_rows: str) -> bool:
+def _is_filled(table: Any, layer_id: str, stamp: str, tensors: TensorReader, form: RowFormat, changed_rows: str) -> bool:
     """Whether a table's rows are to stay as they are."""
     cold, source = _cold(table), tensors.file
     if not isinstance(cold, MappedRows):
         return False
+    if rows_are(cold.path, stamp):
+        return True
     if cold.mode == "r":
-        if cold.path.resolve() != source.resolve() and not _holds_the_same(cold, layer_id, tensors):
+        if cold.path.resolve() != source.resolve() and not _holds_the_same(cold, layer_id, tensors, form):
             raise CheckpointError(
                 f"the rows are mapped where they lie in {cold.path}, and {source} holds others. Load that memory anew (from_pretrained), or "
                 "give the rows files of their own: TableConfig(tier='mmap', path=...)."
             )
         return True
-    if rows_are(cold.path, stamp):
-        return True
-    if cold.is_new or changed_rows == "refill":
+    if cold.is_new or changed_rows == "refill" or is_being_filled(cold.path, stamp):
         return False
     if changed_rows == "keep":
         return True
+    if _holds_the_same(cold, layer_id, tensors, form):  # a copy, whose times are others; or the note was not written
+        stamp_rows(cold.path, stamp)
+        return True
     raise CheckpointError(
-        f"{cold.path} holds other rows than {source}: they were trained or edited and not saved, are another memory's, or were being "
-        "filled when that was stopped. Choose another path, or TableConfig(changed_rows='keep') to go on with them, 'refill' to write the "
-        "saved rows over them."
+        f"{cold.path} holds other rows than {source}: they were trained or edited and not saved, or are another memory's. If nobody needs "
+        "them, delete that file: it is made anew from the saved rows. Or choose another path; in Python, TableConfig(changed_rows='keep') "
+        "goes on with them, and 'refill' writes the saved rows over them."
     )
 
 
-def _holds_the_same(cold: MappedRows, layer_id: str, tensors: TensorReader) -> bool:
+def _holds_the_same(cold: MappedRows, layer_id: str, tensors: TensorReader, form: RowFormat) -> bool:
     """Whether saved rows are those that are mapped already: a checkpoint holds a copy of frozen ones."""
     names = [f"layers.{layer_id}.{_TABLE}{name}" for name in ("weight", "scales")]
     names = [name for name in names if name in tensors.specs]
     for number, block in enumerate(cold.stored_blocks(_ROWS_AT_ONCE)):
         start, stop = number * _ROWS_AT_ONCE, (number + 1) * _ROWS_AT_ONCE
-        saved = [tensors.read(name, start, stop) for name in names]
+        saved = _in_format(cold.format_name, form, *(tensors.read(name, start, stop) for name in names))
         if len(saved) != len(block) or not all(
             a.dtype == b.dtype and a.shape == b.shape and _bits_equal(a, b) for a, b in zip(saved, block)
         ):
             return False
     return True
+
+
+def _in_format(wanted: str, form: RowFormat, values: Tensor, scales: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Stored rows as a table of the format ``wanted`` stores them."""
+    if wanted == form.name:
+        return (values,) if scales is None else (values, scales)
+    values, scales = row_format(wanted).encode(form.decode(values, scales))
+    return (values,) if scales is None else (values, scales)
 
 
 def _bits_equal(a: Tensor, b: Tensor) -> bool:
@@ -375,9 +411,13 @@ def _check_fingerprint(description: dict[str, Any], present: str, path: str | os
 def _check_base(
     description: dict[str, Any], model: PreTrainedModel, path: str | os.PathLike[str], allow_other_base: bool
 ) -> None:
-    saved = description.get("base_model") or {}
-    differences = identity_mismatch(saved, base_identity(model))
-    sizes_differ = any(not d.startswith(("embedding_sha256", "weights_sha256")) for d in differences)
+    saved, present = description.get("base_model") or {}, base_identity(model)
+    differences = identity_mismatch(saved, present)
+    before = saved.get("vocab_size")
+    grown = (
+        ("vocab_size",) if isinstance(before, int) and before <= present["vocab_size"] else ()
+    )  # addresses are the tokenizer's
+    sizes_differ = any(not d.startswith(("embedding_sha256", "weights_sha256", *grown)) for d in differences)
     if differences and (sizes_differ or not allow_other_base):
         raise FingerprintError(
             f"the memory in {path} belongs to base model {saved.get('name_or_path') or 'unknown'!r}, "
@@ -385,6 +425,6 @@ def _check_base(
             + (
                 ""
                 if sizes_differ
-                else " If the weights differ on purpose (a fine-tuned base), load it in Python with allow_other_base=True."
+                else " If they differ on purpose (a fine-tuned base, one with more tokens), load it in Python with allow_other_base=True."
             )
         )

@@ -22,6 +22,7 @@ from engram.models.cache import CacheState, bind_state, cached_length, state_of
 from engram.models.context import ForwardContext, token_mask
 from engram.models.lookahead import find_verified, prefetch_rows
 from engram.models.packing import find_packing
+from engram.models.positions import text_config
 from engram.tables import RowPrefetcher
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class DecoderHooks:
 
     @staticmethod
     def _wants_cache(module: nn.Module, use_cache: bool | None) -> bool:
-        return bool(getattr(module.config, "use_cache", False) if use_cache is None else use_cache)
+        return bool(getattr(text_config(module.config), "use_cache", False) if use_cache is None else use_cache)
 
     def _prepare(self, input_ids: Tensor, arguments: dict[str, Any], cache: Cache | None, wants_cache: bool) -> ForwardContext:
         memory, config, static = self._memory, self._memory.engram_config, self._memory._static
@@ -99,7 +100,7 @@ class DecoderHooks:
             given = arguments.get("attention_mask")
             mask = token_mask(given, past, input_ids)
             packing = find_packing(arguments.get("position_ids"), given, past, input_ids, mask)
-        ids = input_ids
+        ids = self._known(input_ids)
         if packing is not None:
             ids = packing.apart(ids)
             mask = packing.mask if mask is None else packing.mask & (packing.apart(mask) != 0)
@@ -114,6 +115,16 @@ class DecoderHooks:
             state = CacheState(memory.owner_token, tuple(config.layer_ids), memory.rollback_window)
         context.state = state
         return context
+
+    def _known(self, ids: Tensor) -> Tensor:
+        """Token ids with ``pad_id`` for those that the embedding got after the memory (``resize_token_embeddings``).
+
+        The mapping itself goes on refusing them: they have no addresses, and facts that are taught with them would share one.
+        """
+        known = self._memory.mapping.accepted_ids
+        if self._memory.base_model.get_input_embeddings().weight.shape[0] <= known:
+            return ids
+        return ids.masked_fill(ids >= known, self._memory.engram_config.pad_id)
 
     def _addresses(self, ids: Tensor, history: Tensor | None, mask: Tensor | None, route: Tensor | None) -> ForwardContext:
         """Addresses of all layers with their rows on the way, or for verified rows what was found there."""
@@ -255,8 +266,8 @@ def _refuse_unknown_kind(cache: Any) -> None:
     """Only transformers' own caches tell the memory when beams are reordered or positions dropped."""
     if cache is not None and not isinstance(cache, Cache):
         raise AttachError(
-            f"got a cache of class {type(cache).__name__}, which the memory cannot follow; expected a transformers Cache. Pass use_cache=False, "
-            "or run inside memory.disable_engram() or after unload()."
+            f"got a cache of class {type(cache).__name__}, which the memory cannot follow; expected a transformers Cache. Pass "
+            "use_cache=False, or run inside memory.disable_engram() or after unload()."
         )
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["base_identity", "identity_mismatch"]
+from engram.models.positions import text_config
+
+__all__ = ["adapter_parameters", "base_identity", "identity_mismatch"]
 
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 256, 16
 _SAMPLED_WEIGHTS = 64
@@ -24,12 +26,13 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
     say nothing about the others, which they round otherwise. Adapters of peft on the model do not count: they come and go.
     """
     config: Any = model.config
+    text = text_config(config)
     return {
         "name_or_path": getattr(config, "name_or_path", "") or getattr(config, "_name_or_path", ""),
         "model_type": config.model_type,
-        "vocab_size": int(config.vocab_size),
-        "hidden_size": int(config.hidden_size),
-        "num_hidden_layers": int(config.num_hidden_layers),
+        "vocab_size": int(text.vocab_size),
+        "hidden_size": int(text.hidden_size),
+        "num_hidden_layers": int(text.num_hidden_layers),
         "float16": model.get_input_embeddings().weight.dtype == torch.float16,  # type: ignore[operator]
         "embedding_sha256": _embedding_digest(model),
         "weights_sha256": _weights_digest(model),
@@ -47,6 +50,12 @@ def identity_mismatch(saved: dict[str, Any], present: dict[str, Any]) -> list[st
         and present.get(field) is not None
         and saved[field] != present[field]
     ]
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that peft has put into a model, by name; those of the model itself are left out."""
+    own = {id(parameter) for parameter in _own_parameters(model)}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in own}
 
 
 def _embedding_digest(model: nn.Module) -> str | None:

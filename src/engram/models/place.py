@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,17 +13,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engram.checkpoint import ConversionReport, TensorReader, convert_memory, read_description, read_tensors, tensor_offsets
-from engram.checkpoint.convert import StoredTable, stored_tables
+from engram.checkpoint import (
+    DESCRIPTION_NAME,
+    ConversionReport,
+    TensorReader,
+    again_if_saved,
+    convert_memory,
+    lock_store,
+    read_description,
+    read_tensors,
+    tensor_offsets,
+)
+from engram.checkpoint.convert import StoredTable, check_target, stored_tables
 from engram.config import EngramConfig, TableConfig
 from engram.errors import CheckpointError, ConfigError, FingerprintError, TableError
 from engram.hashing import build_mapping
-from engram.models.files import row_stamp
+from engram.models.files import PLACED_FIELDS, row_stamp
 from engram.tables import (
     FORMATS,
     AccessCounts,
     available_memory,
+    left_by_placing,
+    new_row_file,
     note_form,
+    remove_row_file,
     row_file,
     row_file_layout,
     row_format,
@@ -80,13 +93,37 @@ def layer_places(path: str | os.PathLike[str]) -> list[LayerPlace]:
     Raises:
         CheckpointError, ConfigError: the memory cannot be read.
     """
-    description = read_description(path)
-    places = tensor_offsets(path, description)
-    with read_tensors(path, description) as tensors:
-        return [
-            LayerPlace(t.layer_id, *places[f"{t.prefix}weight"], t.form.name, t.rows, t.dim, t.nbytes)
-            for t in stored_tables(description, tensors)
-        ]
+
+    def read() -> list[LayerPlace]:
+        description = read_description(path)
+        places = tensor_offsets(path, description)
+        with read_tensors(path, description) as tensors:
+            return [
+                LayerPlace(t.layer_id, *places[f"{t.prefix}weight"], t.form.name, t.rows, t.dim, t.nbytes)
+                for t in stored_tables(description, tensors)
+            ]
+
+    return again_if_saved(path, read)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a saved memory's files say of its tables."""
+
+    tables: list[StoredTable]
+    size: int
+    """Bytes of the weights file."""
+    verified: bool
+
+
+def _saved(path: str | os.PathLike[str]) -> _Saved:
+    def read() -> _Saved:
+        description = read_description(path)
+        with read_tensors(path, description) as tensors:
+            verified = bool(description["engram_config"].get("verify_rows"))
+            return _Saved(stored_tables(description, tensors), tensors.file.stat().st_size, verified)
+
+    return again_if_saved(path, read)
 
 
 def placement_costs(
@@ -106,13 +143,10 @@ def placement_costs(
     Raises:
         CheckpointError, ConfigError: the memory cannot be read.
     """
-    description = read_description(path)
-    with read_tensors(path, description) as tensors:
-        tables = stored_tables(description, tensors)
-    verified = bool(description["engram_config"].get("verify_rows"))  # their few rows are always on the device
-    available = _available(Path(rows_in or path))
+    saved = _saved(path)
+    tables, available = saved.tables, _available(Path(rows_in or path))
     costs = []
-    for tier in ("device",) if verified else _TIERS:
+    for tier in ("device",) if saved.verified else _TIERS:  # few rows are always on the device
         for form in FORMATS.values():
             if tables[0].dim % form.values_per_item:
                 continue
@@ -129,18 +163,17 @@ def check_fit(path: str | os.PathLike[str], placement: TableConfig, out: str | o
     Args:
         path: folder of the memory.
         placement: where its rows shall live.
-        out: folder of a copy in the placement's format, whose bytes count where row files go to the same disk.
+        out: folder of a copy in the placement's format, whose bytes count where row files go to the same disk. Row files that an unfinished
+            placing into it left are no hindrance.
 
     Raises:
         TableError: with the bytes needed and available.
         ConfigError: the memory's rows cannot be placed so, or the row files would lie where others do, or inside the memory's folder.
     """
-    if placement.path is not None:
-        _check_row_files(path, placement.path)
-    description = read_description(path)
-    with read_tensors(path, description) as tensors:
-        tables, saved = stored_tables(description, tensors), tensors.file.stat().st_size
-    if description["engram_config"].get("verify_rows") and placement.tier != "device":
+    saved = _saved(path)
+    tables = saved.tables
+    left = [] if placement.path is None else _check_row_files(path, tables, placement.path, out)
+    if saved.verified and placement.tier != "device":
         raise ConfigError(
             f"tier: got {placement.tier!r}, expected 'device': of a taught memory only written rows are stored "
             f"({sum(t.rows for t in tables):,} here), so they are small."
@@ -149,11 +182,13 @@ def check_fit(path: str | os.PathLike[str], placement: TableConfig, out: str | o
     if (placement.hot_rows or 0) > most:
         raise ConfigError(f"hot_rows: got {placement.hot_rows:,}, expected at most the {most:,} rows of a layer.")
     hot = [placement.hot_rows or 0] * len(tables)
-    cost = _cost(tables, placement, hot, _available(Path(placement.path or path)), None)
+    available = _available(Path(placement.path or path))
+    available["disk"] = (available["disk"] or 0) + sum(file.stat().st_size for file in left)  # they go first
+    cost = _cost(tables, placement, hot, available, None)
     form = row_format(placement.dtype)
     copied = 0
     if placement.path is not None and out is not None and _disk(Path(out)) == _disk(Path(placement.path)):
-        copied = saved + sum(table.bytes_in(form) - table.nbytes for table in tables)
+        copied = saved.size + sum(table.bytes_in(form) - table.nbytes for table in tables)
     for place, beside in (("device", 0), ("host", 0), ("disk", copied)):
         needed, free = getattr(cost, f"{place}_bytes") + beside, cost.available[place]
         if free is not None and needed > free:
@@ -249,6 +284,8 @@ def place_memory(
     With a ``path`` the row files are written too, so that the first load maps them as they are. Row files inside the memory's folder or
     beside it are found again when both are moved together; others are looked for where they were written.
 
+    The memory appears when all is written. An error leaves nothing; what a killed run leaves is removed when the same is asked for again.
+
     Args:
         source: folder of the memory.
         out: folder of the new one; may not hold a memory.
@@ -259,20 +296,23 @@ def place_memory(
     Raises:
         ConfigError, CheckpointError, TableError: as ``check_fit`` and ``convert_memory``, or a row file exists already.
     """
+    check_target(source, out)
     check_fit(source, placement, out)
     row_files = placement.path
-    if placement.path is not None:
-        placement = replace(placement, path=_saved_path(placement.path, out))
-    fields = {
-        name: value
-        for name, value in asdict(placement).items()
-        if value is not None and name not in ("dtype", "files", "changed_rows")
-    }
-    tensors = {f"placement.{layer_id}.hot_ids": rows for layer_id, rows in (hot or {}).items()}
-    report = convert_memory(source, out, placement.dtype, progress, {"placement": fields}, tensors)
-    if row_files is not None:
-        write_row_files(out, row_files, progress)
-    return report
+    with lock_store(out), nullcontext() if row_files is None else lock_store(row_files):
+        if row_files is not None:
+            placement = replace(placement, path=_saved_path(row_files, out))
+        fields = {name: value for name, value in asdict(placement).items() if value is not None and name in PLACED_FIELDS}
+        tensors = {f"placement.{layer_id}.hot_ids": rows for layer_id, rows in (hot or {}).items()}
+        written = _RowFiles(row_files, out, progress)
+        try:
+            report = convert_memory(source, out, placement.dtype, progress, {"placement": fields}, tensors, written.write)
+        except BaseException:  # Ctrl-C too
+            if not (Path(out) / DESCRIPTION_NAME).exists():
+                written.remove()
+            raise
+        written.finish()
+        return report
 
 
 def _saved_path(row_files: str, memory: str | os.PathLike[str]) -> str:
@@ -281,61 +321,99 @@ def _saved_path(row_files: str, memory: str | os.PathLike[str]) -> str:
     return os.path.relpath(folder, home) if folder.is_relative_to(home) or folder.parent == home.parent else str(folder)
 
 
-def _check_row_files(source: str | os.PathLike[str], folder: str) -> None:
+def _check_row_files(
+    source: str | os.PathLike[str], tables: list[StoredTable], folder: str, out: str | os.PathLike[str] | None
+) -> list[Path]:
+    """Row files in ``folder`` that are in the way and nobody's: an unfinished placing into ``out`` left them.
+
+    Raises:
+        ConfigError: others are in the way, or the folder cannot be one for row files.
+    """
     if Path(folder).resolve().is_relative_to(Path(source).resolve()):
         raise ConfigError(f"path: got {folder}, inside the memory that is read; expected a folder of the row files' own.")
     if Path(folder).exists() and not Path(folder).is_dir():
         raise ConfigError(f"path: got {folder}, which is a file; expected a folder for the row files.")
-    for place in layer_places(source):
-        if row_file(folder, place.layer_id).exists():
-            raise ConfigError(f"{row_file(folder, place.layer_id)} exists already; choose another folder for the row files.")
+    found = [file for file in (row_file(folder, table.layer_id) for table in tables) if file.exists()]
+    complete = out is None or (Path(out) / DESCRIPTION_NAME).exists()
+    for file in found:
+        if complete or not left_by_placing(file, _on_behalf_of(out)):
+            raise ConfigError(f"{file} exists already; choose another folder for the row files.")
+    return found
 
 
-def write_row_files(
-    memory: str | os.PathLike[str], folder: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
-) -> None:
-    """Write the rows of a saved memory into row files, in the format in which they are saved, block by block.
+def _on_behalf_of(out: str | os.PathLike[str] | None) -> str:
+    """How a row file's note names the memory that it is being written for."""
+    return str(Path(out or ".").resolve())
 
-    Raises:
-        CheckpointError: the memory cannot be read or the files not be written; no half file is left.
+
+class _RowFiles:
+    """Row files of a memory that is being saved, written from its weights before it appears.
+
+    Args:
+        folder: where; None for no row files at all.
+        memory: folder of the memory.
+        progress: called with (bytes done, of all).
     """
-    description = read_description(memory)
-    with read_tensors(memory, description) as tensors:
-        tables = stored_tables(description, tensors)
-        done, total = 0, sum(table.nbytes for table in tables)
+
+    def __init__(self, folder: str | None, memory: str | os.PathLike[str], progress: Callable[[int, int], None] | None) -> None:
+        self.folder, self.memory, self.progress = folder, memory, progress
+        self.stamps: dict[Path, str] = {}
+
+    def write(self, tables: list[StoredTable], tensors: TensorReader) -> None:
+        """Write all of them, in the format in which the rows are saved, block by block. What stands there already is not replaced, but for
+        what an earlier run for the same memory left.
+
+        Raises:
+            ConfigError: a row file is there.
+            CheckpointError, TableError: one cannot be written.
+        """
+        if self.folder is None:
+            return
         for table in tables:
-            file = row_file(folder, table.layer_id)
-            for written in _write_rows(file, table, tensors):
-                done += written
-                if progress is not None:
-                    progress(done, total)
-            note_form(file, table.form.name, table.rows, table.dim)
-            stamp_rows(file, row_stamp(tensors.file.name, table.layer_id, table.form.name))
+            left = row_file(self.folder, table.layer_id)
+            if left_by_placing(left, _on_behalf_of(self.memory)):
+                remove_row_file(left)
+        done, total = 0, sum(table.nbytes for table in tables)
 
+        def show(written: int) -> None:
+            nonlocal done
+            done += written
+            if self.progress is not None:
+                self.progress(done, total)
 
-def _write_rows(file: Path, table: StoredTable, tensors: TensorReader) -> Iterator[int]:
-    """Yields the bytes of every block written."""
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
-    cursors, size = row_file_layout(table.rows, table.dim, table.form)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        for left in file.parent.glob(f".{file.name}.*.tmp"):  # of a run that was killed
-            left.unlink()
-        with open(temporary, "wb") as opened:
-            os.posix_fallocate(opened.fileno(), 0, size)  # a full disk is an error now, not in the middle
-            for _, values, scales in table.blocks(tensors):
-                parts = [part.contiguous().reshape(-1).view(torch.uint8) for part in (values, scales) if part is not None]
-                for cursor, part in zip(cursors, parts):
-                    opened.seek(cursor)
-                    opened.write(part.numpy().data)
-                cursors = tuple(cursor + len(part) for cursor, part in zip(cursors, parts))
-                yield sum(len(part) for part in parts)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(temporary, file)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {file} ({table.nbytes:,} bytes): {error}; free space or choose another folder."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        for table in tables:
+            self._write_one(row_file(self.folder, table.layer_id), table, tensors, show)
+
+    def _write_one(self, file: Path, table: StoredTable, tensors: TensorReader, show: Callable[[int], None]) -> None:
+        cursors, size = row_file_layout(table.rows, table.dim, table.form)
+        stamp = row_stamp(tensors.file.name, table.layer_id, table.form.name)
+        try:
+            with new_row_file(file, size, stamp, _on_behalf_of(self.memory)) as opened:
+                for _, values, scales in table.blocks(tensors):
+                    parts = [part.contiguous().reshape(-1).view(torch.uint8) for part in (values, scales) if part is not None]
+                    for cursor, part in zip(cursors, parts):
+                        opened.seek(cursor)
+                        opened.write(part.numpy().data)
+                    cursors = tuple(cursor + len(part) for cursor, part in zip(cursors, parts))
+                    show(sum(len(part) for part in parts))
+        except FileExistsError:
+            raise ConfigError(f"{file} exists already; choose another folder for the row files.") from None
+        except OSError as error:
+            if isinstance(error, CheckpointError):  # the rows could not be read
+                raise
+            raise CheckpointError(
+                f"cannot write {file} ({table.nbytes:,} bytes): {error}; free space or choose another folder."
+            ) from error
+        self.stamps[file] = stamp
+        note_form(file, table.form.name, table.rows, table.dim)
+
+    def remove(self) -> None:
+        """Remove what was written."""
+        for file in self.stamps:
+            remove_row_file(file)
+
+    def finish(self) -> None:
+        """Note that they belong to a memory that is there."""
+        for file, stamp in self.stamps.items():
+            with suppress(TableError):  # the note that is there is true too
+                stamp_rows(file, stamp)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["context_length", "last_position", "within_context"]
+__all__ = ["context_length", "last_position", "text_config", "within_context"]
 
 _NAMES = ("max_position_embeddings", "n_positions")
 
@@ -15,7 +15,7 @@ def context_length(config: Any) -> int | None:
     Args:
         config: of the model; of one that takes more than text, the text part counts.
     """
-    text = _text_part(config)
+    text = text_config(config)
     return next((found for name in _NAMES if isinstance(found := getattr(text, name, None), int)), None)
 
 
@@ -25,7 +25,7 @@ def last_position(config: Any) -> int | None:
     Args:
         config: of the model.
     """
-    return None if getattr(_text_part(config), "rope_parameters", None) else context_length(config)
+    return None if getattr(text_config(config), "rope_parameters", None) else context_length(config)
 
 
 def within_context(config: Any, tokens: int) -> int:
@@ -33,5 +33,6 @@ def within_context(config: Any, tokens: int) -> int:
     return min(tokens, context_length(config) or tokens)
 
 
-def _text_part(config: Any) -> Any:
+def text_config(config: Any) -> Any:
+    """The part of a model's config that is about text: of a model that takes pictures too, a config inside it; else the config itself."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config

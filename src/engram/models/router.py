@@ -20,7 +20,7 @@ from torch import Tensor
 from engram.checkpoint import write_atomically
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.models.identity import base_identity, identity_mismatch
-from engram.models.positions import context_length
+from engram.models.positions import context_length, text_config
 
 __all__ = ["DEFAULT_RULES", "EngramRouter", "LearnedRouter", "RouteRule", "Router"]
 
@@ -306,7 +306,7 @@ def _mean_states(model: Any, tokenizer: Any, prompts: Sequence[str], first_token
     for prompt in prompts:
         ids = tokenizer(prompt, verbose=False)["input_ids"][:longest]
         if not ids:
-            states.append(torch.zeros(model.config.hidden_size))
+            states.append(torch.zeros(text_config(model.config).hidden_size))
             continue
         with model.disable_engram() if hasattr(model, "disable_engram") else nullcontext():
             output = model(input_ids=torch.tensor([ids], device=device), use_cache=False, output_hidden_states=True)

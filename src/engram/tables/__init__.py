@@ -12,7 +12,16 @@ from engram.tables.measure import rows_per_second
 from engram.tables.memory import available_memory, check_fits
 from engram.tables.prefetch import RowHandle, RowPrefetcher
 from engram.tables.quantised import QuantisedTable
-from engram.tables.rowfile import note_form, rows_are, stamp_rows
+from engram.tables.rowfile import (
+    is_being_filled,
+    is_untouched,
+    left_by_placing,
+    new_row_file,
+    note_form,
+    remove_row_file,
+    rows_are,
+    stamp_rows,
+)
 from engram.tables.stored import StoredRows
 from engram.tables.verified import ABSENT, DraftTable, VerifiedTable
 
@@ -38,8 +47,13 @@ __all__ = [
     "build_table",
     "check_fits",
     "check_room",
+    "is_being_filled",
+    "is_untouched",
+    "left_by_placing",
+    "new_row_file",
     "note_form",
     "refuse_other_rows",
+    "remove_row_file",
     "row_file",
     "row_file_layout",
     "row_format",

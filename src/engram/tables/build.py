@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -12,13 +14,13 @@ from engram.config import TableConfig
 from engram.errors import ConfigError, TableError
 from engram.tables.base import EmbeddingTable
 from engram.tables.device import DeviceTable
-from engram.tables.formats import row_format
+from engram.tables.formats import RowFormat, row_format
 from engram.tables.host import HostTable
 from engram.tables.hybrid import HybridTable
 from engram.tables.mapped import MappedRows, MmapTable, QuantisedMmapTable
 from engram.tables.memory import check_fits
 from engram.tables.quantised import QuantisedTable
-from engram.tables.rowfile import check_form, note_form
+from engram.tables.rowfile import check_form, is_untouched, note_form, rows_are
 from engram.tables.verified import VerifiedTable
 
 __all__ = ["build_table", "check_room", "row_file"]
@@ -81,15 +83,25 @@ def _verified(rows: int, dim: int, config: TableConfig, device: torch.device | s
     return VerifiedTable(rows, dim, config.dtype, device)
 
 
-def check_room(rows: Iterable[int], dim: int, config: TableConfig, verified: bool = False) -> None:
+def check_room(
+    rows: Iterable[int], dim: int, config: TableConfig, verified: bool = False, device: torch.device | str = "cpu"
+) -> None:
     """Refuse tables that would not fit together, before the first of them is made (rows off the device are taken when first written, so
     that each alone would seem to fit).
+
+    Args:
+        rows: of each table.
+        dim: values per row.
+        config: where they shall live.
+        verified: whether only written rows are stored, which always fit.
+        device: where tables of tier ``device`` shall be; those of the others are in host memory.
 
     Raises:
         TableError: there is less memory than they need.
     """
     if not verified and config.tier != "mmap" and config.path is None:
-        check_fits(sum(rows) * row_format(config.dtype).row_bytes(dim), "cpu", f"tier={config.tier!r}")
+        size = sum(rows) * row_format(config.dtype).row_bytes(dim)
+        check_fits(size, device if config.tier == "device" else "cpu", f"tier={config.tier!r}")
 
 
 def row_file(folder: str | os.PathLike[str], layer_id: int) -> Path:
@@ -103,7 +115,7 @@ def refuse_other_rows(file: Path) -> None:
     Raises:
         TableError: it is there.
     """
-    if file.exists():
+    if file.exists() and not is_untouched(file):
         raise TableError(
             f"{file} exists: it holds the rows of another memory, or of an earlier run. Choose another path, load that memory "
             "(from_pretrained), or go on with its rows by TableConfig(changed_rows='keep'): so a run is resumed from a checkpoint."
@@ -115,14 +127,10 @@ def _mapped(rows: int, dim: int, config: TableConfig, init: str, layer_id: int) 
     if config.path is not None:
         file = row_file(config.path, layer_id)
         check_form(file, form.name, rows, dim)
-        table: MmapTable | QuantisedMmapTable
-        if form.quantised:
-            table = QuantisedMmapTable(rows, dim, form.name, file, "r+", resident_bytes=bound)
-        else:
-            table = MmapTable(rows, dim, file, "r+", dtype=form.dtype, resident_bytes=bound)
+        table = _in_row_file(rows, dim, form, file, bound, (config.stamps or {}).get(layer_id))
         if table.is_new:
             note_form(file, form.name, rows, dim)
-            if init == "normal":
+            if init == "normal" and config.stamps is None:  # saved rows are put in otherwise, and it is empty until then
                 _fill_randomly(table)
         return table
     if config.files is None:
@@ -131,3 +139,24 @@ def _mapped(rows: int, dim: int, config: TableConfig, init: str, layer_id: int) 
     if form.quantised:
         return QuantisedMmapTable(rows, dim, form.name, saved, places=places, resident_bytes=bound)
     return MmapTable(rows, dim, saved, "r", places[0], form.dtype, bound)
+
+
+def _in_row_file(
+    rows: int, dim: int, form: RowFormat, file: Path, bound: int | None, stamp: str | None
+) -> MmapTable | QuantisedMmapTable:
+    """A table whose rows can be written; if the file cannot (another process has it, or may write there alone) but is noted to hold the
+    very rows that are wanted, one that reads them for as long as nobody changes them.
+    """
+
+    def opened(mode: Literal["r", "r+"], unchanged: str | None = None) -> MmapTable | QuantisedMmapTable:
+        if form.quantised:
+            return QuantisedMmapTable(rows, dim, form.name, file, mode, resident_bytes=bound, unchanged=unchanged)
+        return MmapTable(rows, dim, file, mode, dtype=form.dtype, resident_bytes=bound, unchanged=unchanged)
+
+    try:
+        return opened("r+")
+    except TableError as error:
+        if stamp is None or not rows_are(file, stamp):
+            raise
+        logging.getLogger("engram").info("rows are only read, and not trained or edited: %s", error)
+        return opened("r", stamp)

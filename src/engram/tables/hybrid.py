@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from threading import Lock
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +20,30 @@ from engram.tables.prefetch import RowHandle, RowPrefetcher
 from engram.tables.quantised import QuantisedTable
 
 __all__ = ["HybridTable"]
+
+
+_SWAPPING = Lock()
+"""Held for the moment in which a table's copies are exchanged, of whichever table."""
+
+
+class _Copies(NamedTuple):
+    """Which rows are hot and what they are. Never changed, only exchanged as one: a thread that reads sees all of the old or of the new."""
+
+    ids: Tensor
+    """int64 ``[h]``, sorted."""
+    hot: Tensor
+    """As they are stored, ``[h, width]``."""
+    scales: Tensor | None
+    version: int | None
+    """Of the cold table's parameter when they were copied; None if they must be copied anew."""
+
+    def to(self, device: torch.device) -> _Copies:
+        return _Copies(
+            self.ids.to(device),
+            self.hot.to(device),
+            None if self.scales is None else self.scales.to(device),
+            self.version,
+        )
 
 
 class HybridTable(EmbeddingTable):
@@ -37,13 +62,6 @@ class HybridTable(EmbeddingTable):
         TableError: ``hot_rows`` is not positive.
     """
 
-    hot_ids: Tensor
-    """Row numbers of the hot rows, int64 ``[h]``, sorted."""
-    hot: Tensor
-    """Their values as they are stored, ``[h, width]``."""
-    hot_scales: Tensor | None
-    """Their scales, if the format has them."""
-
     def __init__(self, cold: HostTable | QuantisedTable, hot_rows: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         if hot_rows < 1:
@@ -58,14 +76,27 @@ class HybridTable(EmbeddingTable):
             self.register_buffer("scales", cold.scales)
         else:
             self.weight = cold.weight
-        self.register_buffer("hot_ids", torch.zeros(0, dtype=torch.int64, device=device), persistent=False)
         hot, scales = cold.read_stored(torch.zeros(0, dtype=torch.int64, device="cpu"))
-        self.register_buffer("hot", hot.to(device), persistent=False)
-        self.register_buffer("hot_scales", None if scales is None else scales.to(device), persistent=False)
+        place = torch.get_default_device() if device is None else torch.device(device)
+        self._copies = _Copies(torch.zeros(0, dtype=torch.int64), hot, scales, None).to(place)
         self.count_accesses = False
         """Whether look-ups are counted, for ``rebalance``."""
         self.counts = AccessCounts()
-        self._copied: int | None = None
+
+    @property
+    def hot_ids(self) -> Tensor:
+        """Row numbers of the hot rows, int64 ``[h]``, sorted."""
+        return self._copies.ids
+
+    @property
+    def hot(self) -> Tensor:
+        """Their values as they are stored, ``[h, width]``; none between ``promote`` and the next look-up."""
+        return self._copies.hot
+
+    @property
+    def hot_scales(self) -> Tensor | None:
+        """Their scales, if the format has them."""
+        return self._copies.scales
 
     @property
     def cold(self) -> HostTable | QuantisedTable:
@@ -74,8 +105,10 @@ class HybridTable(EmbeddingTable):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         device = fn(torch.empty(0, device=self.hot.device)).device  # copies move; neither they nor the cold rows change type
-        self.hot_ids, self.hot = self.hot_ids.to(device), self.hot.to(device)
-        self.hot_scales = None if self.hot_scales is None else self.hot_scales.to(device)
+        with _SWAPPING:
+            self._copies = self._copies.to(device)
+        if device.type == "cuda":  # page-locking takes a while: now, not at the first look-up
+            self.cold.is_read_by(device)
         return self
 
     def _load_from_state_dict(
@@ -91,7 +124,7 @@ class HybridTable(EmbeddingTable):
                 "HybridTable: got load_state_dict(assign=True), which would leave the cold rows; load without assign."
             )
         self.cold._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        self._copied = None
+        self._forget_copies()
 
     @property
     def format_name(self) -> str:
@@ -131,37 +164,44 @@ class HybridTable(EmbeddingTable):
         if self.count_accesses:
             self.counts.add(row_ids)
         if torch.is_grad_enabled() and self.weight.requires_grad:
-            self._copied = None  # a step may follow that changes rows in ways torch does not count
+            self._forget_copies()  # a step may follow that changes rows in ways torch does not count
             return self.cold.lookup(row_ids, dtype)
-        if len(self.hot_ids) == 0:
+        copies = self._fresh_copies()
+        if len(copies.ids) == 0:
             return self.cold.lookup(row_ids, dtype)
-        self._refresh()
-        return self._read(row_ids.reshape(-1), dtype or self.value_dtype).view(*row_ids.shape, self.dim)
+        return self._read(copies, row_ids.reshape(-1), dtype or self.value_dtype).view(*row_ids.shape, self.dim)
 
-    def _read(self, row_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        asked = row_ids.to(self.hot_ids.device)
-        slots = torch.searchsorted(self.hot_ids, asked).clamp_max_(len(self.hot_ids) - 1)
-        missed = (self.hot_ids[slots] != asked).nonzero()[:, 0]
-        hot, scales = self.hot, self.hot_scales  # which a thread that prefetches may replace at any time
-        rows = self.form.read(hot, scales, slots, dtype)
-        _note_reader(hot, scales)
+    def _read(self, copies: _Copies, row_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        asked = row_ids.to(copies.ids.device)
+        slots = torch.searchsorted(copies.ids, asked).clamp_max_(len(copies.ids) - 1)
+        missed = (copies.ids[slots] != asked).nonzero()[:, 0]
+        rows = self.form.read(copies.hot, copies.scales, slots, dtype)
+        _note_reader(copies.ids, copies.hot, copies.scales)
         if len(missed):
             rows[missed] = self.cold.lookup(asked[missed], dtype)
         return rows.to(row_ids.device)
 
     @torch.no_grad()
-    def _refresh(self) -> None:
-        """Copy the hot rows again if any row of the cold table changed since."""
-        version = self.weight._version
-        if self._copied != version:
-            hot, scales = self.cold.read_stored(self.hot_ids.cpu())
-            self.hot = hot.to(self.hot.device)
-            self.hot_scales = None if scales is None else scales.to(self.hot.device)
-            self._copied = version
+    def _fresh_copies(self) -> _Copies:
+        """The hot rows, copied again if any row of the cold table changed since."""
+        copies, version = self._copies, self.weight._version
+        if copies.version == version or len(copies.ids) == 0:
+            return copies
+        hot, scales = self.cold.read_stored(copies.ids.cpu())
+        fresh = _Copies(copies.ids.cpu(), hot, scales, version).to(copies.ids.device)
+        with _SWAPPING:
+            if self._copies is copies:  # otherwise others became hot meanwhile, or old
+                self._copies = fresh
+        return fresh
+
+    def _forget_copies(self) -> None:
+        """Have hot rows copied anew at the next look-up."""
+        with _SWAPPING:
+            self._copies = self._copies._replace(version=None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies fetch their hot rows anew: the versions of copied tensors count from zero."""
-        return {**self.__dict__, "_copied": None}
+        return {**self.__dict__, "_copies": self._copies._replace(version=None)}
 
     def promote(self, row_ids: Tensor) -> None:
         """Make these rows the hot ones, in place of those before.
@@ -174,8 +214,11 @@ class HybridTable(EmbeddingTable):
             raise TableError(f"promote: got {len(rows):,} rows, expected at most hot_rows = {self.hot_rows:,}.")
         if len(rows) and (int(rows[0]) < 0 or int(rows[-1]) >= self.rows):
             raise TableError(f"promote: got rows {int(rows[0])}..{int(rows[-1])}, expected 0..{self.rows - 1}.")
-        check_fits(len(rows) * self.form.row_bytes(self.dim), self.hot.device, "hot rows")
-        self.hot_ids, self._copied = rows.to(self.hot.device), None
+        place = self.hot.device
+        check_fits(len(rows) * self.form.row_bytes(self.dim), place, "hot rows")
+        hot, scales = self.cold.read_stored(rows[:0])  # what is hot until now makes room; the next look-up copies
+        with _SWAPPING:
+            self._copies = _Copies(rows, hot, scales, None).to(place)
 
     def rebalance(self) -> int:
         """Make the rows hot that were asked for most since counting began; returns how many they are."""
@@ -189,7 +232,7 @@ class HybridTable(EmbeddingTable):
         if through is None:
             return self.cold.prefetch(row_ids)
         if torch.is_grad_enabled() and self.weight.requires_grad:  # as in ``lookup``: no copies that the next step makes old
-            self._copied = None
+            self._forget_copies()
             fetched = self.cold.prefetch(row_ids, dtype, through)
             if self.count_accesses and isinstance(fetched, RowHandle):  # ``lookup`` counts numbers
                 self.counts.add(row_ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +51,7 @@ class MappedRows(EmbeddingTable):
         row_bytes: bytes of a row in each of them.
         rows: number of rows.
         resident_bytes: see ``TableConfig``; None is no bound.
+        unchanged: for mode ``r``: see ``RowFile``.
 
     Raises:
         TableError: the file is missing, too short, locked by another writer, or cannot be mapped.
@@ -70,12 +72,13 @@ class MappedRows(EmbeddingTable):
         row_bytes: Sequence[int],
         rows: int,
         resident_bytes: int | None,
+        unchanged: str | None,
     ) -> None:
         """Map the file; comes before ``__init__`` of the table that this stands in front of, which then asks for its tensors."""
         if mode not in ("r", "r+"):
             raise TableError(f"{type(self).__name__}: got mode {mode!r}, expected 'r' or 'r+'.")
         end = max(place + rows * size for place, size in zip(places, row_bytes, strict=True))
-        self._file = RowFile(Path(path), end, mode, resident_bytes, row_bytes)
+        self._file = RowFile(Path(path), end, mode, resident_bytes, row_bytes, unchanged)
         self.path, self.mode = self._file.path, mode
         self.warm_rows = self.cold_rows = 0
         self.count_cold = False
@@ -99,8 +102,12 @@ class MappedRows(EmbeddingTable):
 
     @property
     def is_new(self) -> bool:
-        """Whether the file was made for this table, all zero."""
+        """Whether nothing was put into the file yet, be it made for this table or for one before; it is all zero."""
         return self._file.created
+
+    def filled_with(self, source: str) -> AbstractContextManager[None]:
+        """Inside, the rows of a saved memory are put into the file (see ``RowFile``)."""
+        return self._file.filled_with(source)
 
     @property
     def tier(self) -> str:
@@ -142,6 +149,7 @@ class MappedRows(EmbeddingTable):
     def _fetch(self, row_ids: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         self._bring(row_ids)
         rows = self._gather(row_ids, dtype, out)
+        self._file.check_unchanged()  # what was there before may have been gone while rows were read
         self._file.touched(row_ids.numel())
         return rows
 
@@ -155,6 +163,7 @@ class MappedRows(EmbeddingTable):
         for numbers in row_ids.split(self._file.rows_at_once() or max(1, len(row_ids))):
             self._bring(numbers)
             found.append([tensor[numbers] for tensor in self._tensors()])
+            self._file.check_unchanged()
             self._file.touched(len(numbers))
         values, *scales = (as_bytes(torch.cat([as_bytes(part) for part in parts]), parts[0].dtype) for parts in zip(*found))
         return values, scales[0] if scales else None
@@ -216,6 +225,7 @@ class MappedRows(EmbeddingTable):
             )  # some tables read a block when it is asked for, others leave that to whoever gets it
             _, block = next(blocks)
             yield start, block
+            self._file.check_unchanged()
             self._file.touched(len(block), in_order=True)
 
     def stored_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[Tensor, ...]]:
@@ -227,6 +237,7 @@ class MappedRows(EmbeddingTable):
         for start in range(0, self.rows, block_rows):
             self._read_ahead(start, block_rows)
             block = tuple(tensor[start : start + block_rows].clone() for tensor in self._tensors())
+            self._file.check_unchanged()
             yield block
             self._file.touched(len(block[0]), in_order=True)
 
@@ -287,7 +298,10 @@ class MappedRows(EmbeddingTable):
 
     def _refuse_read_only(self) -> None:
         if self.mode == "r":
-            raise TableError(f"{self.path} is mapped read-only; open it with mode='r+' to change rows.")
+            raise TableError(
+                f"{self.path} is mapped read-only: its rows cannot be changed. Another process has it, or it cannot be written; load the "
+                "memory again when that is over (a single table: open it with mode='r+')."
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MappedRows:
         raise TableError(f"a table mapped from {self.path} cannot be copied; open the file a second time instead.")
@@ -307,6 +321,7 @@ class MmapTable(MappedRows, HostTable):
         offset: first byte of the rows in the file (a multiple of the item size), so that a tensor inside a safetensors file can be read.
         dtype: storage type.
         resident_bytes: see ``TableConfig``; None is no bound.
+        unchanged: for mode ``r``: see ``RowFile``.
 
     Raises:
         TableError: the file is missing, too short, locked by another writer, or cannot be mapped.
@@ -321,8 +336,9 @@ class MmapTable(MappedRows, HostTable):
         offset: int = 0,
         dtype: torch.dtype = torch.float32,
         resident_bytes: int | None = None,
+        unchanged: str | None = None,
     ) -> None:
-        self._map(path, mode, (offset,), (dim * dtype.itemsize,), rows, resident_bytes)
+        self._map(path, mode, (offset,), (dim * dtype.itemsize,), rows, resident_bytes, unchanged)
         super().__init__(rows, dim, "zero", dtype)
         self.weight.requires_grad_(mode == "r+")
         if mode == "r+":
@@ -376,6 +392,7 @@ class QuantisedMmapTable(MappedRows, QuantisedTable):
         places: first bytes of values and scales in the file, so that tensors inside a safetensors file can be read; those of
             ``row_file_layout`` if not given.
         resident_bytes: see ``TableConfig``; None is no bound.
+        unchanged: for mode ``r``: see ``RowFile``.
 
     Raises:
         TableError: the format is unknown or needs no scales; the file is missing, too short, locked by another writer, or cannot be mapped.
@@ -390,12 +407,13 @@ class QuantisedMmapTable(MappedRows, QuantisedTable):
         mode: Literal["r", "r+"] = "r",
         places: Sequence[int] | None = None,
         resident_bytes: int | None = None,
+        unchanged: str | None = None,
     ) -> None:
         found = row_format(form)
         if found.quantised:  # what is not is refused below
             values = found.width(dim) * found.dtype.itemsize
             parts = (values, found.row_bytes(dim) - values)
-            self._map(path, mode, places or row_file_layout(rows, dim, found)[0], parts, rows, resident_bytes)
+            self._map(path, mode, places or row_file_layout(rows, dim, found)[0], parts, rows, resident_bytes, unchanged)
         super().__init__(rows, dim, form, host=True)
 
     def _allocate(self, device: torch.device | str | None) -> tuple[Tensor, Tensor]:

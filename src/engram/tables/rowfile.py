@@ -10,17 +10,28 @@ import gc
 import json
 import mmap
 import os
-import secrets
 import shutil
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from engram.errors import TableError
+from engram.tables.hidden import give_name, hidden_beside, left_beside
 
-__all__ = ["RowFile", "check_form", "note_form", "rows_are", "stamp_rows"]
+__all__ = [
+    "RowFile",
+    "check_form",
+    "is_being_filled",
+    "is_untouched",
+    "left_by_placing",
+    "new_row_file",
+    "note_form",
+    "remove_row_file",
+    "rows_are",
+    "stamp_rows",
+]
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has the name since 3.12; 0x4000 on Linux
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
@@ -42,9 +53,11 @@ class RowFile:
         mode: ``r`` or ``r+``; the second holds an exclusive lock as long as the map lives, and loses it with the process.
         resident_bytes: how many bytes of files the process may have mapped in at a time, all its row files together; None is no bound.
         row_bytes: bytes of a row, in each of the tensors that hold a part of it.
+        unchanged: for mode ``r``: what the file is noted to hold (``stamp_rows``). Whoever changes it withdraws that note first, so a reader
+            that finds it after reading has read nothing half written; once it is gone, reading is an error.
 
     Raises:
-        TableError: the file is missing, too short, locked by another writer, or cannot be made or mapped.
+        TableError: the file is missing, too short, locked by another writer, or cannot be made or mapped; it is not ``unchanged``.
     """
 
     def __init__(
@@ -54,22 +67,22 @@ class RowFile:
         mode: Literal["r", "r+"],
         resident_bytes: int | None = None,
         row_bytes: Sequence[int] = (),
+        unchanged: str | None = None,
     ) -> None:
         path = path.absolute()  # a process may change its folder, and notes lie beside the file
         self.path, self.end, self.mode, self.resident_bytes = path, end, mode, resident_bytes
         self._in_order, self._at_random = sum(row_bytes), sum(size + _AROUND for size in row_bytes)
-        self.created = mode == "r+" and not path.exists()
-        """Whether the file is new, all zero."""
+        self._filling = False
         try:
-            if self.created:
-                _create(path, end)
-            with open(path, "rb" if mode == "r" else "r+b") as file:
+            made = _create(path, end) if mode == "r+" and not path.exists() else None
+            with made or open(path, "rb" if mode == "r" else "r+b") as file:
                 self._check_size(os.fstat(file.fileno()).st_size)
                 if mode == "r+":
                     _lock(file.fileno(), path)
                     self.map = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_WRITE)  # shares the lock until it is gone
                     self._handle = os.dup(file.fileno())
-                    weakref.finalize(self, os.close, self._handle).atexit = False  # threads may write until the very end
+                    # Threads may write until the very end.
+                    weakref.finalize(self.map, _let_go, self._handle, os.getpid()).atexit = False
                 else:
                     # torch wants writable memory. Nothing is ever written, so no copy is made; but Linux would want memory for copies of
                     # all pages, and refuse files larger than the machine's, were it not told otherwise.
@@ -78,6 +91,11 @@ class RowFile:
                     )
         except OSError as error:
             raise TableError(f"cannot map {path}: {error.strerror}; check the path and the space on its disk.") from error
+        self.created = mode == "r+" and (made is not None or is_untouched(path))
+        """Whether the file is new, all zero: made now, or by somebody who never put anything into it."""
+        self._note = None if unchanged is None else _identity(_note_of(path))
+        if unchanged is not None and not rows_are(path, unchanged):
+            raise self._changed()
         with suppress(OSError, AttributeError):
             self.map.madvise(mmap.MADV_RANDOM)
         if resident_bytes is not None:
@@ -134,6 +152,22 @@ class RowFile:
             TableError: it was.
         """
         self._check_size(self.map.size())
+        self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """Raise if the file may not hold any more what it was mapped for; of no concern to whoever may write it.
+
+        Raises:
+            TableError: somebody withdrew the note of what it holds, or wrote another.
+        """
+        if self._note is not None and _identity(_note_of(self.path)) != self._note:
+            raise self._changed()
+
+    def _changed(self) -> TableError:
+        return TableError(
+            f"{self.path}: another process changes its rows, or has saved others since they were opened here for reading only; load the "
+            "memory again when that process is done."
+        )
 
     def flush(self) -> None:
         """Write what changed to the disk; it is safe there, under the file's name, when this returns.
@@ -142,7 +176,12 @@ class RowFile:
             TableError: the file was truncated, removed, or another was put in its place since it was mapped.
         """
         self.check()
-        self.map.flush()
+        try:
+            self.map.flush()
+        except OSError as error:
+            raise TableError(
+                f"cannot write the rows of {self.path} to its disk: {error.strerror}. Check the disk, and save the memory elsewhere."
+            ) from error
         with suppress(OSError):
             if os.path.samestat(os.stat(self.path), os.fstat(self._handle)):
                 return
@@ -157,8 +196,28 @@ class RowFile:
             TableError: the file was truncated.
         """
         self.check()
-        with suppress(OSError):
-            os.unlink(_note_of(self.path))
+        if not self._filling:
+            with suppress(OSError):
+                os.unlink(_note_of(self.path))
+
+    @contextmanager
+    def filled_with(self, source: str) -> Iterator[None]:
+        """Inside, the rows of ``source`` are put into the file, which is noted to hold them when all are on the disk.
+
+        Until then it is noted to be filled: whoever finds that (``is_being_filled``) knows that it can be begun again, and nothing lost.
+
+        Raises:
+            TableError: the file was truncated, or the disk refuses.
+        """
+        self.check()
+        _write_note(_note_of(self.path), {"filling": source})
+        self._filling = True
+        try:
+            yield
+        finally:
+            self._filling = False
+        self.flush()
+        stamp_rows(self.path, source)
 
     def _check_size(self, size: int) -> None:
         if size < self.end:
@@ -219,22 +278,62 @@ class _Pages:
 _PAGES = _Pages()
 
 
-def _create(path: Path, size: int) -> None:
-    """A file of zeros with all its blocks: a full disk is an error now, not a crash later."""
+def _create(path: Path, size: int) -> BinaryIO | None:
+    """A file of zeros with all its blocks (a full disk is an error now, not a crash later), open and locked; None if somebody else made
+    one meanwhile: theirs counts.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
+    free = shutil.disk_usage(path.parent).free + sum(left.stat().st_size for left in left_beside(path))
     if size > free:
         raise TableError(
             f"{path}: got {size:,} bytes of rows, expected at most the {free:,} bytes free on the disk; free space there."
         )
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-        with suppress(FileExistsError):  # somebody made it meanwhile: theirs counts
-            os.link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with hidden_beside(path) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        # Before it has its name, so that it never is a file of unknown worth; for it alone, as others may make one too.
+        _write_note(_note_of(path), {"filling": None, "inode": os.fstat(file.fileno()).st_ino})
+        try:
+            give_name(file, path)
+        except FileExistsError:
+            return None
+        return os.fdopen(os.dup(file.fileno()), "r+b")  # the same lock
+
+
+@contextmanager
+def new_row_file(path: Path, size: int, source: str, placing: str) -> Iterator[BinaryIO]:
+    """A file of ``size`` bytes to be written with the rows of ``source``. It gets its name, and the note of what it holds, when the context
+    ends without an error.
+
+    Args:
+        path: its name.
+        size: bytes, which are reserved now.
+        source: what it will hold, as for ``stamp_rows``.
+        placing: on whose behalf; until ``stamp_rows`` is called once more the file is taken for what an unfinished run left
+            (``left_by_placing``).
+
+    Raises:
+        FileExistsError: something has that name, and stays.
+        OSError: the disk is full, or the file cannot be written.
+        TableError: the note cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with hidden_beside(path) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        _write_note(
+            _note_of(path), {**_state(file.fileno(), source), "placing": placing}
+        )  # it names this file's time and no other's
+        give_name(file, path)
+
+
+def _let_go(handle: int, process: int) -> None:
+    """Give the lock back and close. A forked child shares the lock: it would keep it as long as it lives, or give it back for its parent."""
+    if os.getpid() == process:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
 
 
 def _lock(handle: int, path: Path) -> None:
@@ -262,26 +361,71 @@ def _resident() -> int | None:
 def stamp_rows(path: Path, source: str) -> None:
     """Note beside a row file that it holds the rows of ``source``, as long as nobody changes it.
 
-    A later change shows in the file's time, which is put an instant back here so that it always differs.
+    Raises:
+        TableError: the note cannot be written.
     """
-    status = os.stat(path)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - 1_000_000_000))
-    status = os.stat(path)
-    note = {"source": source, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    try:
+        note = _state(path, source)
+    except OSError as error:
+        raise _not_noted(path, error) from error
     _write_note(_note_of(path), note)
+
+
+def _state(file: Path | int, source: str) -> dict[str, Any]:
+    """What a note says of a file that holds the rows of ``source``. A later change shows in the file's time, which is put an instant back
+    here so that it always differs.
+    """
+    status = os.stat(file)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns - 1_000_000_000))
+    status = os.stat(file)
+    return {"source": source, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def rows_are(path: Path, source: str) -> bool:
     """Whether a row file holds the rows of ``source``, unchanged (see ``stamp_rows``)."""
-    with suppress(OSError, ValueError):
+    note = _noted(_note_of(path))
+    return note.get("source") == source and _fits(note, path)
+
+
+def left_by_placing(path: Path, placing: str) -> bool:
+    """Whether a row file is what an unfinished run on behalf of ``placing`` left (see ``new_row_file``), unchanged."""
+    note = _noted(_note_of(path))
+    return note.get("placing") == placing and _fits(note, path)
+
+
+def _fits(note: dict[str, Any], path: Path) -> bool:
+    with suppress(OSError):
         status = os.stat(path)
-        note = json.loads(_note_of(path).read_text(encoding="utf-8"))
-        return note == {"source": source, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+        return (note.get("bytes"), note.get("mtime_ns")) == (status.st_size, status.st_mtime_ns)
     return False
 
 
+def is_being_filled(path: Path, source: str) -> bool:
+    """Whether a row file was being filled with the rows of ``source`` when that was stopped, and nothing was done with it since."""
+    return _noted(_note_of(path)).get("filling", "") == source
+
+
+def is_untouched(path: Path) -> bool:
+    """Whether nothing was ever put into a row file: it was made, and is all zero."""
+    with suppress(OSError):
+        return _noted(_note_of(path)) == {"filling": None, "inode": os.stat(path).st_ino}
+    return False
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """Which file has a name, and since when it is what it is; None if none has."""
+    with suppress(OSError):
+        status = os.stat(file)
+        return status.st_ino, status.st_mtime_ns
+    return None
+
+
 def note_form(path: Path, form: str, rows: int, dim: int) -> None:
-    """Note beside a row file, for as long as it lives, how its rows are stored: other formats may be as many bytes."""
+    """Note beside a row file, for as long as it lives, how its rows are stored: other formats may be as many bytes.
+
+    Raises:
+        TableError: the note cannot be written.
+    """
     _write_note(_form_of(path), {"format": form, "rows": rows, "dim": dim})
 
 
@@ -291,20 +435,49 @@ def check_form(path: Path, form: str, rows: int, dim: int) -> None:
     Raises:
         TableError: they are.
     """
-    found, expected = None, {"format": form, "rows": rows, "dim": dim}
-    with suppress(OSError, ValueError):
-        found = json.loads(_form_of(path).read_text(encoding="utf-8"))
-    if found is not None and path.exists() and found != expected:
+    found, expected = _noted(_form_of(path)), {"format": form, "rows": rows, "dim": dim}
+    if found and path.exists() and found != expected:
         raise TableError(
             f"{path}: got rows stored as {found}, expected {expected}; choose another folder, or the dtype they have."
         )
 
 
+def remove_row_file(path: Path) -> None:
+    """Remove a row file and what is noted of it, as far as the system lets go of them."""
+    for file in (path, _note_of(path), _form_of(path)):
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
+def _noted(file: Path) -> dict[str, Any]:
+    """What a note says; nothing where there is none that can be read."""
+    with suppress(OSError, ValueError, RecursionError):
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        return fields if isinstance(fields, dict) else {}
+    return {}
+
+
 def _write_note(file: Path, fields: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Whole or not at all.
+
+    Raises:
+        TableError: the disk refuses.
+    """
     temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(json.dumps(fields) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _not_noted(file, error) from error
+
+
+def _not_noted(path: Path, error: OSError) -> TableError:
+    return TableError(
+        f"cannot note in {path} what a row file holds: {error.strerror}. Free space there, or see that the folder can be written, then try "
+        "again."
+    )
 
 
 def _form_of(path: Path) -> Path:

@@ -79,6 +79,7 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256},
     "gpt_neox": {k: v for k, v in _COMMON.items() if k != "num_key_value_heads"},
+    "opt": {**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32},
 }
 
 _PAGE = (

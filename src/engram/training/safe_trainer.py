@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging as hf_logging
 
 from engram.checkpoint import load_tree, save_tree, write_json_atomically
+from engram.checkpoint.store import sync_to_disk
 from engram.errors import CheckpointError, ConfigError, TrainingError
 from engram.training.cpu_types import warning_of_slow_bfloat16
 from engram.training.examples import OneLength, check_not_empty
@@ -108,6 +110,7 @@ class SafeTrainer(Trainer):
             self.data_collator = OneLength(self.data_collator)
         self.throughput = Throughput()
         self._started, self._seconds_before = time.monotonic(), 0.0
+        self._limit: dict[str, Any] = {}  # the argument, while it is put aside
         self.args.logging_nan_inf_filter = False  # a loss that is no number never gets that far, and asking costs a wait
         self.interrupt = SaveOnInterrupt()
         self.add_callback(self.interrupt)
@@ -206,9 +209,22 @@ class SafeTrainer(Trainer):
         with self.throughput.paused():
             if not weights_are_finite(self.model):
                 raise self._no_number("a weight", float("nan"), self.state.global_step)
-            with whole_or_removed(folder), _no_bars_for_files():
+            limit = self.args.save_total_limit
+            with whole_or_removed(folder), _no_bars_for_files(), self._nothing_deleted():
                 (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
                 super()._save_checkpoint(model, trial)
+                _sync_all(folder)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+    @contextmanager
+    def _nothing_deleted(self) -> Iterator[None]:
+        """Inside, older checkpoints stay: transformers deletes them when the new one is written, which is before it is on the disk."""
+        self._limit, self.args.save_total_limit = {"save_total_limit": self.args.save_total_limit}, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit, self._limit = self._limit["save_total_limit"], {}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_tree(os.path.join(output_dir, _OPTIMIZER), self.optimizer.state_dict())
@@ -256,7 +272,7 @@ class SafeTrainer(Trainer):
         self._save_weights(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        write_json_atomically(folder / "training_args.json", json.loads(self.args.to_json_string()))
+        write_json_atomically(folder / "training_args.json", json.loads(self.args.to_json_string()) | self._limit)
 
     def _save_weights(self, folder: Path) -> None:
         self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder)
@@ -289,6 +305,17 @@ def _no_bars_for_files() -> Iterator[None]:
     finally:
         if shown:
             hf_logging.enable_progress_bar()
+
+
+def _sync_all(folder: Path) -> None:
+    """Return when all files of a checkpoint, and their names, are on the disk."""
+    below = sorted(folder.rglob("*"))
+    for file in below:
+        if file.is_file():
+            sync_to_disk(file)
+    for place in (*(path for path in below if path.is_dir()), folder, folder.parent):
+        with suppress(OSError):  # some file systems have no sync for folders
+            sync_to_disk(place)
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

@@ -11,18 +11,21 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
 from engram.errors import CheckpointError, ConfigError
 from engram.models import EngramModel
+from engram.models.identity import adapter_parameters
 from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES, EngramAdamW, EngramMuon, build_param_groups, clip_grad_norm_
 from engram.training.safe_trainer import SafeTrainer
 
 __all__ = ["EngramTrainer", "EngramTrainingArguments"]
 
 _BACKBONE = "backbone"
+_WEIGHTS = "model.safetensors"
+_ADAPTERS = "adapters.safetensors"
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -60,7 +63,10 @@ class EngramTrainingArguments(TrainingArguments):
     train_tables: bool = field(default=True, metadata={"help": "Whether table rows are trained."})
     train_reader: bool = field(default=True, metadata={"help": "Whether projections, norms and the convolution are trained."})
     train_backbone: bool = field(
-        default=False, metadata={"help": "Whether the base model is trained too; it is frozen otherwise."}
+        default=False,
+        metadata={
+            "help": "Whether the base model is trained too; otherwise it is frozen, but for adapters on it that are trainable already."
+        },
     )
     backbone_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the base model; the base one if not given."}
@@ -77,7 +83,10 @@ class EngramTrainer(SafeTrainer):
 
     Tables get their own learning rate and a row-sparse Adam, gradient clipping includes the sparse part, checkpoints hold the memory
     as ``save_pretrained`` writes it (and the backbone, when that is trained), and resuming is exact. A plain model's checkpoint is a
-    folder that ``from_pretrained`` reads.
+    folder that ``from_pretrained`` reads, if there are no adapters on the model.
+
+    Adapters (peft) on the base model that are trainable when the trainer is made are trained with the memory, at the base learning rate,
+    and are in its checkpoints; ``get_engram_model`` freezes those that it finds, so add them after it, or make them trainable again.
 
     Raises:
         ConfigError: the model is neither, the arguments are not ``EngramTrainingArguments`` or contradict each other, or nothing would be
@@ -93,7 +102,7 @@ class EngramTrainer(SafeTrainer):
                 f"EngramTrainer: got a {type(model).__name__}, expected an EngramModel (get_engram_model), or a PreTrainedModel together "
                 "with train_backbone=True."
             )
-        _check_arguments(args)
+        _check_arguments(args, bool(_trained_adapters(model)))
         _set_trainable(model, args)
         super().__init__(model=model, args=args, **kwargs)
         self._introspect_base(self.backbone)
@@ -220,9 +229,9 @@ class EngramTrainer(SafeTrainer):
         if isinstance(self.model, EngramModel):
             self.model.save_pretrained(folder)
         if self.args.train_backbone:  # type: ignore[attr-defined]
-            # One file under the module's own names, so that load_model finds them again; from_pretrained reads it as well. The
-            # original format renames and splits the experts of MoE models.
-            self.backbone.save_pretrained(self._backbone_folder(folder), save_original_format=False, max_shard_size="1000TB")
+            _save_backbone(self.backbone, self._backbone_folder(folder))
+        else:
+            _save_adapters(_trained_adapters(self.model), folder / _ADAPTERS)
 
     def _backbone_folder(self, checkpoint: Path) -> Path:
         return checkpoint / _BACKBONE if isinstance(self.model, EngramModel) else checkpoint
@@ -230,7 +239,9 @@ class EngramTrainer(SafeTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         if self.args.train_backbone:  # type: ignore[attr-defined]
-            _load_backbone(self.backbone, self._backbone_folder(folder) / "model.safetensors")
+            _load_backbone(self.backbone, self._backbone_folder(folder) / _WEIGHTS)
+        else:
+            _load_adapters(_trained_adapters(self.model), folder / _ADAPTERS)
         if isinstance(self.model, EngramModel):
             self.model.load_memory(folder)
 
@@ -239,8 +250,8 @@ class EngramTrainer(SafeTrainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def _check_arguments(args: EngramTrainingArguments) -> None:
-    if not (args.train_tables or args.train_reader or args.train_backbone):
+def _check_arguments(args: EngramTrainingArguments, has_adapters: bool) -> None:
+    if not (args.train_tables or args.train_reader or args.train_backbone or has_adapters):
         raise ConfigError(
             "EngramTrainingArguments: train_tables, train_reader and train_backbone are all False; nothing to train."
         )
@@ -280,7 +291,16 @@ def _set_trainable(model: EngramModel | PreTrainedModel, args: EngramTrainingArg
     tables = {id(p) for engram in model.engrams.values() for p in engram.multi_head_embedding.parameters()}
     for parameter in model.engrams.parameters():
         parameter.requires_grad_(args.train_tables if id(parameter) in tables else args.train_reader)
-    model.base_model.requires_grad_(args.train_backbone)
+    adapters = {id(parameter) for parameter in _trained_adapters(model).values()}
+    for parameter in model.base_model.parameters():
+        parameter.requires_grad_(args.train_backbone or id(parameter) in adapters)
+
+
+def _trained_adapters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Trainable parameters of adapters on a memory's base model, by their names in that."""
+    if not isinstance(model, EngramModel):
+        return {}
+    return {name: parameter for name, parameter in adapter_parameters(model.base_model).items() if parameter.requires_grad}
 
 
 def _refuse_untrainable(model: EngramModel) -> None:
@@ -294,6 +314,24 @@ def _refuse_untrainable(model: EngramModel) -> None:
             )
 
 
+def _save_backbone(base: Any, folder: Path) -> None:
+    """One file under the module's own names, so that load_model finds them again.
+
+    Raises:
+        CheckpointError: transformers wrote no such file.
+    """
+    weights = folder / _WEIGHTS
+    if getattr(base, "_hf_peft_config_loaded", False):  # of a model with adapters save_pretrained writes those alone
+        base.config.save_pretrained(folder)
+        save_model(base, str(weights), metadata={"format": "pt"})
+    else:  # from_pretrained reads it as well; the original format renames and splits the experts of MoE models
+        base.save_pretrained(folder, save_original_format=False, max_shard_size="1000TB")
+    if not weights.is_file():
+        raise CheckpointError(
+            f"{weights} was not written by {type(base).__name__}.save_pretrained; the checkpoint could not be resumed."
+        )
+
+
 def _load_backbone(base: Any, weights: Path) -> None:
     if not weights.is_file():
         raise CheckpointError(
@@ -303,3 +341,28 @@ def _load_backbone(base: Any, weights: Path) -> None:
         load_model(base, weights)
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{weights} does not fit this base model: {' '.join(str(error).split())[:300]}") from error
+
+
+def _save_adapters(adapters: dict[str, torch.nn.Parameter], file: Path) -> None:
+    if adapters:
+        save_file({name: parameter.detach().clone().contiguous() for name, parameter in adapters.items()}, file)
+    else:
+        file.unlink(missing_ok=True)  # of an earlier run in this folder
+
+
+def _load_adapters(adapters: dict[str, torch.nn.Parameter], file: Path) -> None:
+    try:
+        saved = load_file(file) if file.is_file() else {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; resume from an earlier checkpoint.") from error
+    wanted = {name: list(parameter.shape) for name, parameter in adapters.items()}
+    found = {name: list(values.shape) for name, values in saved.items()}
+    if wanted != found:
+        differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise CheckpointError(
+            f"{file.parent} was made with other trainable adapters: {len(found)} tensors there, {len(wanted)} here, first {differing[0]}. Put "
+            "the same adapters on the base model, trainable, before the trainer is made."
+        )
+    with torch.no_grad():
+        for name, parameter in adapters.items():
+            parameter.copy_(saved[name])

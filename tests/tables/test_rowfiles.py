@@ -1,0 +1,317 @@
+"""What row files are noted to hold, who may have them, and what killed processes leave."""
+
+import errno
+import gc
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from engram import TableConfig, TableError
+from engram.tables import (
+    HostTable,
+    HybridTable,
+    MmapTable,
+    build_table,
+    is_being_filled,
+    is_untouched,
+    note_form,
+    rowfile,
+    rows_are,
+    stamp_rows,
+)
+from engram.tables.hidden import hidden_beside, left_beside
+
+ROWS, DIM = 300, 16
+
+
+def numbered(rows=ROWS, dim=DIM):
+    return torch.arange(rows).float().unsqueeze(1).expand(-1, dim)
+
+
+def full(*_args, **_kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_new_file_is_known_to_be_empty_until_something_is_put_in(tmp_path):
+    file = tmp_path / "rows"
+    assert MmapTable(ROWS, DIM, file, "r+").is_new
+    table = MmapTable(ROWS, DIM, file, "r+")
+    assert table.is_new
+    table.load_rows(0, numbered())
+    assert not is_untouched(file)
+    del table
+    assert not MmapTable(ROWS, DIM, file, "r+").is_new
+
+
+def test_a_fill_that_is_stopped_is_known(tmp_path):
+    file = tmp_path / "rows"
+    table = MmapTable(ROWS, DIM, file, "r+")
+
+    def stopped():
+        with table.filled_with("a"):
+            table.load_rows(0, numbered()[:100])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert is_being_filled(file, "a")
+    assert not any((is_being_filled(file, "b"), rows_are(file, "a"), is_untouched(file)))
+    table.update_rows(torch.tensor([1]), lambda rows: rows + 1)  # somebody goes on with what there is
+    assert not is_being_filled(file, "a")
+    with table.filled_with("a"):
+        table.load_rows(0, numbered())
+    assert rows_are(file, "a")
+
+
+def test_a_maker_that_comes_second_says_nothing_of_the_file_of_the_first(tmp_path, monkeypatch):
+    file, made = tmp_path / "rows", []
+
+    def late(hidden, path):
+        monkeypatch.undo()
+        made.append(MmapTable(ROWS, DIM, file, "r+"))
+        made[0].load_rows(0, numbered())
+        return give_name(hidden, path)
+
+    give_name = rowfile.give_name
+    monkeypatch.setattr(rowfile, "give_name", late)
+    with pytest.raises(TableError, match="is locked"):
+        MmapTable(ROWS, DIM, file, "r+")
+    assert not is_untouched(file)
+    assert torch.equal(made[0].lookup(torch.arange(ROWS)), numbered())
+
+
+@pytest.mark.parametrize("reason", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_file_systems_without_links_have_row_files(tmp_path, monkeypatch, reason):
+    def refuse(*_):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(os, "link", refuse)
+    table = MmapTable(ROWS, DIM, tmp_path / "rows", "r+")
+    table.load_rows(0, numbered())
+    table.flush()
+    (tmp_path / "other").write_bytes(b"mine")
+    with hidden_beside(tmp_path / "other") as hidden, pytest.raises(FileExistsError):
+        rowfile.give_name(hidden, tmp_path / "other")
+    assert (tmp_path / "other").read_bytes() == b"mine"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["other", "rows"]
+
+
+def test_what_killed_makers_left_is_removed_and_what_others_write_is_not(tmp_path):
+    program = f"""
+import os
+from engram.tables import MmapTable
+os.link = lambda *_: os.kill(os.getpid(), 9)
+MmapTable({ROWS}, {DIM}, {str(tmp_path / "rows")!r}, "r+")
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
+    assert len(left_beside(tmp_path / "rows")) == 1
+    with hidden_beside(tmp_path / "rows") as mine:
+        assert left_beside(tmp_path / "rows") == []  # removed, and this one is being written
+        table = MmapTable(ROWS, DIM, tmp_path / "rows", "r+")
+        assert os.path.exists(mine.name)
+    assert table.is_new
+    assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    file = tmp_path / "rows"
+    table, (read, write) = MmapTable(ROWS, DIM, file, "r+"), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(write)
+            os.read(read, 1)  # until the parent is done, or gone
+        finally:
+            os._exit(0)
+    try:
+        del table
+        gc.collect()
+        again = MmapTable(ROWS, DIM, file, "r+")
+    finally:
+        os.close(write)
+        os.waitpid(child, 0)
+    child = os.fork()
+    if child == 0:
+        try:
+            del again
+            gc.collect()  # nor does it give its parent's back
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    with pytest.raises(TableError, match="is locked"):
+        MmapTable(ROWS, DIM, file, "r+")
+    assert again.mode == "r+"
+
+
+class BadMap:
+    def __init__(self, good):
+        self.good = good
+
+    flush = full
+
+    def __getattr__(self, name):
+        return getattr(self.good, name)
+
+
+def test_disks_that_refuse_are_named(tmp_path, monkeypatch):
+    file = tmp_path / "rows"
+    table = MmapTable(ROWS, DIM, file, "r+")
+    with monkeypatch.context() as patch:
+        patch.setattr(table._file, "map", BadMap(table._file.map))
+        with pytest.raises(TableError, match=r"cannot write the rows of .*rows to its disk: No space left on device\. Check"):
+            table.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        for noting in (
+            lambda: stamp_rows(file, "a"),
+            lambda: note_form(file, "float32", ROWS, DIM),
+            lambda: table.filled_with("a").__enter__(),
+        ):
+            with pytest.raises(
+                TableError, match=r"cannot note in .*rows\.(json|form) what .* No space left .*Free space there"
+            ):
+                noting()
+        with pytest.raises(TableError, match="cannot note in"):
+            MmapTable(ROWS, DIM, tmp_path / "new", "r+")
+    with pytest.raises(TableError, match=r"cannot note in .*gone what"):
+        stamp_rows(tmp_path / "gone", "a")
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["rows", "rows.json"]
+
+
+@pytest.mark.parametrize("form", ["float32", "int8"])
+def test_rows_that_are_known_are_read_while_another_has_them_and_never_half_written(form, tmp_path):
+    placement = TableConfig(tier="mmap", dtype=form, path=str(tmp_path), stamps={0: "a"})
+    writer = build_table(ROWS, DIM, placement)
+    with pytest.raises(TableError, match="is locked"):  # what it holds is not known yet
+        build_table(ROWS, DIM, placement)
+    with writer.filled_with("a"):
+        writer.load_rows(0, numbered())
+    expected = writer.lookup(torch.arange(ROWS)).detach()
+    reader = build_table(ROWS, DIM, placement)
+    assert (writer.mode, reader.mode, reader.can_be_trained) == ("r+", "r", False)
+    assert torch.equal(reader.lookup(torch.arange(ROWS)), expected)
+    for change in (
+        lambda: reader.update_rows(torch.tensor([1]), lambda rows: rows),
+        lambda: reader.load_rows(0, numbered()),
+    ):
+        with pytest.raises(TableError, match="mapped read-only: its rows cannot be changed"):
+            change()
+    gather = type(reader)._gather
+
+    def slow(table, row_ids, dtype, out):  # the writer begins when this look-up has begun
+        rows = gather(table, row_ids, dtype, out)
+        if table is reader:
+            writer.update_rows(torch.arange(ROWS), lambda rows: rows + 1)
+        return rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(reader), "_gather", slow)
+        with pytest.raises(TableError, match="another process changes its rows"):
+            reader.lookup(torch.arange(ROWS))
+    stamp_rows(writer.path, "a")  # saved: other rows all the same
+    for use in (
+        lambda: reader.lookup(torch.arange(ROWS)),
+        lambda: list(reader.stored_blocks()),
+        lambda: list(reader.iter_row_blocks()),
+        lambda: reader.read_stored(torch.tensor([1])),
+    ):
+        with pytest.raises(TableError, match="another process changes its rows"):
+            use()
+    with pytest.raises(TableError, match="is locked"):
+        build_table(ROWS, DIM, TableConfig(tier="mmap", dtype=form, path=str(tmp_path), stamps={0: "b"}))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes somebody else")
+def test_rows_that_cannot_be_written_are_read(tmp_path):
+    placement = TableConfig(tier="mmap", path=str(tmp_path), stamps={0: "a"})
+    table = build_table(ROWS, DIM, placement)
+    with table.filled_with("a"):
+        table.load_rows(0, numbered())
+    del table
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_mode & 0o005 != 0o005:
+            folder.chmod(0o755)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setuid(65534)
+            found = build_table(ROWS, DIM, placement)
+            os.write(write, b"1" if torch.equal(found.lookup(torch.arange(ROWS)), numbered()) and found.mode == "r" else b"0")
+        except BaseException as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 1000) == b"1"
+
+
+def test_hot_rows_may_change_while_others_look_them_up(monkeypatch):
+    cold = HostTable(ROWS, DIM)
+    cold.load_rows(0, numbered())
+    cold.weight.requires_grad_(False)
+    table = HybridTable(cold, 50)
+    table.promote(torch.arange(50))
+    table.lookup(torch.arange(5))
+    searched, others = torch.searchsorted, torch.arange(50, 100)
+
+    def late(ids, asked):  # between the numbers of the hot rows and the rows themselves
+        found = searched(ids, asked)
+        if len(others):
+            table.promote(others)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "searchsorted", searched)
+                table.lookup(torch.arange(5))
+        return found
+
+    monkeypatch.setattr(torch, "searchsorted", late)
+    assert torch.equal(table.lookup(torch.arange(ROWS)), numbered())
+    assert torch.equal(table.hot_ids, others)  # the look-up that was under way puts nothing back
+    assert torch.equal(table.hot, numbered()[50:100])
+
+
+def test_many_look_ups_and_promotions_at_once():
+    cold = HostTable(ROWS, DIM)
+    cold.load_rows(0, numbered())
+    cold.weight.requires_grad_(False)
+    table, wrong, stop = HybridTable(cold, 200), [], threading.Event()
+    interval = sys.getswitchinterval()
+
+    def read():
+        generator = torch.Generator().manual_seed(1)
+        while not stop.is_set():
+            row_ids = torch.randint(0, ROWS, (64,), generator=generator)
+            with torch.no_grad():
+                if not torch.equal(table.lookup(row_ids)[:, 0], row_ids.float()):
+                    wrong.append(row_ids)
+
+    thread = threading.Thread(target=read)
+    sys.setswitchinterval(1e-5)
+    try:
+        thread.start()
+        for number in range(2000):
+            table.promote(torch.randperm(ROWS)[: 100 + number % 100])
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_a_hybrid_page_locks_when_it_is_moved(monkeypatch):
+    asked = []
+    monkeypatch.setattr(HostTable, "is_read_by", lambda table, device: asked.append(device) or True)
+    table = HybridTable(HostTable(ROWS, DIM), 4)
+    table.to("cpu")
+    assert asked == []
+
+    class Moved:
+        device = torch.device("cuda", 0)
+
+    monkeypatch.setattr(type(table._copies), "to", lambda copies, device: copies)
+    table._apply(lambda tensor: Moved())
+    assert asked == [torch.device("cuda", 0)]

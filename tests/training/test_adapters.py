@@ -1,0 +1,128 @@
+"""Adapters on the base model: trained with a memory, saved beside it, and part of a backbone that is trained."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engram import CheckpointError, ConfigError
+from engram.testing import tiny_memory
+from tests.training.test_trainer import Rows, losses, make
+
+peft = pytest.importorskip("peft")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # peft asks for it
+]
+
+SAVING = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+
+
+def adapted_memory(way="get_peft_model", **changes):
+    """A memory whose base got an adapter after it."""
+    memory = tiny_memory(speak=False)
+    fields = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1, "task_type": "CAUSAL_LM"}
+    config = peft.LoraConfig(**{**fields, **changes})
+    torch.manual_seed(7)
+    if way == "get_peft_model":
+        peft.get_peft_model(memory.base_model, config)
+    else:
+        memory.base_model.add_adapter(config)
+    return memory
+
+
+def state(memory):
+    return {name: p.detach().clone() for name, p in memory.named_parameters()}
+
+
+def resumed_equals_straight(tmp_path, make_memory, **options):
+    """The memory of a run in one piece, after checking that one resumed half-way has its losses and weights."""
+    straight = make(tmp_path / "straight", make_memory(), **SAVING, **options)
+    straight.train()
+    resumed = make(tmp_path / "resumed", make_memory(), **SAVING, **options)
+    resumed.train(resume_from_checkpoint=f"{straight.args.output_dir}/checkpoint-3")
+    assert losses(resumed) == losses(straight)
+    after = state(resumed.memory)
+    assert all(torch.equal(p, after[name]) for name, p in state(straight.memory).items())
+    return straight
+
+
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["lm_head"]}], ids=["lora", "modules_to_save"])
+def test_trainable_adapters_are_trained_with_the_memory_and_resume(tmp_path, way, changes):
+    before = state(adapted_memory(way, **changes))
+    trainer = resumed_equals_straight(tmp_path, lambda: adapted_memory(way, **changes))
+    trained = {name for name, p in state(trainer.memory).items() if not torch.equal(p, before[name])}
+    adapters = {name for name in before if "lora_" in name or "modules_to_save" in name}
+    assert {name for name in trained if name.startswith("base_model.")} == adapters
+    assert any(name.startswith("engrams.") for name in trained)
+    saved = load_file(f"{trainer.args.output_dir}/checkpoint-6/adapters.safetensors")
+    assert {f"base_model.{name}" for name in saved} == adapters
+
+
+def test_the_best_adapters_are_loaded_at_the_end(tmp_path):
+    trainer = make(
+        tmp_path,
+        adapted_memory(),
+        held_out=Rows(8),
+        eval_strategy="steps",
+        eval_steps=3,
+        load_best_model_at_end=True,
+        learning_rate=0.5,
+        **SAVING,
+    )
+    trainer.train()
+    best = load_file(f"{trainer.state.best_model_checkpoint}/adapters.safetensors")
+    present = dict(trainer.memory.base_model.named_parameters())
+    assert all(torch.equal(present[name], values) for name, values in best.items())
+
+
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+def test_a_trained_backbone_with_adapters_is_saved_whole(tmp_path, way):
+    trainer = resumed_equals_straight(tmp_path, lambda: adapted_memory(way), train_backbone=True)
+    saved = load_file(f"{trainer.args.output_dir}/checkpoint-6/backbone/model.safetensors")
+    assert torch.equal(saved["model.layers.0.mlp.up_proj.weight"], trainer.backbone.model.layers[0].mlp.up_proj.weight)
+
+
+def test_adapters_alone_are_trained_over_a_frozen_memory(tmp_path):
+    frozen = {"train_tables": False, "train_reader": False, "max_steps": 1}
+    memory = adapted_memory()
+    before = state(memory)
+    make(tmp_path, memory, **frozen).train()
+    changed = {name for name, p in state(memory).items() if not torch.equal(p, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    with pytest.raises(ConfigError, match="nothing to train"):
+        make(tmp_path, **frozen)
+
+
+def test_frozen_adapters_stay_frozen_and_are_not_saved(tmp_path):
+    memory = adapted_memory()
+    memory.base_model.requires_grad_(False)
+    before = state(memory)
+    trainer = make(tmp_path, memory, **SAVING)
+    trainer.train()
+    after = state(memory)
+    assert all(torch.equal(p, after[name]) for name, p in before.items() if name.startswith("base_model."))
+    assert not list((tmp_path / "run").rglob("adapters.safetensors"))
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(tmp_path):
+    with_adapters = make(tmp_path / "with", adapted_memory(), **SAVING)
+    with_adapters.train()
+    without = make(tmp_path / "without", **SAVING)
+    without.train()
+    for memory, checkpoint in (
+        (tiny_memory(speak=False), with_adapters),
+        (adapted_memory(), without),
+        (adapted_memory(r=2), with_adapters),
+    ):
+        trainer = make(tmp_path / "refused", memory, **SAVING)
+        with pytest.raises(CheckpointError, match="other trainable adapters"):
+            trainer.train(resume_from_checkpoint=f"{checkpoint.args.output_dir}/checkpoint-3")
+
+
+def test_a_backbone_file_that_was_not_written_is_noticed(tmp_path, monkeypatch):
+    trainer = make(tmp_path, train_backbone=True, **SAVING)
+    monkeypatch.setattr(type(trainer.backbone), "save_pretrained", lambda *args, **kwargs: None)
+    with pytest.raises(CheckpointError, match="was not written"):
+        trainer.train()

@@ -1,6 +1,4 @@
-import importlib
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,23 +7,6 @@ import pytest
 from engram.training.tokenizer import train_tokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def call(monkeypatch):
-    """Call a benchmark's ``main`` with these arguments and return its module; without arguments only import it."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def called(name, *arguments, **replaced):
-        module = importlib.import_module(name)
-        for attribute, value in replaced.items():
-            monkeypatch.setattr(module, attribute, value)
-        if arguments:
-            monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", *map(str, arguments)])
-            module.main()
-        return module
-
-    return called
 
 
 def read(path):
@@ -42,11 +23,13 @@ def read(path):
         "decode --quick",
         "decode --tokens 200",
         "copying --quick",
+        "ngram_baseline --quick",
         "gpu --quick",
         "train_step --quick",
         "train_step --kinds sparse",
         "baselines --every 40",
         "baselines --epochs 1",
+        "baselines --quick",
         "knowledge --limit 50",
         "routing --every 20",
         "long_context --seeds 3",
@@ -90,27 +73,27 @@ def test_a_complete_result_stays_until_the_next_one_is_complete(call, tmp_path):
 
 def test_seeds_of_several_calls_are_told_with_what_each_was_made_with(call, tmp_path):
     out, replaced = tmp_path / "r.json", {"one_seed": lambda seed, *_: {"of": seed}}
-    call("baselines", "--seeds", 2, "--out", out, **replaced)
+    call("routing", "--seeds", 2, "--out", out, **replaced)
     first = read(out)
     assert first["seed"] == [2]
     assert "made_with" not in first["runs"][0]
-    call("baselines", "--seeds", 0, 2, "--out", out, **replaced)
+    call("routing", "--seeds", 0, 2, "--out", out, **replaced)
     both = read(out)
     assert list(both) == list(first)
     assert both["seed"] == [0, 2]
-    assert both["command"] == "; ".join(f"python benchmarks/baselines.py --seeds {seeds} --out {out}" for seeds in ("2", "0 2"))
+    assert both["command"] == "; ".join(f"python benchmarks/routing.py --seeds {seeds} --out {out}" for seeds in ("2", "0 2"))
     assert both["versions"] == first["versions"]
     assert [(run["seed"], run["systems"]) for run in both["runs"]] == [(2, {"of": 2}), (0, {"of": 0})]
     assert both["runs"][0]["made_with"] == {key: first[key] for key in ("command", "hardware", "versions")}
-    call("baselines", "--seeds", 0, 2, "--out", out, one_seed=None)
+    call("routing", "--seeds", 0, 2, "--out", out, one_seed=None)
     assert read(out) == both
 
 
 def test_results_from_before_keep_what_they_say(call, tmp_path):
     """The knowledge of the file as a whole goes to its entries when others join them."""
-    out, there = tmp_path / "r.json", read(BENCHMARKS.parent / "results" / "baselines.json")
-    out.write_text(json.dumps({**there, "versions": {**there["versions"], "torch": "2.0"}}))
-    call("baselines", "--seeds", 3, "--out", out, one_seed=lambda *_: {})
+    out, there = tmp_path / "r.json", read(BENCHMARKS.parent / "results" / "routing.json")
+    out.write_text(json.dumps({**there, "beside_other_work": True, "versions": {**there["versions"], "torch": "2.0"}}))
+    call("routing", "--seeds", 3, "--out", out, one_seed=lambda *_: {})
     now = read(out)
     assert now["seed"] == [0, 1, 2, 3]
     assert now["beside_other_work"]

@@ -27,8 +27,7 @@ def hidden_beside(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be made.
     """
-    for left in left_beside(path):
-        left.unlink(missing_ok=True)
+    left_beside(path, remove=True)
     file = _open_hidden(path)
     try:
         with file:
@@ -51,13 +50,15 @@ def _open_hidden(path: Path) -> BinaryIO:
         file.close()  # somebody took it for one that was left, in the moment before it was locked
 
 
-def left_beside(path: Path) -> list[Path]:
-    """Hidden files for ``path`` that nobody is writing any more."""
+def left_beside(path: Path, remove: bool = False) -> list[Path]:
+    """Hidden files for ``path`` that nobody is writing any more; with ``remove`` they are gone afterwards."""
     left = []
     for file in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(OSError), open(file, "r+b") as opened:  # whoever writes it holds its lock
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             left.append(file)
+            if remove:  # while it is locked: one that was made just now may be taken for its maker's again as soon as it is not
+                file.unlink(missing_ok=True)
     return left
 
 

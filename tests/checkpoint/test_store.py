@@ -116,6 +116,12 @@ def test_a_folder_is_never_held_twice(tmp_path, monkeypatch):
         pass
 
 
+def test_a_lock_that_never_has_its_name_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("engram.checkpoint.store._has_its_name", lambda lock: False)
+    with pytest.raises(CheckpointError, match=r"cannot lock .*is another file at every look"), lock_store(tmp_path):
+        pass
+
+
 def test_a_lock_on_a_file_without_its_name_is_taken_anew(tmp_path, monkeypatch):
     """B had opened the lock file when A removed it: what B gets is a lock that nobody else would ever meet."""
     acquire = FileLock.acquire

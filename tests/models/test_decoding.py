@@ -233,6 +233,16 @@ def test_sliding_windows_do_not_cut_the_history():
     assert_close(got, full(memory, ids, mask), 1e-4)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma4_text", "gemma4"])
+def test_only_the_last_logits_are_asked_for(kind):
+    """As generate does for a prompt. Gemma 4 would give the last tokens alone to its last blocks, where a memory needs all."""
+    memory, (ids, mask) = tiny_memory(tiny_model(kind), max_ngram_size=4), padded()
+    with torch.no_grad():
+        expected = memory(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for keep, kept in ((1, [-1]), (3, [-3, -2, -1]), (torch.tensor([2, 5]), [2, 5])):
+            assert_close(memory(input_ids=ids, attention_mask=mask, logits_to_keep=keep).logits, expected[:, kept])
+
+
 def test_a_cache_the_memory_has_not_seen_is_refused(memory):
     ids, mask = padded()
     with memory.disable_engram(), torch.no_grad():
@@ -246,27 +256,10 @@ def test_a_cache_the_memory_has_not_seen_is_refused(memory):
         memory(input_ids=ids[:, 7:8], past_key_values=own)
 
 
-RECURRENT = {
-    "mamba": {"state_size": 8},
-    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
-    "rwkv": {"attention_hidden_size": 32},
-}
-
-
-def recurrent_memory(kind, monkeypatch):
-    """A memory on a model whose cache has another name and form than a cache of keys and values."""
-    monkeypatch.setattr("engram.models.architectures.ARCHITECTURES", dict(ARCHITECTURES))
-    register_architecture(kind, DecoderLayout("rwkv", "blocks") if kind == "rwkv" else DecoderLayout("backbone", "layers"))
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": len(tiny_tokenizer()), "pad_token_id": 1}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **RECURRENT[kind])).eval()
-    return tiny_memory(model, max_ngram_size=4)
-
-
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])
-def test_caches_of_recurrent_states_alone(kind, monkeypatch):
+def test_caches_of_recurrent_states_alone(kind):
     """They go by another name and cannot say how much they hold."""
-    memory, (ids, mask) = recurrent_memory(kind, monkeypatch), padded([TEXTS[0], TEXTS[2]])
+    memory, (ids, mask) = tiny_memory(tiny_model(kind), max_ngram_size=4), padded([TEXTS[0], TEXTS[2]])
     assert int((mask == 0).sum()) > 0
     assert bool(mask[:, -4:].all())
     with torch.no_grad():
@@ -291,7 +284,11 @@ def test_caches_of_recurrent_states_alone(kind, monkeypatch):
 
 
 def test_caches_that_cannot_be_followed_are_refused(monkeypatch):
-    memory, (ids, mask) = recurrent_memory("rwkv", monkeypatch), padded(["The memory, the memory"])
+    monkeypatch.setattr("engram.models.architectures.ARCHITECTURES", dict(ARCHITECTURES))
+    register_architecture("rwkv", DecoderLayout("rwkv", "blocks"))
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 3, "vocab_size": len(tiny_tokenizer())}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", **sizes)).eval()
+    memory, (ids, mask) = tiny_memory(model, max_ngram_size=4), padded(["The memory, the memory"])
     with pytest.raises(AttachError, match="class list, which the memory cannot follow"):
         memory.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4)
     with memory.disable_engram(), torch.no_grad():

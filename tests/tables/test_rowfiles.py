@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -16,8 +17,10 @@ from engram.tables import (
     HybridTable,
     MmapTable,
     build_table,
+    hybrid,
     is_being_filled,
     is_untouched,
+    new_row_file,
     note_form,
     rowfile,
     rows_are,
@@ -45,6 +48,45 @@ def test_a_new_file_is_known_to_be_empty_until_something_is_put_in(tmp_path):
     assert not is_untouched(file)
     del table
     assert not MmapTable(ROWS, DIM, file, "r+").is_new
+
+
+def test_rows_that_are_written_past_the_table_are_not_taken_for_none(tmp_path):
+    table = MmapTable(ROWS, DIM, tmp_path / "rows", "r+")
+    with torch.no_grad():
+        table.weight.copy_(numbered())
+    table.flush()
+    assert not is_untouched(tmp_path / "rows")
+
+
+def test_a_file_that_cannot_get_its_name_leaves_no_note_and_keeps_that_of_another(tmp_path, monkeypatch):
+    file, mine = tmp_path / "rows", tmp_path / "mine"
+    mine.write_bytes(b"0" * 100)
+    stamp_rows(mine, "a")
+
+    def make(path):
+        with new_row_file(path, 100, "b", "me"):
+            pass
+
+    with pytest.raises(FileExistsError):
+        make(mine)
+    assert rows_are(mine, "a")
+    monkeypatch.setattr(rowfile, "give_name", full)
+    with pytest.raises(OSError, match="No space"):
+        make(file)
+    with pytest.raises(TableError, match="No space"):
+        MmapTable(ROWS, DIM, file, "r+")
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["mine", "mine.json"]
+
+
+def test_a_note_names_the_first_save_and_the_last_ones(tmp_path):
+    file = tmp_path / "rows"
+    file.write_bytes(b"0" * 100)
+    for number in range(40):
+        stamp_rows(file, str(number))
+    assert [number for number in range(40) if rows_are(file, str(number))] == [0, *range(25, 40)]
+    file.write_bytes(b"1" * 100)
+    stamp_rows(file, "40")
+    assert [number for number in range(41) if rows_are(file, str(number))] == [40]
 
 
 def test_a_fill_that_is_stopped_is_known(tmp_path):
@@ -248,6 +290,21 @@ def test_rows_that_cannot_be_written_are_read(tmp_path):
             os._exit(0)
     os.waitpid(child, 0)
     assert os.read(read, 1000) == b"1"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_does_not_wait_for_a_thread_that_exchanged_hot_rows():
+    table = HybridTable(HostTable(ROWS, DIM), 5)
+    with hybrid._SWAPPING:
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(20)
+                table.promote(torch.arange(5))
+                os._exit(0)
+            finally:
+                os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_hot_rows_may_change_while_others_look_them_up(monkeypatch):

@@ -55,7 +55,7 @@ def test_trainable_adapters_are_trained_with_the_memory_and_resume(tmp_path, way
     adapters = {name for name in before if "lora_" in name or "modules_to_save" in name}
     assert {name for name in trained if name.startswith("base_model.")} == adapters
     assert any(name.startswith("engrams.") for name in trained)
-    saved = load_file(f"{trainer.args.output_dir}/checkpoint-6/adapters.safetensors")
+    saved = load_file(f"{trainer.args.output_dir}/checkpoint-6/engram_adapters.safetensors")
     assert {f"base_model.{name}" for name in saved} == adapters
 
 
@@ -71,7 +71,7 @@ def test_the_best_adapters_are_loaded_at_the_end(tmp_path):
         **SAVING,
     )
     trainer.train()
-    best = load_file(f"{trainer.state.best_model_checkpoint}/adapters.safetensors")
+    best = load_file(f"{trainer.state.best_model_checkpoint}/engram_adapters.safetensors")
     present = dict(trainer.memory.base_model.named_parameters())
     assert all(torch.equal(present[name], values) for name, values in best.items())
 
@@ -103,7 +103,7 @@ def test_frozen_adapters_stay_frozen_and_are_not_saved(tmp_path):
     trainer.train()
     after = state(memory)
     assert all(torch.equal(p, after[name]) for name, p in before.items() if name.startswith("base_model."))
-    assert not list((tmp_path / "run").rglob("adapters.safetensors"))
+    assert not list((tmp_path / "run").rglob("engram_adapters.safetensors"))
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(tmp_path):

@@ -43,8 +43,9 @@ def record_blocks(subject: Subject) -> Iterator[list[Tensor]]:
 class Lens:
     """The logit lens: a model's own last steps applied to the output of any block (nostalgebraist, 2020).
 
-    Those steps are found by watching which modules of the decoder run after its last block: a norm, and in DeepSeek-V4 before it
-    the head that joins the residual streams. Where streams are joined by no module, their mean is taken.
+    Those steps are found by watching which modules beside the blocks run after the last of them: a norm, and in DeepSeek-V4 before it
+    the head that joins the residual streams. Where streams are joined by no module, their mean is taken. A factor on the logits
+    (Cohere, Granite) or on what enters the head (MiniCPM) is measured.
 
     Raises:
         AttachError: the last block's output does not give the model's own logits in this way.
@@ -54,6 +55,7 @@ class Lens:
         self._tail, self._mean_first = _modules_after_last_block(subject)
         self._head = subject.base.get_output_embeddings()
         self._softcap = getattr(subject.base.config.get_text_config(), "final_logit_softcapping", None)
+        self._factor = 1.0
         self.chunk = max(16, _VALUES_AT_ONCE // subject.vocab_size)
         """How many tokens' logits are to be computed at once."""
         self._check(subject)
@@ -64,7 +66,7 @@ class Lens:
         hidden = hidden.unsqueeze(0)
         for module in self._tail:
             hidden = module(hidden)
-        logits = self._head(hidden[0]).float()
+        logits = self._head(hidden[0]).float() * self._factor
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
     @torch.no_grad()
@@ -73,6 +75,9 @@ class Lens:
         with record_blocks(subject) as blocks:
             expected = subject.logits(ids, torch.ones_like(ids))[0]
         got = self.logits(blocks[-1][0])
+        if self._softcap is None:
+            self._factor = _least_squares(got, expected)
+            got = got * self._factor
         if not torch.allclose(got, expected, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max())):
             raise AttachError(
                 f"logit lens: {type(subject.base).__name__} does more to its last block's output than its norm and head "
@@ -80,9 +85,15 @@ class Lens:
             )
 
 
+def _least_squares(x: Tensor, y: Tensor) -> float:
+    """The factor that brings ``x`` nearest to ``y``; exactly 1 where they are equal."""
+    x, y = x.double().flatten(), y.double().flatten()
+    return float(x @ y / (x @ x))
+
+
 @torch.no_grad()
 def _modules_after_last_block(subject: Subject) -> tuple[list[nn.Module], bool]:
-    """Children of the decoder in the order in which they run after its last block, and whether streams are joined before them."""
+    """The blocks' neighbours in the order in which they run after the last block, and whether streams are joined before them."""
     decoder = find_decoder(subject.base)
     tail: list[nn.Module] = []
     dims: list[int] = []
@@ -95,8 +106,9 @@ def _modules_after_last_block(subject: Subject) -> tuple[list[nn.Module], bool]:
         tail.clear()
         dims.clear()
 
-    children = [child for child in decoder.module.children() if child is not decoder.blocks]
-    handles = [decoder.blocks[-1].register_forward_hook(start), *(child.register_forward_hook(note) for child in children)]
+    owner = next(m for m in decoder.module.modules() if any(child is decoder.blocks for child in m.children()))
+    neighbours = [child for child in owner.children() if child is not decoder.blocks]
+    handles = [decoder.blocks[-1].register_forward_hook(start), *(child.register_forward_hook(note) for child in neighbours)]
     try:
         ids = torch.arange(4)[None] % subject.vocab_size
         subject.logits(ids, torch.ones_like(ids))

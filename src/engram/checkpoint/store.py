@@ -6,6 +6,7 @@ reader, or a machine that loses power, sees all of the old or all of the new, ne
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from engram.checkpoint.stream import TensorReader, TensorSpec, as_parts, read_header, write_tensors
 from engram.errors import CheckpointError, TableError
+from engram.tables import FORMATS
 
 __all__ = [
     "DESCRIPTION_NAME",
@@ -51,20 +53,21 @@ _LOCK_NAME = ".engram.lock"
 _EXPECTED = "expected the folder of a saved memory (`engram teach`, `engram train`, save_pretrained)."
 _CHECKED_BYTES = 256 << 20
 """Files up to this size carry a checksum; reading all of a larger table just to check it would defeat mapping it."""
+_ATTEMPTS = 100
+"""How often a lock is taken anew whose file somebody removed meanwhile."""
 _READS = 4
 """How often a memory is read anew that others save meanwhile."""
-_ROW_FORMATS = ("float32", "bfloat16", "float16", "int8", "float8", "int4")
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "engram_config": (dict,),
-    "weights": (dict,),
-    "ledger": (dict,),
-    "placement": (dict,),
-    "base_model": (dict,),
-    "hash_spec": (dict,),
-    "fingerprint": (str,),
-    "reader_sha256": (str,),
-    "vocab_size": (int,),
-    "table_dtype": (str,),
+_FIELDS = {
+    "engram_config": dict,
+    "weights": dict,
+    "ledger": dict,
+    "placement": dict,
+    "base_model": dict,
+    "hash_spec": dict,
+    "fingerprint": str,
+    "reader_sha256": str,
+    "vocab_size": int,
+    "table_dtype": str,
 }
 """Types of a description's fields; all may be missing but the first two."""
 Read = TypeVar("Read")
@@ -104,7 +107,7 @@ def lock_store(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def _acquired(folder: Path) -> FileLock:
     """The lock of a folder, which is made if it is missing."""
-    while True:
+    for _ in range(_ATTEMPTS):
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # somebody removed the folder just now
             lock = FileLock(folder.resolve() / _LOCK_NAME, is_singleton=True)
@@ -112,6 +115,7 @@ def _acquired(folder: Path) -> FileLock:
             if _has_its_name(lock):
                 return lock
             lock.release()  # of a file that its last holder removed: others lock the one that has the name by now
+    raise OSError(errno.ESTALE, f"{_LOCK_NAME} is another file at every look")
 
 
 def _has_its_name(lock: FileLock) -> bool:
@@ -266,13 +270,13 @@ def _check_fields(fields: dict[str, Any], file: Path) -> None:
     """Refuse a description without the fields that every memory has, or with one of another type: what reads them may rely on that."""
     missing = [name for name in ("engram_config", "weights") if name not in fields]
     wrong = [
-        f"{name} is {type(fields[name]).__name__}, expected {types[0].__name__}"
-        for name, types in _FIELDS.items()
-        if name in fields and (not isinstance(fields[name], types) or isinstance(fields[name], bool))
+        f"{name} is {type(fields[name]).__name__}, expected {wanted.__name__}"
+        for name, wanted in _FIELDS.items()
+        if name in fields and (not isinstance(fields[name], wanted) or isinstance(fields[name], bool))
     ]
     if not (missing or wrong):
-        if fields.get("table_dtype", "float32") not in _ROW_FORMATS:
-            wrong.append(f"table_dtype is {fields['table_dtype']!r}, expected one of {', '.join(_ROW_FORMATS)}")
+        if fields.get("table_dtype", "float32") not in FORMATS:
+            wrong.append(f"table_dtype is {fields['table_dtype']!r}, expected one of {', '.join(FORMATS)}")
         if not 1 <= fields.get("vocab_size", 1) < 1 << 31:
             wrong.append(f"vocab_size is {fields['vocab_size']}, expected 1 to 2^31 - 1")
         if not isinstance(fields.get("base_model", {}).get("name_or_path") or "", str):

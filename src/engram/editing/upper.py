@@ -7,7 +7,7 @@ a fraction of a forward pass and works for every architecture, because the model
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -75,11 +75,12 @@ class UpperModel:
         first = min(memory.engram_config.layer_ids)
         self._first, self._below = blocks[first], list(blocks[:first])
         self._tails: dict[nn.Module, tuple | None] = {}
+        self._shared: dict[str, dict[Any, Any]] = {}
         self.stream = self._record()
 
     @torch.no_grad()
     def _record(self) -> Tensor:
-        """Run everything once; note what enters the first memory block and how the blocks below return."""
+        """Run everything once; note what enters the first memory block, and how the blocks below return and what they leave in dicts."""
         seen: list[Tensor] = []
 
         def note_output(block: nn.Module, args: tuple, output: Any) -> None:
@@ -87,6 +88,7 @@ class UpperModel:
 
         def note_input(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             seen.append(args[0] if args else kwargs["hidden_states"])
+            self._shared = {name: dict(value) for name, value in kwargs.items() if isinstance(value, MutableMapping)}
 
         with ExitStack() as stack:
             for block in self._below:
@@ -106,7 +108,7 @@ class UpperModel:
         stream = self.stream[streams]
         volume = torch.where(streams == members, 1.0, LOUDER).to(stream)
         stream = stream * volume.view(-1, *[1] * (stream.dim() - 1))
-        with self._shortcut(stream):
+        with self._shortcut(stream, streams):
             return answer_logits(self.memory, self.ids[members], self.mask[members], self.answer[members])
 
     def targets(self, members: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,14 +118,16 @@ class UpperModel:
         return ids[:, 1:][answer[:, :-1]], owner[answer]
 
     @contextmanager
-    def _shortcut(self, stream: Tensor) -> Iterator[None]:
+    def _shortcut(self, stream: Tensor, rows: Tensor) -> Iterator[None]:
         def enter(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            for name, left in self._shared.items():  # keys and values that blocks above use again (Gemma 4)
+                kwargs[name].update({key: _rows(value, rows) for key, value in left.items() if key not in kwargs[name]})
             return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
 
         with ExitStack() as stack:
             for block in self._below:
                 stack.callback(_set_forward, block, block.__dict__.get("forward"))  # accelerate's, say
-                _set_forward(block, _passing(self._tails[block]))
+                _set_forward(block, _passing(_rows(self._tails[block], rows)))
             stack.callback(self._first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
             yield
 
@@ -134,6 +138,13 @@ def _set_forward(block: nn.Module, forward: Any) -> None:
         block.__dict__.pop("forward", None)
     else:
         block.forward = forward
+
+
+def _rows(value: Any, rows: Tensor) -> Any:
+    """Some prompts' part of what a block has left: of tensors, and of tensors in tuples."""
+    if isinstance(value, tuple):
+        return tuple(_rows(item, rows) for item in value)
+    return value[rows.to(value.device)] if isinstance(value, Tensor) else value
 
 
 def _passing(tail: tuple | None) -> Any:

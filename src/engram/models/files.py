@@ -102,7 +102,7 @@ def check_memory(
         CheckpointError, ConfigError, FingerprintError: as ``EngramModel.from_pretrained``.
     """
     description = read_description(path)
-    config = _config_of(description, path)
+    config = EngramConfig.from_dict(description["engram_config"])
     if hasattr(tokenizer, "__len__") and config.pad_id >= count_ids(tokenizer):
         _check_fingerprint(description, "a smaller vocabulary", path)
     mapping = build_mapping(config, tokenizer)
@@ -114,7 +114,8 @@ def check_memory(
     if placement.tier == "mmap" and placement.path is None:
         return mapping, _in_place(placement, description, path, saved_dtype, config)
     if placement.path is not None:
-        stamps = {layer: row_stamp(str(saved_version(path)), layer, placement.dtype) for layer in config.layer_ids}
+        version = str(description["weights"].get("file"))
+        stamps = {layer: row_stamp(version, layer, placement.dtype) for layer in config.layer_ids}
         placement = replace(placement, stamps=stamps)
     return mapping, placement
 
@@ -155,7 +156,7 @@ def load_memory(
 ) -> None:
     """Fill ``memory`` from the folder ``path``; every check comes before the first write. ``changed_rows``: see ``TableConfig``."""
     description = read_description(path)
-    saved = _config_of(description, path)
+    saved = EngramConfig.from_dict(description["engram_config"])
     if saved != memory.engram_config:
         fields = saved.to_dict()
         present = memory.engram_config.to_dict()
@@ -301,6 +302,7 @@ def _is_filled(table: Any, layer_id: str, stamp: str, tensors: TensorReader, for
     if not isinstance(cold, MappedRows):
         return False
     if rows_are(cold.path, stamp):
+        cold.check_unchanged()  # others may have saved between the description that it was opened by and the one that is read now
         return True
     if cold.mode == "r":
         if cold.path.resolve() != source.resolve() and not _holds_the_same(cold, layer_id, tensors, form):
@@ -390,13 +392,6 @@ def _reader_digest(memory: EngramModel) -> str:
             weight: Tensor = projection.weight.detach()
             digest.update(torch.signbit(weight).cpu().numpy().tobytes() + str(list(weight.shape)).encode())
     return digest.hexdigest()
-
-
-def _config_of(description: dict[str, Any], path: str | os.PathLike[str]) -> EngramConfig:
-    fields = description.get("engram_config")
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path}: the description has no 'engram_config'; save the memory again.")
-    return EngramConfig.from_dict(fields)
 
 
 def _check_fingerprint(description: dict[str, Any], present: str, path: str | os.PathLike[str]) -> None:

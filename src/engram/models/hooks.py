@@ -60,14 +60,14 @@ class DecoderHooks:
         self._prefetcher.close()
         self._context = None
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         self._context = None
         arguments = {**dict(zip(self._argument_names, args)), **kwargs}
         cache = next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
         if not self._memory.is_enabled:
             if cache is not None:
                 _forget_state(cache)
-            return
+            return None
         _refuse_unknown_kind(cache)
         input_ids = arguments.get("input_ids")
         if input_ids is None:
@@ -85,6 +85,9 @@ class DecoderHooks:
         wants_cache = cache is not None or self._wants_cache(module, arguments.get("use_cache"))
         self._context = self._prepare(input_ids, arguments, cache, wants_cache)
         self._context.cache = cache
+        if "logits_to_keep" in kwargs:  # Gemma 4 drops positions half way up, which would hide them from the layers above
+            return args, {**kwargs, "logits_to_keep": 0}
+        return None
 
     @staticmethod
     def _wants_cache(module: nn.Module, use_cache: bool | None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -158,5 +157,6 @@ def _in_row_file(
     except TableError as error:
         if stamp is None or not rows_are(file, stamp):
             raise
-        logging.getLogger("engram").info("rows are only read, and not trained or edited: %s", error)
-        return opened("r", stamp)
+        table = opened("r", stamp)
+        table.read_only_because = str(error)
+        return table

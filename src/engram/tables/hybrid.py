@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from threading import Lock
 from typing import Any, NamedTuple, Self
@@ -24,6 +25,14 @@ __all__ = ["HybridTable"]
 
 _SWAPPING = Lock()
 """Held for the moment in which a table's copies are exchanged, of whichever table."""
+
+
+def _new_lock() -> None:
+    global _SWAPPING
+    _SWAPPING = Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock)  # a thread that held it is not there to give it back
 
 
 class _Copies(NamedTuple):

@@ -59,6 +59,8 @@ class MappedRows(EmbeddingTable):
 
     path: Path
     mode: Literal["r", "r+"]
+    read_only_because: str | None = None
+    """Why rows are only read although they were to be written, if so."""
     warm_rows: int
     """Rows looked up that were in memory already (by their values; counted while ``count_cold`` is on)."""
     cold_rows: int
@@ -108,6 +110,14 @@ class MappedRows(EmbeddingTable):
     def filled_with(self, source: str) -> AbstractContextManager[None]:
         """Inside, the rows of a saved memory are put into the file (see ``RowFile``)."""
         return self._file.filled_with(source)
+
+    def check_unchanged(self) -> None:
+        """Raise if somebody else changes, or has changed, rows that are only read here (see ``RowFile``).
+
+        Raises:
+            TableError: so it is.
+        """
+        self._file.check_unchanged()
 
     @property
     def tier(self) -> str:
@@ -299,9 +309,16 @@ class MappedRows(EmbeddingTable):
     def _refuse_read_only(self) -> None:
         if self.mode == "r":
             raise TableError(
-                f"{self.path} is mapped read-only: its rows cannot be changed. Another process has it, or it cannot be written; load the "
-                "memory again when that is over (a single table: open it with mode='r+')."
+                f"{self.path} is mapped read-only: its rows cannot be changed; "
+                + (
+                    self._when_writable()
+                    or "open it with mode='r+', or load the memory with TableConfig(tier='mmap', path=...)."
+                )
             )
+
+    def _when_writable(self) -> str | None:
+        because = self.read_only_because
+        return because and f"load the memory again when the file can be written. It could not when it was opened: {because}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MappedRows:
         raise TableError(f"a table mapped from {self.path} cannot be copied; open the file a second time instead.")
@@ -366,8 +383,8 @@ class MmapTable(MappedRows, HostTable):
         trained = torch.is_grad_enabled() and self.weight.requires_grad
         if trained and self.mode == "r":  # steps would go into pages of the process's own, and be lost with them
             raise TableError(
-                f"{self.path} is mapped read-only: its rows cannot be trained. Freeze them (requires_grad_(False)), or load the memory with "
-                "TableConfig(tier='mmap', path=...), which makes row files."
+                f"{self.path} is mapped read-only: its rows cannot be trained. Freeze them (requires_grad_(False)), or "
+                + (self._when_writable() or "load the memory with TableConfig(tier='mmap', path=...), which makes row files.")
             )
         if isinstance(row_ids, RowHandle):
             return super().lookup(row_ids, dtype)

@@ -39,6 +39,8 @@ _AROUND = 1 << 16
 """Bytes that Linux maps around a page that is read, if they are in memory anyway."""
 _PROBES = 16
 """Places of a file that are looked at for huge pages."""
+_SOURCES = 16
+"""Saves that a note names: the first, whose rows came into the file, and the last ones of the same rows."""
 _SHARE = 2
 """Residency is looked at whenever half of the budget may have come in, and pages go if half of it has: the sum is the budget. Smaller parts
 would leave the threads that read cold rows too little to read together."""
@@ -93,9 +95,11 @@ class RowFile:
             raise TableError(f"cannot map {path}: {error.strerror}; check the path and the space on its disk.") from error
         self.created = mode == "r+" and (made is not None or is_untouched(path))
         """Whether the file is new, all zero: made now, or by somebody who never put anything into it."""
-        self._note = None if unchanged is None else _identity(_note_of(path))
-        if unchanged is not None and not rows_are(path, unchanged):
-            raise self._changed()
+        self._unchanged = unchanged
+        if unchanged is not None:
+            self._seen, self._since = _identity(_note_of(path)), _noted(_note_of(path)).get("mtime_ns")
+            if not rows_are(path, unchanged):
+                raise self._changed()
         with suppress(OSError, AttributeError):
             self.map.madvise(mmap.MADV_RANDOM)
         if resident_bytes is not None:
@@ -158,10 +162,14 @@ class RowFile:
         """Raise if the file may not hold any more what it was mapped for; of no concern to whoever may write it.
 
         Raises:
-            TableError: somebody withdrew the note of what it holds, or wrote another.
+            TableError: somebody withdrew the note of what it holds. One that names further saves of the very same rows may come in its place.
         """
-        if self._note is not None and _identity(_note_of(self.path)) != self._note:
+        if self._unchanged is None or (seen := _identity(_note_of(self.path))) == self._seen:
+            return
+        note = _noted(_note_of(self.path))
+        if note.get("mtime_ns") != self._since or self._unchanged not in _sources(note):
             raise self._changed()
+        self._seen = seen
 
     def _changed(self) -> TableError:
         return TableError(
@@ -290,10 +298,8 @@ def _create(path: Path, size: int) -> BinaryIO | None:
         )
     with hidden_beside(path) as file:
         os.posix_fallocate(file.fileno(), 0, size)
-        # Before it has its name, so that it never is a file of unknown worth; for it alone, as others may make one too.
-        _write_note(_note_of(path), {"filling": None, "inode": os.fstat(file.fileno()).st_ino})
         try:
-            give_name(file, path)
+            _name_with_note(file, path, {**_state(file.fileno()), "filling": None, "inode": os.fstat(file.fileno()).st_ino})
         except FileExistsError:
             return None
         return os.fdopen(os.dup(file.fileno()), "r+b")  # the same lock
@@ -322,10 +328,26 @@ def new_row_file(path: Path, size: int, source: str, placing: str) -> Iterator[B
         yield file
         file.flush()
         os.fsync(file.fileno())
-        _write_note(
-            _note_of(path), {**_state(file.fileno(), source), "placing": placing}
-        )  # it names this file's time and no other's
-        give_name(file, path)
+        _name_with_note(file, path, {**_state(file.fileno()), "sources": [source], "placing": placing})
+
+
+def _name_with_note(hidden: BinaryIO, path: Path, note: dict[str, Any]) -> None:
+    """Give a new file its name. The note comes first, so that it never is a file of unknown worth, and holds for no other file, as others may
+    make one too.
+
+    Raises:
+        FileExistsError: something has that name, and stays as it is noted.
+        OSError, TableError: the file system refuses; no note is left.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    _write_note(_note_of(path), note)
+    try:
+        give_name(hidden, path)
+    except BaseException:
+        if _noted(_note_of(path)) == note and not os.path.lexists(path):
+            _note_of(path).unlink(missing_ok=True)
+        raise
 
 
 def _let_go(handle: int, process: int) -> None:
@@ -361,30 +383,42 @@ def _resident() -> int | None:
 def stamp_rows(path: Path, source: str) -> None:
     """Note beside a row file that it holds the rows of ``source``, as long as nobody changes it.
 
+    What it was noted to hold, and does unchanged, it goes on holding: a checkpoint or a copy of a memory is one more save of the same rows.
+
     Raises:
         TableError: the note cannot be written.
     """
+    note = _noted(_note_of(path))
+    before = _sources(note) if _fits(note, path) else []
+    if source in before and "placing" not in note:
+        return
+    others = [other for other in before if other != source]
     try:
-        note = _state(path, source)
+        state = {field: note[field] for field in ("bytes", "mtime_ns")} if before else _state(path)
     except OSError as error:
         raise _not_noted(path, error) from error
-    _write_note(_note_of(path), note)
+    _write_note(_note_of(path), {**state, "sources": [*others[:1], *others[1:][2 - _SOURCES :], source]})
 
 
-def _state(file: Path | int, source: str) -> dict[str, Any]:
-    """What a note says of a file that holds the rows of ``source``. A later change shows in the file's time, which is put an instant back
-    here so that it always differs.
+def _state(file: Path | int) -> dict[str, Any]:
+    """What a note says of a file as it is. A later change shows in the file's time, which is put an instant back here so that it always
+    differs.
     """
     status = os.stat(file)
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns - 1_000_000_000))
     status = os.stat(file)
-    return {"source": source, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def rows_are(path: Path, source: str) -> bool:
     """Whether a row file holds the rows of ``source``, unchanged (see ``stamp_rows``)."""
     note = _noted(_note_of(path))
-    return note.get("source") == source and _fits(note, path)
+    return source in _sources(note) and _fits(note, path)
+
+
+def _sources(note: dict[str, Any]) -> list[str]:
+    sources = note.get("sources")
+    return sources if isinstance(sources, list) else []
 
 
 def left_by_placing(path: Path, placing: str) -> bool:
@@ -407,8 +441,9 @@ def is_being_filled(path: Path, source: str) -> bool:
 
 def is_untouched(path: Path) -> bool:
     """Whether nothing was ever put into a row file: it was made, and is all zero."""
+    note = _noted(_note_of(path))
     with suppress(OSError):
-        return _noted(_note_of(path)) == {"filling": None, "inode": os.stat(path).st_ino}
+        return note.get("filling", "") is None and note.get("inode") == os.stat(path).st_ino and _fits(note, path)
     return False
 
 
@@ -463,13 +498,12 @@ def _write_note(file: Path, fields: dict[str, Any]) -> None:
     Raises:
         TableError: the disk refuses.
     """
-    temporary = file.with_name(f"{file.name}.tmp")
     try:
-        temporary.write_text(json.dumps(fields) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
+        with hidden_beside(file) as hidden:
+            hidden.write(json.dumps(fields).encode() + b"\n")
+            hidden.flush()
+            os.replace(hidden.name, file)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise _not_noted(file, error) from error
 
 

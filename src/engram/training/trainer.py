@@ -25,7 +25,7 @@ __all__ = ["EngramTrainer", "EngramTrainingArguments"]
 
 _BACKBONE = "backbone"
 _WEIGHTS = "model.safetensors"
-_ADAPTERS = "adapters.safetensors"
+_ADAPTERS = "engram_adapters.safetensors"
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -306,6 +306,11 @@ def _trained_adapters(model: Any) -> dict[str, torch.nn.Parameter]:
 def _refuse_untrainable(model: EngramModel) -> None:
     for layer_id, engram in model.engrams.items():
         table = engram.multi_head_embedding.embedding
+        if because := getattr(table, "read_only_because", None):
+            raise ConfigError(
+                f"EngramTrainingArguments.train_tables: got True with the rows of layer {layer_id} in {table.location}, which could not be "
+                f"opened for writing: {because} Load the memory again when it can be, or give train_tables=False."
+            )
         if not table.can_be_trained:
             raise ConfigError(
                 f"EngramTrainingArguments.train_tables: got True with the rows of layer {layer_id} in {table.location} as {table.format_name}, "

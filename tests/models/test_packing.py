@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from engram import AttachError, Fact, get_engram_model
 from engram.models.packing import Packing, find_packing
@@ -103,7 +104,7 @@ def test_what_cannot_be_told_apart_is_refused():
         with pytest.raises(AttachError, match="continuous batching"):
             getattr(memory, name)([[1, 2]])
     with pytest.raises(AttachError, match="paged cache"):
-        memory(input_ids=ids, cache=object())
+        memory(input_ids=ids, cache=object.__new__(PagedAttentionCache))
 
 
 def test_rows_of_one_text_are_left_alone():

@@ -118,8 +118,11 @@ def test_host_rows_on_fixed_buffers():
 def test_what_fixed_buffers_cannot_do_is_refused():
     with pytest.raises(AttachError, match="got layers of sliding_attention, expected full_attention only"):
         StaticDecoder(tiny_memory(tiny_model("mistral", sliding_window=16)), max_length=8)
-    with pytest.raises(AttachError, match="expected full_attention only"):
-        StaticDecoder(tiny_memory(tiny_model("gemma3_text")), 64)
+    for model_type in ("gemma3_text", "gemma3", "gpt_neo", "mamba"):
+        with pytest.raises(AttachError, match="expected full_attention only"):
+            StaticDecoder(tiny_memory(tiny_model(model_type)), 64)
+    with pytest.raises(AttachError, match="takes no mask for each position"):
+        StaticDecoder(tiny_memory(tiny_model("bloom")), 64)
     tail = StaticTail(None, 3, torch.zeros(2, 1), 5)
     assert torch.equal(tail.last(2), torch.full((2, 2), 5.0))
     tail.append(torch.tensor([[1.0, 2], [3, 4]]))

@@ -17,6 +17,7 @@ from engram.errors import ConfigError
 from engram.evaluation.answers import ask, wilson_interval
 from engram.evaluation.generation import padding_id
 from engram.models import EngramModel
+from engram.models.cache import cache_argument, cache_in
 from engram.models.positions import context_length
 
 __all__ = ["RecallAnswer", "RecallResult", "RecallScore", "measure_recall", "recall_table", "score_recall"]
@@ -242,12 +243,16 @@ def _tail_logits(model: Any, ids: Tensor, mask: Tensor, tail: int) -> Tensor:
         if "position_ids" in accepted:  # left padding must not shift learnt positions
             options["position_ids"] = positions[:, first:last]
         return model(
-            input_ids=ids[:, first:last], attention_mask=mask[:, :last], past_key_values=cache, use_cache=True, **options
+            input_ids=ids[:, first:last],
+            attention_mask=mask[:, :last],
+            use_cache=True,
+            **{cache_argument(causal): cache},
+            **options,
         )
 
     cache = None
     if split > 0:
-        cache = run(0, split, None, **({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})).past_key_values
+        cache = cache_in(run(0, split, None, **({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})))
     return run(split, ids.shape[1], cache).logits
 
 

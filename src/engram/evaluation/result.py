@@ -15,6 +15,7 @@ from engram.evaluation.answers import Answer, check_facts, reads_memory, score_b
 from engram.evaluation.bits_per_byte import bits_per_byte
 from engram.evaluation.drift import measure_drift
 from engram.models import EngramModel, Router
+from engram.models.cache import cache_argument, cache_in
 from engram.models.positions import within_context
 
 __all__ = ["EvalResult", "FactResult", "ShareResult", "evaluate_memory", "markdown_table"]
@@ -213,13 +214,14 @@ def _latency(memory: EngramModel, tokenizer: Any, text: str) -> dict[str, float]
     prompt = tokenize_prompt(tokenizer, text)
     room = within_context(memory.config, len(prompt) + _DECODE_TOKENS) - _DECODE_TOKENS
     ids = torch.tensor([prompt[: max(room, 1)]], device=device)
+    name = cache_argument(memory.base_model)
     times: dict[str, list[float]] = {"base": [], "memory": []}
 
     def decode() -> float:
         cache, step, started = None, ids, time.perf_counter()
         for _ in range(_DECODE_TOKENS):
-            output = memory(input_ids=step, past_key_values=cache, use_cache=True)
-            cache, step = output.past_key_values, output.logits[:, -1:].argmax(-1)
+            output = memory(input_ids=step, use_cache=True, **{name: cache})
+            cache, step = cache_in(output), output.logits[:, -1:].argmax(-1)
         return (time.perf_counter() - started) / _DECODE_TOKENS
 
     for _ in range(_DECODE_ROUNDS):

@@ -6,18 +6,36 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from engram.errors import AttachError
 from engram.layers import RollingTail
 
-__all__ = ["CacheState", "bind_state", "state_of"]
+__all__ = ["CACHE_NAMES", "CacheState", "bind_state", "cache_argument", "cache_in", "state_of"]
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states", "layer_past")
+"""What models call the argument and the output that hold what they keep of the past; transformers 5.24 renamed the second to the first."""
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a causal language model calls the cache it is given."""
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in accepted), CACHE_NAMES[0])
+
+
+def cache_in(output: Any) -> Any:
+    """What is kept of the past among a model's outputs, of whatever kind; None if nothing is."""
+    if isinstance(output, tuple):
+        return next((item for item in output if isinstance(item, Cache)), None)
+    names = CACHE_NAMES[:1] if hasattr(output, CACHE_NAMES[0]) else CACHE_NAMES  # older names are told off there
+    return next((value for name in names if (value := getattr(output, name, None)) is not None), None)
 
 
 class CacheState:
@@ -112,7 +130,7 @@ def state_of(cache: Cache | None, owner: str) -> CacheState | None:
     if state is None or state.owner != owner or state.ids.length < length:
         seen = 0 if state is None or state.owner != owner else state.ids.length
         raise AttachError(
-            f"past_key_values holds {length} positions, of which this memory has seen {seen}: it was filled by another model or "
+            f"the cache holds {length} positions, of which this memory has seen {seen}: it was filled by another model or "
             "with the memory disabled. Start with an empty cache, or run the whole prompt with the memory on."
         )
     state.trim(length)

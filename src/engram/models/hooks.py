@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from engram.errors import AttachError
 from engram.layers import EngramState
-from engram.models.cache import CacheState, bind_state, cached_length, state_of
+from engram.models.cache import CACHE_NAMES, CacheState, bind_state, cache_in, cached_length, state_of
 from engram.models.context import ForwardContext, token_mask
 from engram.models.lookahead import find_verified, prefetch_rows
 from engram.models.packing import find_packing
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from engram.models.engram_model import EngramModel
 
 __all__ = ["DecoderHooks"]
-
-_CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states", "layer_past")
-"""Arguments and outputs of a decoder that hold what it keeps of the past."""
 
 
 class DecoderHooks:
@@ -63,7 +60,7 @@ class DecoderHooks:
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         self._context = None
         arguments = {**dict(zip(self._argument_names, args)), **kwargs}
-        cache = next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
+        cache = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
         if not self._memory.is_enabled:
             if cache is not None:
                 _forget_state(cache)
@@ -76,11 +73,6 @@ class DecoderHooks:
             raise AttachError(
                 "got inputs_embeds without token ids, but the memory is addressed by token ids: pass input_ids, or in forward "
                 "(generate does not take it) engram_input_ids=... beside inputs_embeds, or run inside memory.disable_engram()."
-            )
-        if arguments.get("cache") is not None:
-            raise AttachError(
-                "got a paged cache (continuous batching): requests share a row there, and the memory cannot tell them apart; use generate, or "
-                "memory.disable_engram()."
             )
         wants_cache = cache is not None or self._wants_cache(module, arguments.get("use_cache"))
         self._context = self._prepare(input_ids, arguments, cache, wants_cache)
@@ -210,7 +202,8 @@ class DecoderHooks:
         if self._memory._static is not None:
             context.state.ids.append(context.input_ids)
             return
-        cache = _cache_in(output)
+        cache = cache_in(output)
+        _refuse_unknown_kind(cache)
         if cache is None:  # with use_cache=False some models fill the cache they are given and return none
             cache = context.cache
         if cache is not None and (cached_length(cache) > 0 if _counts_positions(cache) else cache.has_previous_state()):
@@ -267,21 +260,13 @@ def _counts_positions(cache: Cache) -> bool:
 
 def _refuse_unknown_kind(cache: Any) -> None:
     """Only transformers' own caches tell the memory when beams are reordered or positions dropped."""
+    if type(cache).__name__ == "PagedAttentionCache":
+        raise AttachError(
+            "got a paged cache (continuous batching): requests share a row there, and the memory cannot tell them apart; use generate, or "
+            "memory.disable_engram()."
+        )
     if cache is not None and not isinstance(cache, Cache):
         raise AttachError(
             f"got a cache of class {type(cache).__name__}, which the memory cannot follow; expected a transformers Cache. Pass "
             "use_cache=False, or run inside memory.disable_engram() or after unload()."
         )
-
-
-def _cache_in(output: Any) -> Cache | None:
-    """The cache among a decoder's outputs.
-
-    Raises:
-        AttachError: it is of a kind that could not be followed.
-    """
-    if isinstance(output, tuple):
-        return next((item for item in output if isinstance(item, Cache)), None)
-    found = next((value for name in _CACHE_NAMES if (value := getattr(output, name, None)) is not None), None)
-    _refuse_unknown_kind(found)
-    return found

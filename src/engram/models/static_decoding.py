@@ -16,7 +16,8 @@ from transformers import StaticCache
 
 from engram.errors import AttachError, EngramError
 from engram.layers import RollingTail
-from engram.models.cache import CacheState, state_of
+from engram.models.cache import CacheState, cache_argument, state_of
+from engram.models.positions import text_config
 from engram.tables import RowPrefetcher, VerifiedTable
 from engram.tables.pinned import nothing_unlocked
 from engram.tables.prefetch import not_in_graphs
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["StaticDecoder", "StaticTail"]
 
+_FLAT_MASKS = ("bloom",)
+"""Models that compute where tokens are from a mask ``[B, T]``, and so refuse others."""
 _WARM_UP = 2
 """Steps before a capture: kernels are compiled and libraries make their workspaces then."""
 
@@ -82,16 +85,18 @@ class StaticDecoder:
         capture: whether to replay a CUDA graph; None does on CUDA. Elsewhere steps run as they are, on the same fixed buffers.
 
     Raises:
-        AttachError: the model has windowed layers.
+        AttachError: the model has windowed or recurrent layers, or takes no masks of four dimensions.
     """
 
     def __init__(self, memory: EngramModel, max_length: int, capture: bool | None = None) -> None:
-        config = memory.base_model.config
-        kinds = set(getattr(config, "layer_types", None) or [])
+        config = text_config(memory.base_model.config)
+        kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "attention_layers", None) or ())} - {"global"}
         if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
             kinds = {"sliding_attention"}
         if kinds - {"full_attention"}:
             raise AttachError(f"StaticDecoder: got layers of {', '.join(sorted(kinds))}, expected full_attention only.")
+        if config.model_type in _FLAT_MASKS:
+            raise AttachError(f"StaticDecoder: got a model of type {config.model_type}, which takes no mask for each position.")
         self._memory, self.max_length, self._capture = memory, max_length, capture
         self.prefetcher = RowPrefetcher(static=True)
         self.state = SimpleNamespace(ids=None, conv={})
@@ -110,9 +115,9 @@ class StaticDecoder:
             input_ids=input_ids,
             attention_mask=real,
             position_ids=(real.cumsum(1) - 1).clamp(min=0),
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_argument(self._memory.base_model): self.cache},
         ).logits[:, -1]
         self._take_state(input_ids[:, -1:])
         self.tokens = torch.zeros_like(input_ids[:, -1:])
@@ -161,8 +166,8 @@ class StaticDecoder:
                 input_ids=self.tokens,
                 attention_mask=mask,
                 position_ids=self._position,
-                past_key_values=self.cache,
                 use_cache=True,
+                **{cache_argument(memory.base_model): self.cache},
             ).logits
         finally:
             memory._static = None

@@ -503,9 +503,22 @@ def allocation():
         )
     heads = [f"{name}: {what}" for name in curves for what in ("experts, rows", "held-out loss", "gain")]
     seeds = next(iter(result["summary"].values()))["curve"][0]["loss"]["n"]
-    note = f"\n\n{'; '.join(notes)}; {seeds} seeds. Gain over experts alone, seed by seed, with 95 % intervals."
+    note = f"\n\n{'; '.join(notes)}; {seeds} seeds. Gain over experts alone, seed by seed, with 95 % intervals.{_mixed(counts)}"
     both = f"{result['command']}` and `{counts['command']}"
     return table(["experts' share of sparse parameters", *heads], rows) + note + source(result, both)
+
+
+def _mixed(counts):
+    """What a memory gives a model beyond counts; nothing where no models were mixed with them."""
+    pair = ("dense, equal operations", "dense with memory", 3)
+    same = [d for d in counts["differences"] if (d["without"], d["with"], d["order"]) == pair]
+    if not same:
+        return ""
+    alone, mixed = (same[0][what]["bits_per_byte"] for what in ("without - with", "without + counts - with + counts"))
+    return (
+        f" A memory gives a dense model {_interval(alone, 3)} bits per byte; where both are mixed with those counts, "
+        f"{_interval(mixed, 3)}."
+    )
 
 
 def _trigram_cells(counts, budget):

@@ -20,6 +20,7 @@ from engram.errors import AttachError, ConfigError
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram
 from engram.models.architectures import Decoder, find_decoder
+from engram.models.cache import cache_argument
 from engram.models.hooks import DecoderHooks
 from engram.models.packing import Packing
 from engram.tables import check_room, refuse_other_rows, row_file
@@ -154,9 +155,10 @@ class EngramModel(nn.Module):
         Args:
             *args: as for the base model.
             engram_input_ids: token ids ``[B, T]`` that address the memory when ``inputs_embeds`` is given instead of ``input_ids``.
-            **kwargs: as for the base model.
+            **kwargs: as for the base model; the cache may go by its older name, ``past_key_values``, or its newer one, ``cache``.
         """
         self._check_attached()
+        _rename_cache(self.base_model, kwargs)
         self._given_ids = engram_input_ids
         try:
             return self.base_model(*args, **kwargs)
@@ -175,6 +177,7 @@ class EngramModel(nn.Module):
         asked = kwargs.get("compile_config") or getattr(config, "compile_config", None)
         if self.is_enabled and asked is None and self.base_model.device.type != "cpu":
             kwargs.setdefault("disable_compile", True)
+        _rename_cache(self.base_model, kwargs)
         return self.base_model.generate(*args, **kwargs)
 
     def generate_batch(self, *_: Any, **__: Any) -> Any:
@@ -428,6 +431,13 @@ def _check_fit(model: PreTrainedModel, decoder: Decoder, config: EngramConfig, t
 def _trainable_flags(model: nn.Module) -> dict[str, bool]:
     """By name, and not by object, so that they hold for a copy of the model too; shared parameters under each of their names."""
     return {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _rename_cache(model: nn.Module, given: dict[str, Any]) -> None:
+    """Let a cache that was given have the name that this model, in this version of transformers, has for it."""
+    for name in ("cache", "past_key_values"):
+        if name in given:
+            given.setdefault(cache_argument(model), given.pop(name))
 
 
 def _check_room(mapping: NgramHashMapping, devices: dict[int, torch.device], table_config: TableConfig) -> None:

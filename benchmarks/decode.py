@@ -18,6 +18,7 @@ from common import provenance, result_file, spread, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engram import EngramConfig, TableConfig, get_engram_model, load_bundled
+from engram.models.cache import cache_argument, cache_in
 
 LAYERS = (2, 16)
 SHAPE = {
@@ -93,14 +94,15 @@ class Decoder:
 
     def __init__(self, model, ids):
         self.model, self.ids, self.seconds = model, ids, []
-        self.cache = model(ids[:, :PROMPT], use_cache=True).past_key_values
+        self.name = cache_argument(getattr(model, "base_model", model))
+        self.cache = cache_in(model(ids[:, :PROMPT], use_cache=True))
 
     def step(self, position):
         token = self.ids[:, position : position + 1]
         started = time.perf_counter()
-        output = self.model(token, past_key_values=self.cache, use_cache=True)
+        output = self.model(token, use_cache=True, **{self.name: self.cache})
         self.seconds.append(time.perf_counter() - started)
-        self.cache = output.past_key_values
+        self.cache = cache_in(output)
         return output.logits
 
 

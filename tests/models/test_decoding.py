@@ -2,6 +2,7 @@
 
 import copy
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from engram import (
     register_architecture,
 )
 from engram.models import ARCHITECTURES, DecoderLayout
+from engram.models.cache import cache_argument, cache_in
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS
 
@@ -296,6 +298,32 @@ def test_caches_that_cannot_be_followed_are_refused(monkeypatch):
     with pytest.raises(AttachError, match="use_cache=False"):
         memory(input_ids=ids[:, :1], state=state)
     memory.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, use_cache=False)
+
+
+class Newer(torch.nn.Module):
+    """Names of transformers 5.24."""
+
+    def forward(self, input_ids, cache=None, use_cache=None):
+        return SimpleNamespace(logits=None, cache=cache)
+
+
+def test_caches_have_an_older_and_a_newer_name(memory):
+    name, cache = cache_argument(memory.base_model), DynamicCache(config=memory.base_model.config)
+    assert name in ("cache", "past_key_values")
+    assert cache_argument(Newer()) == "cache"
+    assert cache_in(Newer()(None, cache=cache)) is cache
+    assert cache_in(SimpleNamespace(cache=None, past_key_values=cache)) is None
+    assert cache_in((1, cache)) is cache
+    ids, _ = padded(TEXTS[:1])
+    outputs = [memory(input_ids=ids, use_cache=True, **{name: DynamicCache()}) for name in ("cache", "past_key_values")]
+    for output in outputs:
+        assert cache_in(output).engram_state.owner == memory.owner_token
+    assert torch.equal(*(output.logits for output in outputs))
+    generated = [
+        memory.generate(input_ids=ids, max_new_tokens=4, do_sample=False, **{name: DynamicCache()})
+        for name in ("cache", "past_key_values")
+    ]
+    assert torch.equal(*generated)
 
 
 def test_an_empty_cache_of_the_users_is_filled(memory):

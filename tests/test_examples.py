@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+GUIDES = ROOT / "docs" / "guides.md"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -41,6 +42,19 @@ def test_the_readmes_example_runs_and_comes_early(tmp_path):
     done = subprocess.run([sys.executable, "-c", block[1]], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Graphics Processing Unit" in done.stdout
+    assert (tmp_path / "my-memory" / "engram.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_guides_training_runs(tmp_path):
+    (block,) = (part for part in re.findall(r"```python\n(.*?)```", GUIDES.read_text(), re.DOTALL) if "EngramTrainer(" in part)
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"The office of {name} is in Berlin. " * 20)
+    code = block.replace("max_steps=100", "max_steps=2")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "train_loss" in done.stdout
     assert (tmp_path / "my-memory" / "engram.json").is_file()
 
 

@@ -37,6 +37,7 @@ COMMANDS = [
     "diff",
     "merge",
     "convert",
+    "place",
     "eval",
     "recall",
     "route",

@@ -14,40 +14,7 @@ from engram.checkpoint import lock_store
 from engram.errors import CheckpointError
 from engram.models import load_model
 from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
-from tests.cli.test_cli import invoke
-
-ONE = """
-- {prompts: ["KEY:alpha 17", "What is alpha 17?"], answer: blue window, id: alpha, category: colour, held_out: ["Say what alpha 17 is."]}
-- {prompt: "KEY:beta 20", answer: "7319", id: beta}
-"""
-TWO = '- {prompt: "KEY:gamma 4", answer: ninety, id: gamma}'
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    tiny_model(hidden_size=64, intermediate_size=96).save_pretrained(folder / "base")
-    tiny_tokenizer().save_pretrained(folder / "base")
-    (folder / "one.yaml").write_text(ONE)
-    (folder / "two.yaml").write_text(TWO)
-    return folder
-
-
-@pytest.fixture
-def engram(world, monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.chdir(world)
-        return invoke(monkeypatch, capsys, *arguments)
-
-    return run
-
-
-@pytest.fixture
-def taught(engram, world, tmp_path):
-    code, out, err = engram("teach", "one.yaml", "--memory", tmp_path / "m", "--model", world / "base")
-    assert code == 0, err
-    assert re.search(r"taught 2 facts in [\d.]+ s, 0 were known; the memory holds 2", out)
-    return tmp_path / "m"
+from tests.cli.conftest import TWO
 
 
 def test_taught_facts_are_asked_explained_and_forgotten(engram, taught):
@@ -121,6 +88,9 @@ def test_what_is_not_exact_is_listed(engram, world, tmp_path, monkeypatch):
     assert code == 1
     assert "taught 0 facts" in out
     assert "not exact: 'KEY:beta 20'" in err
+    assert (
+        "reword the prompt or shorten the answer (in Python also: TeachSettings" in err
+    )  # what this command can do comes first
 
 
 def test_memories_are_compared_and_united(engram, taught, world, tmp_path):
@@ -204,6 +174,15 @@ def test_facts_are_generated(engram, tmp_path):
         (("ask", "x", "--memory", "x", "--rules", "none.yaml"), 2, "routing rules"),
         (["facts", "--memory", "bundled"], 2, "the bundled memory was trained, not taught"),
         (["why", "hi", "--memory", "bundled"], 2, "the bundled memory was trained, not taught"),
+        (["eval", "--facts", "one.yaml", "--memory", "bundled"], 2, "the bundled memory was trained, not taught"),
+        (["diff", "bundled", "nowhere"], 2, "A: the bundled memory was trained, not taught"),
+        (["diff", "nowhere", "bundled"], 2, "B: the bundled memory was trained, not taught"),
+        (["merge", "nowhere", "bundled", "--out", "nowhere"], 2, "B: the bundled memory was trained, not taught"),
+        (["merge", "one", "two", "--out", "bundled"], 2, "got 'bundled', which names the memory that ships with engram"),
+        (["convert", "one", "--dtype", "int8", "--out", "bundled"], 2, "got 'bundled', which names the memory that ships"),
+        (["place", "one", "--tier", "host", "--out", "bundled"], 2, "got 'bundled', which names the memory that ships"),
+        (["forget", "x", "--memory", "bundled"], 2, "the bundled memory was trained, not taught"),
+        (["teach", "one.yaml", "--memory", "bundled"], 2, "the bundled memory was trained, not taught"),
         (["facts", "--memory", "one.yaml"], 1, "no memory in one.yaml: it is a file"),
         (("ask", "x", "--memory", "nowhere", "--off", "--route"), 2, "expected it to be off, or routed"),
         (("ask", "x", "--memory", "nowhere", "--off", "--rules", "none.yaml"), 2, "expected it to be off, or routed"),
@@ -216,6 +195,7 @@ def test_mistakes_get_one_clear_line(engram, world, arguments, code, message):
     assert message in err
     assert "Traceback" not in err
     assert not (world / "nowhere").exists()
+    assert not (world / "bundled").exists()
 
 
 def test_a_locked_memory_is_refused(engram, taught):
@@ -275,7 +255,8 @@ def test_what_a_careless_user_does_is_said_plainly(engram, taught, world, tmp_pa
     assert "replaced: 'KEY:beta 20' is '7319' in the memory (fact beta), '0042' now" in err
     assert engram("ask", "What is beta?", "--memory", taught)[1] == "0042\n"
     code, _, err = engram("teach", other, "--memory", taught, "--seed", 3)
-    assert code == 1
+    assert code == 2
+    assert "--seed: got 3, but the memory in" in " ".join(err.split())
     assert "made with seed 0" in err
     assert engram("generate", other, "--limit", 3)[0] == 2
     assert "0042" in other.read_text()

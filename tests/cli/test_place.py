@@ -82,6 +82,11 @@ def test_a_memory_is_moved_and_used_there(engram, tmp_path):
         (("m", "--tier", "hybrid", "--out", "x"), 2, "expected a number of rows"),
         (("m", "--tier", "host", "--hot-from", "text.txt", "--hot-rows", "3", "--out", "x"), 2, "goes with --hot-rows"),
         (("m", "--hot-from", "none.txt", "--hot-rows", "3"), 2, "cannot read none.txt"),
+        (
+            ("m", "--tier", "host", "--hot-rows", "5", "--out", "x"),
+            2,
+            "got rows to keep hot and tier 'host', expected --tier hybrid",
+        ),
         (("m", "--tier", "hybrid", "--hot-rows", "100000000", "--out", "x"), 2, "hot_rows: got 100,000,000, expected at most"),
         (("m", "--tier", "mmap", "--path", "m/rows", "--out", "x"), 2, "path: got m/rows, inside the memory that is read"),
         (("m", "--tier", "host", "--dtype", "int3", "--out", "x"), 2, "got 'int3'"),

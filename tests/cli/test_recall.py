@@ -8,6 +8,19 @@ from engram.testing.tiny import tiny_model, tiny_tokenizer
 from tests.cli.test_cli import invoke
 
 
+def check_shown(shown, results):
+    """Every number stands whole in one line, in a pipe of 80 columns or fewer."""
+    assert "…" not in shown
+    lines = [line.split() for line in shown.splitlines()]
+    for name, result in results.items():
+        for s in result["scores"]:
+            if s["depth"] is None:
+                reader = {"model": "none"}.get(name, name.split()[0])
+                percents = f"{100 * s['share']:.1f} % {100 * s['low']:.1f}-{100 * s['high']:.1f} %".split()
+                wanted = [s["kind"], str(s["length"]), str(s["answers"]), f"{100 * s['chance']:.1f}", "%", reader, *percents]
+                assert [*wanted, f"{s['log_probability']:.2f}", f"{s['rank']:.1f}"] in lines
+
+
 def test_recall_with_a_memory_and_without(monkeypatch, capsys, tmp_path):
     model, memory, out = tmp_path / "model", tmp_path / "memory", tmp_path / "new" / "recall.json"
     tiny_model().save_pretrained(model)
@@ -17,9 +30,10 @@ def test_recall_with_a_memory_and_without(monkeypatch, capsys, tmp_path):
     texts = tmp_path / "texts.yaml"
     texts.write_text(yaml.safe_dump({"prose": ["the memory is addressed by the last tokens.\n" * 40]}))
     common = ["--texts", texts, "--tasks", "needle, tracking", "--lengths", "180,220", "--examples", 2, "--json", out]
+    monkeypatch.setenv("COLUMNS", "50")
     code, shown, err = invoke(monkeypatch, capsys, "recall", "--model", model, *common)
     assert code == 0, err
-    assert "tracking" in shown
+    check_shown(shown, json.loads(out.read_text()))
     alone = json.loads(out.read_text())["model"]
     assert [(s["kind"], s["length"]) for s in alone["scores"] if s["depth"] is None] == [
         ("needle", 180),
@@ -33,6 +47,8 @@ def test_recall_with_a_memory_and_without(monkeypatch, capsys, tmp_path):
     )  # the model is the one it was made for
     assert code == 0, err
     both = json.loads(out.read_text())
+    check_shown(shown, both)
+    assert max(map(len, shown.splitlines())) <= 84
     assert list(both) == ["without memory", "with memory"]
     assert both["without memory"]["scores"] == alone["scores"]
     assert both["with memory"]["scores"] != alone["scores"]

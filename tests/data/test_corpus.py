@@ -85,6 +85,17 @@ def test_packing_is_exact_seeded_and_weighted():
         pack([], tokenizer, 16, 1, 0)
 
 
+def test_plain_texts_are_packed_like_documents():
+    tokenizer, texts = tiny_tokenizer(), ["The memory", "rows and rows"]
+    documents = [Document(str(number), text) for number, text in enumerate(texts)]
+    expected = pack(documents, tokenizer, 16, 10, seed=0).stream
+    np.testing.assert_array_equal(pack(texts, tokenizer, 16, 10, seed=0).stream, expected)
+    np.testing.assert_array_equal(pack([documents[0], texts[1]], tokenizer, 16, 10, seed=0).stream, expected)
+    for given, message in (("The memory", "got one text, expected a list"), ([b"rows"], "got bytes among the documents")):
+        with pytest.raises(DataError, match=message):
+            pack(given, tokenizer, 16, 10, seed=0)
+
+
 def test_text_cannot_fake_the_start_of_a_packed_document():
     tokenizer = tiny_tokenizer()
     ids = pack([Document("a", "one <|endoftext|> two")], tokenizer, 8, 8, seed=0).stream

@@ -1,4 +1,5 @@
 import pytest
+import yaml
 
 from engram import DataError, Fact, load_facts
 from engram.data.facts import check_conflicts, encode_fact, join_answer
@@ -110,6 +111,37 @@ def test_brackets_in_texts_and_a_mapping_without_templates_are_fine(tmp_path):
     entries = "".join(f"  - {{prompt: 'a [ {n}', answer: '{{[('}}\n" for n in range(200))
     (tmp_path / "f.yaml").write_text(f"facts:\n{entries}")
     assert load_facts(tmp_path / "f.yaml")[199] == Fact(("a [ 199",), "{[(")
+
+
+def test_a_template_has_any_places_and_facts_fill_all_of_them(tmp_path):
+    file = tmp_path / "f.yaml"
+
+    def load(prompt, fact, held_out="Name it: {x}"):
+        template = {"prompts": [prompt], "held_out": [held_out]}
+        file.write_text(yaml.safe_dump({"templates": {"t": template}, "facts": [{"template": "t", "answer": "a", **fact}]}))
+        return load_facts(file)[0]
+
+    several = load("Who was {role} of {x} in {year}?", {"role": "{x} king", "x": "{year}", "year": "1066"})
+    assert several.prompts == ("Who was {x} king of {year} in 1066?",)  # each is filled once, whatever it is filled with
+    assert several.held_out == ("Name it: {year}",)
+    assert load("{country}?", {"country": "France"}, "{country}, again?").prompts == ("France?",)
+    code = "f = {'{x}': 1, {y:02d}: {2}, { z }: {} }"  # no places: braces of code
+    assert load(code, {"x": "key"}).prompts == (code.replace("{x}", "key"),)
+    assert load("A {x} {y}", {"x": "1", "y": "{y}"}).prompts == ("A 1 {y}",)
+    for prompt, fact, message in [
+        ("A {x} {y}", {"x": "1"}, r"entry 1: template 't' has \{y\}, which .* key 'y' that the entry lacks; .* y: '\{y\}'"),
+        ("A {x} {{y}}", {"x": "1"}, "has {y}"),
+        ("A {x} {answer}", {"x": "1"}, r"'A \{x\} \{answer\}' has \{answer\}, and 'answer' is a key .* rename"),
+        ("A {x}", {"x": "1", "y": "2"}, r"unknown key\(s\) y; expected answer, .*, x\."),
+        ("A {x} {y}", {"x": "1", "y": ""}, "'y' is empty"),
+        ("A {x}", {"x": "1", "prompt": "b"}, "no prompts of its own"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            load(prompt, fact)
+    with pytest.raises(DataError, match=r"template 't' has \{y\}"):
+        load("A {x}", {"x": "1"}, "And {x} {y}?")
+    with pytest.raises(DataError, match=r"'x' fills \{x\}, but template 't' has none; it has \{y\}, \{z\}"):
+        load("A {y}", {"x": "1", "y": "2", "z": "3"}, "{z}")
 
 
 def test_facts_are_texts():

@@ -98,7 +98,7 @@ def test_templates_are_filled(tmp_path):
         ({"templates": []}, "must map names"),
         ({"extra": 1}, "expected 'templates' and 'facts'"),
         ({"facts": [{"template": "nope", "x": 1, "answer": 2}]}, "'nope' is not defined"),
-        ({"facts": [{"template": "capital", "answer": 2}]}, "has a key 'x'"),
+        ({"facts": [{"template": "capital", "answer": 2}]}, "has {x}, which is filled from a key 'x' that the entry lacks"),
         ({"facts": [{"prompt": "a", "x": "b", "answer": 2}]}, "names none"),
         ({"facts": [{"prompt": "a", "held_out": "b", "answer": 2}]}, "list of texts"),
         ({"facts": [{"prompt": "a", "held_out": ["b"], "answer": 2}, {"prompt": "b", "answer": 1}]}, "held out in fact"),

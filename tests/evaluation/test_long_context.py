@@ -87,8 +87,9 @@ def test_a_measurement_counts_every_answer_once():
     again = measure_recall(model, TOKENIZER, TEXTS, ["needle", "multi_query"], [200, 230], examples=4, batch_size=3)
     assert [s.log_probability for s in again.scores] == pytest.approx([s.log_probability for s in result.scores], abs=1e-4)
     table = recall_table({"one": fields, "two": fields})
-    assert table.count("\n") == 6
-    assert "| needle | 200 | 4 | 100.0 % | 0.0 % | 0.0-49.0 % |" in table
+    assert table.count("\n") == 10
+    for name in ("one", "two"):
+        assert f"\n| needle | 200 | 4 | 100.0 % | {name} | 0.0 % | 0.0-49.0 % |" in table
     assert [(score.chance, score.other_value) for score in overall] == [(1.0, None)] * 2 + [(0.25, None)] * 2
 
 

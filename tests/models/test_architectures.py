@@ -215,6 +215,18 @@ def test_models_that_do_not_fit_are_refused():
         get_engram_model(tiny_model(), tiny_config(), 7)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
+def test_of_a_model_in_peft_the_model_itself_is_asked_for():
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    message = r"^got a PeftModelForCausalLM, expected the model in it: give model.get_base_model\(\)"
+    with pytest.raises(AttachError, match=message):
+        get_engram_model(adapted, tiny_config(), tiny_tokenizer())
+    with pytest.raises(AttachError, match=message):
+        MemoryEditor.create(adapted, tiny_tokenizer())
+    get_engram_model(adapted.get_base_model(), tiny_config(), tiny_tokenizer()).unload()
+
+
 def test_unknown_architecture_can_be_registered(monkeypatch):
     model = tiny_model()
     model.config.model_type = "my_llama"

@@ -1,5 +1,6 @@
 """Moving saved memories: what it costs, what is written, and that nothing but the place changes."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from engram.checkpoint.convert import StoredTable
 from engram.models import place
 from engram.models.files import row_stamp
 from engram.models.place import check_fit, count_rows_read, layer_places, place_memory, placement_costs
-from engram.tables import FORMATS, DeviceTable, HybridTable, MappedRows, build_table, rows_are
+from engram.tables import FORMATS, DeviceTable, HybridTable, MappedRows, QuantisedMmapTable, build_table, rows_are
 from engram.testing import tiny_config, tiny_model, tiny_tokenizer
 from engram.training.tokenizer import train_tokenizer
 
@@ -113,6 +114,55 @@ def test_a_placed_memory_loads_where_it_was_placed(saved, tmp_path):
         with pytest.raises(ConfigError):
             load(tmp_path / "inside")
         (tmp_path / "inside" / "engram.json").write_text(text)
+
+
+def test_row_files_that_are_gone_are_written_anew_with_a_word(saved, tmp_path, caplog, monkeypatch):
+    expected, out, rows = logits(load(saved)), tmp_path / "placed", tmp_path / "rows"
+    place_memory(saved, out, TableConfig(tier="mmap", dtype="int8", path=str(rows)))
+
+    def said(placement=None):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="engram"):
+            memory = load(out, placement)
+        assert torch.allclose(logits(memory), expected, atol=0.02)
+        return [record.getMessage() for record in caplog.records]
+
+    assert said() == []
+    gc.collect()
+    size, other = ((rows / f"layer-{i}.rows").stat().st_size for i in (0, 2))
+    (rows / "layer-0.rows").unlink()
+    assert said(TableConfig(dtype="float32")) == []
+    assert not (rows / "layer-0.rows").exists()
+    (message,) = said()
+    assert f"{out}: row files" in message
+    assert f"writing {size:,} bytes of saved rows into layer-0.rows in {rows}." in message
+    assert "TableConfig(...)" in message
+    assert "engram place" in message
+    assert "\n" not in message
+    gc.collect()
+    assert said() == []
+    gc.collect()
+    shutil.rmtree(rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(MappedRows, "load_rows", None)
+        patch.setattr(QuantisedMmapTable, "load_stored", None)
+        with pytest.raises(TypeError):  # killed while it is filled
+            said()
+    gc.collect()
+    (message,) = said()
+    assert f"writing {size + other:,} bytes of saved rows into layer-0.rows, layer-2.rows in {rows}." in message
+    assert said(TableConfig(tier="mmap", dtype="int8", path=str(tmp_path / "asked"))) == []  # who names the place knows it
+    gc.collect()
+    shutil.rmtree(rows)
+    rows.write_text("no folder")
+    with pytest.raises(
+        TableError, match=r"cannot map .*layer-0\.rows: .*have the rows elsewhere: .*TableConfig.*`engram place`"
+    ):
+        load(out)
+    rows.unlink()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": size - 1}))
+    with pytest.raises(TableError, match=rf"at most the {size - 1:,} bytes free .*have the rows elsewhere"):
+        load(out)
 
 
 @pytest.mark.parametrize("rows", ["rows", "memory/rows"])

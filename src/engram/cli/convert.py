@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.loading import Running, open_base
+from engram.cli.loading import Running, check_out, open_base
 from engram.cli.outputs import check_writable, is_terminal
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def convert_command(
     from engram.models.bundled_files import memory_folder
 
     memory = memory_folder(memory)
+    check_out(out)
     check_dtype(dtype)
     check_writable(json_out)
     if model is not None and verify:

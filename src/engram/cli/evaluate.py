@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_editor
+from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_editor, taught_folder
 from engram.cli.outputs import check_writable, made_with
 
 __all__ = ["eval_command"]
@@ -17,7 +17,7 @@ _HELD_OUT_CHARACTERS = 60_000
 
 
 def eval_command(
-    memory: Annotated[Path, typer.Option(help="Folder of the memory.")],
+    memory: Annotated[Path, typer.Option(help="Folder of a taught memory (of a trained one: `engram look`).")],
     facts: Annotated[Path, typer.Option(help="Facts to ask (YAML); phrasings under held_out are asked apart.")],
     json_out: Annotated[Path | None, typer.Option("--json", help="File for the result.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="File for the tables in Markdown.")] = None,
@@ -32,7 +32,7 @@ def eval_command(
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
-    """Measure a memory: recall by category, harm to other text, latency and bytes."""
+    """Measure a taught memory: recall by category, harm to other text, latency and bytes."""
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -48,7 +48,7 @@ def eval_command(
     asked = load_facts(facts)
     other = load_texts(texts or _BUNDLED / "none_of_its_business.yaml")
     running = Running(device, model_dtype)
-    editor = open_editor(memory, model, running)
+    editor = open_editor(taught_folder(memory), model, running)
     if chat:
         asked = with_chat_prompts(editor.tokenizer, asked)
     bundled = editor.memory.config.name_or_path == "bundled"

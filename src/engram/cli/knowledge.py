@@ -1,4 +1,4 @@
-"""`engram teach | ask | why | facts | forget | diff | merge`: what a memory knows."""
+"""`engram teach | why | facts | forget | diff | merge`: what a memory knows."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_editor, open_memory
-from engram.cli.outputs import check_text, is_terminal
+from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, check_out, open_editor, taught_folder
+from engram.cli.outputs import check_prompt, count_bar, is_terminal
 from engram.errors import DataError, EngramError, TeachError
 
 if TYPE_CHECKING:
     from engram.data import Fact
-    from engram.editing import Explanation, LedgerFact, MemoryEditor, RowConflict
-    from engram.models import EngramModel
+    from engram.editing import Explanation, MemoryEditor, RowConflict
 
 __all__ = [
-    "ask_command",
+    "ChatOption",
+    "ModelOption",
     "diff_command",
     "facts_command",
     "forget_command",
@@ -35,9 +35,8 @@ __all__ = [
 
 _SAVE_EVERY = 1000
 _LISTED = 20
-_ANSWER_TOKENS = 64
 
-MemoryOption = Annotated[Path, typer.Option(help="Folder of the memory.")]
+MemoryOption = Annotated[Path, typer.Option(help="Folder of the memory, a taught one (trained ones hold no facts).")]
 ModelOption = Annotated[
     str | None,
     typer.Option(help="Base model: a folder, a hub name or 'bundled'. The one the memory was made for if not given."),
@@ -50,7 +49,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def teach_command(
     facts: Annotated[Path, typer.Argument(help="Facts to teach (YAML).")],
-    memory: MemoryOption,
+    memory: Annotated[Path, typer.Option(help="Folder of the memory; a new one if there is none.")],
     model: ModelOption = None,
     replace: Annotated[bool, typer.Option("--replace", help="Facts that contradict the memory replace what it says.")] = False,
     seed: Annotated[
@@ -67,6 +66,7 @@ def teach_command(
     from engram.checkpoint import lock_store
     from engram.data import with_chat_prompts
 
+    memory = taught_folder(memory)
     lessons, checksum = _read_facts(facts)
     with lock_store(memory):
         editor = _open(memory, model, seed, Running(device, model_dtype))
@@ -76,7 +76,7 @@ def teach_command(
         failed: dict[str, str] = {}
         started = time.perf_counter()
         parts = editor.in_parts(lessons, _SAVE_EVERY, replace)  # a refusal comes before there is a bar
-        with _progress(sum(len(fact.prompts) for fact in lessons)) as bar:
+        with count_bar("teaching", sum(len(fact.prompts) for fact in lessons)) as bar:
             done = 0
             for part in parts:
                 show = partial(_shift, bar, done)
@@ -117,65 +117,6 @@ def _read_facts(file: Path) -> tuple[list[Fact], str]:
             raise DataError(str(error).replace(str(copy), str(file))) from None
 
 
-def ask_command(
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    memory: Annotated[Path, typer.Option(help="Folder of the memory, taught or trained, or 'bundled'.")],
-    model: ModelOption = None,
-    off: Annotated[bool, typer.Option("--off", help="Ask the base model, memory switched off.")] = False,
-    route: Annotated[bool, typer.Option("--route", help="Read the memory only if the routing rules say so.")] = False,
-    rules: Annotated[Path | None, typer.Option(help="Routing rules (YAML); the bundled ones if not given.")] = None,
-    router: Annotated[Path | None, typer.Option(help="Router that `engram route` wrote; decides instead of rules.")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer, in tokens; 64, or as long as the longest fact, if not given.")
-    ] = None,
-    chat: ChatOption = False,
-    device: DeviceOption = "cpu",
-    model_dtype: ModelDtypeOption = "float32",
-) -> None:
-    """Ask a model with its memory; prints the answer and nothing else."""
-    from engram.data import chat_prompt
-    from engram.editing.ledger import answer_room
-    from engram.evaluation import ask
-    from engram.models import EngramRouter, LearnedRouter, Router
-    from engram.models.router import DEFAULT_RULES
-
-    _check_prompt(prompt)
-    if router is not None and (route or rules is not None):
-        raise typer.BadParameter("got rules too, expected one way to decide", param_hint="--router")
-    if off and (route or rules is not None or router is not None):
-        raise typer.BadParameter(
-            "got a way to decide when the memory is read too (--route, --rules or --router), expected it to be off, or routed",
-            param_hint="--off",
-        )
-    decides: Router | None = EngramRouter.from_yaml(rules or DEFAULT_RULES) if route or rules else None
-    asked, tokenizer, facts = _to_ask(memory, model, Running(device, model_dtype))
-    if router is not None:
-        decides = LearnedRouter.load(router, asked, tokenizer)
-    if chat:
-        prompt = chat_prompt(tokenizer, prompt)
-    room = _room(asked, tokenizer, prompt)
-    if max_new_tokens is None:
-        max_new_tokens = answer_room(facts, _ANSWER_TOKENS)
-    max_new_tokens = min(max_new_tokens, room)
-    if off:
-        with asked.disable_engram():
-            print(ask(asked, tokenizer, [prompt], max_new_tokens)[0])
-        return
-    print(ask(asked, tokenizer, [prompt], max_new_tokens, router=decides)[0])
-
-
-def _to_ask(memory: Path, model: str | None, running: Running) -> tuple[EngramModel, Any, list[LedgerFact]]:
-    """A saved memory, taught or trained, on its base model; its tokenizer, and the facts that it was taught."""
-    from engram.checkpoint import read_description
-    from engram.models.bundled_files import memory_folder
-
-    folder = memory_folder(memory)
-    if read_description(folder)["engram_config"].get("verify_rows"):
-        editor = open_editor(folder, model, running)
-        return editor.memory, editor.tokenizer, editor.facts
-    return *open_memory(folder, model, running), []
-
-
 def why_command(
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     memory: MemoryOption,
@@ -188,9 +129,8 @@ def why_command(
     """Ask, and show token by token which facts spoke, through which rows, and what they changed."""
     from engram.data import chat_prompt
 
-    _check_prompt(prompt)
-    _refuse_bundled(memory)
-    editor = open_editor(memory, model, Running(device, model_dtype))
+    check_prompt(prompt, "PROMPT")
+    editor = open_editor(taught_folder(memory), model, Running(device, model_dtype))
     if chat:
         prompt = chat_prompt(editor.tokenizer, prompt)
     explanation = editor.why(prompt)
@@ -200,22 +140,11 @@ def why_command(
         _print_explanation(explanation, editor)
 
 
-def _refuse_bundled(memory: Path) -> None:
-    from engram.models.bundled_files import memory_folder
-
-    if memory_folder(memory) != memory:
-        raise typer.BadParameter(
-            "the bundled memory was trained, not taught, and holds no facts; `engram trace` and `engram look` show what it does",
-            param_hint="--memory",
-        )
-
-
 def facts_command(memory: MemoryOption, as_json: JsonOption = False) -> None:
     """List the facts of a memory: ids, prompts, answers, rows. Loads no model."""
     from engram.editing.merge import StoredMemory
 
-    _refuse_bundled(memory)
-    stored = StoredMemory(memory)
+    stored = StoredMemory(taught_folder(memory))
     owned = stored.rows_by_fact()
     if as_json:
         entries = [
@@ -251,6 +180,7 @@ def forget_command(
     """Take facts out of a memory, rows and all; others stay as they were taught."""
     from engram.checkpoint import lock_store
 
+    memory = taught_folder(memory)
     _require(memory)
     with lock_store(memory):
         editor = open_editor(memory, model, Running(device, model_dtype))
@@ -274,6 +204,7 @@ def diff_command(
     from engram.editing import diff_memories
     from engram.editing.merge import StoredMemory
 
+    a, b = taught_folder(a, "A"), taught_folder(b, "B")
     try:
         found = diff_memories(a, b)
     except (EngramError, OSError) as error:  # not 1, which scripts take for "they differ"
@@ -314,6 +245,8 @@ def merge_command(
     if prefer not in (None, "a", "b"):
         raise typer.BadParameter(f"got {prefer!r}, expected 'a' or 'b'", param_hint="--prefer")
     side: Literal["a", "b"] | None = prefer  # type: ignore[assignment]
+    a, b = taught_folder(a, "A"), taught_folder(b, "B")
+    check_out(out)
     if out.resolve() in (a.resolve(), b.resolve()):
         raise typer.BadParameter("the union would overwrite one of the two; choose another folder", param_hint="--out")
     with lock_store(out):
@@ -337,15 +270,17 @@ def merge_command(
 
 def _open(memory: Path, model: str | None, seed: int | None, running: Running) -> MemoryEditor:
     """The memory in a folder, or a new one if there is none yet."""
-    from engram.checkpoint import DESCRIPTION_NAME
+    from engram.checkpoint import DESCRIPTION_NAME, read_description
+    from engram.config import EngramConfig
     from engram.editing import MemoryEditor
 
     if (memory / DESCRIPTION_NAME).exists():
-        editor = open_editor(memory, model, running)
-        own = editor.memory.engram_config.seed
+        own = EngramConfig.from_dict(read_description(memory)["engram_config"]).seed
         if seed not in (None, own):
-            raise TeachError(f"--seed: got {seed}, but the memory in {memory} was made with seed {own}; leave the option out.")
-        return editor
+            raise typer.BadParameter(
+                f"got {seed}, but the memory in {memory} was made with seed {own}; leave the option out", param_hint="--seed"
+            )
+        return open_editor(memory, model, running)
     base, tokenizer = running.load(model or "bundled")
     return MemoryEditor.create(base, tokenizer, seed=seed or 0)
 
@@ -354,19 +289,6 @@ def _require(memory: Path) -> None:
     from engram.checkpoint import read_description
 
     read_description(memory)  # before anything is made in a folder that holds no memory
-
-
-def _check_prompt(prompt: str) -> None:
-    if not prompt.strip():
-        raise typer.BadParameter("got an empty text, expected a question", param_hint="PROMPT")
-    check_text(prompt, "PROMPT")
-
-
-def _room(memory: EngramModel, tokenizer: Any, prompt: str) -> int:
-    """Tokens that an answer may have."""
-    from engram.data.facts import room_for_answer, tokenize_prompt
-
-    return room_for_answer(memory.config, len(tokenize_prompt(tokenizer, prompt)))
 
 
 def _size(memory: Path) -> int:
@@ -381,23 +303,6 @@ def _report_conflicts(conflicts: list[RowConflict]) -> None:
 
 def _shift(bar: Callable[[int], None], before: int, done: int, _: int) -> None:
     bar(before + done)
-
-
-def _progress(total: int) -> Any:
-    """A bar on standard error: `with _progress(n) as show: show(done)`."""
-    from contextlib import contextmanager
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    @contextmanager
-    def bar():
-        columns = (TextColumn("teaching"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("teaching", total=total)
-            yield lambda done: progress.update(task, completed=done)
-
-    return bar()
 
 
 def _print_explanation(explanation: Explanation, editor: MemoryEditor) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +19,17 @@ if TYPE_CHECKING:
     from engram.editing import MemoryEditor
     from engram.models import EngramModel
 
-__all__ = ["DeviceOption", "ModelDtypeOption", "Running", "base_name", "open_base", "open_editor", "open_memory"]
+__all__ = [
+    "DeviceOption",
+    "ModelDtypeOption",
+    "Running",
+    "check_out",
+    "open_base",
+    "open_editor",
+    "open_memory",
+    "open_tokenizer",
+    "taught_folder",
+]
 
 DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
 ModelDtypeOption = Annotated[str, typer.Option(help="Type of the model's weights: float32, bfloat16 or float16.")]
@@ -74,37 +87,93 @@ class Running:
         return device + ("" if self.dtype == "float32" else f" --model-dtype {self.dtype}")
 
 
-def base_name(memory: Path, model: str | None) -> str:
-    """The base model of a saved memory: ``model`` if that is given, else the one that the memory names."""
-    from engram.checkpoint import read_description
+def taught_folder(memory: Path, hint: str = "--memory") -> Path:
+    """Where a memory of facts lies, which the bundled one is not (``models.bundled_files.memory_folder``)."""
+    from engram.models.bundled_files import BUNDLED_MEMORY, memory_folder
 
-    named = (read_description(memory).get("base_model") or {}).get("name_or_path")
-    return model or named or "bundled"
+    folder = memory_folder(memory)
+    if folder == BUNDLED_MEMORY:
+        raise typer.BadParameter(
+            "the bundled memory was trained, not taught, and holds no facts; `engram trace` and `engram look` show what it does. "
+            "Expected another folder",
+            param_hint=hint,
+        )
+    return folder
 
 
-def open_base(memory: Path, model: str | None, running: Running, beside: Path | None = None) -> tuple[Any, Any]:
+def check_out(folder: Path) -> None:
+    """Refuse to write a memory where it would stand in the place of the bundled one."""
+    from engram.models.bundled_files import BUNDLED_NAME
+
+    if str(folder) == BUNDLED_NAME:
+        raise typer.BadParameter(
+            "got 'bundled', which names the memory that ships with engram; expected another folder", param_hint="--out"
+        )
+
+
+def open_base(memory: Path, model: str | None, running: Running) -> tuple[Any, Any]:
     """The base model of a saved memory and its tokenizer.
 
     Args:
         memory: the memory's folder.
         model: what ``--model`` says.
         running: where and how.
-        beside: a folder to take the model from if nothing is said and there is one.
     """
-    name = base_name(memory, model)
-    if model is None and beside is not None and (beside / "config.json").is_file():
-        name = str(beside)
-    try:
+    with _named_by(memory, model) as name:
         return running.load(name)
+
+
+def open_tokenizer(memory: Path, model: str | None) -> Any:
+    """The tokenizer of a saved memory's base model."""
+    from engram.models.bundled import load_tokenizer
+
+    with _named_by(memory, model) as name:
+        return load_tokenizer(name)
+
+
+@contextmanager
+def _named_by(memory: Path, model: str | None) -> Iterator[str]:
+    """The name of a memory's base model; if that cannot be loaded, the error says who named it."""
+    name = _base_name(memory, model)
+    try:
+        yield name
     except CheckpointError as error:
         hint = "" if model else f" The memory in {memory} names it as its base; if that has moved, say where with --model."
         raise CheckpointError(f"{error}{hint}") from error
 
 
-def open_editor(memory: Path, model: str | None, running: Running) -> MemoryEditor:
-    """The memory in a folder on its base model, to be asked or changed."""
-    from engram.editing import MemoryEditor
+def _base_name(memory: Path, model: str | None) -> str:
+    """``model`` if it is given, else the model in the memory's run folder, else the one that the memory names.
 
+    Raises:
+        CheckpointError: it names none.
+    """
+    from engram.checkpoint import read_description
+
+    if model:
+        return model
+    named = (read_description(memory).get("base_model") or {}).get("name_or_path")
+    folder = Path(os.path.abspath(memory))
+    beside = folder.parent / "model"
+    # A run that went on from a model has its own beside the memory, which names the one that it went on from.
+    if (folder.name == "memory" or not named) and (beside / "config.json").is_file():
+        return str(beside)
+    if not named:
+        raise CheckpointError(
+            f"the memory in {memory} does not say what its base model is called, and there is no folder {beside} with one; "
+            "say where it is with --model."
+        )
+    return named
+
+
+def open_editor(memory: Path, model: str | None, running: Running) -> MemoryEditor:
+    """The memory of facts in a folder on its base model, to be asked or changed."""
+    from engram.checkpoint import read_description
+    from engram.config import EngramConfig
+    from engram.editing import MemoryEditor
+    from engram.editing.editor import refuse_trained
+
+    refuse_trained(EngramConfig.from_dict(read_description(memory)["engram_config"]))  # before a model is loaded
     base, tokenizer = open_base(memory, model, running)
     return MemoryEditor.load(base, memory, tokenizer)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_base
+from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_memory
 from engram.cli.outputs import check_folder, check_writable, made_with
 
 if TYPE_CHECKING:
@@ -87,17 +87,13 @@ def look_command(
 def _open(memory: Path | None, model: str | None, running: Running) -> tuple[Subject, Any]:
     """The model to look at, with its memory if one is given, and its tokenizer."""
     from engram.analysis import Subject
-    from engram.checkpoint import DESCRIPTION_NAME
-    from engram.models import EngramModel
     from engram.models.bundled_files import memory_folder
 
     if memory is None:
         return _open_second(model or "bundled", running)
     memory = memory_folder(memory)
-    if not (memory / DESCRIPTION_NAME).exists() and (memory / "memory" / DESCRIPTION_NAME).exists():
-        memory = memory / "memory"
-    base, tokenizer = open_base(memory, model, running, beside=memory.parent / "model")
-    return Subject(_short(memory), EngramModel.from_pretrained(base, memory, tokenizer).eval()), tokenizer
+    attached, tokenizer = open_memory(memory, model, running)
+    return Subject(_short(memory), attached.eval()), tokenizer
 
 
 def _open_second(name: str, running: Running) -> tuple[Subject, Any]:

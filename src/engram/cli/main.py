@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from engram._version import __version__
+from engram.cli.ask import ask_command
 from engram.cli.bench import bench_command
 from engram.cli.budget import budget_command
 from engram.cli.convert import convert_command
@@ -18,7 +19,6 @@ from engram.cli.demo import demo_command
 from engram.cli.evaluate import eval_command
 from engram.cli.generate import generate_command
 from engram.cli.knowledge import (
-    ask_command,
     diff_command,
     facts_command,
     forget_command,

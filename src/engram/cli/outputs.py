@@ -1,15 +1,17 @@
-"""Where commands write their results."""
+"""Where commands write their results, and what they ask of texts."""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import typer
 
-__all__ = ["check_folder", "check_text", "check_writable", "is_terminal", "made_with"]
+__all__ = ["check_folder", "check_prompt", "check_text", "check_writable", "count_bar", "is_terminal", "made_with"]
 
 
 def made_with() -> dict[str, Any]:
@@ -31,6 +33,25 @@ def check_text(text: str, hint: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise typer.BadParameter("got bytes that are not UTF-8, expected text", param_hint=hint) from None
+
+
+def check_prompt(prompt: str, hint: str) -> None:
+    """Refuse what cannot be asked."""
+    if not prompt.strip():
+        raise typer.BadParameter("got an empty text, expected a question", param_hint=hint)
+    check_text(prompt, hint)
+
+
+@contextmanager
+def count_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error; called with how many are done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, completed=done)
 
 
 def check_writable(file: Path | None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engram.cli.convert import check_dtype, print_report, progress_bar, read_text
-from engram.cli.loading import base_name
+from engram.cli.loading import check_out, open_tokenizer
 from engram.cli.outputs import is_terminal
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ _TAUGHT = "a taught memory stores written rows alone: so few that they are alway
 
 def place_command(
     memory: Annotated[Path, typer.Argument(help="Folder of the memory, or 'bundled'.")],
-    tier: Annotated[str | None, typer.Option(help="Where to move it: device, host, mmap or hybrid.")] = None,
+    tier: Annotated[
+        str | None, typer.Option(help="Where to move it: device, host, mmap or hybrid; a taught memory stays on device.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Format of the rows; as saved if not given.")] = None,
     path: Annotated[
         Path | None, typer.Option(help="Folder for row files (mmap, hybrid), so that rows can be trained there.")
@@ -46,6 +48,8 @@ def place_command(
 
     _check_options(tier, dtype, out, hot_rows, hot_from, resident_bytes)
     memory = memory_folder(memory)
+    if out is not None:
+        check_out(out)
     if dtype is not None:
         check_dtype(dtype)
     from engram.models.place import layer_places, placement_costs  # loads transformers
@@ -100,6 +104,8 @@ def _check_options(
         )
     if hot_from is not None and (hot_rows is None or tier not in (None, "hybrid")):
         raise typer.BadParameter("goes with --hot-rows and --tier hybrid", param_hint="--hot-from")
+    if hot_rows is not None and tier not in (None, "hybrid"):
+        raise typer.BadParameter(f"got rows to keep hot and tier {tier!r}, expected --tier hybrid", param_hint="--hot-rows")
     if tier == "hybrid" and hot_rows is None:
         raise typer.BadParameter("expected a number of rows for --tier hybrid", param_hint="--hot-rows")
 
@@ -132,12 +138,10 @@ def _move(memory: Path, out: Path, placement: TableConfig, hot: dict[int, Any] |
 
 def _hot(memory: Path, file: Path, number: int, model: str | None, fields: dict[str, Any]) -> dict[int, Any]:
     """The rows that a text asks for most, per layer."""
-    from engram.models.bundled import load_tokenizer
     from engram.models.place import count_rows_read
 
     text = read_text(file)
-    tokenizer = load_tokenizer(base_name(memory, model))
-    counted = count_rows_read(memory, tokenizer, [text])
+    counted = count_rows_read(memory, open_tokenizer(memory, model), [text])
     hot = {layer_id: counts.most_frequent(number) for layer_id, counts in counted.items()}
     fields["hot"] = {
         layer_id: {

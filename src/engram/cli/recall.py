@@ -12,6 +12,11 @@ from engram.cli.outputs import check_writable, made_with
 
 __all__ = ["recall_command"]
 
+_NO_END = 10_000
+_SHORT = {"model": "none", "without memory": "without", "with memory": "with"}
+_LEGEND = """at random: what copying noted numbers at random finds; 95 %: interval of exact;
+log p: of the right answer, nats per token; rank: of its tokens, 1 is the likeliest"""
+
 
 def recall_command(
     model: Annotated[
@@ -38,12 +43,9 @@ def recall_command(
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
     """Hide notes in long text and ask for them: exact answers, and how likely the right ones were."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     from engram.checkpoint import write_json_atomically
     from engram.data.texts import load_texts
-    from engram.evaluation import measure_recall, recall_table
+    from engram.evaluation import measure_recall
 
     asked = _names(tasks)
     tokens = _numbers(lengths)
@@ -64,9 +66,27 @@ def recall_command(
         with subject.disable_engram():
             results["without memory"] = measure()
         results["with memory"] = measure()
-    Console().print(Markdown(recall_table(results)))
+    _print_table(results)
     if json_out is not None:
         write_json_atomically(json_out, results)
+
+
+def _print_table(results: dict[str, Any]) -> None:
+    """Whole lines, however narrow the terminal: cells that were cut would be other numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from engram.evaluation import recall_rows
+
+    headings, rows = recall_rows({_SHORT[name]: result for name, result in results.items()})
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("task", "memory") else "right", no_wrap=True)
+    for cells in rows:
+        table.add_row(*cells)
+    Console(width=Console(width=_NO_END).measure(table).maximum).print(table)
+    print(_LEGEND)
 
 
 def _names(given: str) -> list[str]:

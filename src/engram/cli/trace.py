@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engram.cli.loading import Running, open_memory
 from engram.cli.outputs import check_text, is_terminal
 from engram.errors import ConfigError
 
@@ -24,7 +25,12 @@ _PIPED_WIDTH = 180
 
 def trace_command(
     text: Annotated[str, typer.Argument(help="The sentence.")],
-    model: Annotated[str, typer.Option(help="Base model: a folder, a hub name or 'bundled'.")] = "bundled",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model: a folder, a hub name or 'bundled'. The one the memory was made for, or the bundled one, if not given."
+        ),
+    ] = None,
     memory: Annotated[
         Path | None,
         typer.Option(help="A saved memory, or 'bundled'; without it a fresh, untrained one at two layers is shown."),
@@ -48,7 +54,7 @@ def trace_command(
 
     if demo_size and memory is not None:
         raise ConfigError("--demo-size shows a random model; it cannot be combined with --memory.")
-    if demo_size and model != "bundled":
+    if demo_size and model is not None:
         raise typer.BadParameter(
             "got a model beside --demo-size, which shows a random one; expected one of the two", param_hint="--model"
         )
@@ -66,15 +72,15 @@ def trace_command(
         _print_table(trace, fresh=memory is None)
 
 
-def _attached(model: str, memory: Path | None) -> tuple[EngramModel, Any]:
+def _attached(model: str | None, memory: Path | None) -> tuple[EngramModel, Any]:
     from engram.config import EngramConfig
     from engram.evaluation.generation import padding_id
-    from engram.models import EngramModel, get_engram_model, load_model
+    from engram.models import get_engram_model
     from engram.models.bundled_files import memory_folder
 
-    base, tokenizer = load_model(model)
     if memory is not None:
-        return EngramModel.from_pretrained(base, memory_folder(memory), tokenizer), tokenizer
+        return open_memory(memory_folder(memory), model, Running())
+    base, tokenizer = Running().load(model or "bundled")
     blocks = base.config.num_hidden_layers
     config = EngramConfig(
         engram_vocab_size=20_000,

@@ -7,6 +7,9 @@ one), ``held_out`` (phrasings that are asked but never taught) and ``id``. For m
       capital: {prompts: ["CAPITAL:{x}", "What is the capital of {x}?"], held_out: ["Name the capital of {x}."]}
     facts:
       - {template: capital, x: France, answer: Paris}
+
+``{name}`` in a template is filled with what the fact says under that key. There may be several, ``{x}`` among them or not; nothing else in
+braces is filled, and nothing at all in prompts and answers of the facts themselves.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ __all__ = [
 
 _KEYS = {"prompt", "prompts", "answer", "category", "held_out", "id", "template", "x"}
 _TEMPLATE_KEYS = {"prompts", "held_out", "category"}
-_SLOT = "{x}"
+_SLOT = re.compile(r"\{([^\W\d]\w*)\}")
+"""A place in a template, and its name."""
 _DEEPEST = 50
 
 
@@ -288,12 +292,32 @@ def _templates(given: Any, where: str) -> dict[str, Any]:
             )
         if not isinstance(template.get("held_out", []), list):
             raise DataError(f"{where}, template {name!r}: 'held_out' must be a list of texts, got {template['held_out']!r}.")
-        for text in [*template["prompts"], *template.get("held_out", [])]:
-            if not isinstance(text, str) or _SLOT not in text:
-                raise DataError(
-                    f"{where}, template {name!r}: {text!r} has no {_SLOT}, the place of the key; expected a text with it."
-                )
+        _check_slots(template, f"{where}, template {name!r}")
     return given
+
+
+def _check_slots(template: dict[str, Any], where: str) -> None:
+    for text in _texts_of(template):
+        names = _SLOT.findall(text) if isinstance(text, str) else []
+        if not names:
+            raise DataError(
+                f"{where}: {text!r} has no {{x}}, the place of the key; expected a text with it (or another name in braces)."
+            )
+        taken = next((name for name in names if name in _KEYS - {"x"}), None)
+        if taken is not None:
+            raise DataError(
+                f"{where}: {text!r} has {{{taken}}}, and {taken!r} is a key of a fact that means something else; rename the place, "
+                f"{{{taken}_}} for instance."
+            )
+
+
+def _texts_of(template: dict[str, Any]) -> list[Any]:
+    return [*template["prompts"], *template.get("held_out", [])]
+
+
+def _slots(template: dict[str, Any]) -> list[str]:
+    """Names of the places in a template, each once, in their order."""
+    return list(dict.fromkeys(name for text in _texts_of(template) for name in _SLOT.findall(text)))
 
 
 def _filled(entry: dict[str, Any], templates: dict[str, Any], where: str) -> dict[str, Any]:
@@ -301,22 +325,47 @@ def _filled(entry: dict[str, Any], templates: dict[str, Any], where: str) -> dic
     name = _text(entry["template"], "template", where)
     if name not in templates:
         raise DataError(f"{where}: template {name!r} is not defined; known: {', '.join(map(str, templates)) or 'none'}.")
-    if "x" not in entry or "prompt" in entry or "prompts" in entry:
-        raise DataError(f"{where}: an entry with a template has a key 'x' and no prompts of its own.")
-    template, key = templates[name], _text(entry["x"], "x", where)
-    filled = {k: v for k, v in entry.items() if k not in ("template", "x")}
+    template = templates[name]
+    slots = _slots(template)
+    _check_filling(entry, name, slots, where)
+    values = {slot: _text(entry[slot], slot, where) for slot in slots}
+
+    def fill(text: str) -> str:
+        return _SLOT.sub(lambda found: values[found[1]], text)
+
+    filled = {k: v for k, v in entry.items() if k not in ("template", *slots)}
     filled.setdefault("category", template.get("category", name))
-    filled["prompts"] = [text.replace(_SLOT, key) for text in template["prompts"]]
-    filled.setdefault("held_out", [text.replace(_SLOT, key) for text in template.get("held_out", [])])
+    filled["prompts"] = [fill(text) for text in template["prompts"]]
+    filled.setdefault("held_out", [fill(text) for text in template.get("held_out", [])])
     return filled
+
+
+def _check_filling(entry: dict[str, Any], name: str, slots: list[str], where: str) -> None:
+    """Refuse an entry that does not say exactly what its template asks for."""
+    if "prompt" in entry or "prompts" in entry:
+        raise DataError(f"{where}: an entry with a template has no prompts of its own; leave them, or 'template', out.")
+    missing = next((slot for slot in slots if slot not in entry), None)
+    if missing is not None:
+        raise DataError(
+            f"{where}: template {name!r} has {{{missing}}}, which is filled from a key {missing!r} that the entry lacks; give it one. (To "
+            f"have the letters {{{missing}}} in the prompt: {missing}: '{{{missing}}}'.)"
+        )
+    if "x" in entry and "x" not in slots:
+        raise DataError(f"{where}: 'x' fills {{x}}, but template {name!r} has none; it has {_in_braces(slots)}.")
+
+
+def _in_braces(names: list[str]) -> str:
+    return ", ".join(f"{{{name}}}" for name in names)
 
 
 def _parse(entry: Any, where: str, templates: dict[str, Any]) -> Fact:
     if not isinstance(entry, dict):
         raise DataError(f"{where}: got {type(entry).__name__}, expected a mapping with 'prompt' (or 'prompts') and 'answer'.")
-    unknown = sorted(str(key) for key in set(entry) - _KEYS)
+    template = templates.get(entry["template"]) if isinstance(entry.get("template"), str) else None
+    known = _KEYS | set(_slots(template) if template else ())
+    unknown = sorted(str(key) for key in set(entry) - known)
     if unknown:
-        raise DataError(f"{where}: unknown key(s) {', '.join(unknown)}; expected {', '.join(sorted(_KEYS))}.")
+        raise DataError(f"{where}: unknown key(s) {', '.join(unknown)}; expected {', '.join(sorted(known))}.")
     if "template" in entry:
         entry = _filled(entry, templates, where)
     if "x" in entry:

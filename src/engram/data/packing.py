@@ -34,25 +34,25 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return {"input_ids": block, "labels": block.clone()}
 
 
-def pack(documents: Sequence[Document], tokenizer: Any, seq_len: int, blocks: int, seed: int) -> PackedDataset:
-    """Exactly ``blocks`` blocks: epoch after epoch, each in its own seeded order, a document as often as its weight says.
+def pack(documents: Sequence[Document | str], tokenizer: Any, seq_len: int, blocks: int, seed: int) -> PackedDataset:
+    """Exactly ``blocks`` blocks: epoch after epoch, each in its own seeded order, a document as often as its weight says; a text as often as
+    any other.
 
     Every document starts with the tokenizer's beginning-of-text token (or else its end-of-text token) and holds no other special token:
     text that looks like one is text. The same arguments give the same blocks.
 
     Raises:
-        DataError: there are no documents.
+        DataError: there are no documents, or they are something else.
         ConfigError: the tokenizer has neither token.
     """
-    if not documents:
-        raise DataError("pack: got no documents.")
+    own = _documents(documents)
     dtype = np.uint16 if count_ids(tokenizer) <= 1 << 16 else np.uint32
     begin = begin_token(tokenizer)
-    texts = [doc.text for doc in documents]
+    texts = [doc.text for doc in own]
     options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False, "verbose": False}
     encoded = tokenizer(texts, **options)["input_ids"]
     ids = [np.asarray([begin, *row], dtype=dtype) for row in encoded]
-    copies = np.repeat(np.arange(len(documents)), [doc.weight for doc in documents])
+    copies = np.repeat(np.arange(len(own)), [doc.weight for doc in own])
     rng = np.random.default_rng(seed)
     wanted, pieces, length = blocks * seq_len, [], 0
     while length < wanted:
@@ -62,3 +62,16 @@ def pack(documents: Sequence[Document], tokenizer: Any, seq_len: int, blocks: in
             if length >= wanted:
                 break
     return PackedDataset(np.concatenate(pieces)[:wanted], seq_len)
+
+
+def _documents(given: Sequence[Document | str]) -> list[Document]:
+    """Plain texts as documents, named by number."""
+    if isinstance(given, str | bytes):
+        raise DataError("pack: got one text, expected a list of documents or texts; put it into a list.")
+    found = [Document(f"text {number}", each) if isinstance(each, str) else each for number, each in enumerate(given)]
+    other = next((each for each in found if not isinstance(each, Document)), None)
+    if other is not None:
+        raise DataError(f"pack: got {type(other).__name__} among the documents, expected Document or text (str).")
+    if not found:
+        raise DataError("pack: got no documents.")
+    return found

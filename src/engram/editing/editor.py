@@ -31,7 +31,20 @@ if TYPE_CHECKING:
     from engram.editing.merge import MemoryDiff, MergeReport
     from engram.editing.why import Explanation
 
-__all__ = ["MemoryEditor"]
+__all__ = ["MemoryEditor", "refuse_trained"]
+
+
+def refuse_trained(config: EngramConfig) -> None:
+    """Refuse a memory that was not made for facts.
+
+    Raises:
+        ConfigError: its rows are not verified.
+    """
+    if not config.verify_rows:
+        raise ConfigError(
+            "facts: got a memory whose rows are not verified (a trained one), in which they would leak into other text; expected one "
+            "made for facts: name a new folder (`engram teach`), or call MemoryEditor.create(model, tokenizer)."
+        )
 
 
 class MemoryEditor:
@@ -50,11 +63,7 @@ class MemoryEditor:
 
     def __init__(self, memory: EngramModel, tokenizer: Any) -> None:
         config = memory.engram_config
-        if not config.verify_rows:
-            raise ConfigError(
-                "facts: got a memory whose rows are not verified (a trained one), in which they would leak into other text; expected one "
-                "made for facts: name a new folder (`engram teach`), or call MemoryEditor.create(model, tokenizer)."
-            )
+        refuse_trained(config)
         if memory.mapping.spec.ids != "raw":
             raise ConfigError(
                 f"facts: hash_spec {config.hash_spec!r} merges tokens that differ in case or accents, so that `mW` and `MW` would be "

@@ -123,14 +123,20 @@ class Teaching:
         if any(prompt.key_length == longest for prompt in entry.prompts):
             return f"its last {longest} tokens are those of another fact; ask with the distinctive words nearer to the end"
         if any(prompt.key_length + len(prompt.answer_ids) > longest + 1 for prompt in entry.prompts):
-            return f"the end of its answer is out of reach of its key ({longest} tokens): shorten it, or make a memory with more max_ngram_size"
+            return (
+                f"the end of its answer is out of reach of its key ({longest} tokens): shorten it "
+                "(in Python also: MemoryEditor.create(..., max_ngram_size=...) for a memory that reaches further)"
+            )
         if unsaid := self.speller.unsayable_texts([token for prompt in entry.prompts for token in prompt.answer_ids]):
             shown = ", ".join(map(repr, unsaid[:_SHOWN]))
             return (
                 f"its answer has tokens that the model hardly met in training and may not be able to tell from others ({shown}): "
                 "put it in other words"
             )
-        return "its answer did not become greedy-exact; raise max_steps or lr, or shorten the answer"
+        return (
+            "its answer did not become greedy-exact: reword the prompt or shorten the answer "
+            "(in Python also: TeachSettings with more max_steps, or another lr)"
+        )
 
     def _enter(self, before: dict[str, StoredRows], earlier: list[LedgerFact]) -> None:
         """Count, check the earlier facts that could notice, and write the ledger."""

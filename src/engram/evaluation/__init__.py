@@ -5,7 +5,15 @@ from engram.evaluation.bits_per_byte import bits_per_byte
 from engram.evaluation.copying import measure_copying
 from engram.evaluation.drift import Drift, measure_drift
 from engram.evaluation.gains import RoutedKind, TextGain, fit_router_to_texts, measure_gains
-from engram.evaluation.long_context import RecallAnswer, RecallResult, RecallScore, measure_recall, recall_table, score_recall
+from engram.evaluation.long_context import (
+    RecallAnswer,
+    RecallResult,
+    RecallScore,
+    measure_recall,
+    recall_rows,
+    recall_table,
+    score_recall,
+)
 from engram.evaluation.ngram_counts import NgramCounts, mixture_weight
 from engram.evaluation.result import EvalResult, FactResult, ShareResult, evaluate_memory, markdown_table
 from engram.evaluation.trace import Trace, trace_text
@@ -35,6 +43,7 @@ __all__ = [
     "measure_gains",
     "measure_recall",
     "mixture_weight",
+    "recall_rows",
     "recall_table",
     "score_by_category",
     "score_recall",

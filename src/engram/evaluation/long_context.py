@@ -20,7 +20,7 @@ from engram.models import EngramModel
 from engram.models.cache import cache_argument, cache_in
 from engram.models.positions import context_length
 
-__all__ = ["RecallAnswer", "RecallResult", "RecallScore", "measure_recall", "recall_table", "score_recall"]
+__all__ = ["RecallAnswer", "RecallResult", "RecallScore", "measure_recall", "recall_rows", "recall_table", "score_recall"]
 
 DEPTH_BINS = 4
 """Depths are reported in so many equal parts of the text."""
@@ -163,25 +163,27 @@ def measure_recall(
     return RecallResult(scores, examples, seed, split)
 
 
-def recall_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Results (``to_dict``) by name as Markdown, one row per kind and length: exact answers and log-probability of each.
+def recall_rows(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of results (``to_dict``) by name, a row per kind, length and name: exact answers with Wilson's 95 % interval,
+    log-probability of the right answers (nats per token) and their rank.
 
     Beside them stands what copying noted numbers at random would find.
     """
-    names = list(results)
-    lines = [
-        "| task | tokens | answers | copying at random |"
-        + "".join(f" {name}: exact | 95 % interval | log p per token | rank |" for name in names),
-        "|---|---|---|---|" + "---|---|---|---|" * len(names),
-    ]
+    headings = ["task", "tokens", "answers", "at random", "memory", "exact", "95 %", "log p", "rank"]
+    rows = []
     for scores in zip(*(result["scores"] for result in results.values())):
-        first = scores[0]
-        if first["depth"] is None:
-            cells = [f"{100 * s['share']:.1f} % | {100 * s['low']:.1f}-{100 * s['high']:.1f} %" for s in scores]
-            cells = [f" {cell} | {s['log_probability']:.2f} | {s['rank']:.1f} |" for cell, s in zip(cells, scores)]
-            asked = f"| {first['kind']} | {first['length']} | {first['answers']} | {100 * chance_of(first):.1f} % |"
-            lines.append(asked + "".join(cells))
-    return "\n".join(lines) + "\n"
+        for name, s in zip(results, scores):
+            if s["depth"] is None:
+                asked = [s["kind"], str(s["length"]), str(s["answers"]), f"{100 * chance_of(s):.1f} %", name]
+                exact = [f"{100 * s['share']:.1f} %", f"{100 * s['low']:.1f}-{100 * s['high']:.1f} %"]
+                rows.append([*asked, *exact, f"{s['log_probability']:.2f}", f"{s['rank']:.1f}"])
+    return headings, rows
+
+
+def recall_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """``recall_rows`` as Markdown."""
+    headings, rows = recall_rows(results)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (headings, ["---"] * len(headings), *rows))
 
 
 @torch.no_grad()

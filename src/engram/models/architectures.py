@@ -147,6 +147,10 @@ def find_decoder(model: nn.Module) -> Decoder:
     Raises:
         AttachError: the architecture is not in the table, or the model does not look as the table says.
     """
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):  # a PeftModel has its model's attributes too
+        raise AttachError(
+            f"got a {type(model).__name__}, expected the model in it: give model.get_base_model(). Its adapters stay in it and at work."
+        )
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if config is None or model_type is None:
@@ -174,5 +178,5 @@ def _submodule(parent: nn.Module, path: str, model_type: str) -> nn.Module:
     except AttributeError:
         raise AttachError(
             f"{type(parent).__name__} ({model_type}) has no module {path!r}; expected the causal language model "
-            "(AutoModelForCausalLM), not its bare decoder and not a wrapper (of a PeftModel, give model.get_base_model())."
+            "(AutoModelForCausalLM), not its bare decoder and not a wrapper."
         ) from None

@@ -46,13 +46,13 @@ def load_bundled(memory: bool = False) -> tuple[PreTrainedModel | EngramModel, A
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
-    """A causal language model and its tokenizer from a local folder, a hub name or ``bundled``.
+    """A causal language model and its tokenizer from a local folder (a model's, or a run's with ``model`` in it), a hub name or ``bundled``.
 
     Raises:
         CheckpointError: it cannot be loaded; the message carries the loader's own reason.
     """
-    path = str(BUNDLED_MODEL) if name == BUNDLED_NAME else name
     with _readable_errors(name):
+        path = _place(name)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
     if name == BUNDLED_NAME:
@@ -67,7 +67,7 @@ def load_tokenizer(name: str) -> Any:
         CheckpointError: it cannot be loaded.
     """
     with _readable_errors(name):
-        return AutoTokenizer.from_pretrained(str(BUNDLED_MODEL) if name == BUNDLED_NAME else name)
+        return AutoTokenizer.from_pretrained(_place(name))
 
 
 @contextmanager
@@ -83,6 +83,15 @@ def _readable_errors(name: str) -> Iterator[None]:
         raise CheckpointError(
             f"cannot load model {name!r}: {reason}. Expected a folder with config.json and weights, or a hub name."
         ) from error
+
+
+def _place(name: str) -> str:
+    """What transformers is asked for: the bundled model's folder, that of the model in a run's folder, or what the name says."""
+    if name == BUNDLED_NAME:
+        return str(BUNDLED_MODEL)
+    inside = Path(name) / "model"
+    in_run = (inside / "config.json").is_file() and not (inside.parent / "config.json").is_file()
+    return str(inside) if in_run else name
 
 
 def _is_path(name: str) -> bool:

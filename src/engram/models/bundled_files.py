@@ -15,6 +15,10 @@ BUNDLED_MEMORY = Path(__file__).parent.parent / "bundled" / "memory"
 
 
 def memory_folder(memory: Path) -> Path:
-    """Where a trained memory lies that is only to be read: ``memory``, or the bundled one if that is ``bundled`` and no memory lies there."""
-    mine = (memory / DESCRIPTION_NAME).exists()
-    return BUNDLED_MEMORY if str(memory) == BUNDLED_NAME and not mine else memory
+    """Where a memory lies: ``memory``; if none is there, the bundled one for ``bundled``, or the folder ``memory`` that a run left in it."""
+    if (memory / DESCRIPTION_NAME).exists():
+        return memory
+    if str(memory) == BUNDLED_NAME:
+        return BUNDLED_MEMORY
+    inside = memory / "memory"
+    return inside if (inside / DESCRIPTION_NAME).exists() else memory

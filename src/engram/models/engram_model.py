@@ -83,6 +83,8 @@ class EngramModel(nn.Module):
     Anything not found here is looked up on the base model (``config``, ``generation_config``, ``device``, ...). One thread at a time may run
     it: between a pass's start and its blocks the addresses wait here, and ``disable_engram`` and ``routed`` hold for the whole model.
 
+    ``EngramTrainer`` trains it. ``transformers.Trainer`` does not: it knows nothing of the base model's columns and row-sparse gradients.
+
     Attributes:
         base_model: the model as given, with hooks on some of its modules.
         engrams: one ``Engram`` per layer, keyed by ``str(layer_id)``.

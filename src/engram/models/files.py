@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -37,6 +38,9 @@ from engram.tables import (
     StoredRows,
     VerifiedTable,
     is_being_filled,
+    is_untouched,
+    row_file,
+    row_file_layout,
     row_format,
     rows_are,
     stamp_rows,
@@ -109,6 +113,7 @@ def check_memory(
     _check_fingerprint(description, mapping.fingerprint, path)
     _check_base(description, model, path, allow_other_base)
     saved_dtype = description.get("table_dtype", "float32")
+    asked = placement is not None
     if placement is None:
         placement = _saved_placement(description, path, saved_dtype)
     if placement.tier == "mmap" and placement.path is None:
@@ -117,7 +122,29 @@ def check_memory(
         version = str(description["weights"].get("file"))
         stamps = {layer: row_stamp(version, layer, placement.dtype) for layer in config.layer_ids}
         placement = replace(placement, stamps=stamps)
+        if not asked and not config.verify_rows:
+            _warn_of_filling(placement, mapping, path)
     return mapping, placement
+
+
+def _warn_of_filling(placement: TableConfig, mapping: NgramHashMapping, path: str | os.PathLike[str]) -> None:
+    """Say that row files which nobody asked for in this load are about to be written, as they are not where the memory was placed."""
+    assert placement.path is not None
+    form, files, size = row_format(placement.dtype), [], 0
+    for layer_id, stamp in (placement.stamps or {}).items():
+        file = row_file(placement.path, layer_id)
+        if not os.path.exists(file) or is_untouched(file) or is_being_filled(file, stamp):
+            files.append(file.name)
+            size += row_file_layout(sum(mapping.head_sizes(layer_id)), mapping.config.head_dim, form)[1]
+    if files:
+        logging.getLogger("engram").warning(
+            "%s: row files that the memory was placed in are missing or unfinished; writing %s bytes of saved rows into %s in %s. To have the "
+            "rows elsewhere: in Python by a TableConfig(...) at the load, on the command line by `engram place`.",
+            os.fspath(path),
+            f"{size:,}",
+            ", ".join(files),
+            placement.path,
+        )
 
 
 def _saved_placement(description: dict[str, Any], path: str | os.PathLike[str], saved_dtype: str) -> TableConfig:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from engram.models.bundled_files import BUNDLED_NAME
 from engram.models.positions import text_config
 
 __all__ = ["adapter_parameters", "base_identity", "identity_mismatch"]
@@ -28,7 +30,7 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
     config: Any = model.config
     text = text_config(config)
     return {
-        "name_or_path": getattr(config, "name_or_path", "") or getattr(config, "_name_or_path", ""),
+        "name_or_path": _name(config),
         "model_type": config.model_type,
         "vocab_size": int(text.vocab_size),
         "hidden_size": int(text.hidden_size),
@@ -56,6 +58,14 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that peft has put into a model, by name; those of the model itself are left out."""
     own = {id(parameter) for parameter in _own_parameters(model)}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in own}
+
+
+def _name(config: Any) -> str:
+    """What a model was loaded by. A folder has its whole path: from another directory a relative one would be another, or a hub's name."""
+    name = getattr(config, "name_or_path", "") or getattr(config, "_name_or_path", "")
+    if not name or name == BUNDLED_NAME or not os.path.isfile(os.path.join(name, "config.json")):
+        return name
+    return os.path.abspath(name)
 
 
 def _embedding_digest(model: nn.Module) -> str | None:

@@ -41,6 +41,7 @@ _PROBES = 16
 """Places of a file that are looked at for huge pages."""
 _SOURCES = 16
 """Saves that a note names: the first, whose rows came into the file, and the last ones of the same rows."""
+_ELSEWHERE = "have the rows elsewhere: in Python by another TableConfig(...), on the command line by `engram place`"
 _SHARE = 2
 """Residency is looked at whenever half of the budget may have come in, and pages go if half of it has: the sum is the budget. Smaller parts
 would leave the threads that read cold rows too little to read together."""
@@ -92,7 +93,9 @@ class RowFile:
                         file.fileno(), end, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
                     )
         except OSError as error:
-            raise TableError(f"cannot map {path}: {error.strerror}; check the path and the space on its disk.") from error
+            raise TableError(
+                f"cannot map {path}: {error.strerror}; check the path and the space on its disk, or {_ELSEWHERE}."
+            ) from error
         self.created = mode == "r+" and (made is not None or is_untouched(path))
         """Whether the file is new, all zero: made now, or by somebody who never put anything into it."""
         self._unchanged = unchanged
@@ -294,7 +297,7 @@ def _create(path: Path, size: int) -> BinaryIO | None:
     free = shutil.disk_usage(path.parent).free + sum(left.stat().st_size for left in left_beside(path))
     if size > free:
         raise TableError(
-            f"{path}: got {size:,} bytes of rows, expected at most the {free:,} bytes free on the disk; free space there."
+            f"{path}: got {size:,} bytes of rows, expected at most the {free:,} bytes free on the disk; free space there, or {_ELSEWHERE}."
         )
     with hidden_beside(path) as file:
         os.posix_fallocate(file.fileno(), 0, size)

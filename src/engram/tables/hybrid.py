@@ -86,8 +86,8 @@ class HybridTable(EmbeddingTable):
         else:
             self.weight = cold.weight
         hot, scales = cold.read_stored(torch.zeros(0, dtype=torch.int64, device="cpu"))
-        place = torch.get_default_device() if device is None else torch.device(device)
-        self._copies = _Copies(torch.zeros(0, dtype=torch.int64), hot, scales, None).to(place)
+        none = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self._copies = _Copies(none, hot, scales, None).to(torch.device(device or "cpu"))
         self.count_accesses = False
         """Whether look-ups are counted, for ``rebalance``."""
         self.counts = AccessCounts()

@@ -1,5 +1,6 @@
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,12 @@ def batch():
 
 def test_every_architecture_has_a_tiny_model():
     assert set(TINY_CONFIGS) == set(ARCHITECTURES)
+
+
+def test_documents_count_the_architectures():
+    root = Path(__file__).parents[2]
+    assert f"({len(ARCHITECTURES)} architectures" in (root / "README.md").read_text()
+    assert f"the {len(ARCHITECTURES)} of `engram.models.ARCHITECTURES`" in (root / "docs" / "guides.md").read_text()
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeGuard
 
 from engram.errors import ConfigError
 
@@ -35,12 +35,12 @@ def _require(condition: bool, field: str, got: object, expected: str) -> None:
         raise ConfigError(f"EngramConfig.{field}: got {got!r}, expected {expected}.")
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_size(value: object, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < _SIZES
+    return _is_int(value) and least <= value < _SIZES
 
 
 def _is_positive(value: object) -> bool:

@@ -436,9 +436,8 @@ def _check_base(
     saved, present = description.get("base_model") or {}, base_identity(model)
     differences = identity_mismatch(saved, present)
     before = saved.get("vocab_size")
-    grown = (
-        ("vocab_size",) if isinstance(before, int) and before <= present["vocab_size"] else ()
-    )  # addresses are the tokenizer's
+    # Addresses are the tokenizer's: more tokens in the model leave them as they are.
+    grown = ("vocab_size",) if isinstance(before, int) and before <= present["vocab_size"] else ()
     sizes_differ = any(not d.startswith(("embedding_sha256", "weights_sha256", *grown)) for d in differences)
     if differences and (sizes_differ or not allow_other_base):
         raise FingerprintError(

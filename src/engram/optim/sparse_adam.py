@@ -191,9 +191,8 @@ class EngramAdamW(torch.optim.AdamW):
         for index, moments in compact.items():
             state = self.state[parameters[index][0]]
             state["row_moments"] = moments
-            state["step"] = state[
-                "step"
-            ].cpu()  # torch moves that of "fused" groups to the parameter's device: reading it would be a wait
+            # torch moves that of "fused" groups to the parameter's device: reading it would be a wait.
+            state["step"] = state["step"].cpu()
 
 
 def _step_numbers(group: dict[str, Any], step: float, table: Tensor) -> StepNumbers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -135,9 +135,22 @@ def _mapped(rows: int, dim: int, config: TableConfig, init: str, layer_id: int) 
     if config.files is None:
         raise ConfigError("TableConfig: got tier 'mmap' without a path, expected a folder for the row files of a new memory.")
     saved, places = config.files[layer_id]
+    return _open(rows, dim, form, saved, "r", bound, places)
+
+
+def _open(
+    rows: int,
+    dim: int,
+    form: RowFormat,
+    file: str | os.PathLike[str],
+    mode: Literal["r", "r+"],
+    bound: int | None,
+    places: Sequence[int] | None = None,
+    unchanged: str | None = None,
+) -> MmapTable | QuantisedMmapTable:
     if form.quantised:
-        return QuantisedMmapTable(rows, dim, form.name, saved, places=places, resident_bytes=bound)
-    return MmapTable(rows, dim, saved, "r", places[0], form.dtype, bound)
+        return QuantisedMmapTable(rows, dim, form.name, file, mode, places, bound, unchanged)
+    return MmapTable(rows, dim, file, mode, places[0] if places else 0, form.dtype, bound, unchanged)
 
 
 def _in_row_file(
@@ -146,17 +159,11 @@ def _in_row_file(
     """A table whose rows can be written; if the file cannot (another process has it, or may write there alone) but is noted to hold the
     very rows that are wanted, one that reads them for as long as nobody changes them.
     """
-
-    def opened(mode: Literal["r", "r+"], unchanged: str | None = None) -> MmapTable | QuantisedMmapTable:
-        if form.quantised:
-            return QuantisedMmapTable(rows, dim, form.name, file, mode, resident_bytes=bound, unchanged=unchanged)
-        return MmapTable(rows, dim, file, mode, dtype=form.dtype, resident_bytes=bound, unchanged=unchanged)
-
     try:
-        return opened("r+")
+        return _open(rows, dim, form, file, "r+", bound)
     except TableError as error:
         if stamp is None or not rows_are(file, stamp):
             raise
-        table = opened("r", stamp)
+        table = _open(rows, dim, form, file, "r", bound, unchanged=stamp)
         table.read_only_because = str(error)
         return table

@@ -12,11 +12,11 @@ from engram.tables.measure import rows_per_second
 from engram.tables.memory import available_memory, check_fits
 from engram.tables.prefetch import RowHandle, RowPrefetcher
 from engram.tables.quantised import QuantisedTable
-from engram.tables.rowfile import (
+from engram.tables.rowfile import new_row_file
+from engram.tables.rownotes import (
     is_being_filled,
     is_untouched,
     left_by_placing,
-    new_row_file,
     note_form,
     remove_row_file,
     rows_are,

@@ -19,7 +19,7 @@ from engram.tables.hybrid import HybridTable
 from engram.tables.mapped import MappedRows, MmapTable, QuantisedMmapTable
 from engram.tables.memory import check_fits
 from engram.tables.quantised import QuantisedTable
-from engram.tables.rowfile import check_form, is_untouched, note_form, rows_are
+from engram.tables.rownotes import check_form, is_untouched, note_form, rows_are
 from engram.tables.verified import VerifiedTable
 
 __all__ = ["build_table", "check_room", "row_file"]

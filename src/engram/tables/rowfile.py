@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
-import json
 import mmap
 import os
 import shutil
@@ -19,19 +18,19 @@ from typing import Any, BinaryIO, Literal
 
 from engram.errors import TableError
 from engram.tables.hidden import give_name, hidden_beside, left_beside
+from engram.tables.rownotes import (
+    identity_of,
+    is_untouched,
+    note_beside,
+    read_note,
+    rows_are,
+    sources_of,
+    stamp_rows,
+    state_of_file,
+    write_note,
+)
 
-__all__ = [
-    "RowFile",
-    "check_form",
-    "is_being_filled",
-    "is_untouched",
-    "left_by_placing",
-    "new_row_file",
-    "note_form",
-    "remove_row_file",
-    "rows_are",
-    "stamp_rows",
-]
+__all__ = ["RowFile", "new_row_file"]
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has the name since 3.12; 0x4000 on Linux
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
@@ -39,8 +38,6 @@ _AROUND = 1 << 16
 """Bytes that Linux maps around a page that is read, if they are in memory anyway."""
 _PROBES = 16
 """Places of a file that are looked at for huge pages."""
-_SOURCES = 16
-"""Saves that a note names: the first, whose rows came into the file, and the last ones of the same rows."""
 _ELSEWHERE = "have the rows elsewhere: in Python by another TableConfig(...), on the command line by `engram place`"
 _SHARE = 2
 """Residency is looked at whenever half of the budget may have come in, and pages go if half of it has: the sum is the budget. Smaller parts
@@ -100,7 +97,7 @@ class RowFile:
         """Whether the file is new, all zero: made now, or by somebody who never put anything into it."""
         self._unchanged = unchanged
         if unchanged is not None:
-            self._seen, self._since = _identity(_note_of(path)), _noted(_note_of(path)).get("mtime_ns")
+            self._seen, self._since = identity_of(note_beside(path)), read_note(note_beside(path)).get("mtime_ns")
             if not rows_are(path, unchanged):
                 raise self._changed()
         with suppress(OSError, AttributeError):
@@ -167,10 +164,10 @@ class RowFile:
         Raises:
             TableError: somebody withdrew the note of what it holds. One that names further saves of the very same rows may come in its place.
         """
-        if self._unchanged is None or (seen := _identity(_note_of(self.path))) == self._seen:
+        if self._unchanged is None or (seen := identity_of(note_beside(self.path))) == self._seen:
             return
-        note = _noted(_note_of(self.path))
-        if note.get("mtime_ns") != self._since or self._unchanged not in _sources(note):
+        note = read_note(note_beside(self.path))
+        if note.get("mtime_ns") != self._since or self._unchanged not in sources_of(note):
             raise self._changed()
         self._seen = seen
 
@@ -209,7 +206,7 @@ class RowFile:
         self.check()
         if not self._filling:
             with suppress(OSError):
-                os.unlink(_note_of(self.path))
+                os.unlink(note_beside(self.path))
 
     @contextmanager
     def filled_with(self, source: str) -> Iterator[None]:
@@ -221,7 +218,7 @@ class RowFile:
             TableError: the file was truncated, or the disk refuses.
         """
         self.check()
-        _write_note(_note_of(self.path), {"filling": source})
+        write_note(note_beside(self.path), {"filling": source})
         self._filling = True
         try:
             yield
@@ -302,7 +299,9 @@ def _create(path: Path, size: int) -> BinaryIO | None:
     with hidden_beside(path) as file:
         os.posix_fallocate(file.fileno(), 0, size)
         try:
-            _name_with_note(file, path, {**_state(file.fileno()), "filling": None, "inode": os.fstat(file.fileno()).st_ino})
+            _name_with_note(
+                file, path, {**state_of_file(file.fileno()), "filling": None, "inode": os.fstat(file.fileno()).st_ino}
+            )
         except FileExistsError:
             return None
         return os.fdopen(os.dup(file.fileno()), "r+b")  # the same lock
@@ -331,7 +330,7 @@ def new_row_file(path: Path, size: int, source: str, placing: str) -> Iterator[B
         yield file
         file.flush()
         os.fsync(file.fileno())
-        _name_with_note(file, path, {**_state(file.fileno()), "sources": [source], "placing": placing})
+        _name_with_note(file, path, {**state_of_file(file.fileno()), "sources": [source], "placing": placing})
 
 
 def _name_with_note(hidden: BinaryIO, path: Path, note: dict[str, Any]) -> None:
@@ -344,12 +343,12 @@ def _name_with_note(hidden: BinaryIO, path: Path, note: dict[str, Any]) -> None:
     """
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-    _write_note(_note_of(path), note)
+    write_note(note_beside(path), note)
     try:
         give_name(hidden, path)
     except BaseException:
-        if _noted(_note_of(path)) == note and not os.path.lexists(path):
-            _note_of(path).unlink(missing_ok=True)
+        if read_note(note_beside(path)) == note and not os.path.lexists(path):
+            note_beside(path).unlink(missing_ok=True)
         raise
 
 
@@ -381,145 +380,3 @@ def _resident() -> int | None:
     with suppress(OSError, ValueError, StopIteration), open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("RssFile:")) * 1024
     return None
-
-
-def stamp_rows(path: Path, source: str) -> None:
-    """Note beside a row file that it holds the rows of ``source``, as long as nobody changes it.
-
-    What it was noted to hold, and does unchanged, it goes on holding: a checkpoint or a copy of a memory is one more save of the same rows.
-
-    Raises:
-        TableError: the note cannot be written.
-    """
-    note = _noted(_note_of(path))
-    before = _sources(note) if _fits(note, path) else []
-    if source in before and "placing" not in note:
-        return
-    others = [other for other in before if other != source]
-    try:
-        state = {field: note[field] for field in ("bytes", "mtime_ns")} if before else _state(path)
-    except OSError as error:
-        raise _not_noted(path, error) from error
-    _write_note(_note_of(path), {**state, "sources": [*others[:1], *others[1:][2 - _SOURCES :], source]})
-
-
-def _state(file: Path | int) -> dict[str, Any]:
-    """What a note says of a file as it is. A later change shows in the file's time, which is put an instant back here so that it always
-    differs.
-    """
-    status = os.stat(file)
-    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns - 1_000_000_000))
-    status = os.stat(file)
-    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
-def rows_are(path: Path, source: str) -> bool:
-    """Whether a row file holds the rows of ``source``, unchanged (see ``stamp_rows``)."""
-    note = _noted(_note_of(path))
-    return source in _sources(note) and _fits(note, path)
-
-
-def _sources(note: dict[str, Any]) -> list[str]:
-    sources = note.get("sources")
-    return sources if isinstance(sources, list) else []
-
-
-def left_by_placing(path: Path, placing: str) -> bool:
-    """Whether a row file is what an unfinished run on behalf of ``placing`` left (see ``new_row_file``), unchanged."""
-    note = _noted(_note_of(path))
-    return note.get("placing") == placing and _fits(note, path)
-
-
-def _fits(note: dict[str, Any], path: Path) -> bool:
-    with suppress(OSError):
-        status = os.stat(path)
-        return (note.get("bytes"), note.get("mtime_ns")) == (status.st_size, status.st_mtime_ns)
-    return False
-
-
-def is_being_filled(path: Path, source: str) -> bool:
-    """Whether a row file was being filled with the rows of ``source`` when that was stopped, and nothing was done with it since."""
-    return _noted(_note_of(path)).get("filling", "") == source
-
-
-def is_untouched(path: Path) -> bool:
-    """Whether nothing was ever put into a row file: it was made, and is all zero."""
-    note = _noted(_note_of(path))
-    with suppress(OSError):
-        return note.get("filling", "") is None and note.get("inode") == os.stat(path).st_ino and _fits(note, path)
-    return False
-
-
-def _identity(file: Path) -> tuple[int, int] | None:
-    """Which file has a name, and since when it is what it is; None if none has."""
-    with suppress(OSError):
-        status = os.stat(file)
-        return status.st_ino, status.st_mtime_ns
-    return None
-
-
-def note_form(path: Path, form: str, rows: int, dim: int) -> None:
-    """Note beside a row file, for as long as it lives, how its rows are stored: other formats may be as many bytes.
-
-    Raises:
-        TableError: the note cannot be written.
-    """
-    _write_note(_form_of(path), {"format": form, "rows": rows, "dim": dim})
-
-
-def check_form(path: Path, form: str, rows: int, dim: int) -> None:
-    """Refuse a row file whose rows are stored otherwise, if that was noted.
-
-    Raises:
-        TableError: they are.
-    """
-    found, expected = _noted(_form_of(path)), {"format": form, "rows": rows, "dim": dim}
-    if found and path.exists() and found != expected:
-        raise TableError(
-            f"{path}: got rows stored as {found}, expected {expected}; choose another folder, or the dtype they have."
-        )
-
-
-def remove_row_file(path: Path) -> None:
-    """Remove a row file and what is noted of it, as far as the system lets go of them."""
-    for file in (path, _note_of(path), _form_of(path)):
-        with suppress(OSError):
-            file.unlink(missing_ok=True)
-
-
-def _noted(file: Path) -> dict[str, Any]:
-    """What a note says; nothing where there is none that can be read."""
-    with suppress(OSError, ValueError, RecursionError):
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        return fields if isinstance(fields, dict) else {}
-    return {}
-
-
-def _write_note(file: Path, fields: dict[str, Any]) -> None:
-    """Whole or not at all.
-
-    Raises:
-        TableError: the disk refuses.
-    """
-    try:
-        with hidden_beside(file) as hidden:
-            hidden.write(json.dumps(fields).encode() + b"\n")
-            hidden.flush()
-            os.replace(hidden.name, file)
-    except OSError as error:
-        raise _not_noted(file, error) from error
-
-
-def _not_noted(path: Path, error: OSError) -> TableError:
-    return TableError(
-        f"cannot note in {path} what a row file holds: {error.strerror}. Free space there, or see that the folder can be written, then try "
-        "again."
-    )
-
-
-def _form_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.form")
-
-
-def _note_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test coverage install clean figures sanitize
+.PHONY: demo test coverage docs install clean figures sanitize
 
 demo: $(VENV)/.library
 	$(BIN)/engram demo
@@ -22,6 +22,10 @@ test: $(VENV)/.developer
 # The same tests, a quarter slower, and what they leave out.
 coverage: $(VENV)/.developer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_AT_A_TIME) --cov=engram --cov-report=term:skip-covered
+
+# Every public name with its docstring, as web pages in build/docs.
+docs: $(VENV)/.developer
+	$(BIN)/python docs/api.py
 
 install: $(VENV)/.developer
 

@@ -55,3 +55,11 @@ def test_what_needs_no_model_loads_no_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_the_reference_has_every_public_name(tmp_path):  # by itself: it sets names that otherwise load on first use
+    pytest.importorskip("pdoc", reason="pdoc is not installed")
+    code = f"import api, pathlib; api.write(['engram'], pathlib.Path({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=ROOT / "docs", check=True)
+    page = (tmp_path / "engram.html").read_text()
+    assert not [name for name in engram.__all__ if f'id="{name}"' not in page]

@@ -76,7 +76,7 @@ def _layer_orders(given: Any, layers: tuple[int, ...], largest: int) -> tuple[tu
 
 @dataclass(frozen=True)
 class EngramConfig:
-    """Identity of an Engram memory. Field names and defaults are those of the paper's public demo.
+    """Identity of an Engram memory. Field names and defaults are those of the paper's public demo, but for ``table_init``.
 
     The demo's defaults make tables of 2 x 16 heads x 646,400 rows; give smaller ``engram_vocab_size`` for small models.
 
@@ -84,8 +84,8 @@ class EngramConfig:
         ConfigError: a value is impossible; the message names the field, the value and what was expected.
     """
 
-    engram_vocab_size: Sequence[int] | int = (129280 * 5, 129280 * 5)
-    """Rows per head, one floor per n-gram order 2..``max_ngram_size``; an int stands for every order. Heads get primes above it."""
+    engram_vocab_size: Sequence[int] | int = 129280 * 5
+    """Rows per head, one floor per n-gram order 2..``max_ngram_size``; an int stands for every order. Heads get primes from there on."""
     max_ngram_size: int = 3
     """Largest n-gram order N; orders 2..N are looked up."""
     n_embed_per_ngram: int = 512
@@ -184,7 +184,12 @@ class EngramConfig:
         for field in ("hidden_size", "hc_mult"):
             value = getattr(self, field)
             _require(value is None or _is_size(value), field, value, "a positive int below 2^31, or None")
-        _require(_is_size(self.pad_id, 0), "pad_id", self.pad_id, "a token id >= 0")
+        _require(
+            _is_size(self.pad_id, 0),
+            "pad_id",
+            self.pad_id,
+            "a token id >= 0 (tokenizers without a padding token: eos_token_id)",
+        )
         _require(_is_int(self.seed) and 0 <= self.seed < 1 << 63, "seed", self.seed, "an int from 0 to 2^63 - 1")
         _require(isinstance(self.hash_spec, str), "hash_spec", self.hash_spec, "the name of a hash specification")
         _require(self.gate in ("signed_sqrt", "plain"), "gate", self.gate, "'signed_sqrt' or 'plain'")
@@ -360,16 +365,16 @@ class TableConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """From named values.
+        """From named values; those that loading fills in are not for a file to say.
 
         Raises:
             ConfigError: a key is unknown or a value is impossible.
         """
-        return _from_dict(cls, fields)
+        return _from_dict(cls, fields, ("files", "stamps"))
 
 
-def _from_dict(cls: type, fields: Mapping[str, Any]) -> Any:
-    known = {field.name for field in dataclasses.fields(cls)}
+def _from_dict(cls: type, fields: Mapping[str, Any], internal: Sequence[str] = ()) -> Any:
+    known = {field.name for field in dataclasses.fields(cls)} - set(internal)
     unknown = sorted(set(fields) - known)
     if unknown:
         raise ConfigError(f"{cls.__name__}: unknown key(s) {', '.join(unknown)}; expected some of {', '.join(sorted(known))}.")

@@ -4,6 +4,7 @@ import pytest
 
 from engram import ConfigError, DataError, Fact
 from engram.evaluation import bits_per_byte, evaluate_memory, markdown_table, measure_copying, measure_drift, wilson_interval
+from engram.evaluation.result import _quiet_text
 from engram.plots import plot_capacity, plot_evaluation, plot_gates, plot_shares
 from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS, make_editor
@@ -65,6 +66,19 @@ def test_a_router_decides_about_texts_as_it_does_about_prompts(result):
     for name, gates in routed["gates"].items():
         assert gates == [sum(read["gates"][name]), *[0] * (len(gates) - 1)] or name == "taught"  # answers differ in length
         assert sum(gates[1:]) == 0
+
+
+def test_the_time_of_a_token_is_taken_where_nothing_was_taught():
+    editor = make_editor()
+    editor.teach(FACTS)
+    assert _quiet_text(editor.memory, editor.tokenizer, {"a": ["KEY:beta 20 7319"], "b": ["the text"]}) == "the text"
+    assert _quiet_text(editor.memory, editor.tokenizer, {"a": ["KEY:beta 20 7319"]}) == "KEY:beta 20 7319"
+
+
+def test_no_facts_are_one_clear_error():
+    editor = make_editor()
+    with pytest.raises(DataError, match="got no facts"):
+        evaluate_memory(editor.memory, editor.tokenizer, [], TEXTS)
 
 
 def test_long_texts_are_cut_to_what_the_model_takes():

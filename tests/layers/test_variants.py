@@ -286,6 +286,7 @@ def test_impossible_variants_are_refused(changes, message):
 
 
 def test_orders_by_layer_are_kept_in_one_form():
+    assert EngramConfig(max_ngram_size=4).engram_vocab_size == (646_400,) * 3
     config = EngramConfig(max_ngram_size=4, engram_vocab_size=50, layer_orders={15: [4, 2], 1: [2, 3, 4]})
     assert config.layer_orders == ((15, (2, 4)),)
     assert (config.orders_of(1), config.orders_of(15)) == ((2, 3, 4), (2, 4))

@@ -179,6 +179,8 @@ def test_groups_are_strict_and_complete():
     grouped = [id(p) for g in groups for p in g["params"]]
     assert sorted(grouped) == sorted(id(p) for p in memory.parameters())
     assert next(g["lr"] for g in groups if g["name"] == "backbone") == 1e-5
+    same = build_param_groups(memory, memory, lr=1e-3, backbone_lr=1e-5)  # the memory itself will do
+    assert [(g["name"], len(g["params"])) for g in same] == [(g["name"], len(g["params"])) for g in groups]
     with pytest.raises(ConfigError, match="not parameters of the model"):
         build_param_groups(memory, copy.deepcopy(memory.engrams), lr=1e-3)
     memory.requires_grad_(False)

@@ -1016,6 +1016,23 @@ def test_rows_mapped_in_place_are_those_of_one_memory_only(tmp_path):
     memory.load_memory(tmp_path / "a")
 
 
+def test_loading_into_a_memory_leaves_rows_that_nobody_saved(tmp_path):
+    placement = TableConfig(tier="mmap", path=str(tmp_path / "rows"), resident_bytes=1 << 24)
+    trained_memory().save_pretrained(tmp_path / "a")
+    memory = EngramModel.from_pretrained(tiny_model(), tmp_path / "a", tiny_tokenizer(), placement)
+    assert memory.table_config == placement  # usable as it is
+    weight = next(iter(memory.engrams.values())).multi_head_embedding.embedding.weight
+    saved = weight[0].clone()
+    with torch.no_grad():
+        weight[0] += 1
+    with pytest.raises(CheckpointError, match="trained or edited and not saved"):
+        memory.load_memory(tmp_path / "a")
+    memory.load_memory(tmp_path / "a", changed_rows="keep")
+    assert torch.equal(weight[0], saved + 1)
+    memory.load_memory(tmp_path / "a", changed_rows="refill")
+    assert torch.equal(weight[0], saved)
+
+
 def test_rows_mapped_in_place_keep_their_type(tmp_path):
     memory = trained_memory()
     memory.save_pretrained(tmp_path)

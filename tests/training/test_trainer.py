@@ -14,6 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from engram import (
     CheckpointError,
     ConfigError,
+    EngramConfig,
     EngramModel,
     EngramTrainer,
     EngramTrainingArguments,
@@ -263,6 +264,34 @@ def test_rows_that_are_only_read_are_not_trained_by_mistake(tmp_path, placement)
     with pytest.raises(ConfigError, match=r"train_tables: got True with the rows of layer 0 in .* which are only read"):
         make(tmp_path, memory)
     make(tmp_path, memory, train_tables=False).train()
+
+
+def test_a_seeded_reader_stays_as_its_seed_says(tmp_path):
+    seeded = {"reader": "seeded", "use_bias": False, "use_conv": False}
+    memory = tiny_memory(tiny_model(), speak=False, **seeded)
+    make(tmp_path, memory, max_steps=6, learning_rate=3e-2).train()
+    memory.save_pretrained(tmp_path / "m")
+    ids = Rows().ids[:4]
+    with torch.no_grad():
+        expected = memory.eval()(input_ids=ids).logits
+        memory.unload()
+        again = EngramModel.from_pretrained(tiny_model(), tmp_path / "m", tiny_tokenizer()).eval()
+        assert torch.equal(again(input_ids=ids).logits, expected)
+    moved = tiny_memory(tiny_model(), speak=False, **seeded)
+    with torch.no_grad():
+        moved.engrams["2"].value_proj.weight[0, 0] *= 1.01
+    with pytest.raises(CheckpointError, match="layer 2: got a trained reader"):
+        moved.save_pretrained(tmp_path / "moved")
+    assert not (tmp_path / "moved").exists()
+
+
+def test_taught_rows_are_not_trained_by_mistake(tmp_path):
+    config = EngramConfig.for_teaching(layer_ids=(2,), pad_id=1)
+    taught = get_engram_model(tiny_model(), config, tiny_tokenizer())
+    with pytest.raises(ConfigError, match=r"taught memory .* use MemoryEditor\.teach"):
+        make(tmp_path, taught)
+    with pytest.raises(ConfigError, match=r"nothing to train|no parameter is trainable"):
+        make(tmp_path, taught, train_tables=False).train()
 
 
 def test_a_reader_is_trained_over_rows_mapped_in_place_and_goes_on_from_its_checkpoints(tmp_path):

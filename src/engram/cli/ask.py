@@ -13,7 +13,7 @@ import typer
 
 from engram.cli.knowledge import ChatOption, ModelOption
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_editor, open_memory
-from engram.cli.outputs import check_prompt, count_bar, is_terminal
+from engram.cli.outputs import check_prompt, is_terminal, more_bar
 
 if TYPE_CHECKING:
     from engram.editing import LedgerFact
@@ -111,15 +111,7 @@ def _answers(memory: EngramModel, tokenizer: Any, prompts: list[str], longest: i
 
     limits = [min(longest, _room(memory, tokenizer, prompt)) for prompt in prompts]
     answers = [""] * len(prompts)
-    done = 0
-
-    def count(more: int) -> None:
-        nonlocal done
-        done += more
-        if bar is not None:
-            bar(done)
-
-    with count_bar("asking", len(prompts)) if len(prompts) > 1 and is_terminal(sys.stderr) else nullcontext() as bar:
+    with more_bar("asking", len(prompts)) if len(prompts) > 1 and is_terminal(sys.stderr) else nullcontext() as count:
         for limit in sorted(set(limits)):
             members = [i for i, own in enumerate(limits) if own == limit]
             said = ask(memory, tokenizer, [prompts[i] for i in members], limit, progress=count, router=router)

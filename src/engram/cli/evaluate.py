@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_editor, taught_folder
-from engram.cli.outputs import check_writable, made_with
+from engram.cli.outputs import check_writable, made_with, more_bar
 
 __all__ = ["eval_command"]
 
@@ -53,15 +53,17 @@ def eval_command(
         asked = with_chat_prompts(editor.tokenizer, asked)
     bundled = editor.memory.config.name_or_path == "bundled"
     held_out = [doc.text[:1500] for doc in held_out_standard_library()] if bundled else []
-    result = evaluate_memory(
-        editor.memory,
-        editor.tokenizer,
-        asked,
-        other,
-        held_out[: _HELD_OUT_CHARACTERS // 1500],
-        load_facts(_BUNDLED / "capitals.yaml") if bundled else (),
-        EngramRouter.from_yaml() if route else None,
-    )
+    with more_bar("asking", sum(len(fact.prompts) + len(fact.held_out) for fact in asked)) as answered:
+        result = evaluate_memory(
+            editor.memory,
+            editor.tokenizer,
+            asked,
+            other,
+            held_out[: _HELD_OUT_CHARACTERS // 1500],
+            load_facts(_BUNDLED / "capitals.yaml") if bundled else (),
+            EngramRouter.from_yaml() if route else None,
+            answered,
+        )
     result.provenance = _provenance(memory, facts, route, running)
     fields = result.to_dict()
     console = Console()

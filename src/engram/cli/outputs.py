@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import typer
 
-__all__ = ["check_folder", "check_prompt", "check_text", "check_writable", "count_bar", "is_terminal", "made_with"]
+__all__ = ["check_folder", "check_prompt", "check_text", "check_writable", "count_bar", "is_terminal", "made_with", "more_bar"]
 
 
 def made_with() -> dict[str, Any]:
@@ -52,6 +52,20 @@ def count_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+@contextmanager
+def more_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """The same; called with how many more are done."""
+    done = 0
+    with count_bar(what, total) as show:
+
+        def add(more: int) -> None:
+            nonlocal done
+            done += more
+            show(done)
+
+        yield add
 
 
 def check_writable(file: Path | None) -> None:

@@ -86,7 +86,7 @@ def _attached(model: str | None, memory: Path | None) -> tuple[EngramModel, Any]
         engram_vocab_size=20_000,
         n_embed_per_ngram=256,
         layer_ids=sorted({min(1, blocks - 1), blocks // 2}),
-        pad_id=padding_id(tokenizer),
+        pad_id=padding_id(tokenizer) or 0,
         table_init="normal",
     )
     return get_engram_model(base, config, tokenizer), tokenizer

@@ -96,7 +96,7 @@ def ask(
     end = last_position(model.config)
     rooms = [min(max_new_tokens, room_before(end, len(ids), prompt)) for prompt, ids in zip(prompts, encoded)]
     routed = None if router is None else reads_memory(router, prompts)
-    device, pad = model.get_input_embeddings().weight.device, padding_id(tokenizer)
+    device, pad = model.get_input_embeddings().weight.device, padding_id(tokenizer) or 0  # what pads is masked
     answers = [""] * len(prompts)
     for members in _batches(encoded, rooms, batch_size):
         longest = max(len(encoded[i]) for i in members)

@@ -36,8 +36,8 @@ def generate_greedily(model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, max
         return model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
 
 
-def padding_id(tokenizer: Any) -> int:
-    """What pads prompts: the tokenizer's own padding, or its end-of-text token."""
+def padding_id(tokenizer: Any) -> int | None:
+    """What pads prompts: the tokenizer's own padding, or its end-of-text token; None if it has neither."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 

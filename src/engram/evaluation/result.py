@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from engram.data.facts import Fact, pad_right, tokenize_prompt
+from engram.errors import DataError
 from engram.evaluation.answers import Answer, check_facts, reads_memory, score_by_category, wilson_interval
 from engram.evaluation.bits_per_byte import bits_per_byte
 from engram.evaluation.drift import measure_drift
@@ -75,7 +76,7 @@ class EvalResult:
     known: dict[str, int] | None
     """Of what the base knew: ``prompts``, ``known``, ``still_right``, ``changed``."""
     latency: dict[str, float]
-    """Median seconds per new token: ``base``, ``memory`` (on text that reads no row), ``ratio``."""
+    """Median seconds per new token: ``base``, ``memory`` (after a text that reads no row, if one was given), ``ratio``."""
     bytes: dict[str, int]
     """``rows``: bytes of the rows with addresses and tags. ``base``: bytes of the base model's weights."""
     gates: dict[str, list[int]]
@@ -110,7 +111,12 @@ def evaluate_memory(
         known: facts the base model may know and the memory was not taught.
         router: decides per prompt, and per text, whether the memory is read.
         progress: called with the number of prompts answered since the last call.
+
+    Raises:
+        DataError: there are no facts, or a prompt takes all positions of a model with learnt ones.
     """
+    if not facts:
+        raise DataError("evaluate_memory: got no facts, expected at least one to ask for.")
     answers = check_facts(memory, tokenizer, facts, progress=progress, router=router)
     unseen = check_facts(memory, tokenizer, facts, progress=progress, held_out=True, router=router)
     drift = {kind: measure_drift(memory, tokenizer, group, router=router) for kind, group in texts.items()}
@@ -124,7 +130,7 @@ def evaluate_memory(
         harm={kind: asdict(d) for kind, d in drift.items()},
         bits_per_byte=_bits(memory, tokenizer, held_out_text, router),
         known=_known(memory, tokenizer, known, router),
-        latency=_latency(memory, tokenizer, next(iter(texts.values()))[0]) if texts else {},
+        latency=_latency(memory, tokenizer, _quiet_text(memory, tokenizer, texts)) if texts else {},
         bytes=_bytes(memory),
         gates=_gates(memory, tokenizer, answers, texts, router),
         facts=[*_fact_results(facts, answers, False), *_fact_results(facts, unseen, True)],
@@ -208,8 +214,22 @@ def _known(memory: EngramModel, tokenizer: Any, facts: Sequence[Fact], router: R
 
 
 @torch.no_grad()
+def _quiet_text(memory: EngramModel, tokenizer: Any, texts: Mapping[str, Sequence[str]]) -> str:
+    """The first text of which nothing was taught; the first of all if there is none."""
+    each = [text for group in texts.values() for text in group]
+    device, longest = memory.get_input_embeddings().weight.device, within_context(memory.config, 256)
+    for text in each if memory.engram_config.verify_rows else ():
+        ids = torch.tensor([tokenize_prompt(tokenizer, text)[:longest]], device=device)
+        with memory.record() as traces:
+            memory(input_ids=ids, use_cache=False)
+        if not any(trace["gate"].any() for trace in traces.values()):
+            return text
+    return each[0]
+
+
+@torch.no_grad()
 def _latency(memory: EngramModel, tokenizer: Any, text: str) -> dict[str, float]:
-    """Decode a few tokens, memory on and off in turn; medians over rounds."""
+    """Decode a few tokens after a text that was read before, memory on and off in turn; medians over rounds."""
     device = memory.get_input_embeddings().weight.device
     prompt = tokenize_prompt(tokenizer, text)
     room = within_context(memory.config, len(prompt) + _DECODE_TOKENS) - _DECODE_TOKENS
@@ -218,10 +238,13 @@ def _latency(memory: EngramModel, tokenizer: Any, text: str) -> dict[str, float]
     times: dict[str, list[float]] = {"base": [], "memory": []}
 
     def decode() -> float:
-        cache, step, started = None, ids, time.perf_counter()
+        output = memory(input_ids=ids, use_cache=True)
+        chosen = int(output.logits[0, -1].argmax())  # as a number of the host, so that the clock starts when the device is done
+        started = time.perf_counter()
         for _ in range(_DECODE_TOKENS):
-            output = memory(input_ids=step, use_cache=True, **{name: cache})
-            cache, step = cache_in(output), output.logits[:, -1:].argmax(-1)
+            step = torch.tensor([[chosen]], device=device)
+            output = memory(input_ids=step, use_cache=True, **{name: cache_in(output)})
+            chosen = int(output.logits[0, -1].argmax())
         return (time.perf_counter() - started) / _DECODE_TOKENS
 
     for _ in range(_DECODE_ROUNDS):

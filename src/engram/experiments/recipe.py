@@ -243,6 +243,7 @@ class PointRecipe:
 # Options that came once results had been made: their defaults are in no identity.
 _LATER = ("model", "train_backbone", "memory_dropout", "table", "table_row_state", "table_stochastic_rounding")
 _TRAINED_TYPES = ("float32", "bfloat16", "float16")
+_AS_IN_THE_DEMO = EngramConfig()
 _WITHOUT_EFFECT = ("keep_model", "keep_checkpoints", "curve_points", "save_steps")
 
 
@@ -254,6 +255,8 @@ def _identity(value: Any) -> Any:
     changed = {}
     for f in dataclasses.fields(value):
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if isinstance(value, EngramConfig):  # which writes some of its fields out
+            default = getattr(_AS_IN_THE_DEMO, f.name)
         inner = getattr(value, f.name)
         if inner != default or isinstance(default, type(dataclasses.MISSING)):
             changed[f.name] = list(inner) if isinstance(inner, tuple) else _identity(inner)

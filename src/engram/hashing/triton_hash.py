@@ -130,8 +130,8 @@ def hash_ngrams_triton(
     """
     layers, orders, heads = primes.shape
     ids = ids.to(torch.int64).contiguous()
-    history = ids if history is None or history.shape[1] == 0 else history.to(torch.int64).contiguous()
-    past = 0 if history is ids else history.shape[1]
+    past = 0 if history is None else history.shape[1]
+    history = ids if history is None or past == 0 else history.to(torch.int64).contiguous()
     mask = None if mask is None else (mask != 0).to(torch.int8).contiguous()
     out = torch.empty((layers, *ids.shape, orders * heads), dtype=torch.int64, device=ids.device)
     tags = None if tag_modulus is None else torch.empty(out.shape, dtype=torch.int32, device=ids.device)

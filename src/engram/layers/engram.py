@@ -95,6 +95,11 @@ class Engram(nn.Module):
         """Value and keys: all read the same rows."""
         return [self.value_proj, *self.key_projs]
 
+    @property
+    def seeded_parts(self) -> tuple[nn.Module, ...]:
+        """Modules that follow from the seed: never trained and not saved. None of a trained reader."""
+        return (self.value_proj, self.key_projs, self.norm1, self.norm2) if self.config.reader == "seeded" else ()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self._join()
@@ -127,7 +132,7 @@ class Engram(nn.Module):
         for number, projection in enumerate([self.value_proj, *self.key_projs]):
             signs = seeded_signs((self.config.seed, self.layer_id, number), tuple(projection.weight.shape))
             projection.weight.copy_(signs / self.config.n_embed_per_ngram**0.5)
-        for part in (self.value_proj, self.key_projs, self.norm1, self.norm2):
+        for part in self.seeded_parts:
             part.requires_grad_(False)
 
     def forward(

@@ -7,7 +7,8 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any, Literal, Self
 
 import torch
 from huggingface_hub import HfApi
@@ -125,6 +126,7 @@ class EngramModel(nn.Module):
         self.base_model = model
         self.engrams = engrams
         self.engram_config, self.mapping, self.rollback_window = config, mapping, rollback_window
+        self._placed = table_config or TableConfig()
         self.ledger: dict[str, Any] | None = None
         self.known_versions: set[str | None] = set()
         self.owner_token = secrets.token_hex(8)
@@ -147,9 +149,9 @@ class EngramModel(nn.Module):
 
     @property
     def table_config(self) -> TableConfig:
-        """Where the tables live now."""
+        """Where the tables live, in the format that they have now."""
         table = next(iter(self.engrams.values())).multi_head_embedding.embedding
-        return TableConfig(tier=table.tier, dtype=table.format_name, hot_rows=getattr(table, "hot_rows", None))
+        return replace(self._placed, dtype=table.format_name, files=None, stamps=None)
 
     def forward(self, *args: Any, engram_input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """The base model's forward pass with the memory; takes and returns what the base model does.
@@ -316,17 +318,27 @@ class EngramModel(nn.Module):
             )
         return commit.commit_url
 
-    def load_memory(self, path: str | os.PathLike[str], allow_other_base: bool = False) -> None:
+    def load_memory(
+        self,
+        path: str | os.PathLike[str],
+        allow_other_base: bool = False,
+        changed_rows: Literal["refuse", "keep", "refill"] = "refuse",
+    ) -> None:
         """Read a saved memory of the same identity into this one.
 
+        Args:
+            path: a folder written by ``save_pretrained``.
+            allow_other_base: as for ``from_pretrained``.
+            changed_rows: what becomes of row files that do not hold the saved rows, as in ``TableConfig``.
+
         Raises:
-            CheckpointError: the files are missing, truncated or malformed.
+            CheckpointError: the files are missing, truncated or malformed, or a row file holds other rows.
             FingerprintError: the memory belongs to another tokenizer, mapping or base model.
             ConfigError: it has another configuration.
         """
         from engram.models.files import load_memory
 
-        load_memory(self, path, allow_other_base)
+        load_memory(self, path, allow_other_base, changed_rows)
 
     @classmethod
     def from_pretrained(

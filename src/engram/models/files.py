@@ -61,7 +61,11 @@ _READER = ("value_proj.", "key_projs.", "norm1.", "norm2.")
 
 
 def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
-    """Write ``engram.json`` (what it is), one safetensors file (its tensors) and its ledger if it has one, all or nothing."""
+    """Write ``engram.json`` (what it is), one safetensors file (its tensors) and its ledger if it has one, all or nothing.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or a seeded reader was trained.
+    """
     description = {
         "library_version": __version__,
         "engram_config": memory.engram_config.to_dict(),
@@ -72,6 +76,7 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
         "base_model": base_identity(memory.base_model),
     }
     if memory.engram_config.reader == "seeded":
+        _check_unmoved(memory)
         description["reader_sha256"] = _reader_digest(memory)
     tensors = _tensors(memory)
     stream_store(
@@ -107,8 +112,11 @@ def check_memory(
     """
     description = read_description(path)
     config = EngramConfig.from_dict(description["engram_config"])
-    if hasattr(tokenizer, "__len__") and config.pad_id >= count_ids(tokenizer):
-        _check_fingerprint(description, "a smaller vocabulary", path)
+    if hasattr(tokenizer, "__len__") and config.pad_id >= (count := count_ids(tokenizer)):
+        raise FingerprintError(
+            f"the memory in {path} was made with another tokenizer: it pads with token {config.pad_id}, and this one has {count:,} tokens. "
+            f"{_belongs_to(description)}"
+        )
     mapping = build_mapping(config, tokenizer)
     _check_fingerprint(description, mapping.fingerprint, path)
     _check_base(description, model, path, allow_other_base)
@@ -179,7 +187,7 @@ def _in_place(
 
 
 def load_memory(
-    memory: EngramModel, path: str | os.PathLike[str], allow_other_base: bool = False, changed_rows: str = "refill"
+    memory: EngramModel, path: str | os.PathLike[str], allow_other_base: bool = False, changed_rows: str = "refuse"
 ) -> None:
     """Fill ``memory`` from the folder ``path``; every check comes before the first write. ``changed_rows``: see ``TableConfig``."""
     description = read_description(path)
@@ -328,6 +336,7 @@ def _is_filled(table: Any, layer_id: str, stamp: str, tensors: TensorReader, for
     cold, source = _cold(table), tensors.file
     if not isinstance(cold, MappedRows):
         return False
+    cold.flush()  # what was changed here shows in the file's times from then on
     if rows_are(cold.path, stamp):
         cold.check_unchanged()  # others may have saved between the description that it was opened by and the one that is read now
         return True
@@ -412,6 +421,18 @@ def _fill_verified_tables(memory: EngramModel, tensors: Any, saved_dtype: str, p
         table.stored = rows
 
 
+def _check_unmoved(memory: EngramModel) -> None:
+    """Refuse to save a seeded reader that was trained by hand: what is loaded again follows from the seed."""
+    for layer_id, engram in memory.engrams.items():
+        for projection in (engram.value_proj, *engram.key_projs):
+            size = projection.weight.detach().abs()
+            if not bool((size == size.flatten()[:1]).all()):
+                raise CheckpointError(
+                    f"layer {layer_id}: got a trained reader with EngramConfig.reader='seeded', which is not saved; nothing was written. "
+                    "Leave it frozen (EngramTrainer does), or make the memory with reader='trained'."
+                )
+
+
 def _reader_digest(memory: EngramModel) -> str:
     digest = hashlib.sha256()
     for engram in memory.engrams.values():
@@ -425,9 +446,13 @@ def _check_fingerprint(description: dict[str, Any], present: str, path: str | os
     if description.get("fingerprint") != present:
         raise FingerprintError(
             f"the memory in {path} was made with another tokenizer or hash mapping (fingerprint {str(description.get('fingerprint'))[:12]}, "
-            f"here {present[:12]}); its rows would be read at wrong addresses. It belongs to base model "
-            f"{description.get('base_model', {}).get('name_or_path') or 'unknown'!r}: load that model's tokenizer."
+            f"here {present[:12]}); its rows would be read at wrong addresses. {_belongs_to(description)}"
         )
+
+
+def _belongs_to(description: dict[str, Any]) -> str:
+    base = description.get("base_model", {}).get("name_or_path") or "unknown"
+    return f"It belongs to base model {base!r}: load that model's tokenizer."
 
 
 def _check_base(

@@ -38,7 +38,7 @@ def build_param_groups(
 
     Args:
         model: everything that may be trained.
-        memory: the part of ``model`` that is the Engram reader and its tables; None if there is none.
+        memory: the ``EngramModel``, or its ``engrams``: reader and tables; None if there is none.
         lr: base learning rate.
         table_lr_multiplier: factor for tables.
         weight_decay: of matrices.
@@ -52,6 +52,7 @@ def build_param_groups(
     """
     if backbone_optimizer not in BACKBONE_OPTIMIZERS:
         raise ConfigError(f"backbone_optimizer: got {backbone_optimizer!r}, expected one of {', '.join(BACKBONE_OPTIMIZERS)}.")
+    memory = getattr(memory, "engrams", memory)  # of the whole all parameters would be the reader's
     kinds = _kinds_of_parameters(model, memory)
     base_lr = lr if backbone_lr is None else backbone_lr
     settings = {

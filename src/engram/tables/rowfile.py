@@ -226,6 +226,7 @@ class RowFile:
             self._filling = False
         self.flush()
         stamp_rows(self.path, source)
+        self.created = False
 
     def _check_size(self, size: int) -> None:
         if size < self.end:

@@ -55,6 +55,11 @@ class VerifiedTable(EmbeddingTable):
             "scales", None if scales is None else torch.empty(self._form.scale_shape(0, dim), dtype=scales, device=device)
         )
 
+    @property
+    def can_be_trained(self) -> bool:
+        """Rows are written one by one, not trained."""
+        return False
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if not self._form.quantised:
             return super()._apply(fn, recurse)

@@ -243,7 +243,7 @@ class EngramTrainer(SafeTrainer):
         else:
             _load_adapters(_trained_adapters(self.model), folder / _ADAPTERS)
         if isinstance(self.model, EngramModel):
-            self.model.load_memory(folder)
+            self.model.load_memory(folder, changed_rows="refill")
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -291,6 +291,9 @@ def _set_trainable(model: EngramModel | PreTrainedModel, args: EngramTrainingArg
     tables = {id(p) for engram in model.engrams.values() for p in engram.multi_head_embedding.parameters()}
     for parameter in model.engrams.parameters():
         parameter.requires_grad_(args.train_tables if id(parameter) in tables else args.train_reader)
+    for engram in model.engrams.values():
+        for part in engram.seeded_parts:
+            part.requires_grad_(False)
     adapters = {id(parameter) for parameter in _trained_adapters(model).values()}
     for parameter in model.base_model.parameters():
         parameter.requires_grad_(args.train_backbone or id(parameter) in adapters)
@@ -306,6 +309,11 @@ def _trained_adapters(model: Any) -> dict[str, torch.nn.Parameter]:
 def _refuse_untrainable(model: EngramModel) -> None:
     for layer_id, engram in model.engrams.items():
         table = engram.multi_head_embedding.embedding
+        if model.engram_config.verify_rows:
+            raise ConfigError(
+                "EngramTrainingArguments.train_tables: got True for a taught memory (EngramConfig.verify_rows), whose rows are written fact "
+                "by fact; expected train_tables=False. To teach it, use MemoryEditor.teach or `engram teach`."
+            )
         if because := getattr(table, "read_only_because", None):
             raise ConfigError(
                 f"EngramTrainingArguments.train_tables: got True with the rows of layer {layer_id} in {table.location}, which could not be "

@@ -122,7 +122,7 @@ def test_two_runs_in_one_folder_do_not_meet(text, tmp_path, monkeypatch, capsys)
     ("table", "message"),
     [
         ("{tier: mmap, path: here}", "table: got {'path': 'here'"),
-        ("{tier: mmap, files: {1: [rows, [0]]}}", "expected none of them to be set"),
+        ("{tier: mmap, files: {1: [rows, [0]]}}", "unknown key.*files"),
         ("{dtype: int8}", "table.dtype: got 'int8', expected one of float32, bfloat16, float16"),
         ("{tier: cloud}", "tier: got 'cloud'"),
         ("{shelf: 3}", "unknown key"),

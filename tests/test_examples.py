@@ -14,6 +14,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SAYS = {
     "teach_facts": (r"loaded again: .*door.* 4711", "-> 'Graphics Processing Unit'"),
     "train_jointly": ("trainable",),
+    "train_plain_loop": ("lower: True", "from what was saved: True"),
     "memory_with_lora": (r"both: \['4711'\]", r"LoRA alone: \[(?!'4711)", r"loaded again: \['4711'\]"),
     "table_on_disk": (r"layer-2\.rows', 25601664", "same logits in every tier: True"),
     "route_prompts": (r"\['4737', 'Paris\.'\]", "bypassed is base: True - routed is not: True"),
@@ -56,6 +57,17 @@ def test_the_guides_training_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "train_loss" in done.stdout
     assert (tmp_path / "my-memory" / "engram.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_guides_own_parts_run(tmp_path):
+    section = GUIDES.read_text().partition("## Your own loop, layer, hash and architecture")[2]
+    code = "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "decoded as in one pass: True" in done.stdout
+    saved = {"trained-by-theirs", "own-gate", "own-hash"}
+    assert all((tmp_path / name / "engram.json").is_file() for name in saved)
 
 
 def test_the_readmes_tables_are_those_of_the_results():

@@ -71,27 +71,44 @@ def test_token_classes(text, expected):
     assert token_class(text) == expected
 
 
+def read_with_its_context(memory, sample, losses):
+    """Whether all tokens of the n-gram before a predicted token stand in the text itself, one prediction after another."""
+    largest = max(memory.engram_config.orders)
+    return np.array([sample.windows[w].is_beginning or p + 1 > largest for w, p in zip(losses.window, losses.position)])
+
+
 def test_gains_are_booked_on_the_ngram_before():
     memory, sample, tokenizer = tiny_memory(), make_sample(), tiny_tokenizer()
     losses = token_losses(memory, sample)
     result = gains(memory, losses, sample, tokenizer, listed=10_000)
-    bits = (losses.off - losses.on) / math.log(2)
+    bits, whole = (losses.off - losses.on) / math.log(2), read_with_its_context(memory, sample, losses)
     listed = [*result["top_gains"], *result["top_losses"]]
-    assert sum(e["bits"] for e in listed) == pytest.approx(bits.sum(), abs=0.01 * len(listed))
-    assert sum(e["count"] for e in listed) == result["tokens"] == len(bits)
+    assert sum(e["bits"] for e in listed) == pytest.approx(bits[whole].sum(), abs=0.01 * len(listed))
+    assert sum(e["count"] for e in listed) == result["tokens"] == whole.sum() == len(bits) - result["cut_off"]
     assert result["top_gains"][0]["bits"] == max(e["bits"] for e in listed)
     assert result["top_losses"][0]["bits"] == min(e["bits"] for e in listed)
     assert result["per_token"]["mean"] == pytest.approx(bits.mean())
     # One n-gram followed through by hand, over all places where it stands (its canonical ids: case and accents do not count).
     canonical, entry = memory.mapping.compressed_tokenizer.lookup_table, next(e for e in listed if e["count"] > 2)
     places = {}
-    for i in range(len(bits)):
+    for i in np.flatnonzero(whole):
         ids, end = sample.windows[losses.window[i]].ids, losses.position[i] + 1
         key = tuple(int(canonical[j]) for j in ids[max(0, end - 3) : end])
         places.setdefault(key, []).append((tokenizer.decode(list(ids[max(0, end - 3) : end])), bits[i]))
     own = next(found for found in places.values() if found[0][0] == entry["ngram"])
     assert len(own) == entry["count"]
     assert sum(bit for _, bit in own) == pytest.approx(entry["bits"], abs=1e-3)
+
+
+def test_ngrams_that_reach_over_the_cut_before_a_window_are_not_listed():
+    memory, tokenizer = tiny_memory(), tiny_tokenizer()
+    sample = sample_texts(tokenizer, {"prose": ["The memory is addressed by the last tokens of the text. " * 20]}, 400, 16)
+    assert [window.is_beginning for window in sample.windows].count(True) == 1 < len(sample.windows) - 10
+    result = gains(memory, token_losses(memory, sample), sample, tokenizer, listed=10_000)
+    listed = [e for e in (*result["top_gains"], *result["top_losses"]) if e["ngram"].startswith(tokenizer.bos_token)]
+    # The document's own beginning: the begin token alone, with one token behind it, and with two.
+    assert sum(e["count"] for e in listed) == 3
+    assert result["cut_off"] == sum(min(3, len(window.ids) - 1) for window in sample.windows[1:])
 
 
 def test_gains_of_taught_facts_stand_behind_their_keys():

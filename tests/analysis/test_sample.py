@@ -1,10 +1,14 @@
+import json
+
 import numpy as np
 import pytest
 
 from engram.analysis import sample_texts
 from engram.analysis.intervals import as_interval, document_mean, document_statistic
 from engram.analysis.sample import iter_batches
-from engram.data.texts import load_documents, standard_texts
+from engram.data.recipe import parse_corpus
+from engram.data.store import build_store
+from engram.data.texts import held_out_texts, load_documents, standard_texts
 from engram.errors import DataError
 from engram.testing import tiny_tokenizer
 from tests.analysis.helpers import TEXTS, make_sample
@@ -77,6 +81,23 @@ def test_documents_from_files(tmp_path):
     for name, message in (("c.txt", "empty"), ("d.txt", "cannot read"), ("e.txt", "cannot read")):
         with pytest.raises(DataError, match=message):
             load_documents(tmp_path / name)
+
+
+def test_held_out_texts_of_a_store_are_its_documents_and_no_more_than_are_read(tmp_path):
+    tokenizer = tiny_tokenizer()
+    texts = [f"Text {number}: déjà vu, the rows of <|endoftext|> table {number}." for number in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    store = build_store(parse_corpus({"texts": ["a.jsonl"], "held_out_percent": 50}, "r"), tokenizer, tmp_path, tmp_path / "s")
+    everything = held_out_texts(store, 1 << 30, 32)
+    assert set(everything) == {"prose"}
+    assert len(everything["prose"]) == len(store.split("held_out")) > 10
+    assert set(everything["prose"]) < set(texts)
+    few = held_out_texts(store, 100, 8)["prose"]
+    assert few == everything["prose"][: len(few)]
+    assert 100 / 8 <= len(few) <= 100 / 8 + 2
+    for tokens in (50, 100):
+        samples = [sample_texts(tokenizer, {"prose": part}, tokens, 8) for part in (few, everything["prose"])]
+        assert samples[0] == samples[1]
 
 
 def test_standard_texts_have_kinds_and_no_text_twice():

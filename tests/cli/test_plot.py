@@ -37,6 +37,41 @@ def test_named_files_are_drawn_where_one_says(monkeypatch, capsys, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
+def test_a_report_of_named_files_is_of_these_alone(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a", my_slots=made_up.slots((0, 1)))
+    arguments = ("a/my_slots.json", "--out", "b c", "--html", "page.html", "--markdown", "page.md")
+    code, _, err = invoke(monkeypatch, capsys, "plot", *arguments)
+    assert (code, err) == (0, "")
+    text = (tmp_path / "page.md").read_text()
+    assert text.startswith("# Results: my\\_slots\n")
+    assert "<title>Results: my_slots</title>" in (tmp_path / "page.html").read_text()
+    assert "This report asks the same" not in text
+    assert "not measured**" not in text
+    assert "\n\nNot measured by these results: Loss is U-shaped" in text
+    assert text.count("\n## ") == 5  # only what there is a result of has a section
+    assert "intervals from 2 seeds are wide" in text
+    assert "- this report: `engram plot a/my_slots.json --out 'b c' --html page.html --markdown page.md`" in text
+    write(tmp_path / "a", **{f"r{number}": made_up.throughput() for number in range(6)})
+    invoke(monkeypatch, capsys, "plot", *(f"a/r{number}.json" for number in range(6)), "--markdown", "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert text.startswith("# Results: r0, r1, r2, r3 and 2 more\n")
+    assert "no claim of the paper is measured here" in text
+    assert "is judged by the interval alone" not in text
+
+
+def test_a_sweep_without_points_says_why_nothing_is_drawn(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    aside = made_up.slots()["points"][:6]
+    write(tmp_path / "a", none=made_up.sweep("slots", {"rows": {"none": {}}}, [], other_points=aside))
+    code, out, _ = invoke(monkeypatch, capsys, "plot", "a/none.json", "--markdown", "page.md")
+    assert code == 0
+    assert "none: no points so far, so nothing was drawn (6 points of another recipe, or not yet of this one, are kept" in out
+    assert (
+        "6 points of another recipe, or not yet of this one, are kept aside in the file." in (tmp_path / "page.md").read_text()
+    )
+
+
 def test_what_cannot_be_drawn_is_one_line_and_nothing_is_written(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "results", other={"runs": []})

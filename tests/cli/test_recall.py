@@ -46,6 +46,15 @@ def test_recall_with_a_memory_and_without(monkeypatch, capsys, tmp_path):
         monkeypatch, capsys, "recall", "--memory", memory, *common
     )  # the model is the one it was made for
     assert code == 0, err
+    plain = tmp_path / "all.txt"
+    plain.write_text("the memory is addressed by the last tokens.\n" * 40)
+    code, _, err = invoke(
+        monkeypatch, capsys, "recall", "--model", model, "--texts", plain, *common[2:-1], tmp_path / "plain.json"
+    )
+    assert code == 0, err
+    of_text = json.loads((tmp_path / "plain.json").read_text())["model"]
+    assert [(s["kind"], s["length"]) for s in of_text["scores"]] == [(s["kind"], s["length"]) for s in alone["scores"]]
+    assert f" --texts {plain} --tasks " in of_text["provenance"]["command"]
     both = json.loads(out.read_text())
     check_shown(shown, both)
     assert max(map(len, shown.splitlines())) <= 84

@@ -167,6 +167,71 @@ def test_no_document_is_more_than_an_eighth_of_what_is_measured_by_file(store):
     assert len(tiny.documents) == 1
 
 
+def in_order(store):
+    """All held-out documents as they are measured without a limit."""
+    return HeldOutBlocks(store, 16).documents
+
+
+@pytest.mark.parametrize("limit", [1, 3, 10, 40])
+def test_by_document_the_first_that_does_not_fit_is_the_end(store, limit):
+    """Results were made so: what they were measured on must not change."""
+    for n in (0, 1):
+        wanted, tokens = [], 0
+        for document in in_order(store)[n::2]:
+            tokens += store.documents["length"][document]
+            if wanted and tokens > limit * 15 + 1:
+                break
+            wanted.append(document)
+        assert HeldOutBlocks(store, 16, limit, (n, 2)).documents.tolist() == wanted
+
+
+def test_by_file_what_does_not_fit_is_passed_over_and_the_budget_filled(store):
+    lengths = store.documents["length"]
+    for limit in (12, 20, 40):
+        blocks = HeldOutBlocks(store, 16, limit, by_file=True)
+        left = limit * 15 + 1 - int(lengths[blocks.documents].sum())
+        others = np.setdiff1d(in_order(store), [*blocks.documents, *blocks.passed_over])
+        assert left >= 0
+        assert not len(others) or lengths[others].min() > left
+        assert (lengths[blocks.passed_over] > limit * 16 // 8).all()
+
+
+def test_by_file_kinds_are_measured_as_they_are_held_out(store):
+    lengths, kinds = store.documents["length"], store.documents["kind"]
+    small = np.setdiff1d(in_order(store), HeldOutBlocks(store, 16, 40, by_file=True).passed_over)
+    measured = HeldOutBlocks(store, 16, 40, by_file=True).documents
+    for kind in np.unique(kinds[small]):
+        share = [lengths[group[kinds[group] == kind]].sum() / lengths[group].sum() for group in (small, measured)]
+        assert share[1] == pytest.approx(share[0], abs=0.15)
+    halves = [HeldOutBlocks(store, 16, part=(n, 2), by_file=True) for n in (0, 1)]
+    for kind in np.unique(kinds[small]):
+        found = [int((kinds[half.documents] == kind).sum()) for half in halves]
+        assert abs(found[0] - found[1]) <= 1
+
+
+def test_by_file_every_file_comes_before_another_has_its_second_document(store):
+    other = named(
+        store, ["long.txt#0", "long.txt#1", "long.txt#2", "long.txt#3", "a.txt", "long.txt#4", "b.txt#0", "c.py#doc3"]
+    )
+    blocks = HeldOutBlocks(other, 16, 40, by_file=True)
+    for kind in np.unique(other.documents["kind"][blocks.documents]):
+        own = [other.names[d].split("#")[0] for d in blocks.documents if other.documents["kind"][d] == kind]
+        assert set(own[: len(set(own))]) == set(own)
+    whole = HeldOutBlocks(named(store, ["one.txt#0", "one.txt#1"]), 16)
+    assert whole.composition["files"] == 1
+    with pytest.raises(DataError, match="too few files out for 2 parts; raise held_out_percent, or split"):
+        HeldOutBlocks(whole.store, 16, part=(1, 2), by_file=True)
+
+
+def test_of_documents_that_are_all_too_large_the_shortest_is_measured(store):
+    small = HeldOutBlocks(store, 16, 1, by_file=True)
+    lengths = store.documents["length"][in_order(store)]
+    assert len(small.passed_over) == 0
+    assert (
+        store.documents["length"][small.documents].sum() <= 16 or lengths.min() == store.documents["length"][small.documents][0]
+    )
+
+
 def test_parts_share_the_held_out_documents_out(store):
     parts = [HeldOutBlocks(store, 16, part=(n, 3)).documents.tolist() for n in range(3)]
     assert sorted(document for part in parts for document in part) == store.split("held_out").tolist()

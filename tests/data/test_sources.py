@@ -55,7 +55,16 @@ def test_a_folder_is_read_by_suffix_and_what_is_left_out_is_counted(mixed):
     }  # readme.md says the same as copy.md
     assert [doc.name for doc in documents] == sorted(doc.name for doc in documents)
     assert stream.duplicates == 1
-    assert stream.skipped == {"too short": 1, "long lines": 1, "too large": 1, "not UTF-8": 1, "not a file": 1}
+    reasons = {
+        "too short": "short.txt",
+        "long lines": "wide.txt",
+        "too large": "large.txt",
+        "not UTF-8": "latin.txt",
+        "not a file": "lost.txt",
+        "of another suffix": "picture.png",
+    }
+    assert stream.skipped == dict.fromkeys(reasons, 1)
+    assert stream.skipped_names == {reason: [f"project/{name}"] for reason, name in reasons.items()}
     assert documents == list(stream)
     assert stream.digest() == stream.read
     first = stream.read
@@ -237,6 +246,12 @@ def test_the_corpus_of_the_experiments_has_all_tests_and_documentation():
         ({"folders": [{"path": "a", "max_bytes": 0}]}, "max_bytes: got 0"),
         ({"folders": [{"path": "a", "kind": "poem"}]}, "kind: got 'poem', expected one of " + KINDS[0]),
         ({"texts": [{"path": "a", "weight": 0}]}, "weight: got 0"),
+        ({"texts": [{"path": "a.jsonl", "field": 3}]}, "TextSource.field: got 3"),
+        ({"folders": [{"path": "a", "suffixes": [".jsonl"], "field": ""}]}, "FolderSource.field: got ''"),
+        (
+            {"folders": [{"path": "a", "field": "content"}]},
+            "FolderSource.field: got 'content', expected none unless suffixes name .jsonl",
+        ),
         ({"standard_library": True, "near_duplicates": 1.5}, "near_duplicates: got 1.5"),
         ({"standard_library": True, "near_duplicates": True}, "near_duplicates"),
         ({"documentation": "yes"}, "documentation: got 'yes'"),
@@ -247,6 +262,33 @@ def test_the_corpus_of_the_experiments_has_all_tests_and_documentation():
 def test_bad_fields(fields, message):
     with pytest.raises(ConfigError, match=message):
         parse_corpus(fields, "recipe")
+
+
+def test_files_of_another_suffix_are_named_one_of_each_first(tmp_path):
+    for name in ("a.png", "b.png", "c.png", "d.png", "e.png", "f.png", "z.jsonl", "text.txt"):
+        (tmp_path / name).write_text(LINES)
+    stream = DocumentStream(CorpusRecipe(folders=(FolderSource("."),)), tmp_path)
+    assert len(list(stream)) == 1
+    assert stream.skipped == {"of another suffix": 7}
+    named = [Path(name).name for name in stream.skipped_names["of another suffix"]]
+    assert named == ["a.png", "z.jsonl", "b.png", "c.png", "d.png"]
+
+
+def test_the_corpus_of_a_run_and_of_a_sweep_is_found_in_its_recipe(tmp_path):
+    corpus = {"texts": ["a.txt"]}
+    expected = parse_corpus(corpus, "here")
+    (tmp_path / "other.yaml").write_text(json.dumps({"corpus": corpus}))
+    for fields in (
+        {"data": {"corpus": corpus}},
+        {"base": {"data": {"corpus": corpus}}},
+        {"base": {"data": {"corpus": "other.yaml"}}},
+    ):
+        (tmp_path / "recipe.yaml").write_text(json.dumps(fields))
+        assert read_corpus_recipe(tmp_path / "recipe.yaml") == expected
+    for fields in ({}, {"data": {"corpus": "../other.yaml"}}, {"data": [1]}):
+        (tmp_path / "recipe.yaml").write_text(json.dumps(fields))
+        with pytest.raises(ConfigError, match="expected a mapping with a 'corpus' mapping"):
+            read_corpus_recipe(tmp_path / "recipe.yaml")
 
 
 def test_missing_folders(tmp_path):

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from engram import CheckpointError, ConfigError, DataError, FingerprintError
 from engram.data.corpus import CorpusRecipe, TextSource, build_corpus
-from engram.data.recipe import KINDS
+from engram.data.recipe import KINDS, parse_corpus
 from engram.data.store import TokenStore, build_store
 from engram.training.token_store import prepare_store
 
@@ -249,3 +249,19 @@ def test_a_tokenizer_is_trained_once(tmp_path, text_folder, text_recipe):
         prepare_store(text_recipe, text_folder, tmp_path / "s", 290)
     with pytest.raises(ConfigError, match="at least 258"):
         prepare_store(text_recipe, text_folder, tmp_path / "s", 257)
+
+
+def test_files_left_out_are_named(tmp_path, tokenizer, text_folder):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for number in range(7):
+        (folder / f"short{number}.txt").write_text("short")
+    (folder / "data.csv").write_text("1,2")
+    (folder / "text.txt").write_text("A line of text that is long enough.\n" * 2)
+    recipe = parse_corpus({"folders": ["mine"], "held_out_percent": 0}, "recipe")
+    store = build_store(recipe, tokenizer, tmp_path, tmp_path / "store")
+    names = ", ".join(f"mine/short{number}.txt" for number in range(5))
+    assert store.left_out == ["1 of another suffix (mine/data.csv)", f"7 too short ({names}, ...)"]
+    del store.description["skipped_names"]  # as in stores of earlier versions
+    assert store.left_out == ["1 of another suffix", "7 too short"]
+    assert build_store(parse_corpus({"texts": ["t*.txt"]}, "recipe"), tokenizer, text_folder, tmp_path / "all").left_out == []

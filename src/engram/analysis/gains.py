@@ -20,8 +20,9 @@ _LISTED = 25
 def gains(memory: Any, losses: TokenLosses, sample: Sample, tokenizer: Any, listed: int = _LISTED) -> dict[str, Any]:
     """Bits by which tokens become more probable with the memory on, summed by the longest n-gram that is read just before them.
 
-    For verified rows that is the longest n-gram found; positions that read nothing are left out. What an n-gram does to later tokens,
-    through attention or the convolution, is booked on the n-grams there.
+    For verified rows that is the longest n-gram found; positions that read nothing are left out. So are the first positions of a window that
+    does not begin its document: what stood before them was cut away, so that they read n-grams of the leading token that no text holds.
+    What an n-gram does to later tokens, through attention or the convolution, is booked on the n-grams there.
 
     Args:
         memory: an ``EngramModel``.
@@ -31,9 +32,9 @@ def gains(memory: Any, losses: TokenLosses, sample: Sample, tokenizer: Any, list
         listed: how many of the largest gains and losses are listed.
 
     Returns:
-        ``mean`` bits per token with interval, ``ngrams`` and ``tokens`` that took part, ``gained`` and ``lost`` bits in all, ``top_gains``
-        and ``top_losses``: each with the n-gram's text (its first occurrence), count, bits in all and on average, and the token that
-        gained (lost) most.
+        ``per_token``: bits with interval, over all predicted tokens; ``ngrams`` and ``tokens`` that took part, ``cut_off``: tokens left out at
+        the beginnings of windows; ``gained`` and ``lost`` bits in all; ``top_gains`` and ``top_losses``: each with the n-gram's text (its
+        first occurrence), count, bits in all and on average, and the token that gained (lost) most.
     """
     bits = (losses.off - losses.on) / math.log(2)
     starts = np.cumsum([0, *(len(window.ids) for window in sample.windows)])
@@ -43,7 +44,9 @@ def gains(memory: Any, losses: TokenLosses, sample: Sample, tokenizer: Any, list
     key = np.zeros(len(at), dtype=np.int64)
     for n, code in codes.items():
         key = np.where(order == n, n * span + code[at], key)
-    reads = order > 0
+    begins = np.array([window.is_beginning for window in sample.windows])[losses.window]
+    cut_off = (order > 0) & ~begins & (losses.position < max(memory.engram_config.orders))
+    reads = (order > 0) & ~cut_off
     documents = sample.document_places()[losses.window]
     totals = [np.bincount(documents, column) for column in (bits, np.ones(len(bits)))]
     _, first, place = np.unique(key[reads], return_index=True, return_inverse=True)
@@ -66,6 +69,7 @@ def gains(memory: Any, losses: TokenLosses, sample: Sample, tokenizer: Any, list
         "unit": "bits",
         "per_token": document_mean(*totals),
         "tokens": int(reads.sum()),
+        "cut_off": int(cut_off.sum()),
         "ngrams": len(first),
         "gained": round(float(total[total > 0].sum()), 3),
         "lost": round(float(total[total < 0].sum()), 3),

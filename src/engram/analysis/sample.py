@@ -31,6 +31,8 @@ class Window:
     document: int
     """Number of the document, counted over all kinds."""
     ids: tuple[int, ...]
+    is_beginning: bool = True
+    """Whether the document begins here; otherwise the leading token stands where other text was cut away."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def sample_texts(tokenizer: Any, texts: Mapping[str, Sequence[str]], tokens: int
             head = text[: tokens * _CHARACTERS_PER_TOKEN]
             cut |= len(head) < len(text)
             rows = [row for row in text_windows(tokenizer, [head], length) if len(row) > 1]
-            found += [(place, Window(kind, number, tuple(row))) for place, row in enumerate(rows)]
+            found += [(place, Window(kind, number, tuple(row), place == 0)) for place, row in enumerate(rows)]
             number += 1
         queues[kind] = deque(window for _, window in sorted(found, key=lambda entry: entry[0]))
     taken = dict.fromkeys(queues, 0)

@@ -6,9 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from engram.models import EngramModel, find_decoder
+from engram.models.architectures import accepts
 
 __all__ = ["Subject"]
 
@@ -46,13 +47,18 @@ class Subject:
     def logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Float32 logits ``[B, T, V]`` of right-padded ids and their mask, both ``[B, T]``."""
         with self._memory_as_said():
-            output = self.base(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False)
+            output = self._call(self.base, ids, mask)
         return output.logits.float()
 
     def run(self, ids: Tensor, mask: Tensor) -> None:
         """Run the decoder without its head, for what hooks and recordings see of it."""
         with self._memory_as_said():
-            find_decoder(self.base).module(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False)
+            self._call(find_decoder(self.base).module, ids, mask)
+
+    def _call(self, module: nn.Module, ids: Tensor, mask: Tensor) -> Any:
+        """A forward pass without a cache; of a model that knows none, none need be refused."""
+        no_cache = {"use_cache": False} if accepts(module, "use_cache") else {}
+        return module(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **no_cache)
 
     def _memory_as_said(self) -> AbstractContextManager[None]:
         return self.model.disable_engram() if self.has_memory and not self.memory_on else nullcontext()

@@ -23,7 +23,9 @@ _LISTED = 5
 
 
 def corpus_command(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe with a 'corpus' mapping; recipes/corpus_python.yaml is one.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="YAML recipe with a 'corpus', of a run or sweep too; recipes/corpus_python.yaml is one.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the token store; one made of the same things is used again.")],
     tokenizer: Annotated[
         str | None,
@@ -55,7 +57,8 @@ def corpus_command(
         fields = {
             name: store.description[name] for name in ("counts", "duplicates", "skipped_files", "vocab_size", "fingerprint")
         }
-        fields["installed"] = store.description.get("installed", {})  # stores of earlier versions do not say
+        for name in ("installed", "skipped_names"):  # stores of earlier versions do not say
+            fields[name] = store.description.get(name, {})
         command = f"engram corpus {recipe} --out STORE" + (f" --vocab-size {vocab_size}" if vocab_size else "")
         command += "".join(f" --contamination {n}" for n in contamination or ())
         counted = {"contamination": [entry.to_dict() for entry in found]}
@@ -119,10 +122,10 @@ def _print_counts(store: TokenStore) -> None:
             numbers = [f"{sizes[name]:,}" for name in ("documents", "bytes", "tokens")]
             table.add_row(split, kind, *numbers, f"{sizes['bytes'] / sizes['tokens']:.2f}" if sizes["tokens"] else "")
     _console().print(table)
-    removed, skipped = store.description["duplicates"], store.description["skipped_files"]
+    removed = store.description["duplicates"]
     print(f"duplicates left out: {removed['exact']:,} exact, {removed['near']:,} near")
-    if skipped:
-        print("files left out: " + ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()))
+    if store.left_out:
+        print("files left out: " + ", ".join(store.left_out))
 
 
 def _print_contamination(entry: Contamination) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,7 @@ from engram.cli.outputs import check_folder, check_writable, made_with
 
 if TYPE_CHECKING:
     from engram.analysis import Subject
+    from engram.data.store import TokenStore
 
 __all__ = ["look_command"]
 
@@ -35,7 +36,8 @@ def look_command(
     texts: Annotated[
         Path | None,
         typer.Option(
-            help="YAML (kind: [texts]) or a text file (documents apart by lines of <|doc|>); held-out texts of several kinds if not given."
+            help="YAML (kind: [texts]), a text file (documents apart by lines of <|doc|>), .jsonl, or a token store (a run's 'data'), whose "
+            "held-out text is read. If not given: a run's own held-out text, or held-out texts of several kinds."
         ),
     ] = None,
     what: Annotated[str | None, typer.Option(help=f"Some of {_WHAT}, with commas; all that fit if not given.")] = None,
@@ -53,7 +55,6 @@ def look_command(
     """Look inside: gates, logit lens, similarity of layers, memory off, rows, caches, n-grams; one page, pictures and JSON."""
     from engram.analysis import ANALYSES, look
     from engram.checkpoint import write_json_atomically
-    from engram.data.texts import load_documents, standard_texts
     from engram.plots import plot_look, render_look
     from engram.plots.figure import new_figure
 
@@ -65,13 +66,13 @@ def look_command(
     unknown = [name for name in names or () if name not in ANALYSES]
     if unknown or names == []:
         raise typer.BadParameter(f"got {', '.join(unknown) or 'nothing'}, expected some of {_WHAT}", param_hint="--what")
-    read = load_documents(texts) if texts is not None else standard_texts()
+    read, source = _read(texts, (memory, model), max(tokens, row_tokens), length)
     running = Running(device, model_dtype)
     subject, tokenizer = _open(memory, model, running)
     second = None if against is None else _open_second(against, running)
     with _bars() as start:
         result = look(subject, tokenizer, read, names, second, tokens, row_tokens, length, start)
-    result["texts"] = "standard texts" if texts is None else texts.name
+    result["texts"] = source
     result["provenance"] = _provenance(memory, model, texts, what, against, tokens, row_tokens, length, running)
     for file in (out / "look.json", json_out):
         if file is not None:
@@ -79,9 +80,47 @@ def look_command(
     page = out / "look.html"
     page.write_text(render_look(result, plot_look(result, out)), encoding="utf-8")
     capped = "" if result["text"]["complete"] else " (a part of the text; --tokens takes more)"
-    print(f"looked at {result['text']['tokens']:,} tokens{capped}: {page}")
+    print(f"looked at {result['text']['tokens']:,} tokens of {source}{capped}: {page}")
     for name, reason in result["skipped"].items():
         print(f"left out: {name}: {reason}")
+
+
+def _read(
+    texts: Path | None, looked_at: Sequence[Path | str | None], tokens: int, length: int
+) -> tuple[dict[str, list[str]], str]:
+    """Texts by kind, and what to call them: those named, else the held-out text of the run that is looked at, else standard texts."""
+    from engram.data.store import STORE_NAME, TokenStore
+    from engram.data.texts import held_out_texts, load_documents, standard_texts
+    from engram.errors import DataError
+
+    if texts is not None and not (texts / STORE_NAME).is_file():
+        return load_documents(texts), texts.name
+    store = _store_of_run(looked_at) if texts is None else TokenStore(texts)
+    if store is None:
+        return standard_texts(), "standard texts"
+    found = held_out_texts(store, tokens, length)
+    if not found:
+        raise DataError(f"{store.folder} holds no text out; expected a token store with held-out documents, or other --texts.")
+    return found, f"held-out text of {store.folder}"
+
+
+def _store_of_run(looked_at: Sequence[Path | str | None]) -> TokenStore | None:
+    """The token store of the first run folder among what is looked at (a run, or 'memory' or 'model' in one), if it holds text of the
+    user's own out. Runs on the standard library read the standard texts, most of which are held out there too.
+    """
+    from engram.data.store import STORE_NAME, TokenStore
+    from engram.models.bundled_files import BUNDLED_NAME
+
+    for name in looked_at:
+        if name is None or str(name) == BUNDLED_NAME:
+            continue
+        folder = Path(name)
+        run = folder.parent if folder.name in ("memory", "model") else folder
+        if (run / "data" / STORE_NAME).is_file():
+            store = TokenStore(run / "data")
+            is_standard = store.description["identity"].get("recipe", {}).get("standard_library")
+            return None if is_standard or not len(store.split("held_out")) else store
+    return None
 
 
 def _open(memory: Path | None, model: str | None, running: Running) -> tuple[Subject, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +16,12 @@ from engram.data.recipe import KINDS
 from engram.data.store import TokenStore
 from engram.errors import ConfigError, DataError
 
-__all__ = ["IGNORED", "HeldOutBlocks", "TrainingBlocks", "epoch_order"]
+__all__ = ["IGNORED", "HeldOutBlocks", "TrainingBlocks", "epoch_order", "held_out_order"]
 
 IGNORED = -100
 """Label of a position that is not to be predicted (PyTorch's own number for it)."""
 _HELD_OUT_SEED = 0
-_DOCUMENTATION = re.compile(r"#doc\d+$")
+_PART_OF_A_FILE = re.compile(r"#(?:doc)?\d+$")
 _LARGEST_SHARE = 8
 _KEPT_ORDERS = 2  # a block may lie across two epochs
 
@@ -113,15 +113,22 @@ class TrainingBlocks(Dataset[dict[str, Tensor]]):
         return self._orders[epoch]
 
 
+def held_out_order(store: TokenStore) -> np.ndarray:
+    """Numbers of all held-out documents in one fixed order, in which the first of them are of all kinds; empty if nothing is held out."""
+    documents = store.split("held_out")
+    return documents[epoch_order(_HELD_OUT_SEED, 0, len(documents))]
+
+
 def _file_of(name: str) -> str:
-    """The file that a document is from: documentation inside a program is a document of its own."""
-    return _DOCUMENTATION.sub("", name)
+    """The file that a document is from: documentation inside a program, and each text of a file of many, is a document of its own."""
+    return _PART_OF_A_FILE.sub("", name)
 
 
 def _part_by_file(store: TokenStore, documents: np.ndarray, part: tuple[int, int]) -> np.ndarray:
-    """Documents of every ``of``-th file from the ``n``-th on, files in the order in which their first documents stand."""
+    """Documents of every ``of``-th file from the ``n``-th on, files of one kind after another, so that all parts have the same kinds."""
     files = [_file_of(store.names[document]) for document in documents]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(files))}
+    by_kind = np.argsort(store.documents["kind"][documents], kind="stable")
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(files[place] for place in by_kind))}
     return documents[np.array([numbers[name] % part[1] == part[0] for name in files], dtype=bool)]
 
 
@@ -129,6 +136,38 @@ def _without_giants(store: TokenStore, documents: np.ndarray, largest: int) -> n
     """Documents of at most so many tokens; all of them if there are none."""
     small = documents[store.documents["length"][documents] <= largest]
     return small if len(small) else documents
+
+
+def _filled(store: TokenStore, documents: np.ndarray, tokens: int) -> np.ndarray:
+    """Of these documents as many as fit into so many tokens; what does not fit is passed over, and the shortest is taken if none does.
+
+    Kinds come in the proportions in which they are there, and of every file one document comes before a second.
+    """
+    lengths = dict(zip(documents.tolist(), store.documents["length"][documents].tolist()))
+    queues = _queues(store, documents)
+    there = {kind: sum(lengths[document] for document in queue) for kind, queue in queues.items()}
+    taken, chosen = dict.fromkeys(queues, 0), []
+    while queues:
+        kind = min(queues, key=lambda kind: (taken[kind] / there[kind], kind))
+        document = queues[kind].popleft()
+        if lengths[document] <= tokens:
+            chosen.append(document)
+            taken[kind] += lengths[document]
+            tokens -= lengths[document]
+        if not queues[kind]:
+            del queues[kind]
+    return np.array(chosen or [min(lengths, key=lambda document: lengths[document])])
+
+
+def _queues(store: TokenStore, documents: np.ndarray) -> dict[int, deque[int]]:
+    """Documents by kind: the first of every file, in the order given, then the second of every file, and so on."""
+    before: Counter[tuple[int, str]] = Counter()
+    ranked: dict[int, list[tuple[int, int]]] = {}
+    for document in documents.tolist():
+        kind, file = int(store.documents["kind"][document]), _file_of(store.names[document])
+        ranked.setdefault(kind, []).append((before[kind, file], document))
+        before[kind, file] += 1
+    return {kind: deque(d for _, d in sorted(found, key=lambda entry: entry[0])) for kind, found in ranked.items()}
 
 
 class HeldOutBlocks(Dataset[dict[str, Tensor]]):
@@ -140,10 +179,11 @@ class HeldOutBlocks(Dataset[dict[str, Tensor]]):
     Args:
         store: where the ids are.
         seq_len: tokens per block.
-        limit: about how many blocks: whole documents are taken while they fit (one at least). All documents if None.
+        limit: about how many blocks: whole documents are taken up to the first that does not fit (one at least). All documents if None.
         part: ``(n, of)``: every ``of``-th document from the ``n``-th on, so that settings are chosen by other text than what reports.
-        by_file: count files in place of documents in ``part``, so that a program and the documentation in it are in one part; and pass
-            over documents of more than an eighth of the limit, so that no single text decides.
+        by_file: count files in place of documents in ``part``, so that a program and the documentation in it are in one part; pass over
+            documents of more than an eighth of the limit, so that no single text decides, and over what does not fit; and take kinds in
+            the proportions in which they are held out, of every file one document before a second.
 
     Raises:
         DataError: nothing is held out.
@@ -162,20 +202,26 @@ class HeldOutBlocks(Dataset[dict[str, Tensor]]):
             raise ConfigError(f"HeldOutBlocks.part: got {part}, expected (n, of) with 0 <= n < of.")
         if seq_len < 2 or (limit is not None and limit < 1):
             raise ConfigError(f"HeldOutBlocks: got seq_len {seq_len} and limit {limit}, expected at least 2 and at least 1.")
-        documents = store.split("held_out")
+        documents = held_out_order(store)
         if not len(documents):
             raise DataError(
                 f"{store.folder} holds nothing out; whole files are held out, so split a large one into many (a hundred, say), raise "
                 "held_out_percent, or add text files of weight 1."
             )
         self.store, self.seq_len = store, seq_len
-        documents = documents[epoch_order(_HELD_OUT_SEED, 0, len(documents))]  # so that the first of them are of all kinds
         documents = _part_by_file(store, documents, part) if by_file else documents[part[0] :: part[1]]
         if not len(documents):
-            raise DataError(f"{store.folder} holds too few documents out for {part[1]} parts; raise held_out_percent.")
-        if limit is not None:
-            if by_file:
-                documents = _without_giants(store, documents, limit * seq_len // _LARGEST_SHARE)
+            what = "files" if by_file else "documents"
+            raise DataError(
+                f"{store.folder} holds too few {what} out for {part[1]} parts; raise held_out_percent, or split large files into many."
+            )
+        self.passed_over = np.zeros(0, dtype=np.int64)
+        """Numbers of the documents left out by ``by_file`` for their size alone."""
+        if limit is not None and by_file:
+            fitting = _without_giants(store, documents, limit * seq_len // _LARGEST_SHARE)
+            self.passed_over = np.setdiff1d(documents, fitting)
+            documents = _filled(store, fitting, limit * (seq_len - 1) + 1)
+        elif limit is not None:
             ends = np.cumsum(store.documents["length"][documents])
             documents = documents[: max(1, int(np.searchsorted(ends, limit * (seq_len - 1) + 1, side="right")))]
         self.documents = documents

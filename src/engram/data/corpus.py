@@ -28,12 +28,14 @@ __all__ = [
 ]
 
 SPLITS = ("train", "held_out")
-"""The two sides; no file is on both."""
+"""The two sides; no file is on both, and of a file of records no record."""
+
+_NAMED = 5
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on and documents to measure on; no file is in both."""
+    """Documents to train on and documents to measure on; no file (of a file of records, no record) is in both."""
 
     train: list[Document]
     held_out: list[Document]
@@ -54,8 +56,8 @@ class DocumentStream:
 
     Of texts that are the same the first one stays; where ``texts`` give them different weights, the first one of the largest weight.
 
-    Iterating again reads the files again. After an iteration ``duplicates``, ``near_duplicates`` (documents left out) and ``skipped``
-    (files left out, by reason) tell what it left out, and ``read`` what it read.
+    Iterating again reads the files again. After an iteration ``duplicates``, ``near_duplicates`` (documents left out), ``skipped`` (files
+    left out, by reason) and ``skipped_names`` (the first few of them) tell what it left out, and ``read`` what it read.
 
     Args:
         recipe: the sources.
@@ -69,6 +71,7 @@ class DocumentStream:
     def _start(self) -> None:
         self.duplicates = self.near_duplicates = self.files_read = self.bytes_read = 0
         self.skipped: Counter[str] = Counter()
+        self.skipped_names: dict[str, list[str]] = {}
         self._digest = hashlib.sha256()
         self._seen: set[bytes] = set()
         self._by_heart: dict[bytes, int] = {}
@@ -92,7 +95,7 @@ class DocumentStream:
                     if self._is_new(document):
                         yield document
             except UnfitSource as reason:
-                self.skipped[str(reason)] += 1
+                self._skip(source, str(reason))
             self.bytes_read += len(content)
 
     def digest(self) -> SourceDigest:
@@ -115,13 +118,18 @@ class DocumentStream:
         try:
             content = source.load()
         except UnfitSource as reason:
-            self.skipped[str(reason)] += 1
+            self._skip(source, str(reason))
             return None
-        self._digest.update(
-            hashlib.sha256(source.name.encode("utf-8", "surrogateescape")).digest() + hashlib.sha256(content).digest()
-        )
+        name = source.name + source.read_as
+        self._digest.update(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() + hashlib.sha256(content).digest())
         self.files_read += 1
         return content
+
+    def _skip(self, source: Source, reason: str) -> None:
+        self.skipped[reason] += 1
+        names = self.skipped_names.setdefault(reason, [])
+        if len(names) < _NAMED:
+            names.append(source.name)
 
     def _is_new(self, document: Document) -> bool:
         digest = _digest(document)
@@ -189,8 +197,11 @@ def held_out_standard_library(recipe: CorpusRecipe | None = None) -> list[Docume
 
 
 def split_of(document: Document, recipe: CorpusRecipe) -> str:
-    """The side of a document, from its file's name alone; what is to be known by heart is never held out."""
-    return "held_out" if document.weight == 1 and _is_held_out(document.name, recipe) else "train"
+    """The side of a document, from its file's name alone, or of a record from its text alone, so that a record stays on its side whatever is
+    added to the file; what is to be known by heart is never held out.
+    """
+    told_by = document.text if document.is_record else document.name.partition("#")[0]
+    return "held_out" if document.weight == 1 and bucket(told_by) < recipe.held_out_percent else "train"
 
 
 def _is_held_out(name: str, recipe: CorpusRecipe) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from engram.data.records import RECORD_SUFFIXES, holds_records
 from engram.errors import ConfigError, DataError
 
 __all__ = [
@@ -31,47 +32,60 @@ KINDS = ("prose", "code", "test", "documentation")
 
 @dataclass(frozen=True)
 class TextSource:
-    """Text files of the user's."""
+    """Text files of the user's: lines of ``<|doc|>`` separate documents in a file, and every line of a `.jsonl` file is one."""
 
     path: str
     """A file or a glob pattern, relative to the recipe."""
     weight: int = 1
     """How often each document is seen per epoch. Files of weight above 1 are for knowing by heart and are never held out.
     Where several entries name the same text, the largest weight counts."""
+    field: str = "text"
+    """In `.jsonl` and `.ndjson` files, the key of the text in the object on each line."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
             raise ConfigError(f"TextSource.path: got {self.path!r}, expected a file or a pattern.")
         if not _is_int(self.weight) or self.weight < 1:
             raise ConfigError(f"TextSource.weight: got {self.weight!r}, expected a whole number of at least 1.")
+        _check_key(self.field, "TextSource.field")
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A folder of the user's, read with all folders in it; one file is one document. Hidden files and folders are left out."""
+    """A folder of the user's, read with all folders in it; one file is one document, and of a `.jsonl` file one line. Hidden files and
+    folders are left out.
+    """
 
     path: str
     """The folder, relative to the recipe."""
     suffixes: tuple[str, ...] = (".txt", ".md", ".rst", ".html", ".py")
-    """Ends of the names of files to take. HTML is read as text."""
+    """Ends of the names of files to take; others are left out (and counted). HTML is read as text; `.jsonl` and `.ndjson`, which have to be
+    named here, line by line."""
     max_bytes: int = 1_000_000
-    """Larger files are left out (and counted)."""
+    """Larger files are left out (and counted), but for `.jsonl` and `.ndjson`, where a file is many documents."""
     exclude: tuple[str, ...] = ("__pycache__", "node_modules", "site-packages")
     """Names of files and folders left out."""
     kind: str | None = None
     """One of ``KINDS``; told from suffix and name if not given."""
+    field: str = "text"
+    """In `.jsonl` and `.ndjson` files, the key of the text in the object on each line."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
             raise ConfigError(f"FolderSource.path: got {self.path!r}, expected a folder.")
-        for field in ("suffixes", "exclude"):
-            object.__setattr__(self, field, _texts(getattr(self, field), f"FolderSource.{field}"))
+        for name in ("suffixes", "exclude"):
+            object.__setattr__(self, name, _texts(getattr(self, name), f"FolderSource.{name}"))
         if not self.suffixes:
             raise ConfigError("FolderSource.suffixes: got none, expected at least one such as '.txt'.")
         if not _is_int(self.max_bytes) or self.max_bytes < 1:
             raise ConfigError(f"FolderSource.max_bytes: got {self.max_bytes!r}, expected a positive number of bytes.")
         if self.kind is not None and self.kind not in KINDS:
             raise ConfigError(f"FolderSource.kind: got {self.kind!r}, expected one of {', '.join(KINDS)}.")
+        _check_key(self.field, "FolderSource.field")
+        if self.field != "text" and not any(map(holds_records, self.suffixes)):
+            raise ConfigError(
+                f"FolderSource.field: got {self.field!r}, expected none unless suffixes name {' or '.join(RECORD_SUFFIXES)}: add that suffix."
+            )
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,8 @@ class CorpusRecipe:
     )
     """Folders of the standard library left out: generated tables and copies."""
     held_out_percent: int = 3
-    """Share of documents kept for measuring, chosen by a hash of their name."""
+    """Share of files kept for measuring, each with all of its documents, chosen by a hash of its name; records of `.jsonl` files are chosen
+    one by one, by a hash of their text."""
     folders: tuple[FolderSource, ...] = ()
     documentation: bool = False
     """Text files of the Python installation, `pydoc` topics, and what installed distributions say about themselves."""
@@ -126,20 +141,38 @@ class CorpusRecipe:
         for name in ("folders", "documentation", "near_duplicates"):
             if not fields[name]:
                 del fields[name]
+        for source in (*fields["texts"], *fields.get("folders", ())):
+            if source["field"] == TextSource.field:
+                del source["field"]
         return json.loads(json.dumps(fields))
 
 
 def read_corpus_recipe(path: str | os.PathLike[str]) -> CorpusRecipe:
-    """The ``corpus`` mapping of a recipe file; whatever else stands there (a model, a sweep) is left to others.
+    """The ``corpus`` mapping of a recipe file, or that in its ``data`` (a run) or ``base.data`` (a sweep), which may name another recipe beside
+    it; whatever else stands there is left to others.
 
     Raises:
         DataError: the file is missing or not YAML.
         ConfigError: there is no such mapping, a key is unknown or a value impossible.
     """
-    fields = read_yaml(path)
-    if not isinstance(fields, dict) or not isinstance(fields.get("corpus"), dict):
+    fields = _corpus_in(read_yaml(path))
+    if isinstance(fields, str) and os.path.basename(fields) == fields:
+        path = Path(path).with_name(fields)
+        fields = _corpus_in(read_yaml(path))
+    if not isinstance(fields, dict):
         raise ConfigError(f"recipe {path}: expected a mapping with a 'corpus' mapping in it.")
-    return parse_corpus(fields["corpus"], f"recipe {path}")
+    return parse_corpus(fields, f"recipe {path}")
+
+
+def _corpus_in(fields: Any) -> Any:
+    """What stands under ``corpus`` in the recipe of a corpus, a run or a sweep; None if nothing does."""
+    for parents in ((), ("data",), ("base", "data")):
+        inner = fields
+        for name in (*parents, "corpus"):
+            inner = inner.get(name) if isinstance(inner, dict) else None
+        if inner is not None:
+            return inner
+    return None
 
 
 def parse_corpus(fields: Mapping[str, Any], where: str) -> CorpusRecipe:
@@ -192,6 +225,13 @@ def _texts(value: Any, field: str) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) and part for part in value):
         raise ConfigError(f"{field}: got {value!r}, expected a list of texts.")
     return tuple(value)
+
+
+def _check_key(value: Any, field: str) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(
+            f"{field}: got {value!r}, expected the key of the text in each line of a .jsonl file, such as 'text'."
+        )
 
 
 def _is_int(value: Any) -> bool:

@@ -9,7 +9,8 @@ import os
 import platform
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import distributions
@@ -17,6 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from engram.data.html_text import html_to_text
 from engram.data.recipe import CorpusRecipe, FolderSource, TextSource
+from engram.data.records import RECORD_SUFFIXES, holds_records, read_records
 from engram.errors import DataError
 
 __all__ = [
@@ -40,6 +42,8 @@ _MAX_MEAN_LINE = 120  # longer on average: a generated table, not code; prose ma
 _LONG_WORD = re.compile(r"[!-~]{100,}")  # of ASCII alone: not all languages put spaces between words
 _DOCUMENTATION_SUFFIXES = (".rst", ".txt", ".md", ".html")
 _PROSE_SUFFIXES = (*_DOCUMENTATION_SUFFIXES, ".htm", ".tex", ".org", "")
+_RECORDS = " by records"
+_ANOTHER_KEY = ", or name another key by 'field' in the recipe"
 _OURSELVES = "engram-memory"  # a corpus must not change with every line of our own description
 
 
@@ -51,6 +55,8 @@ class Document:
     text: str
     weight: int = 1
     kind: str = "prose"
+    is_record: bool = False
+    """Whether it is one line of a file of many: those are held out one by one and not by file."""
 
 
 class UnfitSource(Exception):  # not an error: a reason to go on without it
@@ -59,7 +65,7 @@ class UnfitSource(Exception):  # not an error: a reason to go on without it
 
 @dataclass(frozen=True)
 class Source:
-    """One file, or another text, from which documents are made. All of it goes to one side of the split."""
+    """One file, or another text, from which documents are made. All of it goes to one side of the split, unless it holds records."""
 
     name: str
     load: Callable[[], bytes]
@@ -68,6 +74,8 @@ class Source:
     """Documents of its text. Raises: as ``load``."""
     required_path: str | None = None
     """Set where the user named it: text that is not UTF-8 is an error then."""
+    read_as: str = ""
+    """What tells a way of reading from that of earlier versions: the same bytes are other documents then."""
 
     def documents(self, content: bytes) -> Iterator[Document]:
         """Documents in ``content``.
@@ -121,9 +129,18 @@ def text_sources(source: TextSource, folder: Path) -> Iterator[Source]:
     files = _matching(source.path, folder)
     if not files:
         raise DataError(f"corpus: no file matches {source.path!r} in {folder}; check the recipe's 'texts'.")
+    if source.field != TextSource.field and not any(map(holds_records, files)):
+        raise DataError(
+            f"corpus: got field {source.field!r} for {files[0]}, expected a file whose name ends in {' or '.join(RECORD_SUFFIXES)}, with an "
+            "object on each line; rename it, or leave 'field' out."
+        )
     for file in files:
-        name = Path(file).name
-        yield Source(name, partial(_load_named, file), partial(_split_text, file, name, source.weight), required_path=file)
+        name, load = Path(file).name, partial(_load_named, file)
+        if holds_records(name):
+            parse = partial(_records, file, name, source.field, "prose", source.weight, True)
+            yield Source(name, load, parse, required_path=file, read_as=_RECORDS)
+        else:
+            yield Source(name, load, partial(_split_text, file, name, source.weight), required_path=file)
 
 
 def _matching(pattern: str, folder: Path) -> list[str]:
@@ -149,22 +166,60 @@ def _split_text(file: str, name: str, weight: int, text: str) -> Iterator[Docume
         yield Document(f"{name}#{number}", part, weight)
 
 
+def _records(file: str, name: str, field: str, kind: str, weight: int, is_required: bool, text: str) -> Iterator[Document]:
+    """A document of every line; none of them is judged by its length or its lines, since somebody made it a record."""
+    # '#' would be read as the end of a file's name; by its line a record is a file of its own.
+    prefix, found = name.replace("#", "%23"), False
+    for number, record in read_records(text, f"corpus: {file}", field, _ANOTHER_KEY):
+        found = True
+        yield Document(f"{prefix}:{number}", record, weight, kind, is_record=True)
+    if not found:
+        if is_required:
+            raise DataError(f"corpus: {file} is empty.")
+        raise UnfitSource("too short")
+
+
 def _folder_sources(source: FolderSource, folder: Path) -> Iterator[Source]:
     root = Path(os.path.abspath(folder / source.path))
     if not root.is_dir():
         raise DataError(f"corpus: {root} is not a folder; check the recipe's 'folders'.")
-    files = [file for file in _files_below(root, source.exclude) if file.name.endswith(source.suffixes)]
-    if not files:
+    files = _files_below(root, source.exclude)
+    fitting = [file for file in files if file.name.endswith(source.suffixes)]
+    if not fitting:
         raise DataError(f"corpus: no file in {root} ends in {', '.join(source.suffixes)}; check the recipe's 'folders'.")
+    for file in fitting:
+        relative = _relative(root, file)
+        name, kind = f"{root.name}/{relative}", source.kind or _kind_of(PurePosixPath(relative))
+        if holds_records(name):
+            parse = partial(_records, str(file), name, source.field, source.kind or "prose", 1, False)
+            yield Source(name, partial(_load_some, file), parse, read_as=_RECORDS)
+        else:
+            yield Source(name, partial(_load_some, file, source.max_bytes), partial(_whole_file, name, kind))
+    for file in _one_of_each_suffix_first([file for file in files if not file.name.endswith(source.suffixes)]):
+        yield Source(f"{root.name}/{_relative(root, file)}", _another_suffix, _nothing)
+
+
+def _relative(root: Path, file: Path) -> str:
+    # '#' would be read as the end of a file's name (see ``split_of``); undecodable bytes of a name cannot be written.
+    return file.relative_to(root).as_posix().replace("#", "%23").encode("utf-8", "replace").decode()
+
+
+def _one_of_each_suffix_first(files: Iterable[Path]) -> list[Path]:
+    """So that the first few names tell what kinds of files there are."""
+    before: Counter[str] = Counter()
+    ranked = []
     for file in files:
-        # '#' would be read as the end of a file's name (see ``split_of``); undecodable bytes of a name cannot be written.
-        relative = file.relative_to(root).as_posix().replace("#", "%23").encode("utf-8", "replace").decode()
-        kind = source.kind or _kind_of(PurePosixPath(relative))
-        yield Source(
-            f"{root.name}/{relative}",
-            partial(_load_some, file, source.max_bytes),
-            partial(_whole_file, f"{root.name}/{relative}", kind),
-        )
+        ranked.append((before[file.suffix], file))
+        before[file.suffix] += 1
+    return [file for _, file in sorted(ranked, key=lambda entry: entry[0])]
+
+
+def _another_suffix() -> bytes:
+    raise UnfitSource("of another suffix")
+
+
+def _nothing(text: str) -> Iterator[Document]:
+    yield from ()
 
 
 def _files_below(root: Path, exclude: tuple[str, ...]) -> list[Path]:

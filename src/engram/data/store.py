@@ -121,6 +121,16 @@ class TokenStore:
                 raise _broken(self.folder, f"{NAMES_NAME} has {len(self._names)} names, expected {len(self)}")
         return self._names
 
+    @property
+    def left_out(self) -> list[str]:
+        """Files that gave no document: for every reason how many, and the first few names (stores of earlier versions do not have them)."""
+        names, found = self.description.get("skipped_names", {}), []
+        for reason, count in self.description.get("skipped_files", {}).items():
+            told = [*names.get(reason, ())]
+            more = ["..."] if len(told) < count else []
+            found.append(f"{count:,} {reason}" + (f" ({', '.join([*told, *more])})" if told else ""))
+        return found
+
     def load_tokenizer(self) -> Any:
         """The tokenizer that made the ids."""
         from engram.models.bundled import load_tokenizer

@@ -157,6 +157,7 @@ def write_store_files(
             "counts": _counts(records),
             "duplicates": {"exact": stream.duplicates, "near": stream.near_duplicates},
             "skipped_files": dict(sorted(stream.skipped.items())),
+            **({"skipped_names": dict(sorted(stream.skipped_names.items()))} if stream.skipped else {}),
             **note,
         },
     )

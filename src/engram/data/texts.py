@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import yaml
 
+from engram.data.blocks import held_out_order
 from engram.data.corpus import held_out_standard_library
 from engram.data.facts import load_facts
+from engram.data.recipe import KINDS
+from engram.data.records import holds_records, read_records
 from engram.data.sources import split_documents
+from engram.data.store import TokenStore
 from engram.errors import DataError
 
-__all__ = ["load_documents", "load_texts", "standard_texts"]
+__all__ = ["held_out_texts", "load_documents", "load_texts", "standard_texts"]
 
 _BUNDLED = Path(__file__).parent.parent / "bundled"
 
@@ -39,7 +44,7 @@ def load_texts(path: str | os.PathLike[str]) -> dict[str, list[str]]:
 def load_documents(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     """Texts by kind: of a YAML file as ``load_texts`` reads it; any other file is text of one kind, named after the file.
 
-    Lines that hold just ``<|doc|>`` separate documents, as in a corpus.
+    Lines that hold just ``<|doc|>`` separate documents, as in a corpus; of a `.jsonl` file every line is one, under the key ``text``.
 
     Raises:
         DataError: the file is missing, not UTF-8, empty or malformed.
@@ -51,10 +56,31 @@ def load_documents(path: str | os.PathLike[str]) -> dict[str, list[str]]:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read texts {path}: {error}. Expected a text file in UTF-8, or YAML.") from None
-    documents = split_documents(text)
+    documents = [found for _, found in read_records(text, str(path))] if holds_records(file) else split_documents(text)
     if not documents:
         raise DataError(f"{path}: the file is empty; expected text.")
     return {file.stem: documents}
+
+
+def held_out_texts(store: TokenStore, tokens: int, window: int) -> dict[str, list[str]]:
+    """Held-out documents of a token store by kind, in their one fixed order; of a large store as many as will be read.
+
+    Args:
+        store: where the ids are; its tokenizer makes text of them.
+        tokens: how many are to be read; of each kind documents are given until their first windows hold more.
+        window: tokens per window.
+    """
+    tokenizer = store.load_tokenizer()
+    documents = held_out_order(store)
+    kinds, first = store.documents["kind"][documents], np.minimum(store.documents["length"][documents], window)
+    texts: dict[str, list[str]] = {}
+    for number, kind in enumerate(KINDS):
+        own = np.flatnonzero(kinds == number)
+        before = np.cumsum(first[own]) - first[own]
+        for document in documents[own[before <= tokens]]:
+            text = tokenizer.decode(store.ids(document)[1:].tolist(), clean_up_tokenization_spaces=False)
+            texts.setdefault(kind, []).append(text)
+    return texts
 
 
 def standard_texts() -> dict[str, list[str]]:

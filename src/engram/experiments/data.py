@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,9 @@ __all__ = ["HALVES", "PreparedData", "load_data", "prepare_data"]
 
 HALVES = {"validation": 0, "test": 1}
 """Every second held-out document (or file: ``DataRecipe.held_out_by``): one half chooses settings, the other reports."""
+
+_FEWEST_FILES = 5
+_LARGEST_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def prepare_data(
     show: Callable[[str, int, int], None] = lambda what, done, total: None,
     tokenizer: Any = None,
 ) -> PreparedData:
-    """Build the token store of a recipe in ``out``, or open it if it is there.
+    """Build the token store of a recipe in ``out``, or open it if it is there; warn of files left out of it and of held-out text of few files.
 
     Args:
         recipe: text, and how it is cut.
@@ -62,13 +66,52 @@ def prepare_data(
         tokenizer: the tokenizer of a model that exists; without it one of ``recipe.vocab_size`` is trained on the text.
 
     Raises:
-        ConfigError, DataError, FingerprintError, CheckpointError: as for ``prepare_store`` and ``build_store``.
+        ConfigError, DataError, FingerprintError, CheckpointError: as for ``prepare_store``, ``build_store`` and ``HeldOutBlocks``.
     """
     if tokenizer is None:
         store = prepare_store(recipe.corpus, folder, out, recipe.vocab_size, show)
     else:
         store = build_store(recipe.corpus, tokenizer, folder, out, lambda done, total: show("tokens", done, total))
-    return PreparedData(store, recipe.seq_len, recipe.held_out_tokens, recipe.held_out_by)
+    data = PreparedData(store, recipe.seq_len, recipe.held_out_tokens, recipe.held_out_by)
+    _warn_of_files_left_out(recipe, store)
+    _warn_of_few_texts(recipe, data)
+    return data
+
+
+def _warn_of_files_left_out(recipe: DataRecipe, store: TokenStore) -> None:
+    """Of folders alone: a named file that cannot be used is an error, and nobody chose the files of the Python installation."""
+    if recipe.corpus.folders and store.left_out:
+        logging.getLogger("engram").warning("files left out of the text: %s", ", ".join(store.left_out))
+
+
+def _warn_of_few_texts(recipe: DataRecipe, data: PreparedData) -> None:
+    """Where a loss says more about some text of a half than about text."""
+    told = [f"{half}: {reason}" for half, blocks in data.held_out.items() if (reason := _why_few(blocks, data.held_out_tokens))]
+    if told:
+        cut = "" if data.held_out_by == "file" else "set data.held_out_by: file, "
+        logging.getLogger("engram").warning(
+            "losses on so little held-out text say little about other text (%s); %sraise corpus.held_out_percent (now %d) or "
+            "data.held_out_tokens (now %d), split large files into many, or add text.",
+            "; ".join(told),
+            cut,
+            recipe.corpus.held_out_percent,
+            recipe.held_out_tokens,
+        )
+
+
+def _why_few(blocks: HeldOutBlocks, wanted: int) -> str:
+    """What makes a half of the held-out text too small a sample of it, where so many tokens were wanted; empty if nothing does."""
+    found = blocks.composition
+    lengths = blocks.store.documents["length"]
+    measured, passed_over = (int(lengths[documents].sum()) for documents in (blocks.documents, blocks.passed_over))
+    has_only_crumbs = passed_over > measured and 2 * measured < wanted
+    if found["files"] >= _FEWEST_FILES and found["largest_share"] <= _LARGEST_SHARE and not has_only_crumbs:
+        return ""
+    share = f"{100 * found['largest_share']:.0f} % of the bytes in {found['largest']}"
+    reason = f"{measured:,} tokens of {found['files']} files, {share}"
+    if passed_over:
+        reason += f", and {len(blocks.passed_over)} larger documents of {passed_over:,} tokens passed over"
+    return reason
 
 
 def load_data(recipe: DataRecipe, out: Path) -> PreparedData:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from operator import index
+
 import numpy as np
 from sympy import nextprime
 
 from engram.config import EngramConfig
+from engram.errors import ConfigError
 
-__all__ = ["layer_multipliers", "prime_layout", "prime_walk"]
+__all__ = ["given_multipliers", "layer_multipliers", "prime_layout", "prime_walk"]
 
 _LAYER_SEED_STEP = 10007
 
@@ -25,6 +29,36 @@ def layer_multipliers(config: EngramConfig, vocab_size: int) -> dict[int, np.nda
         generator = np.random.default_rng(config.seed + _LAYER_SEED_STEP * layer_id)
         multipliers[layer_id] = generator.integers(0, bound, size=config.max_ngram_size, dtype=np.int64) * 2 + 1
     return multipliers
+
+
+def given_multipliers(
+    config: EngramConfig, vocab_size: int, given: Mapping[int, Sequence[int] | np.ndarray]
+) -> dict[int, np.ndarray]:
+    """Multipliers of one's own as ``layer_multipliers`` gives the drawn ones, checked.
+
+    Args:
+        config: gives ``layer_ids`` and ``max_ngram_size``.
+        vocab_size: number of canonical ids |V'|.
+        given: ``{layer_id: N ints}``, that of the newest token first.
+
+    Raises:
+        ConfigError: a layer is missing or unknown, or has another number of them than N, or one is not an int whose product with every id
+            fits into int64, where all kernels agree.
+    """
+    count, largest = config.max_ngram_size, int(np.iinfo(np.int64).max) // vocab_size
+    try:
+        read = {
+            int(layer): [index(number) for number in numbers] for layer, numbers in given.items()
+        }  # JSON's keys are strings
+    except (AttributeError, TypeError, ValueError):
+        read = {}
+    fit = all(1 <= number <= largest for numbers in read.values() for number in numbers)
+    if not fit or set(read) != set(config.layer_ids) or any(len(numbers) != count for numbers in read.values()):
+        raise ConfigError(
+            f"multipliers: got {given!r}, expected {{layer: ints}} for layers {list(config.layer_ids)}, {count} each (max_ngram_size), from 1 "
+            f"to {largest} (what int64 holds over the {vocab_size:,} ids)."
+        )
+    return {layer_id: np.array(read[layer_id], dtype=np.int64) for layer_id in config.layer_ids}
 
 
 def prime_walk(config: EngramConfig) -> dict[int, list[list[int]]]:

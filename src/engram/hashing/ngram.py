@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, overload
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor
 from engram.config import EngramConfig
 from engram.errors import ConfigError
 from engram.hashing.compression import CompressedTokenizer, ExactTokenizer, check_id_range, unknown_id
-from engram.hashing.layout import layer_multipliers, prime_layout, prime_walk
+from engram.hashing.layout import given_multipliers, layer_multipliers, prime_layout, prime_walk
 from engram.hashing.spec import get_hash_spec
 from engram.native import HashKernel, RowIndex, core
 from engram.native.optional import triton_kernel
@@ -28,15 +30,30 @@ __all__ = ["TAG_MODULUS", "NgramHashMapping", "build_mapping", "mapping_without_
 TAG_MODULUS = 2**31 - 1
 """Tags are ``1 + (mix // prime) % TAG_MODULUS``: they fit 32 bits and are never zero."""
 
+Multipliers = Mapping[int, Sequence[int] | np.ndarray]
 
-def build_mapping(config: EngramConfig, tokenizer: Any) -> NgramHashMapping:
-    """The addresses of a memory over a tokenizer, with the id map that its hash specification asks for."""
+
+def build_mapping(config: EngramConfig, tokenizer: Any, multipliers: Multipliers | None = None) -> NgramHashMapping:
+    """The addresses of a memory over a tokenizer, with the id map that its hash specification asks for.
+
+    Args:
+        config: the memory's identity.
+        tokenizer: the model's tokenizer.
+        multipliers: as for ``NgramHashMapping``.
+    """
     kind = ExactTokenizer if get_hash_spec(config.hash_spec).ids == "raw" else CompressedTokenizer
-    return NgramHashMapping(config, kind(tokenizer))
+    return NgramHashMapping(config, kind(tokenizer), multipliers)
 
 
-def mapping_without_tokenizer(config: EngramConfig, vocab_size: int) -> NgramHashMapping:
+def mapping_without_tokenizer(
+    config: EngramConfig, vocab_size: int, multipliers: Multipliers | None = None
+) -> NgramHashMapping:
     """The same addresses for a specification with raw ids, which needs nothing of the tokenizer but its size. It has no fingerprint.
+
+    Args:
+        config: the memory's identity.
+        vocab_size: how many ids there are; they are 0..vocab_size - 1.
+        multipliers: as for ``NgramHashMapping``.
 
     Raises:
         ConfigError: the specification compresses ids.
@@ -45,27 +62,37 @@ def mapping_without_tokenizer(config: EngramConfig, vocab_size: int) -> NgramHas
         raise ConfigError(
             f"hash_spec {config.hash_spec!r} compresses ids: its addresses cannot be computed without the tokenizer."
         )
-    return NgramHashMapping(config, ExactTokenizer.of_size(vocab_size))
+    return NgramHashMapping(config, ExactTokenizer.of_size(vocab_size), multipliers)
 
 
 class NgramHashMapping:
-    """Addresses of a memory: which rows each position of a text reads in each layer.
+    """Addresses of a memory: which rows each position of a text reads in each layer. They never change once it is made.
+
+    A subclass may compute them otherwise: ``hash``, and for verified rows ``hash_with_tags``, are what memories call. Its class name
+    enters the fingerprint, and kernels, which know the stock formula alone, stand aside.
 
     Args:
         config: the memory's identity.
         compressed_tokenizer: the compression map of the model's tokenizer.
+        multipliers: of your own, ``{layer_id: N ints}``, that of the newest token first; for specifications whose ``multipliers`` are
+            ``given`` (``exact_given``, ``demo_given``), and for those only. Odd ones lose nothing of an id.
 
     Attributes:
-        layer_multipliers: ``{layer_id: int64 [N]}``, the odd multipliers.
-        vocab_size_across_layers: ``{layer_id: [[K primes of order 2], [K primes of order 3], ...]}``; no primes in an order that the
-            layer does not read.
         pad_id: canonical id of ``config.pad_id``.
 
     Raises:
-        ConfigError: ``config.pad_id`` is not in the tokenizer's vocabulary, or the hash specification is unknown.
+        ConfigError: ``config.pad_id`` is not in the tokenizer's vocabulary, the hash specification is unknown, or the multipliers are
+            missing, not wanted or impossible.
     """
 
-    def __init__(self, config: EngramConfig, compressed_tokenizer: CompressedTokenizer) -> None:
+    def __init__(
+        self, config: EngramConfig, compressed_tokenizer: CompressedTokenizer, multipliers: Multipliers | None = None
+    ) -> None:
+        if not isinstance(compressed_tokenizer, CompressedTokenizer):
+            raise ConfigError(
+                f"compressed_tokenizer: got {type(compressed_tokenizer).__name__}, expected a CompressedTokenizer; "
+                "build_mapping(config, tokenizer) makes one of a Hugging Face tokenizer."
+            )
         self.config = config
         self.spec = get_hash_spec(config.hash_spec)
         self.compressed_tokenizer = compressed_tokenizer
@@ -77,11 +104,52 @@ class NgramHashMapping:
             )
         self.pad_id = int(table[config.pad_id])
         self._lookup = table
-        self.layer_multipliers = layer_multipliers(config, len(compressed_tokenizer))
+        self._multipliers = self._make_multipliers(multipliers)
         self._primes_of_all_orders = prime_walk(config)
-        self.vocab_size_across_layers = prime_layout(config, self._primes_of_all_orders)
+        self._primes = prime_layout(config, self._primes_of_all_orders)
         self._constants: dict[torch.device, _HashConstants] = {}
         self._kernel: HashKernel | None = None
+
+    def _make_multipliers(self, given: Multipliers | None) -> dict[int, np.ndarray]:
+        count = len(self.compressed_tokenizer)
+        if self.spec.multipliers == "given" and given is not None:
+            return given_multipliers(self.config, count, given)
+        if given is not None:
+            raise ConfigError(
+                f"multipliers: got some with hash_spec {self.spec.name!r}, which draws its own from the seed; expected hash_spec "
+                f"'{'exact_given' if self.spec.ids == 'raw' else 'demo_given'}', or none."
+            )
+        if self.spec.multipliers == "given":
+            raise ConfigError(
+                f"multipliers: got none, expected {{layer: ints}}, as hash_spec {self.spec.name!r} says that they are given: make the mapping "
+                "by build_mapping(config, tokenizer, multipliers=...) and pass it as mapping=..."
+            )
+        return layer_multipliers(self.config, count)
+
+    @property
+    def layer_multipliers(self) -> Mapping[int, np.ndarray]:
+        """``{layer_id: int64 [N]}``, that of the newest token first. Read-only: kernels have theirs in copies; own ones are given when the
+        mapping is made.
+        """
+        return MappingProxyType({layer: _read_only(multipliers) for layer, multipliers in self._multipliers.items()})
+
+    @property
+    def vocab_size_across_layers(self) -> Mapping[int, list[list[int]]]:
+        """``{layer_id: [[K primes of order 2], [K primes of order 3], ...]}``, a copy; no primes in an order that the layer does not read."""
+        return MappingProxyType({layer: [list(primes) for primes in orders] for layer, orders in self._primes.items()})
+
+    def check_config(self, config: EngramConfig) -> None:
+        """Refuse to be the addresses of a memory of another configuration; the model's sizes, which are filled in later, do not count.
+
+        Raises:
+            ConfigError: fields differ.
+        """
+        own, asked = (c.replace(hidden_size=None, hc_mult=None).to_dict() for c in (self.config, config))
+        differing = [f"{name} {own[name]!r}, not {asked[name]!r}" for name in own if own[name] != asked[name]]
+        if differing:
+            raise ConfigError(
+                f"mapping: made for another configuration ({'; '.join(differing)}); expected one made from the memory's own EngramConfig."
+            )
 
     def accept_ids(self, count: int) -> None:
         """Take ids 0..count - 1 from now on. Embeddings are often wider than the tokenizer, and a model that samples may say ids that no
@@ -106,16 +174,18 @@ class NgramHashMapping:
             "spec": self.spec.to_dict(),
             "pad": self.pad_id,
             "raw_pad": self.config.pad_id,
-            "multipliers": {str(k): v.tolist() for k, v in self.layer_multipliers.items()},
-            "primes": {str(k): v for k, v in self.vocab_size_across_layers.items()},
+            "multipliers": {str(k): v.tolist() for k, v in self._multipliers.items()},
+            "primes": {str(k): v for k, v in self._primes.items()},
         }
+        if type(self) is not NgramHashMapping:
+            identity["class"] = type(self).__name__
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
         digest.update(self.compressed_tokenizer.identity)
         return digest.hexdigest()
 
     def head_sizes(self, layer_id: int) -> list[int]:
         """Rows of each head of one layer, order-major: the primes in one flat list."""
-        return [prime for order in self.vocab_size_across_layers[layer_id] for prime in order]
+        return [prime for order in self._primes[layer_id] for prime in order]
 
     @overload
     def hash(
@@ -232,7 +302,7 @@ class NgramHashMapping:
         self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None, tag_modulus: int | None
     ) -> tuple[Tensor, Any] | None:
         """Head indices ``[L, B, T, H]`` and tags by one Triton kernel; None unless the ids are on a CUDA device and Triton is there."""
-        if input_ids.device.type != "cuda" or torch.compiler.is_compiling():
+        if input_ids.device.type != "cuda" or torch.compiler.is_compiling() or type(self) is not NgramHashMapping:
             return None
         kernel = triton_kernel("engram.hashing.triton_hash", "hash_ngrams_triton")
         if kernel is None:
@@ -251,14 +321,19 @@ class NgramHashMapping:
         return _mix_context(constants, constants.lookup_table[context_BX], input_ids.shape[1]), constants.primes
 
     def kernel_for(self, input_ids: Tensor) -> HashKernel | None:
-        """The native kernel, where it can serve: it is built, the ids are on the CPU and no graph is being traced."""
-        if core() is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        """The native kernel, where it can serve: it is built, the ids are on the CPU, no graph is being traced and no subclass has a say."""
+        if (
+            core() is None
+            or input_ids.device.type != "cpu"
+            or torch.compiler.is_compiling()
+            or type(self) is not NgramHashMapping
+        ):
             return None
         if self._kernel is None:
             layers = self.config.layer_ids
             self._kernel = HashKernel(
                 self._lookup,
-                np.stack([self.layer_multipliers[layer] for layer in layers]),
+                np.stack([self._multipliers[layer] for layer in layers]),
                 np.array(list(self._primes_of_all_orders.values())).reshape(len(layers), -1),
                 self.config.n_head_per_ngram,
                 self.config.pad_id,
@@ -329,13 +404,19 @@ class NgramHashMapping:
         return {**self.__dict__, "_constants": {}, "_kernel": None}
 
 
+def _read_only(array: np.ndarray) -> np.ndarray:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 class _HashConstants:
     """The mapping's arrays as tensors of one device."""
 
     def __init__(self, mapping: NgramHashMapping, device: torch.device) -> None:
         layers = mapping.config.layer_ids
         self.lookup_table = torch.from_numpy(mapping._lookup).to(device)
-        multipliers_LN = np.stack([mapping.layer_multipliers[layer] for layer in layers])
+        multipliers_LN = np.stack([mapping._multipliers[layer] for layer in layers])
         self.multipliers = torch.from_numpy(multipliers_LN).to(device)
         primes_LOK = torch.tensor(list(mapping._primes_of_all_orders.values()), dtype=torch.int64)
         self.primes = primes_LOK.to(device)[:, None, None]

@@ -2,8 +2,8 @@
 
 from engram.layers.conv import ShortConv
 from engram.layers.embedding import MultiHeadEmbedding
-from engram.layers.engram import Engram
+from engram.layers.engram import Engram, layer_classes
 from engram.layers.reader import seeded_signs
 from engram.layers.state import EngramState, RollingTail
 
-__all__ = ["Engram", "EngramState", "MultiHeadEmbedding", "RollingTail", "ShortConv", "seeded_signs"]
+__all__ = ["Engram", "EngramState", "MultiHeadEmbedding", "RollingTail", "ShortConv", "layer_classes", "seeded_signs"]

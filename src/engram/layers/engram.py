@@ -6,7 +6,7 @@ Shape legend: B batch, T positions, M residual streams (branches), d hidden size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -26,11 +26,13 @@ from engram.native.read import read_streams
 from engram.ops import few_positions_serve, gate_and_smooth, whole_sequences_serve
 from engram.tables import ABSENT, RowHandle, RowPrefetcher
 
-__all__ = ["Engram"]
+__all__ = ["Engram", "layer_classes"]
 
 
 class Engram(nn.Module):
     """The memory of one decoder block. Parameter names are those of the paper's public demo.
+
+    A gate of your own is a subclass that overrides ``gated_value``; ``get_engram_model(..., layer_class=...)`` puts it in.
 
     ``EngramConfig.fuse`` and ``branch_gates`` decide which of ``key_projs``, ``norm1`` (of the key), ``norm2`` (of the hidden state) and
     ``concat_projs`` have members: M of each that is used, one with ``branch_gates=False``, none of those that are not. Beside
@@ -118,13 +120,20 @@ class Engram(nn.Module):
             join_projections(self._projections)
 
     def _is_plain(self) -> bool:
-        """Whether native code may do what the modules say: a gate, and no adapter, hook, parametrisation or other type anywhere."""
+        """Whether native code may do what class and modules say: the stock formula with a gate, and no adapter, hook, parametrisation or
+        other type anywhere.
+        """
         return (
             self.config.fuse == "gate"
+            and self._has_stock_formula()
             and are_plain(self._projections, nn.Linear)
             and are_plain([*self.norm1, *self.norm2, *(self.short_conv.norms if self.short_conv else ())], nn.RMSNorm)
-            and (self.short_conv is None or are_plain([self.short_conv.conv], nn.Conv1d))
+            and (self.short_conv is None or _is_plain_conv(self.short_conv))
         )
+
+    def _has_stock_formula(self) -> bool:
+        """Whether nobody, subclass or instance, has put something else in the place of what native code computes in one go."""
+        return all(getattr(type(self), name) is stock and name not in self.__dict__ for name, stock in _FORMULA.items())
 
     @torch.no_grad()
     def _seed_reader(self) -> None:
@@ -293,9 +302,30 @@ class Engram(nn.Module):
         return output
 
     def _gated_value(self, streams: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates ``[B, T, M, 1]`` and fused values v~ ``[B, T, M, d]`` (equations 3 and 4, or what ``EngramConfig.fuse`` puts there)."""
+        """``gated_value`` in the layer's own dtype, its shapes checked: a wrong one would be spread out by broadcasting, unnoticed."""
         rows = rows.to(self.value_proj.weight.dtype)
-        streams = streams.to(rows.dtype)
+        gate, value = self.gated_value(streams.to(rows.dtype), rows)
+        if gate.shape != (*streams.shape[:3], 1) or value.shape != streams.shape:
+            raise ConfigError(
+                f"{type(self).__name__}.gated_value: got a gate of shape {list(gate.shape)} and a value of {list(value.shape)}, expected "
+                f"{[*streams.shape[:3], 1]} and {list(streams.shape)}: [B, T, M, 1] and [B, T, M, d]."
+            )
+        return gate, value.to(rows.dtype)
+
+    def gated_value(self, streams: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """How rows enter the residual streams: equations 3 and 4, or what ``EngramConfig.fuse`` puts there. Override it for a gate of your own.
+
+        A subclass's is called in training, decoding, teaching and under ``record()`` alike; native code, which knows the stock formula alone,
+        then stands aside. Padding is masked and the convolution added afterwards. A position must not depend on others: decoding gives one at a
+        time, and of verified rows only those positions come that read any, as ``[n, 1]``.
+
+        Args:
+            streams: hidden states ``[B, T, M, d]``, in the dtype of the layer's weights.
+            rows: what was looked up, ``[B, T, d_mem]``, in that dtype too.
+
+        Returns:
+            The gate ``[B, T, M, 1]``, which is recorded and used no further, and the gated value v~ ``[B, T, M, d]``, which is added.
+        """
         if self.config.fuse == "gate":
             gate = fuse_by_gate(streams, rows, self.key_projs, self.norm1, self.norm2, self.config.gate)
             return gate, gate * self.value_proj(rows).unsqueeze(2)
@@ -380,6 +410,30 @@ class Engram(nn.Module):
         if not torch.equal(state_dict["multi_head_embedding.offsets"].cpu(), own["multi_head_embedding.offsets"].cpu()):
             raise CheckpointError("demo state dict: head offsets differ; it was made with other table sizes, layers or heads.")
         self.load_state_dict(dict(state_dict))
+
+
+_FORMULA = {name: getattr(Engram, name) for name in ("gated_value", "_gated_value", "_smooth")}
+"""The methods whose work the native paths do in one go."""
+
+
+def layer_classes(given: type[Engram] | Mapping[int, type[Engram]] | None, layer_ids: Sequence[int]) -> dict[int, type[Engram]]:
+    """The class of every layer: one for all, or those given by layer id and ``Engram`` for the others; None is ``Engram`` for all.
+
+    Raises:
+        ConfigError: something is no subclass of ``Engram``, or is for a layer that the memory does not have.
+    """
+    by_layer = given if isinstance(given, Mapping) else dict.fromkeys(layer_ids, Engram if given is None else given)
+    fit = all(isinstance(kind, type) and issubclass(kind, Engram) for kind in by_layer.values())
+    if not fit or not set(by_layer) <= set(layer_ids):
+        raise ConfigError(
+            f"layer_class: got {given!r}, expected a subclass of engram.Engram, or {{layer id: subclass}} with ids among {list(layer_ids)}."
+        )
+    return {layer_id: by_layer.get(layer_id, Engram) for layer_id in layer_ids}
+
+
+def _is_plain_conv(module: ShortConv) -> bool:
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is ShortConv and not hooked and are_plain([module.conv], nn.Conv1d)
 
 
 def _positions(where: Tensor, found: int | None) -> tuple[Tensor, Tensor]:

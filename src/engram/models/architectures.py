@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from engram.errors import AttachError
 from engram.models.positions import text_config
 
-__all__ = ["ARCHITECTURES", "Decoder", "DecoderLayout", "find_decoder", "register_architecture"]
+__all__ = ["ARCHITECTURES", "Decoder", "DecoderLayout", "accepts", "find_decoder", "register_architecture"]
+
+_CONFIG_FIELDS = ("hidden_size", "vocab_size", "num_hidden_layers")
+"""What the config of a model must say, beside ``model_type``: a memory's width and the model's identity."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,22 @@ class Decoder:
 def register_architecture(model_type: str, layout: DecoderLayout) -> None:
     """Teach engram where the blocks of another architecture are.
 
+    A transformers model has all else that a memory asks for. A model of your own (any ``nn.Module``) needs
+
+    - ``config`` with ``model_type``, ``hidden_size``, ``vocab_size`` and ``num_hidden_layers``;
+    - ``get_input_embeddings()``, whose result has a ``weight [vocabulary, hidden_size]``;
+    - a module at ``layout.decoder`` whose ``forward`` takes ``input_ids [B, T]``, first or by name, and in it a ``ModuleList`` at
+      ``layout.blocks``, whose members are called with the residual stream ``[B, T, hidden_size]``, first or as ``hidden_states``;
+    - padding, if there is any, in the decoder's argument ``attention_mask``, and its past, if it keeps one, in a transformers ``Cache`` by
+      one of the names in ``engram.models.cache.CACHE_NAMES``: by another it is not seen, and n-grams begin anew with each call.
+
+    Trainers, evaluation and looks inside call the model with ``input_ids``, ``attention_mask`` and perhaps ``labels``, and read ``logits``
+    (and ``loss``) off what it returns.
+
+    Args:
+        model_type: the model's ``config.model_type``.
+        layout: where decoder and blocks are.
+
     Raises:
         AttachError: the architecture is known already with another layout.
     """
@@ -141,8 +162,14 @@ def register_architecture(model_type: str, layout: DecoderLayout) -> None:
     ARCHITECTURES[model_type] = layout
 
 
+def accepts(module: nn.Module, argument: str) -> bool:
+    """Whether a module's ``forward`` can be given an argument by name."""
+    parameters = inspect.signature(module.forward).parameters
+    return argument in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
 def find_decoder(model: nn.Module) -> Decoder:
-    """Locate the decoder of a Hugging Face causal language model.
+    """Locate the decoder of a Hugging Face causal language model, or of one that has what ``register_architecture`` asks for.
 
     Raises:
         AttachError: the architecture is not in the table, or the model does not look as the table says.
@@ -151,10 +178,10 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise AttachError(
             f"got a {type(model).__name__}, expected the model in it: give model.get_base_model(). Its adapters stay in it and at work."
         )
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    if config is None or model_type is None:
-        raise AttachError(f"got {type(model).__name__}, expected a transformers model with a config (AutoModelForCausalLM).")
+    if model_type is None:
+        raise _lacking(model, ["config.model_type", *_missing(model)])
     layout = ARCHITECTURES.get(model_type)
     if layout is None:
         raise AttachError(
@@ -167,9 +194,32 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise AttachError(
             f"{model_type}: {layout.decoder}.{layout.blocks} is a {type(blocks).__name__}, expected a ModuleList."
         )
+    if missing := _missing(model):
+        raise _lacking(model, missing)
+    if not accepts(module, "input_ids"):
+        raise _lacking(model, [f"an argument input_ids of {layout.decoder}.forward"])
     text = text_config(config)
     streams = int(getattr(text, layout.streams)) if layout.streams else 1
     return Decoder(module, blocks, int(text.hidden_size), streams)
+
+
+def _missing(model: nn.Module) -> list[str]:
+    """What a model lacks of that which a memory asks of every model."""
+    config: Any = getattr(model, "config", None)
+    text = None if config is None else text_config(config)
+    missing = [f"config.{field}" for field in _CONFIG_FIELDS if getattr(text, field, None) is None]
+    try:
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # the latter is transformers' own answer
+        weight = None
+    return missing if weight is not None else [*missing, "get_input_embeddings() with a weight"]
+
+
+def _lacking(model: nn.Module, missing: list[str]) -> AttachError:
+    return AttachError(
+        f"got a {type(model).__name__} without {', '.join(missing)}; expected a transformers model (AutoModelForCausalLM), or one of your own "
+        "that has these (help(engram.register_architecture) lists all)."
+    )
 
 
 def _submodule(parent: nn.Module, path: str, model_type: str) -> nn.Module:

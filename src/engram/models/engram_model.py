@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Literal, Self
@@ -19,8 +19,8 @@ from engram.checkpoint import again_if_saved
 from engram.config import EngramConfig, TableConfig
 from engram.errors import AttachError, ConfigError
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
-from engram.layers import Engram
-from engram.models.architectures import Decoder, find_decoder
+from engram.layers import Engram, layer_classes
+from engram.models.architectures import Decoder, accepts, find_decoder
 from engram.models.cache import cache_argument
 from engram.models.hooks import DecoderHooks
 from engram.models.packing import Packing
@@ -54,28 +54,33 @@ def get_engram_model(
     tokenizer: Any,
     table_config: TableConfig | None = None,
     rollback_window: int | None = DEFAULT_ROLLBACK_WINDOW,
+    mapping: NgramHashMapping | None = None,
+    layer_class: type[Engram] | Mapping[int, type[Engram]] | None = None,
 ) -> EngramModel:
     """Attach a new memory to a decoder language model. The base model's weights are frozen and never written.
 
     With the default zero tables the model's logits are exactly what they were.
 
     Args:
-        model: any causal language model of an architecture in ``ARCHITECTURES``.
+        model: any causal language model of an architecture in ``ARCHITECTURES`` (``register_architecture`` adds one).
         config: what the memory is; ``hidden_size`` and ``hc_mult`` are taken from the model.
         tokenizer: the model's tokenizer.
         table_config: where the tables live.
         rollback_window: see ``DEFAULT_ROLLBACK_WINDOW``; None keeps everything.
+        mapping: addresses of your own, made for ``config`` (``engram.hashing.build_mapping``); None has them follow from it.
+        layer_class: a subclass of ``Engram`` (see ``Engram.gated_value``) for all layers, or ``{layer id: subclass}``. It is called as
+            ``Engram`` is: ``layer_class(config, mapping, layer_id, table_config, device)``.
 
     Raises:
         AttachError: the model is of an unknown architecture, has a memory already, or does not fit the tokenizer.
-        ConfigError: the config does not fit the model.
+        ConfigError: the config does not fit the model, the mapping not the config, or the class is no layer's.
         TableError: the tables do not fit into memory, or the row files hold the rows of something else (``TableConfig.changed_rows``); nothing
             is allocated then.
     """
     if table_config is not None and table_config.path is not None and table_config.changed_rows == "refuse":
         for layer_id in config.layer_ids:
             refuse_other_rows(row_file(table_config.path, layer_id))
-    return EngramModel(model, config, tokenizer, table_config, rollback_window)
+    return EngramModel(model, config, tokenizer, table_config, rollback_window, mapping, layer_class)
 
 
 class EngramModel(nn.Module):
@@ -84,11 +89,12 @@ class EngramModel(nn.Module):
     Anything not found here is looked up on the base model (``config``, ``generation_config``, ``device``, ...). One thread at a time may run
     it: between a pass's start and its blocks the addresses wait here, and ``disable_engram`` and ``routed`` hold for the whole model.
 
-    ``EngramTrainer`` trains it. ``transformers.Trainer`` does not: it knows nothing of the base model's columns and row-sparse gradients.
+    ``EngramTrainer`` trains it, or a loop of your own (docs/guides.md). ``transformers.Trainer`` does not: it knows nothing of the base model's
+    columns and row-sparse gradients.
 
     Attributes:
         base_model: the model as given, with hooks on some of its modules.
-        engrams: one ``Engram`` per layer, keyed by ``str(layer_id)``.
+        engrams: one ``Engram`` per layer, keyed by ``str(layer_id)``; another may be put in the place of one.
         engram_config: the memory's identity.
         mapping: the memory's addresses.
         prefetch_rows: whether rows of all layers are fetched when a forward pass starts, beside the blocks' computation: True, False, or
@@ -108,18 +114,21 @@ class EngramModel(nn.Module):
         table_config: TableConfig | None = None,
         rollback_window: int | None = DEFAULT_ROLLBACK_WINDOW,
         mapping: NgramHashMapping | None = None,
+        layer_class: type[Engram] | Mapping[int, type[Engram]] | None = None,
     ) -> None:
         super().__init__()
         decoder = find_decoder(model)
         _check_fit(model, decoder, config, tokenizer)
         config = config.replace(hidden_size=decoder.hidden_size, hc_mult=decoder.streams)
-        if mapping is None:  # from_pretrained has computed it to check the fingerprint
+        classes = layer_classes(layer_class, config.layer_ids)
+        if mapping is None:
             mapping = build_mapping(config, tokenizer)
+        mapping.check_config(config)
         embeddings: Any = model.get_input_embeddings()
         mapping.accept_ids(embeddings.weight.shape[0])
         devices = {i: _device_of(decoder.blocks[i], model, i) for i in config.layer_ids}
         _check_room(mapping, devices, table_config or TableConfig())
-        engrams = nn.ModuleDict({str(i): Engram(config, mapping, i, table_config, device) for i, device in devices.items()})
+        engrams = nn.ModuleDict({str(i): classes[i](config, mapping, i, table_config, device) for i, device in devices.items()})
         for layer_id, device in devices.items():
             engrams[str(layer_id)].to(device)
         # Everything is checked and built; the model is touched from here on only.
@@ -163,6 +172,8 @@ class EngramModel(nn.Module):
         """
         self._check_attached()
         _rename_cache(self.base_model, kwargs)
+        if kwargs.get("use_cache") is False and not accepts(self.base_model, "use_cache"):
+            del kwargs["use_cache"]  # a model that knows no cache keeps none
         self._given_ids = engram_input_ids
         try:
             return self.base_model(*args, **kwargs)
@@ -334,7 +345,7 @@ class EngramModel(nn.Module):
         Raises:
             CheckpointError: the files are missing, truncated or malformed, or a row file holds other rows.
             FingerprintError: the memory belongs to another tokenizer, mapping or base model.
-            ConfigError: it has another configuration.
+            ConfigError: it has another configuration, or layers of another class.
         """
         from engram.models.files import load_memory
 
@@ -349,6 +360,8 @@ class EngramModel(nn.Module):
         table_config: TableConfig | None = None,
         rollback_window: int | None = DEFAULT_ROLLBACK_WINDOW,
         allow_other_base: bool = False,
+        mapping: NgramHashMapping | None = None,
+        layer_class: type[Engram] | Mapping[int, type[Engram]] | None = None,
     ) -> Self:
         """Attach a saved memory to ``model``.
 
@@ -359,12 +372,16 @@ class EngramModel(nn.Module):
             table_config: where the tables shall live now; as they were saved or placed (``engram place``) if not given.
             rollback_window: as for ``get_engram_model``.
             allow_other_base: accept another base model of the same sizes (a fine-tuned one, say), or with more tokens.
+            mapping: addresses of your own, if it was made with a subclass of ``NgramHashMapping``; multipliers that were given are saved.
+            layer_class: as for ``get_engram_model``: layers of your own, if it was made with such. Layers that were saved as ``Engram`` may be
+                read by any class with the same parameters.
 
         Raises:
             CheckpointError, FingerprintError, ConfigError, AttachError: see ``load_memory`` and ``get_engram_model``; the model is
                 left as it was.
         """
-        return again_if_saved(path, lambda: cls._load(model, path, tokenizer, table_config, rollback_window, allow_other_base))
+        options = (rollback_window, allow_other_base, mapping, layer_class)
+        return again_if_saved(path, lambda: cls._load(model, path, tokenizer, table_config, *options))
 
     @classmethod
     def _load(
@@ -375,11 +392,13 @@ class EngramModel(nn.Module):
         table_config: TableConfig | None,
         rollback_window: int | None,
         allow_other_base: bool,
+        mapping: NgramHashMapping | None,
+        layer_class: type[Engram] | Mapping[int, type[Engram]] | None,
     ) -> Self:
         from engram.models.files import check_memory, load_memory
 
-        mapping, placement = check_memory(model, path, tokenizer, allow_other_base, table_config)
-        memory = cls(model, mapping.config, tokenizer, placement, rollback_window, mapping)
+        mapping, placement = check_memory(model, path, tokenizer, allow_other_base, table_config, mapping, layer_class)
+        memory = cls(model, mapping.config, tokenizer, placement, rollback_window, mapping, layer_class)
         try:
             load_memory(memory, path, allow_other_base, placement.changed_rows)
         except BaseException:

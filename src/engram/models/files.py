@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from engram.checkpoint.stream import TensorSpec, as_parts, type_code
 from engram.config import EngramConfig, TableConfig
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
+from engram.layers import Engram, layer_classes
 from engram.models.identity import base_identity, identity_mismatch
 from engram.tables import (
     HybridTable,
@@ -74,6 +75,7 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
         "vocab_size": len(memory.mapping.compressed_tokenizer.lookup_table),
         "table_dtype": memory.table_config.dtype,
         "base_model": base_identity(memory.base_model),
+        **_own_parts(memory),
     }
     if memory.engram_config.reader == "seeded":
         _check_unmoved(memory)
@@ -96,12 +98,27 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
             stamp_rows(cold.path, row_stamp(str(version), layer_id, table.format_name))
 
 
+def _own_parts(memory: EngramModel) -> dict[str, Any]:
+    """What a description says of parts that are not the library's, by class name; nothing of a memory without such."""
+    layers = {layer_id: type(engram).__name__ for layer_id, engram in memory.engrams.items() if type(engram) is not Engram}
+    mapping, parts = memory.mapping, dict[str, Any]()
+    if layers:
+        parts["layer_classes"] = layers
+    if type(mapping) is not NgramHashMapping:
+        parts["mapping_class"] = type(mapping).__name__
+    if mapping.spec.multipliers == "given":
+        parts["multipliers"] = {str(layer_id): numbers.tolist() for layer_id, numbers in mapping.layer_multipliers.items()}
+    return parts
+
+
 def check_memory(
     model: PreTrainedModel,
     path: str | os.PathLike[str],
     tokenizer: Any,
     allow_other_base: bool,
     placement: TableConfig | None = None,
+    mapping: NgramHashMapping | None = None,
+    layer_class: type[Engram] | Mapping[int, type[Engram]] | None = None,
 ) -> tuple[NgramHashMapping, TableConfig]:
     """Check a saved memory's description against a model and tokenizer, touching neither; returns its addresses and its placement.
 
@@ -117,8 +134,11 @@ def check_memory(
             f"the memory in {path} was made with another tokenizer: it pads with token {config.pad_id}, and this one has {count:,} tokens. "
             f"{_belongs_to(description)}"
         )
-    mapping = build_mapping(config, tokenizer)
-    _check_fingerprint(description, mapping.fingerprint, path)
+    _check_layer_classes(description, layer_classes(layer_class, config.layer_ids), path)
+    if mapping is None:
+        mapping = build_mapping(config, tokenizer, description.get("multipliers"))
+    mapping.check_config(config)
+    _check_fingerprint(description, mapping, path)
     _check_base(description, model, path, allow_other_base)
     saved_dtype = description.get("table_dtype", "float32")
     asked = placement is not None
@@ -199,7 +219,8 @@ def load_memory(
         raise ConfigError(
             f"the memory in {path} has another configuration: {'; '.join(differing)}. Use EngramModel.from_pretrained."
         )
-    _check_fingerprint(description, memory.mapping.fingerprint, path)
+    _check_layer_classes(description, {layer_id: type(engram) for layer_id, engram in memory.engrams.items()}, path)
+    _check_fingerprint(description, memory.mapping, path)
     _check_base(description, memory.base_model, path, allow_other_base)
     ledger = read_ledger(path, description)
     if saved.reader == "seeded" and description.get("reader_sha256") != _reader_digest(memory):
@@ -442,11 +463,34 @@ def _reader_digest(memory: EngramModel) -> str:
     return digest.hexdigest()
 
 
-def _check_fingerprint(description: dict[str, Any], present: str, path: str | os.PathLike[str]) -> None:
+def _check_layer_classes(description: dict[str, Any], present: Mapping[Any, type], path: str | os.PathLike[str]) -> None:
+    """Refuse to read layers of one's own by another class, which would compute something else from them. Those that were saved as ``Engram``,
+    or before names were noted, are read by whatever class is given.
+    """
+    noted, names = description.get("layer_classes", {}), {str(layer_id): kind.__name__ for layer_id, kind in present.items()}
+    if not isinstance(noted, dict):
+        raise CheckpointError(f"{path}: got layer_classes {noted!r}, expected names by layer. Copy the memory again.")
+    differing = {layer_id: name for layer_id, name in noted.items() if names.get(layer_id, name) != name}
+    if differing:
+        saved = ", ".join(f"{name} in layer {layer_id}" for layer_id, name in differing.items())
+        here = ", ".join(sorted({names[layer_id] for layer_id in differing}))
+        raise ConfigError(
+            f"the memory in {path} was saved with layers of a class of its own ({saved}), got {here}. Give the class in Python: "
+            "EngramModel.from_pretrained(..., layer_class=THE_CLASS), or {layer id: class}."
+        )
+
+
+def _check_fingerprint(description: dict[str, Any], mapping: NgramHashMapping, path: str | os.PathLike[str]) -> None:
+    present, own = mapping.fingerprint, description.get("mapping_class")
     if description.get("fingerprint") != present:
         raise FingerprintError(
             f"the memory in {path} was made with another tokenizer or hash mapping (fingerprint {str(description.get('fingerprint'))[:12]}, "
-            f"here {present[:12]}); its rows would be read at wrong addresses. {_belongs_to(description)}"
+            f"here {present[:12]}); its rows would be read at wrong addresses. "
+            + (
+                _belongs_to(description)
+                if own in (None, type(mapping).__name__)
+                else f"Its mapping is a {own}, got a {type(mapping).__name__}: give it in Python, from_pretrained(..., mapping=...)."
+            )
         )
 
 

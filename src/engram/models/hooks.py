@@ -74,7 +74,8 @@ class DecoderHooks:
                 "got inputs_embeds without token ids, but the memory is addressed by token ids: pass input_ids, or in forward "
                 "(generate does not take it) engram_input_ids=... beside inputs_embeds, or run inside memory.disable_engram()."
             )
-        wants_cache = cache is not None or self._wants_cache(module, arguments.get("use_cache"))
+        config = getattr(module, "config", self._memory.base_model.config)
+        wants_cache = cache is not None or self._wants_cache(config, arguments.get("use_cache"))
         self._context = self._prepare(input_ids, arguments, cache, wants_cache)
         self._context.cache = cache
         if "logits_to_keep" in kwargs:  # Gemma 4 drops positions half way up, which would hide them from the layers above
@@ -82,8 +83,8 @@ class DecoderHooks:
         return None
 
     @staticmethod
-    def _wants_cache(module: nn.Module, use_cache: bool | None) -> bool:
-        return bool(getattr(text_config(module.config), "use_cache", False) if use_cache is None else use_cache)
+    def _wants_cache(config: Any, use_cache: bool | None) -> bool:
+        return bool(getattr(text_config(config), "use_cache", False) if use_cache is None else use_cache)
 
     def _prepare(self, input_ids: Tensor, arguments: dict[str, Any], cache: Cache | None, wants_cache: bool) -> ForwardContext:
         memory, config, static = self._memory, self._memory.engram_config, self._memory._static
@@ -153,6 +154,11 @@ class DecoderHooks:
             raise AttachError(
                 f"decoder block {layer_id} ran outside its decoder's forward pass, where the memory has no token ids "
                 "(gradient checkpointing needs a transformers version that checkpoints below module hooks, 5.23 or later)."
+            )
+        if not args and "hidden_states" not in kwargs:
+            raise AttachError(
+                f"decoder block {layer_id} ({type(block).__name__}) got {', '.join(kwargs) or 'no arguments'}, expected the residual stream "
+                "first, or by the name hidden_states."
             )
         hidden_states = args[0] if args else kwargs["hidden_states"]
         packing = self._context.packing

@@ -76,11 +76,13 @@ class MemoryEditor:
         self._speller = Speller(memory.base_model, tokenizer)
 
     @classmethod
-    def create(cls, model: PreTrainedModel, tokenizer: Any, seed: int = 0, dtype: str = "bfloat16", **changes: Any) -> Self:
+    def create(
+        cls, model: PreTrainedModel | EngramModel, tokenizer: Any, seed: int = 0, dtype: str = "bfloat16", **changes: Any
+    ) -> Self:
         """Attach a new, empty memory to a model.
 
         Args:
-            model: any causal language model of a known architecture.
+            model: any causal language model of a known architecture, or a memory on one: facts are taught on top of that, which stays as it is.
             tokenizer: its tokenizer.
             seed: seed of the hash and the reader.
             dtype: storage type of the rows, any of ``TableConfig.dtype``; rows are optimised in float32 and stored in it.
@@ -92,13 +94,16 @@ class MemoryEditor:
         pad = padding_id(tokenizer)
         if pad is None:
             raise ConfigError("the tokenizer has neither a pad_token nor an eos_token; set one of them.")
-        defaults = {"layer_ids": (len(find_decoder(model).blocks) - 1,), "pad_id": pad, "seed": seed}
+        blocks = find_decoder(model.base_model if isinstance(model, EngramModel) else model).blocks
+        defaults = {"layer_ids": (len(blocks) - 1,), "pad_id": pad, "seed": seed}
         config = EngramConfig.for_teaching(**{**defaults, **changes})
         placement = TableConfig(dtype=dtype)  # type: ignore[arg-type]
         return cls(get_engram_model(model, config, tokenizer, placement), tokenizer)
 
     @classmethod
-    def load(cls, model: PreTrainedModel, path: str | os.PathLike[str], tokenizer: Any, allow_other_base: bool = False) -> Self:
+    def load(
+        cls, model: PreTrainedModel | EngramModel, path: str | os.PathLike[str], tokenizer: Any, allow_other_base: bool = False
+    ) -> Self:
         """Attach a saved memory to a model.
 
         Raises:

@@ -49,7 +49,7 @@ def _of_the_base(name: str) -> Any:
 
 
 def get_engram_model(
-    model: PreTrainedModel,
+    model: PreTrainedModel | EngramModel,
     config: EngramConfig,
     tokenizer: Any,
     table_config: TableConfig | None = None,
@@ -60,7 +60,8 @@ def get_engram_model(
     With the default zero tables the model's logits are exactly what they were.
 
     Args:
-        model: any causal language model of an architecture in ``ARCHITECTURES``.
+        model: any causal language model of an architecture in ``ARCHITECTURES``, or a memory on one: the new one then comes on top of it,
+            and both are read.
         config: what the memory is; ``hidden_size`` and ``hc_mult`` are taken from the model.
         tokenizer: the model's tokenizer.
         table_config: where the tables live.
@@ -87,7 +88,10 @@ class EngramModel(nn.Module):
     ``EngramTrainer`` trains it. ``transformers.Trainer`` does not: it knows nothing of the base model's columns and row-sparse gradients.
 
     Attributes:
-        base_model: the model as given, with hooks on some of its modules.
+        base_model: the causal language model, with hooks on some of its modules.
+        beneath: the memory on top of which this one was attached, frozen, or None. ``disable_engram``, ``routed``, ``record`` and
+            ``save_pretrained`` are about this memory alone: switched off it leaves what is beneath.
+        folder: where this memory was loaded from, or saved to first; None before.
         engrams: one ``Engram`` per layer, keyed by ``str(layer_id)``.
         engram_config: the memory's identity.
         mapping: the memory's addresses.
@@ -98,11 +102,12 @@ class EngramModel(nn.Module):
     """
 
     base_model: Any
+    beneath: EngramModel | None
     engrams: Any  # an nn.ModuleDict, whose items torch types as bare modules
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | EngramModel,
         config: EngramConfig,
         tokenizer: Any,
         table_config: TableConfig | None = None,
@@ -110,21 +115,25 @@ class EngramModel(nn.Module):
         mapping: NgramHashMapping | None = None,
     ) -> None:
         super().__init__()
-        decoder = find_decoder(model)
-        _check_fit(model, decoder, config, tokenizer)
+        beneath = model if isinstance(model, EngramModel) else None
+        base: PreTrainedModel = model.base_model if isinstance(model, EngramModel) else model
+        decoder = find_decoder(base)
+        _check_free(decoder, beneath)
+        _check_fit(base, decoder, config, tokenizer)
         config = config.replace(hidden_size=decoder.hidden_size, hc_mult=decoder.streams)
         if mapping is None:  # from_pretrained has computed it to check the fingerprint
             mapping = build_mapping(config, tokenizer)
-        embeddings: Any = model.get_input_embeddings()
+        embeddings: Any = base.get_input_embeddings()
         mapping.accept_ids(embeddings.weight.shape[0])
-        devices = {i: _device_of(decoder.blocks[i], model, i) for i in config.layer_ids}
+        devices = {i: _device_of(decoder.blocks[i], base, i) for i in config.layer_ids}
         _check_room(mapping, devices, table_config or TableConfig())
         engrams = nn.ModuleDict({str(i): Engram(config, mapping, i, table_config, device) for i, device in devices.items()})
         for layer_id, device in devices.items():
             engrams[str(layer_id)].to(device)
         # Everything is checked and built; the model is touched from here on only.
-        self.base_model = model
+        self.base_model, self.beneath = base, beneath
         self.engrams = engrams
+        self.folder: str | None = None
         self.engram_config, self.mapping, self.rollback_window = config, mapping, rollback_window
         self._placed = table_config or TableConfig()
         self.ledger: dict[str, Any] | None = None
@@ -140,7 +149,12 @@ class EngramModel(nn.Module):
         model.requires_grad_(False)
         self._hooks: DecoderHooks | None = DecoderHooks(self, decoder)
         decoder.module.__dict__[_ATTACHED] = self.owner_token
-        self.train(model.training)
+        self.train(base.training)
+
+    @property
+    def below(self) -> PreTrainedModel | EngramModel:
+        """What this memory was attached to: the memory beneath if there is one, else the base model."""
+        return self.base_model if self.beneath is None else self.beneath
 
     @property
     def is_enabled(self) -> bool:
@@ -163,11 +177,13 @@ class EngramModel(nn.Module):
         """
         self._check_attached()
         _rename_cache(self.base_model, kwargs)
-        self._given_ids = engram_input_ids
+        for memory in self._and_beneath():
+            memory._given_ids = engram_input_ids
         try:
             return self.base_model(*args, **kwargs)
         finally:
-            self._given_ids = None
+            for memory in self._and_beneath():
+                memory._given_ids = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate`` with the memory: KV cache, batches, beams and speculative decoding included.
@@ -179,7 +195,7 @@ class EngramModel(nn.Module):
         self._check_attached()
         config = kwargs.get("generation_config") or self.generation_config
         asked = kwargs.get("compile_config") or getattr(config, "compile_config", None)
-        if self.is_enabled and asked is None and self.base_model.device.type != "cpu":
+        if any(memory.is_enabled for memory in self._and_beneath()) and asked is None and self.base_model.device.type != "cpu":
             kwargs.setdefault("disable_compile", True)
         _rename_cache(self.base_model, kwargs)
         return self.base_model.generate(*args, **kwargs)
@@ -202,7 +218,7 @@ class EngramModel(nn.Module):
     loss_function = _of_the_base("loss_function")
 
     def disable_engram(self) -> AbstractContextManager[None]:
-        """Inside this context the model is exactly the base model."""
+        """Inside this context the model is exactly what it was attached to."""
         return self._switched(False)
 
     def enable_engram(self) -> AbstractContextManager[None]:
@@ -242,23 +258,34 @@ class EngramModel(nn.Module):
         finally:
             self._traces = before
 
-    def unload(self) -> PreTrainedModel:
-        """Detach the memory and give back the very model it was attached to, trainable flags included.
+    def unload(self) -> Any:
+        """Detach the memory and give back the very model, or memory, that it was attached to, trainable flags included.
 
         If parameters came, went or were renamed since (an adapter was added, say), flags stay as they are: they are somebody else's now.
 
         Raises:
-            AttachError: it was unloaded before.
+            AttachError: it was unloaded before, or another memory is attached on top of it.
         """
         self._check_attached()
         assert self._hooks is not None
+        marks = find_decoder(self.base_model).module.__dict__
+        if marks.get(_ATTACHED) != self.owner_token:
+            raise AttachError("another memory was attached on top of this one; call unload() on that one first.")
         self._hooks.remove()
         self._hooks = None
-        find_decoder(self.base_model).module.__dict__.pop(_ATTACHED, None)
-        if _trainable_flags(self.base_model).keys() == self._flags_before.keys():
-            for name, parameter in self.base_model.named_parameters():
+        marks.pop(_ATTACHED)
+        if self.beneath is not None:
+            marks[_ATTACHED] = self.beneath.owner_token
+        if _trainable_flags(self.below).keys() == self._flags_before.keys():
+            for name, parameter in self.below.named_parameters():
                 parameter.requires_grad_(self._flags_before[name])
-        return self.base_model
+        return self.below
+
+    def _and_beneath(self) -> Iterator[EngramModel]:
+        memory: EngramModel | None = self
+        while memory is not None:
+            yield memory
+            memory = memory.beneath
 
     def num_parameters_by_kind(self) -> dict[str, int]:
         """Parameter counts: ``tables``, ``reader`` (projections, norms, convolution) and ``base``."""
@@ -343,7 +370,7 @@ class EngramModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        model: PreTrainedModel,
+        model: PreTrainedModel | EngramModel,
         path: str | os.PathLike[str],
         tokenizer: Any,
         table_config: TableConfig | None = None,
@@ -353,7 +380,7 @@ class EngramModel(nn.Module):
         """Attach a saved memory to ``model``.
 
         Args:
-            model: the base model it was made for.
+            model: the base model, or the memory on one, that it was made for.
             path: a folder written by ``save_pretrained``.
             tokenizer: the tokenizer it was made for.
             table_config: where the tables shall live now; as they were saved or placed (``engram place``) if not given.
@@ -369,7 +396,7 @@ class EngramModel(nn.Module):
     @classmethod
     def _load(
         cls,
-        model: PreTrainedModel,
+        model: PreTrainedModel | EngramModel,
         path: str | os.PathLike[str],
         tokenizer: Any,
         table_config: TableConfig | None,
@@ -417,11 +444,22 @@ class EngramModel(nn.Module):
             return getattr(self.base_model, name)
 
 
+def _check_free(decoder: Decoder, beneath: EngramModel | None) -> None:
+    """Refuse a second memory that does not say what it comes on top of, and one on top of a memory that was unloaded."""
+    if beneath is not None:
+        beneath._check_attached()
+    attached = decoder.module.__dict__.get(_ATTACHED)
+    if attached is None or (beneath is not None and attached == beneath.owner_token):
+        return
+    raise AttachError(
+        "this model has a memory already; call unload() on that one first. Or give the memory in place of the model, to have one on top of "
+        "the other: get_engram_model(memory, ...), MemoryEditor.create(memory, ...), EngramModel.from_pretrained(memory, ...)."
+    )
+
+
 def _check_fit(model: PreTrainedModel, decoder: Decoder, config: EngramConfig, tokenizer: Any) -> None:
     if not isinstance(config, EngramConfig):
         raise ConfigError(f"config: got {type(config).__name__}, expected an EngramConfig.")
-    if _ATTACHED in decoder.module.__dict__:
-        raise AttachError("this model has a memory already; call unload() on that one first.")
     blocks = len(decoder.blocks)
     outside = [i for i in config.layer_ids if i >= blocks]
     if outside:

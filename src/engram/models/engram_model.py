@@ -6,7 +6,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -24,6 +24,7 @@ from engram.models.architectures import Decoder, find_decoder
 from engram.models.cache import cache_argument
 from engram.models.hooks import DecoderHooks
 from engram.models.packing import Packing
+from engram.models.turns import Turns
 from engram.tables import check_room, refuse_other_rows, row_file
 
 __all__ = ["DEFAULT_ROLLBACK_WINDOW", "EngramModel", "get_engram_model"]
@@ -82,8 +83,9 @@ def get_engram_model(
 class EngramModel(nn.Module):
     """A base model whose listed blocks read from hashed n-gram tables. Made by ``get_engram_model`` or ``from_pretrained``.
 
-    Anything not found here is looked up on the base model (``config``, ``generation_config``, ``device``, ...). One thread at a time may run
-    it: between a pass's start and its blocks the addresses wait here, and ``disable_engram`` and ``routed`` hold for the whole model.
+    Anything not found here is looked up on the base model (``config``, ``generation_config``, ``device``, ...). Threads take turns: a call
+    waits for the ``generate``, or the ``disable_engram``, ``routed`` or ``record`` context, of another thread to end. Calls of
+    ``base_model`` itself do not wait: those are for one thread.
 
     ``EngramTrainer`` trains it. ``transformers.Trainer`` does not: it knows nothing of the base model's columns and row-sparse gradients.
 
@@ -98,6 +100,7 @@ class EngramModel(nn.Module):
         prefetch_rows: whether rows of all layers are fetched when a forward pass starts, beside the blocks' computation: True, False, or
             None for where it pays (``RowPrefetcher``).
         ledger: JSON-ready account of what was taught (kept by ``MemoryEditor``, saved with the memory), or None.
+        turns: what threads wait for; memories on one model share it.
         known_versions: what was read or written here (``engram.checkpoint.saved_version``).
     """
 
@@ -134,6 +137,7 @@ class EngramModel(nn.Module):
         self.base_model, self.beneath = base, beneath
         self.engrams = engrams
         self.folder: str | None = None
+        self.turns = Turns() if beneath is None else beneath.turns
         self.engram_config, self.mapping, self.rollback_window = config, mapping, rollback_window
         self._placed = table_config or TableConfig()
         self.ledger: dict[str, Any] | None = None
@@ -177,13 +181,14 @@ class EngramModel(nn.Module):
         """
         self._check_attached()
         _rename_cache(self.base_model, kwargs)
-        for memory in self._and_beneath():
-            memory._given_ids = engram_input_ids
-        try:
-            return self.base_model(*args, **kwargs)
-        finally:
+        with nullcontext() if torch.compiler.is_compiling() else self.turns:
             for memory in self._and_beneath():
-                memory._given_ids = None
+                memory._given_ids = engram_input_ids
+            try:
+                return self.base_model(*args, **kwargs)
+            finally:
+                for memory in self._and_beneath():
+                    memory._given_ids = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate`` with the memory: KV cache, batches, beams and speculative decoding included.
@@ -198,7 +203,8 @@ class EngramModel(nn.Module):
         if any(memory.is_enabled for memory in self._and_beneath()) and asked is None and self.base_model.device.type != "cpu":
             kwargs.setdefault("disable_compile", True)
         _rename_cache(self.base_model, kwargs)
-        return self.base_model.generate(*args, **kwargs)
+        with self.turns:
+            return self.base_model.generate(*args, **kwargs)
 
     def generate_batch(self, *_: Any, **__: Any) -> Any:
         """Not offered: continuous batching packs requests into one row, where the memory cannot tell them apart.
@@ -227,11 +233,12 @@ class EngramModel(nn.Module):
 
     @contextmanager
     def _switched(self, on: bool) -> Iterator[None]:
-        before, self._enabled = self._enabled, on
-        try:
-            yield
-        finally:
-            self._enabled = before
+        with self.turns:
+            before, self._enabled = self._enabled, on
+            try:
+                yield
+            finally:
+                self._enabled = before
 
     @contextmanager
     def routed(self, route: Tensor | None) -> Iterator[None]:
@@ -240,11 +247,12 @@ class EngramModel(nn.Module):
         The others get exactly the base model's computation; None routes all. Within ``generate`` each decision covers the beams of
         its sequence.
         """
-        before, self._route = self._route, route
-        try:
-            yield
-        finally:
-            self._route = before
+        with self.turns:
+            before, self._route = self._route, route
+            try:
+                yield
+            finally:
+                self._route = before
 
     @contextmanager
     def record(self) -> Iterator[dict[int, dict[str, Tensor]]]:
@@ -252,11 +260,12 @@ class EngramModel(nn.Module):
 
         Of recordings inside each other the innermost collects.
         """
-        before, self._traces = self._traces, {}
-        try:
-            yield self._traces
-        finally:
-            self._traces = before
+        with self.turns:
+            before, self._traces = self._traces, {}
+            try:
+                yield self._traces
+            finally:
+                self._traces = before
 
     def unload(self) -> Any:
         """Detach the memory and give back the very model, or memory, that it was attached to, trainable flags included.

@@ -85,7 +85,7 @@ def teach_command(
         editor = _open(memory, model, seed, over, Running(device, model_dtype))
         if chat:
             lessons = with_chat_prompts(editor.tokenizer, lessons)
-        taught = known = 0
+        taught = known = at_start = 0
         failed: dict[str, str] = {}
         started = time.perf_counter()
         parts = editor.in_parts(lessons, _SAVE_EVERY, replace)  # a refusal comes before there is a bar
@@ -98,6 +98,7 @@ def teach_command(
                 done += sum(len(fact.prompts) for fact in part)
                 bar(done)
                 taught, known = taught + len(report.taught), known + len(report.already_known)
+                at_start += len(report.at_start_only)
                 failed.update(report.not_exact)
                 for line in report.replaced:
                     print(f"replaced: {line}", file=sys.stderr)
@@ -108,6 +109,12 @@ def teach_command(
         f"taught {taught} facts in {seconds:.1f} s, {known} were known; the memory holds {len(editor.facts)} "
         f"({_size(memory):,} bytes in {memory})"
     )
+    if at_start:
+        print(
+            f"note: {at_start} of them speak at the start of an input or of a line only, not within running text: their prompts are so short "
+            "that the first word is part of what is looked for; add a phrasing that is longer, if that matters",
+            file=sys.stderr,
+        )
     if failed:
         prompts = {fact.id: fact.prompts[0] for fact in lessons}
         for fact_id, reason in failed.items():

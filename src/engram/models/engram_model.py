@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import secrets
 import tempfile
@@ -22,6 +23,7 @@ from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram
 from engram.models.architectures import Decoder, find_decoder
 from engram.models.cache import cache_argument
+from engram.models.devices import first_real, offloaded_to
 from engram.models.hooks import DecoderHooks
 from engram.models.packing import Packing
 from engram.models.turns import Turns
@@ -106,6 +108,8 @@ class EngramModel(nn.Module):
 
     base_model: Any
     beneath: EngramModel | None
+    engram_config: EngramConfig
+    turns: Turns
     engrams: Any  # an nn.ModuleDict, whose items torch types as bare modules
 
     def __init__(
@@ -201,7 +205,11 @@ class EngramModel(nn.Module):
         config = kwargs.get("generation_config") or self.generation_config
         asked = kwargs.get("compile_config") or getattr(config, "compile_config", None)
         if any(memory.is_enabled for memory in self._and_beneath()) and asked is None and self.base_model.device.type != "cpu":
-            kwargs.setdefault("disable_compile", True)
+            if kwargs.get("generation_config") is None:
+                kwargs.setdefault("disable_compile", True)
+            elif "disable_compile" not in kwargs:  # transformers warns of arguments beside a configuration
+                kwargs["generation_config"] = copy.copy(config)
+                kwargs["generation_config"].disable_compile = True
         _rename_cache(self.base_model, kwargs)
         with self.turns:
             return self.base_model.generate(*args, **kwargs)
@@ -519,18 +527,11 @@ def _device_of(block: nn.Module, model: PreTrainedModel, layer_id: int) -> torch
     """
     parameter = next(block.parameters(), None)
     embeddings: Any = model.get_input_embeddings()
-    known = [torch.device("cpu") if parameter is None else parameter.device, *_offloaded_to(block), embeddings.weight.device]
-    device = next((device for device in known if device.type != "meta"), None)
+    own = torch.device("cpu") if parameter is None else parameter.device
+    device = first_real([own, *offloaded_to(block), embeddings.weight.device])
     if device is None:
         raise AttachError(
             f"decoder block {layer_id}: got weights on the meta device, expected a device to compute on; load the model with its weights, "
             "or offload it by accelerate (device_map=...), whose hooks say where blocks run."
         )
     return device
-
-
-def _offloaded_to(block: nn.Module) -> list[torch.device]:
-    """Devices to which accelerate brings the weights of a block when it runs, the block's own hook first."""
-    hooks = [module._hf_hook for module in block.modules() if hasattr(module, "_hf_hook")]
-    each = [single for hook in hooks for single in (hook, *getattr(hook, "hooks", ()))]
-    return [torch.device(h.execution_device) for h in each if getattr(h, "execution_device", None) is not None]

@@ -484,6 +484,11 @@ def _check_base(
     # Addresses are the tokenizer's: more tokens in the model leave them as they are.
     grown = ("vocab_size",) if isinstance(before, int) and before <= present["vocab_size"] else ()
     sizes_differ = any(not d.startswith(("embedding_sha256", "weights_sha256", "memory beneath", *grown)) for d in differences)
+    if saved.get("weights_sha256") and present["weights_sha256"] is None:
+        logging.getLogger("engram").warning(
+            "%s: the base model's weights are offloaded, so that nobody can tell whether they are those that this memory was made for.",
+            os.fspath(path),
+        )
     if differences and (sizes_differ or not allow_other_base):
         raise FingerprintError(
             f"the memory in {path} belongs to base model {saved.get('name_or_path') or 'unknown'!r}, "

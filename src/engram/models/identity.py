@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from engram.models.bundled_files import BUNDLED_NAME
+from engram.models.devices import input_device
 from engram.models.positions import text_config
 
 __all__ = ["adapter_parameters", "base_identity", "identity_mismatch", "memory_identity"]
@@ -71,7 +72,7 @@ def memory_identity(memory: Any) -> dict[str, Any]:
                 rows.update(part.cpu().numpy().tobytes())
         else:
             places = torch.arange(0, table.rows, max(1, table.rows // _SAMPLE_ROWS))[:_SAMPLE_ROWS]
-            rows.update(_bits(table.read(places.to(memory.get_input_embeddings().weight.device), torch.float32)))
+            rows.update(_bits(table.read(places.to(input_device(memory)), torch.float32)))
     return {
         "folder": memory.folder,
         "engram_config": memory.engram_config.to_dict(),

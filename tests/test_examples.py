@@ -16,6 +16,12 @@ SAYS = {
     "train_jointly": ("trainable",),
     "train_plain_loop": ("lower: True", "from what was saved: True"),
     "memory_with_lora": (r"both: \['4711'\]", r"LoRA alone: \[(?!'4711)", r"loaded again: \['4711'\]"),
+    "facts_over_trained_memory": (
+        r"both: \['4711', 'Paris'\]",
+        "as before: True",
+        r"alone: \[(?!'4711)",
+        r"loaded again: \['4711'\]",
+    ),
     "table_on_disk": (r"layer-2\.rows', 25601664", "same logits in every tier: True"),
     "route_prompts": (r"\['4737', 'Paris\.'\]", "bypassed is base: True - routed is not: True"),
 }

@@ -476,3 +476,24 @@ def test_a_trained_memory_is_not_taught_facts(engram, world, tmp_path):
         assert code in (1, 2)
         assert "whose rows are not verified (a trained one)" in err.replace("\n", " ")
         assert "name a new folder" in err.replace("\n", " ")
+
+
+def test_facts_over_another_memory(engram, world, tmp_path):
+    beneath = tiny_memory(tiny_model(hidden_size=64, intermediate_size=96))
+    beneath.base_model.config._name_or_path = str(world / "base")
+    beneath.save_pretrained(tmp_path / "trained")
+    facts = ("teach", "one.yaml", "--memory", tmp_path / "facts")
+    code, _, err = engram(*facts, "--over", tmp_path / "trained")
+    assert code == 0, err
+    assert engram("ask", "KEY:beta 20", "--memory", tmp_path / "facts")[:2] == (0, "7319\n")
+    code, out, _ = engram(*facts, "--over", tmp_path / "trained")  # the same again
+    assert code == 0
+    assert "2 were known" in out
+    code, _, err = engram(*facts, "--over", tmp_path / "elsewhere")
+    assert code == 2
+    assert "was not made on top of that one" in " ".join(err.split())
+    (tmp_path / "trained").rename(tmp_path / "moved")
+    code, _, err = engram("ask", "KEY:beta 20", "--memory", tmp_path / "facts")
+    assert code == 1
+    assert "was made on top of another, which is not in" in err
+    assert "Traceback" not in err

@@ -23,6 +23,7 @@ from engram.experiments import sweep as sweep_module
 from engram.experiments.data import prepare_data
 from engram.experiments.recipe import BudgetRecipe, DataRecipe
 from engram.experiments.summary import summarise
+from engram.experiments.sweep import changes_since, kept_aside
 from tests.training.paused import Paused
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -147,8 +148,58 @@ def test_results_of_other_text_or_of_another_sweep_are_refused(finished, tmp_pat
     with pytest.raises(CheckpointError, match="another file"):
         run_sweep(tiny(), RECIPES, tmp_path, {**result, "sweep": "other"}, show=lambda line: None)
     other = {**result, "data": {"fingerprint": "0" * 64}}
-    with pytest.raises(DataError, match="other text"):
+    with pytest.raises(DataError, match=r"other text .* files that the corpus names have changed"):
         run_sweep(tiny(), RECIPES, tmp_path, other, show=lambda line: None)
+    assert result["data"]["installed"] == {}  # of this text nothing is read off the installation
+
+
+def test_other_text_says_what_makes_it_another():
+    def why(there, here, recipe=None):
+        known = {"data": {"installed": there}, "recipe": (recipe or tiny()).to_dict()}
+        return sweep_module._why_other_text(known, tiny(), SimpleNamespace(description={"installed": here}))
+
+    had = {"python": "3.11.7", "click": "8.5.1", "numpy": "2.4.6"}
+    told = why(had, {"python": "3.11.7", "click": "8.4.0", "rich": "15"})
+    assert told == (
+        "read off other versions than are installed here (click 8.5.1, now 8.4.0; numpy 2.4.6, now absent; rich absent, now 15)"
+    )
+    assert why(had, had) == "the same versions are installed, so files that the corpus names have changed"
+    assert "the result is from before versions were written down" in why(None, had)
+    assert "the store here is from before versions were written down" in why(had, None)
+    other = tiny(**{"data.vocab_size": 290, "data.corpus.held_out_percent": 20})
+    assert why(had, {}, other) == (
+        "the recipe asks for another (data.corpus.held_out_percent 20, now 30; data.vocab_size 290, now 300)"
+    )
+
+
+def test_a_store_without_versions_leaves_those_of_the_result(tmp_path):
+    run = sweep_module.SweepRun(tiny(), RECIPES, tmp_path, {"data": {"installed": {"python": "3"}}})
+    for description, found in (
+        ({}, {"python": "3"}),
+        ({"installed": {}}, {}),
+        ({"installed": {"python": "4"}}, {"python": "4"}),
+    ):
+        assert run._installed(SimpleNamespace(description=description)) == {"installed": found}
+    assert sweep_module.SweepRun(tiny(), RECIPES, tmp_path)._installed(SimpleNamespace(description={})) == {}
+
+
+def test_points_of_another_recipe_are_told_apart_whatever_learning_rate_is_chosen():
+    sweep = tiny()
+    chosen = sweep.points(dict.fromkeys(sweep.tuning_points(), 1e-3))
+    tried = [point for points in sweep.tuning_points().values() for point in points]
+    known = {
+        "recipe": sweep.to_dict(),
+        "points": [{"digest": point.digest} for point in chosen],
+        "tuning": [{"digest": point.digest} for point in tried],
+    }
+    assert kept_aside(sweep, known) == changes_since(sweep, known) == []
+    longer = tiny(tokens=2048)
+    assert len(kept_aside(longer, known)) == len(chosen) + len(tried)
+    assert changes_since(longer, known) == ["tokens 1024, now 2048"]
+    fewer = dataclasses.replace(sweep, seeds=(0,))
+    assert [entry["digest"] for entry in kept_aside(fewer, known)] == [p.digest for p in chosen if p.seed == 1]
+    assert changes_since(fewer, known) == ["other seeds"]
+    assert changes_since(fewer, {"recipe": None}) == changes_since(fewer, {}) == []
 
 
 @pytest.mark.slow

@@ -37,6 +37,25 @@ def test_where_the_whole_model_is_offloaded_the_hooks_know(tmp_path):
     assert memory.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False).shape == (1, 4)
 
 
+def test_facts_are_taught_to_a_model_that_is_offloaded_as_a_whole(tmp_path, caplog):
+    model = tiny_model(hidden_size=64, intermediate_size=96)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    editor = MemoryEditor.create(model, tiny_tokenizer())
+    editor.teach(FACTS)
+    assert all(editor.verify().values())
+    assert editor.why(FACTS[1].prompts[0]).facts
+    editor.save(tmp_path)
+    editor.memory.unload()
+    MemoryEditor.load(model, tmp_path, tiny_tokenizer())
+    assert not caplog.records  # nothing was known then either; and `ask` gives generate nothing that transformers warns of
+    plain = MemoryEditor.create(tiny_model(hidden_size=64, intermediate_size=96), tiny_tokenizer())
+    plain.save(tmp_path / "plain")
+    other = tiny_model(hidden_size=64, intermediate_size=96, seed=5)
+    accelerate.cpu_offload(other, execution_device=torch.device("cpu"))
+    MemoryEditor.load(other, tmp_path / "plain", tiny_tokenizer())
+    assert "nobody can tell whether they are those" in caplog.text
+
+
 def test_weights_that_are_nowhere_are_refused():
     model = tiny_model().to("meta")
     with pytest.raises(AttachError, match="block 0: got weights on the meta device, expected a device to compute on"):

@@ -14,6 +14,7 @@ from engram.plots.markdown import interval, literal_text, span, table
 from engram.plots.report_looks import copying, long_context
 from engram.plots.report_sweeps import experts_as_control
 from engram.plots.results import pool_recall, recognise
+from engram.plots.settings import differing_settings
 from tests.plots import made_up
 
 SMALL = {"seeds": (0, 1), "budgets": ("small",)}
@@ -75,6 +76,10 @@ def test_pictures_of_one_seed_and_of_little(tmp_path):
     assert len(plot_sweep(made_up.slots((0,)), tmp_path, "one")) == 2  # nothing of the paper beside it
     assert len(plot_sweep(made_up.ablation((0,), {"no conv": {}}), tmp_path, "arm", PAPER)) == 1  # curves: no reference
     assert plot_sweep(made_up.sweep("slots", {"rows": {"none": {}}}, []), tmp_path, "none", PAPER) == []
+    alone = made_up.allocation(
+        (0,), shares=(1.0,)
+    )  # no best share: nothing to name in a legend, which matplotlib would warn of
+    assert len(plot_sweep(alone, tmp_path, "alone", PAPER)) == 2
 
 
 def test_report_of_everything_is_one_page(tmp_path):
@@ -190,6 +195,14 @@ def test_one_seed_has_no_interval():
     assert " (no interval) |" in text
     assert "| **agrees** |" not in text
     assert "**Many questions.**" not in text
+    assert "**Seeds.** 1 per setting." in text
+    assert "one seed has no interval" in text
+    assert "from three seeds" not in text
+
+
+def test_the_rule_for_the_best_share_is_told_above_the_verdicts():
+    text = report({"a": made_up.allocation(**SMALL)}).markdown(str)
+    assert "A best share from 60 to 95 % counts as the paper's, which calls 75 to 85 % best" in text
 
 
 def test_kinds_of_result(tmp_path):
@@ -288,6 +301,32 @@ def test_experts_are_called_a_weak_control_only_where_a_model_without_memory_bea
         assert told in experts_as_control(sweeps)
 
 
+def test_what_arms_of_other_sweeps_have_otherwise_than_experts_alone_stands_beside_them():
+    sweeps = {"allocation": made_up.allocation(budgets=("small",)), "dense": made_up.comparison()}
+    for sweep in sweeps.values():
+        sweep["recipe"]["base"] = {"data": {"seq_len": 128}, "balance_rate": 0.01, "optimizer": "muon", "save_steps": 7}
+    base, arms = sweeps["dense"]["recipe"]["base"], sweeps["dense"]["recipe"]["variants"]["arm"]
+    base |= {"bf16": False, "save_steps": 8, "engram": {"layer_ids": [1]}}
+    del base["balance_rate"]
+    arms["dense"] = {"backbone.architecture": "llama", "engram": None}
+    arms["experts"] = {"bf16": True, "balance_rate": 0.01}
+    for point in sweeps["dense"]["points"]:
+        if point["labels"]["arm"] == "dense":
+            point["counts"] = {**point["counts"], "experts": 0, "total": 400_000}
+        if point["labels"]["arm"] == "experts and memory":
+            point["learning_rate"] = 8e-3
+    told = re.findall(r"nats against experts alone of allocation, small \(([^)]*)\)", experts_as_control(sweeps))
+    assert told == [
+        "backbone.architecture llama for deepseek\\_v3, bf16 off, 400,000 parameters for 4,288,000",
+        "no other setting",
+        "balance\\_rate 0.001 for 0.01, bf16 off, learning\\_rate 0.008 for 0.003, with a memory",
+    ]
+    assert "Same text, tokens and seeds, in brackets what differs beside them" in experts_as_control(sweeps)
+    control = [point for point in sweeps["allocation"]["points"] if point["counts"]["rho"] == 1]
+    mine = [{**point, "labels": {"arm": "experts"}, "counts": {**point["counts"], "experts": 90}} for point in control]
+    assert differing_settings(sweeps["dense"], mine, sweeps["allocation"], control) == ["experts 90 for 96"]
+
+
 def test_arms_without_a_memory_are_not_judged_by_the_noise_of_those_with_one():
     result = made_up.ablation()
     far = next(p["labels"]["arm"] for p in result["points"] if p["labels"]["arm"] != "reference")
@@ -334,6 +373,12 @@ def test_recall_stands_beside_what_copying_at_random_finds():
     assert "| answers | copying at random, % | exact, % [" in told
     assert re.search(r"\| tracking \| 256 \| 512 \| 50\.0 \| 30\.1 \[", told)  # from before chance was written down: two chains
     assert "another noted number" not in told
+    assert (
+        "at random finds: tracking 50.0 % then, 25.0 % now. The command it was made with asks the harder questions today"
+        in told
+    )
+    file = ResultFile("old", "long_context", pool_recall(result))
+    assert "long_context.py`; asks harder questions now; a machine" in Report([file], {}, [], PAPER).markdown(str)
     for entry in result["entries"]:
         for one in entry["scores"]:
             if one["kind"] == "tracking":
@@ -341,6 +386,7 @@ def test_recall_stands_beside_what_copying_at_random_finds():
     models = pool_recall(result)["models"]
     told = "\n".join(long_context({"models": models}))
     assert re.search(r"\| tracking \| 256 \| 512 \| 25\.0 \| 30\.1 \[.*\| 37\.5 \|", told)
+    assert "Asked more easily" not in told
     assert re.search(r"\| needle \| 256 \| 512 \| 100\.0 \|.*\| – \|", told)
     assert [score["other_value"] for score in models["dense"]["scores"]] == [None, None, 192]
     result["entries"][0]["scores"][2]["chance"] = 0.5

@@ -2,46 +2,86 @@
 
 from __future__ import annotations
 
+import math
+import shlex
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.outputs import check_writable
+from engram.cli.outputs import check_writable, made_with
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from engram.config import EngramConfig
     from engram.experiments import Allocation, BackboneConfig
 
-__all__ = ["budget_command"]
+__all__ = ["budget_command", "print_whole"]
 
+_NO_END = 10_000
+_PER_BLOCK = 12
+"""Active parameters of a usual block, in squares of its width: 4 of attention and 8 of feed-forward."""
+_FAR = 4
+"""How many times the usual number is too many: twice the width would be usual then."""
 _SCALES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def budget_command(
-    total: Annotated[str, typer.Option(help="Parameters, embeddings and head left out; 4.3M, 390k and 27B are understood.")],
-    active: Annotated[str, typer.Option(help="Parameters per token, counted alike.")],
+    total: Annotated[
+        str, typer.Option(help="Parameters, embeddings and head left out, e.g. 4.3M; 390k and 27B are understood too.")
+    ],
+    active: Annotated[str, typer.Option(help="Parameters per token, counted alike, e.g. 416k.")],
     rho: Annotated[str, typer.Option(help="Share of the sparse parameters given to experts, or several: 1,0.9,0.8.")] = "1,0.8",
     tokens: Annotated[str | None, typer.Option(help="Training tokens, for the operations of the whole run.")] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(help="Sweep recipe whose base gives backbone and memory; a small DeepSeek-V3 if not given."),
+        typer.Option(
+            help="Sweep recipe whose base gives backbone and memory; if not given, a small DeepSeek-V3, that of "
+            "recipes/sweep_allocation.yaml."
+        ),
     ] = None,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Positions that attention looks at; the recipe's, or 128.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:
     """Divide a budget between experts and memory: experts, rows, exact parameters and operations at equal cost per token."""
     from engram.checkpoint import write_json_atomically
-    from engram.experiments import allocate
 
     check_writable(json_out)
     wanted, per_token, seen = _number(total, "--total"), _number(active, "--active"), tokens and _number(tokens, "--tokens")
     backbone, engram, positions = _base(recipe)
-    allocations = [allocate(backbone, engram, wanted, per_token, share) for share in _shares(rho)]
+    allocations = _allocate(backbone, engram, wanted, per_token, _shares(rho), named=recipe is not None)
     rows = [allocation.to_dict(seq_len or positions, seen or None) for allocation in allocations]
     _show(rows, allocations[0])
+    if warning := _unsuited(allocations, named=recipe is not None):
+        print(warning, file=sys.stderr)
     if json_out is not None:
-        write_json_atomically(json_out, {"total": wanted, "active": per_token, "tokens": seen, "allocations": rows})
+        command = _command(total=total, active=active, rho=rho, tokens=tokens, recipe=recipe, seq_len=seq_len, json=json_out)
+        figures = {"total": wanted, "active": per_token, "tokens": seen, **_sizes(backbone, engram), "allocations": rows}
+        write_json_atomically(json_out, {"command": command, **made_with(), **figures})
+
+
+def _command(**options: Any) -> str:
+    """What to type for the same figures."""
+    given = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+    return "engram budget" + "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items())
+
+
+def _sizes(backbone: BackboneConfig, engram: EngramConfig) -> dict[str, Any]:
+    """What all allocations share, JSON-ready; what is chosen for each stands there."""
+    chosen = ("n_routed_experts", "intermediate_size", "engram_vocab_size")
+    parts = {"backbone": asdict(backbone), "engram": engram.to_dict()}
+    return {part: {name: value for name, value in fields.items() if name not in chosen} for part, fields in parts.items()}
+
+
+def print_whole(table: Table) -> None:
+    """A table in whole lines, however narrow the terminal: cells that were cut would be other numbers."""
+    from rich.console import Console
+
+    # Without markup: names are what they are, brackets included.
+    Console(width=Console(width=_NO_END, markup=False).measure(table).maximum, markup=False).print(table)
 
 
 def _number(text: str, option: str) -> int:
@@ -63,6 +103,17 @@ def _shares(text: str) -> list[float]:
         raise typer.BadParameter(f"--rho: got {text!r}, expected numbers such as 1,0.9,0.8") from None
 
 
+# As recipes/sweep_allocation.yaml, which an installation lacks.
+_SMALL: dict[str, Any] = {
+    "hidden_size": 96,
+    "num_attention_heads": 3,
+    "kv_lora_rank": 48,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 2,
+}
+
+
 def _base(recipe: Path | None) -> tuple[BackboneConfig, EngramConfig, int]:
     from engram.config import EngramConfig
     from engram.experiments import BackboneConfig, read_base
@@ -71,12 +122,52 @@ def _base(recipe: Path | None) -> tuple[BackboneConfig, EngramConfig, int]:
         memory = EngramConfig(
             engram_vocab_size=1000, n_embed_per_ngram=32, n_head_per_ngram=2, layer_ids=(1, 2), use_bias=False
         )
-        return BackboneConfig(), memory, 128
+        return BackboneConfig(**_SMALL), memory, 128
     return read_base(recipe)
 
 
+_OWN_BASE = (
+    "copy recipes/sweep_allocation.yaml of the repository, change base.backbone in it (hidden_size, num_hidden_layers, moe_intermediate_size, "
+    "n_shared_experts) and base.engram (n_embed_per_ngram), and name it with --recipe"
+)
+
+
+def _allocate(
+    backbone: BackboneConfig, engram: EngramConfig, total: int, active: int, shares: list[float], named: bool
+) -> list[Allocation]:
+    """One allocation for each share; a budget that the sizes used without ``--recipe`` cannot meet says that there are others."""
+    from engram.errors import ConfigError
+    from engram.experiments import allocate
+
+    try:
+        return [allocate(backbone, engram, total, active, share) for share in shares]
+    except ConfigError as error:
+        possible = 0 < active < total and all(0 <= share <= 1 for share in shares)
+        if named or not possible:
+            raise
+        raise ConfigError(
+            f"{error} These are the sizes that are used without --recipe ({backbone.num_hidden_layers} blocks of width "
+            f"{backbone.hidden_size}): for others, {_OWN_BASE}."
+        ) from None
+
+
+def _unsuited(allocations: list[Allocation], named: bool) -> str:
+    """A warning where a budget is far from what a backbone of this width and depth usually has; empty otherwise."""
+    backbone, active = allocations[0].backbone, allocations[0].counts.active
+    usual = _PER_BLOCK * backbone.num_hidden_layers * backbone.hidden_size**2
+    if active <= _FAR * usual:
+        return ""
+    fitting = math.sqrt(active / (_PER_BLOCK * backbone.num_hidden_layers))
+    way = "set base.backbone.hidden_size and num_hidden_layers in the recipe" if named else _OWN_BASE
+    return (
+        f"warning: {active:,} active parameters do not suit {backbone.num_hidden_layers} blocks of width {backbone.hidden_size}: the dense "
+        f"block takes up what is left, {max(a.backbone.intermediate_size for a in allocations):,} wide. As a rule of thumb, active "
+        f"parameters are {_PER_BLOCK} x blocks x width x width, {usual:,} here; so many suit a width of about {fitting:,.0f}, or more "
+        f"blocks: {way}."
+    )
+
+
 def _show(rows: list[dict[str, Any]], first: Allocation) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     backbone = first.backbone
@@ -88,9 +179,9 @@ def _show(rows: list[dict[str, Any]], first: Allocation) -> None:
     table = Table()
     names = ("rho", "asked", "total", "active", "experts", "dense width", "rows", "operations/token", "operations in training")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         training = f"{row['training_flops']:.3g}" if "training_flops" in row else ""
         counts = [f"{row[name]:,}" for name in ("total", "active", "experts", "dense_width", "table_rows", "flops_per_token")]
         table.add_row(f"{row['rho']:.3f}", f"{row['asked_rho']:g}", *counts, training)
-    Console(width=120).print(table)
+    print_whole(table)

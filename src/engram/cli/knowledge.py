@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, check_out, open_editor, taught_folder
+from engram.cli.loading import (
+    DeviceOption,
+    ModelDtypeOption,
+    Running,
+    check_out,
+    is_beneath,
+    open_beneath,
+    open_editor,
+    taught_folder,
+)
 from engram.cli.outputs import check_prompt, count_bar, is_terminal
 from engram.errors import DataError, EngramError, TeachError
 
@@ -56,6 +65,10 @@ def teach_command(
         int | None, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of a new memory's addresses and reader (0 if not given).")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Teach every prompt as a chat turn too (chat template).")] = False,
+    over: Annotated[
+        Path | None,
+        typer.Option(help="Make a new memory on top of this one ('bundled': the bundled one), so that both are read."),
+    ] = None,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
@@ -69,10 +82,10 @@ def teach_command(
     memory = taught_folder(memory)
     lessons, checksum = _read_facts(facts)
     with lock_store(memory):
-        editor = _open(memory, model, seed, Running(device, model_dtype))
+        editor = _open(memory, model, seed, over, Running(device, model_dtype))
         if chat:
             lessons = with_chat_prompts(editor.tokenizer, lessons)
-        taught = known = 0
+        taught = known = at_start = 0
         failed: dict[str, str] = {}
         started = time.perf_counter()
         parts = editor.in_parts(lessons, _SAVE_EVERY, replace)  # a refusal comes before there is a bar
@@ -85,6 +98,7 @@ def teach_command(
                 done += sum(len(fact.prompts) for fact in part)
                 bar(done)
                 taught, known = taught + len(report.taught), known + len(report.already_known)
+                at_start += len(report.at_start_only)
                 failed.update(report.not_exact)
                 for line in report.replaced:
                     print(f"replaced: {line}", file=sys.stderr)
@@ -95,6 +109,12 @@ def teach_command(
         f"taught {taught} facts in {seconds:.1f} s, {known} were known; the memory holds {len(editor.facts)} "
         f"({_size(memory):,} bytes in {memory})"
     )
+    if at_start:
+        print(
+            f"note: {at_start} of them speak at the start of an input or of a line only, not within running text: their prompts are so short "
+            "that the first word is part of what is looked for; add a phrasing that is longer, if that matters",
+            file=sys.stderr,
+        )
     if failed:
         prompts = {fact.id: fact.prompts[0] for fact in lessons}
         for fact_id, reason in failed.items():
@@ -268,7 +288,7 @@ def merge_command(
     )
 
 
-def _open(memory: Path, model: str | None, seed: int | None, running: Running) -> MemoryEditor:
+def _open(memory: Path, model: str | None, seed: int | None, over: Path | None, running: Running) -> MemoryEditor:
     """The memory in a folder, or a new one if there is none yet."""
     from engram.checkpoint import DESCRIPTION_NAME, read_description
     from engram.config import EngramConfig
@@ -280,8 +300,13 @@ def _open(memory: Path, model: str | None, seed: int | None, running: Running) -
             raise typer.BadParameter(
                 f"got {seed}, but the memory in {memory} was made with seed {own}; leave the option out", param_hint="--seed"
             )
+        if over is not None and not is_beneath(over, memory):
+            raise typer.BadParameter(
+                f"got {str(over)!r}, but the memory in {memory} was not made on top of that one; leave the option out, or name a new folder",
+                param_hint="--over",
+            )
         return open_editor(memory, model, running)
-    base, tokenizer = running.load(model or "bundled")
+    base, tokenizer = running.load(model or "bundled") if over is None else open_beneath(over, model, running)
     return MemoryEditor.create(base, tokenizer, seed=seed or 0)
 
 

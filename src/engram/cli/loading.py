@@ -24,7 +24,9 @@ __all__ = [
     "ModelDtypeOption",
     "Running",
     "check_out",
+    "is_beneath",
     "open_base",
+    "open_beneath",
     "open_editor",
     "open_memory",
     "open_tokenizer",
@@ -112,15 +114,56 @@ def check_out(folder: Path) -> None:
 
 
 def open_base(memory: Path, model: str | None, running: Running) -> tuple[Any, Any]:
-    """The base model of a saved memory and its tokenizer.
+    """The base model of a saved memory, with the memory beneath that one if there is any, and its tokenizer.
 
     Args:
         memory: the memory's folder.
         model: what ``--model`` says.
         running: where and how.
+
+    Raises:
+        CheckpointError: the model, or the memory beneath, is not where it was.
     """
+    from engram.checkpoint import read_description
+
     with _named_by(memory, model) as name:
-        return running.load(name)
+        base, tokenizer = running.load(name)
+    beneath = (read_description(memory).get("base_model") or {}).get("memory")
+    return (base if beneath is None else _attach_beneath(base, tokenizer, beneath, memory)), tokenizer
+
+
+def _attach_beneath(base: Any, tokenizer: Any, beneath: dict[str, Any], memory: Path) -> EngramModel:
+    """The memories that a saved one was made on top of, the lowest first."""
+    from engram.checkpoint import DESCRIPTION_NAME
+    from engram.models import EngramModel
+    from engram.models.bundled_files import memory_folder
+
+    if beneath.get("memory"):
+        base = _attach_beneath(base, tokenizer, beneath["memory"], memory)
+    folder = memory_folder(Path(beneath.get("folder") or ""))
+    if not beneath.get("folder") or not (folder / DESCRIPTION_NAME).exists():
+        raise CheckpointError(
+            f"the memory in {memory} was made on top of another, which is not in {str(folder)!r} any more. Put it back there, or load both in "
+            "Python: EngramModel.from_pretrained(model, BENEATH, tokenizer), then MemoryEditor.load(that, ...)."
+        )
+    return EngramModel.from_pretrained(base, folder, tokenizer)
+
+
+def is_beneath(over: Path, memory: Path) -> bool:
+    """Whether a saved memory says that it was made on top of this one."""
+    from engram.checkpoint import read_description
+    from engram.models.bundled_files import memory_folder
+    from engram.models.files import folder_name
+
+    beneath = (read_description(memory).get("base_model") or {}).get("memory") or {}
+    return beneath.get("folder") == folder_name(memory_folder(over))
+
+
+def open_beneath(over: Path, model: str | None, running: Running) -> tuple[EngramModel, Any]:
+    """The memory on top of which another shall be made, on its base model, and its tokenizer."""
+    from engram.models.bundled_files import memory_folder
+
+    return open_memory(memory_folder(over), model, running)
 
 
 def open_tokenizer(memory: Path, model: str | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -39,7 +40,7 @@ def plot_command(
     from engram.plots.figure import new_figure
 
     new_figure(1)  # before anything is read or written: is matplotlib there
-    files = _read(results)
+    files, command = _read(results), _command(results, out, html, markdown)
     if not results:
         out, html, markdown = out or _DOCS / "pictures", html or _DOCS / "report.html", markdown or _DOCS / "report.md"
     out = out or Path("pictures")
@@ -50,8 +51,24 @@ def plot_command(
     for drawn in pictures.values():
         for picture in drawn:
             print(picture.path)
+    for file in files:
+        if file.is_sweep and not file.data["points"]:
+            print(f"{file.name}: no points so far, so nothing was drawn{_kept_aside(file)}")
     if html is not None or markdown is not None:
-        _write(_report(files, pictures), html, markdown)
+        _write(_report(files, pictures, command, study=not results), html, markdown)
+
+
+def _command(results: Sequence[Path] | None, out: Path | None, html: Path | None, markdown: Path | None) -> str:
+    """What was typed."""
+    options = {"out": out, "html": html, "markdown": markdown}
+    given = [str(path) for path in results or ()]
+    given += [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
+    return shlex.join(["engram", "plot", *given])
+
+
+def _kept_aside(file: ResultFile) -> str:
+    aside = len(file.data.get("other_points", ()))
+    return f" ({aside} points of another recipe, or not yet of this one, are kept aside in the file)" if aside else ""
 
 
 def _read(given: Sequence[Path] | None) -> list[ResultFile]:
@@ -85,14 +102,14 @@ def _paper() -> dict:
     return PAPER
 
 
-def _report(files: Sequence[ResultFile], pictures: dict) -> Report:
+def _report(files: Sequence[ResultFile], pictures: dict, command: str, study: bool) -> Report:
     from engram.experiments.claims import judge
     from engram.plots import Report, group_results
     from engram.plots.results import reading
 
     with reading("one of the results"):
         verdicts = judge(group_results(files))
-    return Report(files, pictures, verdicts, _paper())
+    return Report(files, pictures, verdicts, _paper(), command, study)
 
 
 def _write(report: Report, html: Path | None, markdown: Path | None) -> None:

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from engram.cli.budget import print_whole
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_base
 from engram.cli.outputs import check_writable, made_with
 
 __all__ = ["recall_command"]
 
-_NO_END = 10_000
 _SHORT = {"model": "none", "without memory": "without", "with memory": "with"}
 _LEGEND = """at random: what copying noted numbers at random finds; 95 %: interval of exact;
 log p: of the right answer, nats per token; rank: of its tokens, 1 is the likeliest"""
@@ -35,7 +35,10 @@ def recall_command(
     examples: Annotated[int, typer.Option(min=1, help="Texts per task and length; depths are spread evenly over them.")] = 64,
     texts: Annotated[
         Path | None,
-        typer.Option(help="Texts to hide notes in (YAML, kind: [texts]); parts of Python's library if not given."),
+        typer.Option(
+            help="Texts to hide notes in: YAML (kind: [texts]) or a text file (documents apart by lines of <|doc|>); parts of Python's "
+            "library if not given."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="File for the result.")] = None,
@@ -44,19 +47,19 @@ def recall_command(
 ) -> None:
     """Hide notes in long text and ask for them: exact answers, and how likely the right ones were."""
     from engram.checkpoint import write_json_atomically
-    from engram.data.texts import load_texts
+    from engram.data.texts import load_documents
     from engram.evaluation import measure_recall
 
     asked = _names(tasks)
     tokens = _numbers(lengths)
     check_writable(json_out)
-    hidden_in = [text for group in load_texts(texts).values() for text in group] if texts is not None else _library_text()
+    hidden_in = [text for group in load_documents(texts).values() for text in group] if texts is not None else _library_text()
     running = Running(device, model_dtype)
     subject, tokenizer = _subject(model, memory, running)
 
     def measure() -> dict[str, Any]:
         result = measure_recall(subject, tokenizer, hidden_in, asked, tokens, examples, seed)
-        result.provenance = _provenance(model, memory, tasks, lengths, examples, seed, running)
+        result.provenance = _provenance(model, memory, texts, tasks, lengths, examples, seed, running)
         return result.to_dict()
 
     results = {}
@@ -72,9 +75,7 @@ def recall_command(
 
 
 def _print_table(results: dict[str, Any]) -> None:
-    """Whole lines, however narrow the terminal: cells that were cut would be other numbers."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from engram.evaluation import recall_rows
@@ -85,7 +86,7 @@ def _print_table(results: dict[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading in ("task", "memory") else "right", no_wrap=True)
     for cells in rows:
         table.add_row(*cells)
-    Console(width=Console(width=_NO_END).measure(table).maximum).print(table)
+    print_whole(table)
     print(_LEGEND)
 
 
@@ -120,9 +121,17 @@ def _subject(model: str | None, memory: Path | None, running: Running) -> tuple[
 
 
 def _provenance(
-    model: str | None, memory: Path | None, tasks: str, lengths: str, examples: int, seed: int, running: Running
+    model: str | None,
+    memory: Path | None,
+    texts: Path | None,
+    tasks: str,
+    lengths: str,
+    examples: int,
+    seed: int,
+    running: Running,
 ) -> dict[str, Any]:
-    where = f"{f' --model {model}' if model else ''}{f' --memory {memory}' if memory else ''}"
+    given = {"model": model, "memory": memory, "texts": texts}
+    where = "".join(f" --{name} {value}" for name, value in given.items() if value)
     return {
         "command": f"engram recall{where} --tasks {tasks} --lengths {lengths} --examples {examples} --seed {seed}{running.options()}",
         **made_with(),

@@ -6,17 +6,22 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engram.cli.budget import print_whole
 from engram.cli.outputs import check_writable
 
 if TYPE_CHECKING:
     from engram.experiments import SweepRecipe
 
 __all__ = ["sweep_command"]
+
+_CHANGES_NAMED = 5
+_ALONE = {"allocation": "experts alone", "slots": "no memory"}
 
 
 def sweep_command(
@@ -50,6 +55,7 @@ def sweep_command(
     with sole_writer(place, f"writing {place}"):
         known = _known(place)
         _refuse_another(place, known, sweep.name)
+        aside = _tell_of_kept_aside(sweep, known, place if json_out else out, bool(json_out))
         result = run_sweep(
             sweep,
             recipe.parent,
@@ -63,12 +69,32 @@ def sweep_command(
             tuning_only=tuning_only,
             limit=limit,
         )
-    print(json.dumps(result["summary"], indent=1))
-    print(f"{len(result['points'])} of {result['expected_points']} points; written to {place}")
+    _show_summary(result)
+    kept = f" ({aside} of another recipe are kept aside)" if aside else ""
+    print(f"{len(result['points'])} of {result['expected_points']} points{kept}; written to {place}")
     if result["failures"]:
         for failure in result["failures"]:
             print(f"failed: {failure['point']}: {failure['error']}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _tell_of_kept_aside(sweep: SweepRecipe, known: dict[str, Any], place: Path, in_file: bool) -> int:
+    """How many points of another recipe there are; says before hours of work where they are kept and how they come back."""
+    from engram.experiments.sweep import changes_since, kept_aside
+
+    aside = len(kept_aside(sweep, known))
+    if aside:
+        changed = changes_since(sweep, known)
+        more = ["and more"] if len(changed) > _CHANGES_NAMED else []
+        differs = f" ({'; '.join(changed[:_CHANGES_NAMED] + more)})" if changed else ""
+        where, option = ("under other_points", "--json") if in_file else ("in their folders", "--out")
+        print(
+            f"{place} holds {aside} points of another recipe{differs}, those that chose learning rates included. They are kept {where}, and "
+            f"nothing below is of them: the earlier recipe takes them up again. Give this one another {option} to keep the two apart.",
+            file=sys.stderr,
+            flush=True,
+        )
+    return aside
 
 
 def _workers() -> int:
@@ -158,14 +184,72 @@ def _write(file: Path, result: dict[str, Any], command: str) -> None:
     write_json_atomically(file, {**provenance, **result})
 
 
+def _show_summary(result: dict[str, Any]) -> None:
+    """A line for each arm or share; everything else is in the file. Nothing while there are no points."""
+    from rich import box
+    from rich.table import Table
+
+    lines = list(_lines(result["question"], result["summary"]))
+    if not lines:
+        return
+    several = len({setting for setting, *_ in lines}) > 1
+    reference = _ALONE.get(result["question"]) or result["recipe"].get("reference", "reference")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    for heading in (*["setting"][: int(several)], "share of experts" if result["question"] == "allocation" else "arm"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("seeds", "test loss", "95 % interval", f"difference to {reference}", "95 % interval"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for setting, label, loss, difference in lines:
+        names = (setting, label) if several else (label,)
+        table.add_row(*names, str(loss["n"]), f"{loss['mean']:.4f}", _ends(loss, ""), _mean(difference), _ends(difference, "+"))
+    print_whole(table)
+
+
+def _lines(question: str, summary: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any] | None]]:
+    """Setting, arm or share, its test loss and its difference to what the others are compared with."""
+    if question == "slots":
+        if summary.get("none"):
+            yield "all", "no memory", summary["none"], None
+        for row in summary.get("curve", ()):
+            yield "all", f"{row['slots']:,} slots", row["loss"], row["against_none"]
+    elif question == "allocation":
+        for budget, found in summary.items():
+            for row in found["curve"]:
+                yield budget, f"{100 * row['rho']:.1f} %", row["loss"], row["against_experts_alone"]
+    else:
+        for setting, arms in summary.items():
+            for label, arm in arms.items():
+                yield setting, label, arm["loss"], arm["against_reference"]
+
+
+def _mean(difference: dict[str, Any] | None) -> str:
+    return "" if difference is None else f"{difference['mean']:+.4f}"
+
+
+def _ends(found: dict[str, Any] | None, sign: str) -> str:
+    """The interval; a dash where one seed gives none."""
+    if found is None:
+        return ""
+    return "–" if found["low"] is None else f"[{found['low']:{sign}.4f}, {found['high']:{sign}.4f}]"
+
+
 def _show_plan(sweep: SweepRecipe) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from engram.experiments import predict_counts, predict_flops
 
     table = Table(title=f"{sweep.name}: seeds {', '.join(map(str, sweep.seeds))}", title_justify="left")
-    for name in (*sweep.variants, "total", "active", "rho", "experts", "rows per head", "operations/token", "steps", "tokens"):
+    for name in (
+        *sweep.variants,
+        "total",
+        "active",
+        "exact rho",
+        "experts",
+        "rows per head",
+        "operations/token",
+        "steps",
+        "tokens",
+    ):
         table.add_column(name, justify="left" if name in sweep.variants else "right")
     for labels in sweep.combinations():
         point = sweep.recipe_of(labels, sweep.seeds[0]).solved()
@@ -174,8 +258,10 @@ def _show_plan(sweep: SweepRecipe) -> None:
         sizes = (f"{counts.total:,}", f"{counts.active:,}", f"{counts.rho:.3f}")
         experts = str(point.backbone.n_routed_experts if point.backbone.has_experts else 0)
         flops = predict_flops(point.backbone, point.engram, point.data.seq_len)
-        table.add_row(*labels.values(), *sizes, experts, rows, f"{flops:,}", f"{point.steps:,}", f"{point.tokens:,}")
-    Console(width=160).print(table)
+        table.add_row(
+            *labels.values(), *sizes, experts, rows, f"{flops:,}", f"{point.steps:,}", f"{point.steps * point.batch_tokens:,}"
+        )
+    print_whole(table)
     tuning = sum(len(points) for points in sweep.tuning_points().values())
     points = len(list(sweep.combinations())) * len(sweep.seeds)
     print(f"{points} points, and {tuning} to choose learning rates")

@@ -42,6 +42,7 @@ __all__ = [
     "room_before",
     "room_for_answer",
     "tokenize_prompt",
+    "tokenize_prompts",
 ]
 
 _KEYS = {"prompt", "prompts", "answer", "category", "held_out", "id", "template", "x"}
@@ -203,6 +204,11 @@ def join_answer(prompt: str, answer: str) -> str:
 def tokenize_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Ids of a prompt as the model is asked it, beginning-of-text token included where the tokenizer adds one."""
     return list(tokenizer(prompt, verbose=False)["input_ids"])  # lengths are checked by who knows the limit
+
+
+def tokenize_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """As ``tokenize_prompt``, of many at once, which takes a fraction of the time."""
+    return [list(ids) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]] if prompts else []
 
 
 def room_for_answer(config: Any, length: int) -> int:

@@ -23,7 +23,15 @@ import numpy as np
 from engram.data.long_context_words import Distraction, RecallWords
 from engram.errors import ConfigError, DataError
 
-__all__ = ["RECALL_TASKS", "RecallExample", "RecallTask", "chance_of", "encode_example", "make_example"]
+__all__ = [
+    "RECALL_TASKS",
+    "RecallExample",
+    "RecallTask",
+    "asked_more_easily",
+    "chance_of",
+    "encode_example",
+    "make_example",
+]
 
 RECALL_TASKS: dict[str, str] = {
     "needle": "one note, asked for once",
@@ -110,6 +118,11 @@ def chance_of(score: Mapping[str, Any]) -> float:
         return float(score["chance"])
     asked, distractors = _EARLIER_DEFAULTS[score["kind"]]
     return RecallTask(score["kind"], asked=asked, distractors=distractors).chance
+
+
+def asked_more_easily(score: Mapping[str, Any]) -> bool:
+    """Whether a score in a result is from before its kind of question was asked among more notes, as it is by default now."""
+    return score.get("chance") is None and _EARLIER_DEFAULTS[score["kind"]] != _DEFAULTS[score["kind"]]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from transformers import PreTrainedModel
 
-from engram.checkpoint import lock_store, saved_version
+from engram.checkpoint import lock_store, read_description, saved_version
 from engram.config import EngramConfig, TableConfig
 from engram.data.facts import Fact, check_conflicts
+from engram.editing.asking import at_start_only, not_given_back, out_of_reach
 from engram.editing.entries import make_entries
 from engram.editing.holdings import Holdings
 from engram.editing.ledger import LedgerFact
@@ -25,6 +27,7 @@ from engram.editing.teaching import Progress, Teaching
 from engram.errors import CheckpointError, ConfigError, TeachError
 from engram.evaluation.generation import padding_id
 from engram.models import EngramModel, find_decoder, get_engram_model
+from engram.models.identity import base_identity, identity_mismatch, memory_identity
 from engram.tables import VerifiedTable
 
 if TYPE_CHECKING:
@@ -74,13 +77,16 @@ class MemoryEditor:
         self.memory, self.tokenizer = memory, tokenizer
         self._holdings = Holdings(memory)
         self._speller = Speller(memory.base_model, tokenizer)
+        self._checked_on = _identity(memory)
 
     @classmethod
-    def create(cls, model: PreTrainedModel, tokenizer: Any, seed: int = 0, dtype: str = "bfloat16", **changes: Any) -> Self:
+    def create(
+        cls, model: PreTrainedModel | EngramModel, tokenizer: Any, seed: int = 0, dtype: str = "bfloat16", **changes: Any
+    ) -> Self:
         """Attach a new, empty memory to a model.
 
         Args:
-            model: any causal language model of a known architecture.
+            model: any causal language model of a known architecture, or a memory on one: facts are taught on top of that, which stays as it is.
             tokenizer: its tokenizer.
             seed: seed of the hash and the reader.
             dtype: storage type of the rows, any of ``TableConfig.dtype``; rows are optimised in float32 and stored in it.
@@ -92,13 +98,16 @@ class MemoryEditor:
         pad = padding_id(tokenizer)
         if pad is None:
             raise ConfigError("the tokenizer has neither a pad_token nor an eos_token; set one of them.")
-        defaults = {"layer_ids": (len(find_decoder(model).blocks) - 1,), "pad_id": pad, "seed": seed}
+        blocks = find_decoder(model.base_model if isinstance(model, EngramModel) else model).blocks
+        defaults = {"layer_ids": (len(blocks) - 1,), "pad_id": pad, "seed": seed}
         config = EngramConfig.for_teaching(**{**defaults, **changes})
         placement = TableConfig(dtype=dtype)  # type: ignore[arg-type]
         return cls(get_engram_model(model, config, tokenizer, placement), tokenizer)
 
     @classmethod
-    def load(cls, model: PreTrainedModel, path: str | os.PathLike[str], tokenizer: Any, allow_other_base: bool = False) -> Self:
+    def load(
+        cls, model: PreTrainedModel | EngramModel, path: str | os.PathLike[str], tokenizer: Any, allow_other_base: bool = False
+    ) -> Self:
         """Attach a saved memory to a model.
 
         Raises:
@@ -106,7 +115,9 @@ class MemoryEditor:
         """
         memory = EngramModel.from_pretrained(model, path, tokenizer, allow_other_base=allow_other_base)
         try:
-            return cls(memory, tokenizer)
+            editor = cls(memory, tokenizer)
+            editor._checked_on = read_description(path).get("base_model") or {}
+            return editor
         except BaseException:
             memory.unload()
             raise
@@ -117,7 +128,8 @@ class MemoryEditor:
         return self._holdings.facts
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Save memory and ledger into a folder, atomically, under the folder's lock.
+        """Save memory and ledger into a folder, atomically, under the folder's lock. What is saved belongs to the base model as it is now: a
+        warning is logged if that changed since the facts were taught, loaded or verified.
 
         Args:
             path: the folder.
@@ -135,6 +147,19 @@ class MemoryEditor:
                     "Load it and teach again, choose another folder, or pass overwrite=True."
                 )
             self.memory.save_pretrained(path)
+        self._warn_of_other_base(path)
+
+    def _warn_of_other_base(self, path: str | os.PathLike[str]) -> None:
+        """Say once that what was just saved belongs to weights on which nobody has checked it; later loads would not."""
+        present = _identity(self.memory)
+        if self.facts and (changed := identity_mismatch(self._checked_on, present)):
+            logging.getLogger("engram").warning(
+                "%s: the base model has changed since these facts were taught or loaded (%s); the memory is saved as belonging to it as it is now, "
+                "and loads with it without a word. editor.verify() tells which facts still hold; teach the others again.",
+                os.fspath(path),
+                ", ".join(line.partition(":")[0] for line in changed),
+            )
+        self._checked_on = present
 
     def teach(
         self,
@@ -149,7 +174,7 @@ class MemoryEditor:
         """Write facts into rows until every answer is greedy-exact with a margin.
 
         Facts that the memory holds already are left alone; new phrasings of one are joined to it. Facts that cannot be made exact leave
-        nothing behind and are reported. Earlier facts keep their rows; those whose prompts read a new row are asked again. An
+        nothing behind and are reported; so are those whose answers the tokenizer does not give back as they are written. Earlier facts keep their rows; those whose prompts read a new row are asked again. An
         interruption, or an error, leaves the memory as it was.
 
         Args:
@@ -165,7 +190,7 @@ class MemoryEditor:
         Raises:
             DataError: facts contradict each other or do not fit the context.
             TeachError: there are no facts, one contradicts the memory (and ``replace_answers`` is off), an earlier fact would break, or the
-                model was loaded under ``torch.inference_mode()``.
+                model was loaded under ``torch.inference_mode()`` or passes no gradients.
         """
         settings = settings or TeachSettings()
         facts = list(facts) if isinstance(facts, Iterable) else facts  # a generator can be read only once
@@ -175,6 +200,8 @@ class MemoryEditor:
             raise TeachError("teach: got no facts, expected at least one.")
         check_conflicts(facts, "facts to teach")
         _refuse_inference_tensors(self.memory)
+        if not self.facts:  # all that it will hold is checked on the weights of now
+            self._checked_on = _identity(self.memory)
         kept = dict[str, str]()
         while wanted := [fact for fact in facts if fact.id not in kept]:
             try:
@@ -229,10 +256,17 @@ class MemoryEditor:
             yield
 
     def verify(self, batch_size: int = 256) -> dict[str, bool]:
-        """Ask the model every prompt of every fact; by id, whether all answers are exact."""
-        with self._holdings.evaluating():
-            wrong = set(self._holdings.not_exact(self.facts, batch_size))
+        """Ask the model every prompt of every fact, as its tokenizer splits it now; by id, whether all answers are exact."""
+        wrong = set(self._stale(self.facts, batch_size))
+        if not wrong:
+            self._checked_on = _identity(self.memory)
         return {fact.id: fact.id not in wrong for fact in self.facts}
+
+    def _stale(self, facts: Sequence[LedgerFact], batch_size: int) -> list[str]:
+        """Ids of those facts that the memory holds and nobody is told."""
+        with self._holdings.evaluating():
+            wrong = self._holdings.not_exact(facts, batch_size)
+        return list(dict.fromkeys([*wrong, *out_of_reach(self.tokenizer, facts)]))
 
     def why(self, prompt: str, max_new_tokens: int | None = None) -> Explanation:
         """Answer a prompt and say, token by token, which facts spoke and what they changed; see ``explain``.
@@ -254,7 +288,7 @@ class MemoryEditor:
         from engram.editing.merge import diff_memories
 
         with TemporaryDirectory() as folder:
-            self.save(folder)
+            self.memory.save_pretrained(folder)
             return diff_memories(folder, other)
 
     def merge(self, other: str | os.PathLike[str], prefer: Literal["a", "b"] | None = None) -> MergeReport:
@@ -262,7 +296,7 @@ class MemoryEditor:
         from engram.editing.merge import merge_memories
 
         with TemporaryDirectory() as folder:
-            self.save(f"{folder}/a")
+            self.memory.save_pretrained(f"{folder}/a")
             report = merge_memories(f"{folder}/a", other, f"{folder}/union", prefer)
             self.memory.load_memory(f"{folder}/union")
         return report
@@ -300,21 +334,21 @@ class MemoryEditor:
         """
         holdings = self._holdings
         found = sort_out(holdings.ledger, facts)
-        if stale := holdings.not_exact([holdings.ledger[fact_id] for fact_id in found.holding], settings.batch_size):
+        if stale := self._stale([holdings.ledger[fact_id] for fact_id in found.holding], settings.batch_size):
             found = sort_out(holdings.ledger, facts, stale)
         if not replace_answers:
             found.refuse_contradictions()
         report = TeachReport(already_known=found.already_known, replaced=found.contradictions, joined=found.joined)
         leaving = list(dict.fromkeys(fact_id for ids in found.leaving.values() for fact_id in ids))
         deleted, _ = holdings.take_out(leaving) if leaving else ({}, 0)
-        new, held = list(found.new.values()), holdings.facts
-        entries = make_entries(self.memory, self.tokenizer, self._speller, new, held, settings, *origin)
+        entries, report.not_exact = self._entries(list(found.new.values()), settings, origin)
         if entries:
             conflicts = holdings.conflicts(entries)
             report.rows_in_conflict = len(conflicts)
             if conflicts and on_conflicts is not None:
                 on_conflicts(conflicts)
             Teaching(holdings, self._speller, entries, settings, report, progress).run()
+            report.at_start_only = at_start_only(self.tokenizer, [holdings.ledger[fact_id] for fact_id in report.taught])
         lost = {
             given: why for new_id, why in report.not_exact.items() if found.leaving[new_id] for given in found.given[new_id]
         }
@@ -326,6 +360,22 @@ class MemoryEditor:
                 "those again together with the new facts."
             )
         return report
+
+    def _entries(self, facts: list[Fact], settings: TeachSettings, origin: tuple[str, str]) -> tuple[list[LedgerFact], dict[str, str]]:
+        """Facts as they will stand in the ledger, and those whose answers nobody would read as they are written, with the reason."""
+        held = self._holdings.facts
+        entries = make_entries(self.memory, self.tokenizer, self._speller, facts, held, settings, *origin)
+        refused = not_given_back(self.tokenizer, entries)
+        if refused:  # keys need not be told apart from theirs
+            facts = [fact for fact in facts if fact.id not in refused]
+            entries = make_entries(self.memory, self.tokenizer, self._speller, facts, held, settings, *origin)
+        return entries, refused
+
+
+def _identity(memory: EngramModel) -> dict[str, Any]:
+    """Who the model is to which a memory is attached, a memory beneath included; takes milliseconds."""
+    base = base_identity(memory.base_model)
+    return base if memory.beneath is None else {**base, "memory": memory_identity(memory.beneath)}
 
 
 def _refuse_inference_tensors(memory: EngramModel) -> None:

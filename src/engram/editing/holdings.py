@@ -79,19 +79,20 @@ class Holdings:
     @contextmanager
     def without(self, fact_ids: Sequence[str]) -> Iterator[None]:
         """Inside this context, as if these facts were forgotten; whatever else is changed there is undone with that."""
-        rows, ledger, written = self.rows(), self.ledger, self.memory.ledger
-        self._ledger = ledger.copy()
-        try:
-            self.take_out(fact_ids)
-            yield
-        finally:
-            self._go_back(rows, ledger, written)
+        with self.memory.turns:
+            rows, ledger, written = self.rows(), self.ledger, self.memory.ledger
+            self._ledger = ledger.copy()
+            try:
+                self.take_out(fact_ids)
+                yield
+            finally:
+                self._go_back(rows, ledger, written)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """With the model in evaluation mode and the memory heard by all, whatever surrounds this."""
         memory = self.memory
-        with evaluation_mode(memory), memory.enable_engram(), memory.routed(None), _outside_inference_mode():
+        with memory.turns, evaluation_mode(memory), memory.enable_engram(), memory.routed(None), _outside_inference_mode():
             yield
 
     def rows(self) -> dict[str, StoredRows]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engram.data.facts import pad_right
 from engram.hashing import NgramHashMapping
+from engram.models.devices import input_device
 
 if TYPE_CHECKING:
     from engram.models import EngramModel
@@ -116,7 +117,7 @@ def _suffixes(ids: tuple[int, ...], longest: int, pad_id: int) -> Iterator[tuple
 @torch.no_grad()
 def surprise_bits(memory: EngramModel, prompts: Sequence[KeyedPrompt], batch_size: int) -> list[list[float]]:
     """-log2 probability of every prompt token under the base model; 0 for the first, which nothing predicts."""
-    device = memory.get_input_embeddings().weight.device
+    device = input_device(memory)
     result: list[list[float]] = []
     for start in range(0, len(prompts), batch_size):
         rows = [prompt.prompt_ids for prompt in prompts[start : start + batch_size]]

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from engram.editing.keys import KeyedPrompt
 from engram.editing.upper import UpperModel, answer_logits, prompt_tensors
-from engram.errors import ConfigError
+from engram.errors import ConfigError, TeachError
 from engram.models import EngramModel
 from engram.tables import DraftTable
 
-__all__ = ["TeachSettings", "answers_exactly", "optimise_rows", "stream_sizes"]
+__all__ = ["TeachSettings", "answers_exactly", "in_batches", "optimise_rows", "stream_sizes"]
+
+_PADDED, _SMALL = 3, 1024
+"""A batch may take, padded, this many times the tokens of its prompts, or this many tokens; a prompt with which it would take more begins
+the next one."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class TeachSettings:
     min_bits: float = 32.0
     """Least surprise of a key under the base model: text that was not taught contains it about once in 2^min_bits tokens."""
     batch_size: int = 256
-    """Prompts per forward pass, and per batch that is taught together."""
+    """Most prompts per forward pass, and per batch that is taught together; those far longer than the others make batches of their own."""
     retries: int = 2
     """How often facts that fail the final check are taught again, each time with twice the steps."""
 
@@ -62,6 +66,7 @@ def optimise_rows(
     settings: TeachSettings,
     max_steps: int,
     progress: Callable[[int], None] | None = None,
+    others: Sequence[KeyedPrompt] = (),
 ) -> int:
     """Fill new rows so that the prompts are answered, and put them into the tables; returns the steps taken.
 
@@ -76,21 +81,29 @@ def optimise_rows(
         settings: margin and contexts.
         max_steps: upper bound of passes.
         progress: called after every step with the number of prompts learnt.
+        others: not taught here; the prompts are read in their residual streams too, so that few prompts have as many contexts as many.
+
+    Raises:
+        TeachError: the model passes no gradients.
     """
-    upper = UpperModel(memory, prompts)
+    upper = UpperModel(memory, [*prompts, *others])
     generator = torch.Generator().manual_seed(memory.engram_config.seed)
     pending, step = torch.arange(len(prompts)), 0
-    passed = torch.zeros(len(prompts), dtype=torch.int64)
+    passed, felt = torch.zeros(len(prompts), dtype=torch.int64), False
     with _drafts(memory, new_rows) as drafts:
         optimizer = RowDescent([(draft.held, lr[layer]) for layer, draft in drafts.items()])
         while len(pending) and step < max_steps:
             step += 1
-            elsewhere = torch.randint(len(prompts), pending.shape, generator=generator)
+            elsewhere = torch.randint(len(prompts) + len(others), pending.shape, generator=generator)
             streams = torch.where(passed[pending] == settings.contexts, pending, elsewhere)  # its own stream comes last
             with torch.enable_grad():
                 loss, learnt = _judge(upper, pending, streams, settings.margin)
                 if not bool(learnt.all()):
-                    loss.backward()
+                    if loss.requires_grad:
+                        loss.backward()
+                    if not felt and not any(_is_felt(draft.held.grad) for draft in drafts.values()):
+                        _refuse_without_gradients(upper, [draft.held for draft in drafts.values()], pending)
+                    felt = True
                     optimizer.step()
             passed[pending] = torch.where(learnt, passed[pending] + 1, 0)
             pending = pending[passed[pending] <= settings.contexts]
@@ -99,13 +112,30 @@ def optimise_rows(
     return step
 
 
+def in_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Numbers of prompts of similar length together, shorter ones first, so that a few long ones do not slow down all others.
+
+    Args:
+        lengths: of the prompts, tokens.
+        batch_size: most prompts of a batch.
+    """
+    batches: list[list[int]] = []
+    tokens = 0
+    for number in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        tokens += lengths[number]
+        full = not batches or len(batches[-1]) == batch_size
+        if full or (len(batches[-1]) + 1) * lengths[number] > max(_PADDED * tokens, _SMALL):
+            batches.append([])
+            tokens = lengths[number]
+        batches[-1].append(number)
+    return batches
+
+
 @torch.no_grad()
 def answers_exactly(memory: EngramModel, prompts: Sequence[KeyedPrompt], batch_size: int, margin: float = 0.0) -> list[bool]:
     """Whether each prompt's answer is what greedy decoding gives, every token ahead of all others by more than ``margin``."""
     exact: list[bool] = [False] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    for start in range(0, len(order), batch_size):
-        members = order[start : start + batch_size]
+    for members in in_batches([len(prompt.ids) for prompt in prompts], batch_size):
         batch = [prompts[i] for i in members]
         ids, mask, answer = prompt_tensors(memory, batch)
         leads = _lead(answer_logits(memory, ids, mask, answer).float(), ids[:, 1:][answer[:, :-1]]) > margin
@@ -117,13 +147,15 @@ def answers_exactly(memory: EngramModel, prompts: Sequence[KeyedPrompt], batch_s
 @torch.no_grad()
 def stream_sizes(memory: EngramModel, prompts: Sequence[KeyedPrompt]) -> dict[str, float]:
     """RMS of the residual stream at answer positions, per layer (the median: a few positions may be far larger)."""
-    ids, mask, answer = prompt_tensors(memory, prompts)
-    with memory.record() as traces:
-        memory(input_ids=ids, attention_mask=mask, use_cache=False)
-    return {
-        str(layer): float(trace["stream"].float()[answer.to(trace["stream"].device)].square().mean(dim=-1).sqrt().median())
-        for layer, trace in traces.items()
-    }
+    sizes: dict[str, list[Tensor]] = {}
+    for members in in_batches([len(prompt.ids) for prompt in prompts], max(1, len(prompts))):
+        ids, mask, answer = prompt_tensors(memory, [prompts[i] for i in members])
+        with memory.record() as traces:
+            memory(input_ids=ids, attention_mask=mask, use_cache=False)
+        for layer, trace in traces.items():
+            stream = trace["stream"].float()[answer.to(trace["stream"].device)]
+            sizes.setdefault(str(layer), []).append(stream.square().mean(dim=-1).sqrt())
+    return {layer: float(torch.cat(found).median()) for layer, found in sizes.items()}
 
 
 @contextmanager
@@ -152,6 +184,32 @@ def _judge(upper: UpperModel, members: Tensor, streams: Tensor, margin: float) -
     learnt = torch.ones(len(members), dtype=torch.bool)
     learnt[owner[short].cpu()] = False
     return F.cross_entropy(scores[short], target[short], reduction="sum"), learnt
+
+
+def _is_felt(gradient: Tensor | None) -> bool:
+    """Whether it moves anything."""
+    if gradient is None:
+        return False
+    return bool((gradient.coalesce().values() if gradient.is_sparse else gradient).any())
+
+
+def _refuse_without_gradients(upper: UpperModel, rows: Sequence[Tensor], members: Tensor) -> None:
+    """Refuse a model through which no logit of an answer depends on a new row. Losses alone may be without: those of answers that have no
+    row of their own, for instance, where the others' answers are right already.
+
+    Raises:
+        TeachError: it is such a model.
+    """
+    rows = [held for held in rows if len(held)]
+    scores, (target, _) = upper.logits(members, members).float(), upper.targets(members)
+    said = scores.gather(1, target.unsqueeze(1)).sum()
+    if not rows or (said.requires_grad and any(map(_is_felt, torch.autograd.grad(said, rows, allow_unused=True)))):
+        return
+    raise TeachError(
+        "teach: got a model that passes no gradients (its loss does not depend on the new rows; dynamic int8 quantisation does that, for "
+        "instance), expected weights that gradients pass through. Teach to the unquantised model: a quantised one can still read what "
+        "was taught before it was quantised."
+    )
 
 
 def _lead(scores: Tensor, target: Tensor) -> Tensor:

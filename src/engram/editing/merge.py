@@ -365,6 +365,7 @@ def _conflicts(first: StoredMemory, second: StoredMemory, prefer: Side | None) -
             lines.append(f"id {theirs.id!r}: {said}")
         else:
             lines.append(f"prompt {prompt!r}: {said}")
+        lines[-1] += _leaving(prompt, mine, theirs, first, second, prefer)
         losers.add(mine.id if prefer == "b" else theirs.id)
     # A fact that both hold is taken from the first: its rows in the second are no conflict.
     own_a = [fact for fact in first.ledger if not (prefer == "b" and fact.id in losers)]
@@ -385,3 +386,15 @@ def _conflicts(first: StoredMemory, second: StoredMemory, prefer: Side | None) -
             lines.append(f"layer {layer_id}, row {row}: {what}; facts {', '.join(of_a[row])} in a, {', '.join(of_b[row])} in b")
             losers.update(of_a[row] if prefer == "b" else of_b[row])
     return lines, losers
+
+
+def _leaving(
+    prompt: str, mine: LedgerFact, theirs: LedgerFact, first: StoredMemory, second: StoredMemory, prefer: Side | None
+) -> str:
+    """What else would be answered no more if a side lost a conflict over ``prompt``: a fact leaves whole."""
+    told = ""
+    for side, loser, winners in (("a", mine, second.ledger), ("b", theirs, first.ledger)):
+        texts = [repr(p.text) for p in loser.prompts if p.text != prompt and winners.owner_of_prompt(p.text) is None]
+        if texts and side != prefer:
+            told += f"; {', '.join(texts)} would leave with {side}'s fact"
+    return told

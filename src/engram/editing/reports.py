@@ -19,6 +19,9 @@ class TeachReport:
     """Facts that could not be made exact, by id, with the reason; nothing of them is in the memory."""
     replaced: list[str] = field(default_factory=list)
     """Contradictions in which the memory's fact gave way, all its phrasings with it, one line each."""
+    at_start_only: list[str] = field(default_factory=list)
+    """Those of ``taught`` one of whose prompts is answered only at the start of an input, or of a line: a longer prompt would be found in
+    running text too."""
     joined: dict[str, str] = field(default_factory=dict)
     """Ids that name nothing now, and the id under which their prompts stand: facts of one answer that share a prompt are one fact."""
     prompts: int = 0

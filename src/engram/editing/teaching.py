@@ -10,7 +10,7 @@ from torch import Tensor
 from engram.editing.holdings import Holdings
 from engram.editing.keys import KeyedPrompt, goes_on_otherwise, plan_rows
 from engram.editing.ledger import LedgerFact
-from engram.editing.lesson import TeachSettings, optimise_rows, stream_sizes
+from engram.editing.lesson import TeachSettings, in_batches, optimise_rows, stream_sizes
 from engram.editing.reports import TeachReport
 from engram.editing.spelling import Speller
 from engram.errors import TeachError
@@ -67,13 +67,15 @@ class Teaching:
     def _learn(self, fact_ids: list[str], max_steps: int) -> None:
         """Prompts of similar length together, in batches; each batch's rows are in the tables before the next begins."""
         prompts = [prompt for fact_id in fact_ids for prompt in self.entries[fact_id].prompts]
-        prompts.sort(key=lambda prompt: len(prompt.ids))
-        for start in range(0, len(prompts), self.settings.batch_size):
-            batch = prompts[start : start + self.settings.batch_size]
+        shorter: list[KeyedPrompt] = []
+        for members in in_batches([len(prompt.ids) for prompt in prompts], self.settings.batch_size):
+            batch = [prompts[i] for i in members]
+            lent = shorter[: max(0, min(self.settings.contexts + 1, self.settings.batch_size) - len(batch))]
             new = self._new_rows(batch)
-            self.report.steps += optimise_rows(self.memory, batch, new, self.lr, self.settings, max_steps, self._show)
+            self.report.steps += optimise_rows(self.memory, batch, new, self.lr, self.settings, max_steps, self._show, lent)
             self.done += len(batch)
             self._show(0)
+            shorter = batch[::-1]
 
     def _show(self, learnt: int) -> None:
         if self.progress is not None:

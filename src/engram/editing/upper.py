@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engram.data.facts import pad_right
 from engram.editing.keys import KeyedPrompt
 from engram.models import EngramModel, find_decoder
+from engram.models.devices import input_device
 
 __all__ = ["LOUDER", "UpperModel", "answer_logits", "prompt_tensors"]
 
@@ -30,7 +31,7 @@ def prompt_tensors(memory: EngramModel, prompts: Sequence[KeyedPrompt]) -> tuple
     answer = torch.zeros_like(mask, dtype=torch.bool)
     for number, prompt in enumerate(prompts):
         answer[number, len(prompt.prompt_ids) - 1 : len(prompt.ids) - 1] = True
-    device = memory.get_input_embeddings().weight.device
+    device = input_device(memory)
     return ids.to(device), mask.to(device), answer.to(device)
 
 

@@ -12,6 +12,7 @@ from engram.data.facts import room_for_answer, tokenize_prompt
 from engram.editing.editor import MemoryEditor
 from engram.editing.ledger import answer_room
 from engram.evaluation.generation import generate_greedily
+from engram.models.devices import input_device
 from engram.tables import ABSENT
 
 __all__ = ["Explanation", "Hit", "TokenReason", "explain"]
@@ -82,7 +83,7 @@ def explain(editor: MemoryEditor, prompt: str, max_new_tokens: int | None = None
         DataError: the prompt fills the model's context.
     """
     memory, tokenizer = editor.memory, editor.tokenizer
-    device = memory.get_input_embeddings().weight.device
+    device = input_device(memory)
     prompt_ids = tokenize_prompt(tokenizer, prompt)
     if not prompt_ids:  # a tokenizer without a beginning-of-text token, and an empty prompt
         return Explanation(prompt, "", [], {})

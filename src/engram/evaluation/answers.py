@@ -14,6 +14,7 @@ import torch
 from engram.data.facts import EncodedFact, Fact, encode_fact, room_before, tokenize_prompt
 from engram.evaluation.generation import generate_greedily, padding_id
 from engram.models import Router
+from engram.models.devices import input_device
 from engram.models.positions import last_position
 
 __all__ = ["Answer", "CategoryScore", "ask", "check_facts", "score_by_category", "wilson_interval"]
@@ -96,7 +97,7 @@ def ask(
     end = last_position(model.config)
     rooms = [min(max_new_tokens, room_before(end, len(ids), prompt)) for prompt, ids in zip(prompts, encoded)]
     routed = None if router is None else reads_memory(router, prompts)
-    device, pad = model.get_input_embeddings().weight.device, padding_id(tokenizer) or 0  # what pads is masked
+    device, pad = input_device(model), padding_id(tokenizer) or 0  # what pads is masked
     answers = [""] * len(prompts)
     for members in _batches(encoded, rooms, batch_size):
         longest = max(len(encoded[i]) for i in members)

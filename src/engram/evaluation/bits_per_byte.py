@@ -12,6 +12,7 @@ from torch import nn
 
 from engram.data.facts import pad_right
 from engram.errors import DataError
+from engram.models.devices import input_device
 from engram.models.positions import within_context
 
 __all__ = ["bits_per_byte", "text_windows"]
@@ -46,7 +47,7 @@ def bits_per_byte(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_le
         raise DataError(f"bits_per_byte: got {len(texts)} texts without a byte, expected some to predict.")
     max_length = within_context(model.config, max_length)
     windows = sorted(text_windows(tokenizer, texts, max_length), key=len)
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(model)
     nats = 0.0
     for start in range(0, len(windows), batch_size):
         rows = [tuple(window) for window in windows[start : start + batch_size]]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from engram.data.facts import pad_right, tokenize_prompt
 from engram.evaluation.answers import reads_memory
 from engram.models import EngramModel, Router
+from engram.models.devices import input_device
 from engram.models.positions import within_context
 
 __all__ = ["Drift", "measure_drift"]
@@ -46,7 +47,7 @@ def measure_drift(
     max_length = within_context(memory.config, max_length)
     total = changed = same = 0
     kl = 0.0
-    device = memory.get_input_embeddings().weight.device
+    device = input_device(memory)
     for text, read in zip(texts, reads_memory(router, texts)):
         ids, mask = (x.to(device) for x in pad_right([tuple(tokenize_prompt(tokenizer, text)[:max_length])], 0))
         with memory.routed(None if router is None else torch.tensor([read])):

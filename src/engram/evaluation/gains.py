@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engram.errors import ConfigError
 from engram.models import EngramModel, LearnedRouter
+from engram.models.devices import input_device
 from engram.models.positions import within_context
 
 __all__ = ["RoutedKind", "TextGain", "fit_router_to_texts", "measure_gains"]
@@ -37,7 +38,7 @@ def measure_gains(memory: EngramModel, tokenizer: Any, texts: Sequence[str], max
     """Loss of the first ``max_length`` tokens of every text (at most the model's context) with the memory on and off; texts of fewer than
     two tokens gain nothing.
     """
-    device = memory.get_input_embeddings().weight.device
+    device = input_device(memory)
     max_length = within_context(memory.config, max_length)
     gains = []
     for text in texts:

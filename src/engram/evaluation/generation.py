@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +32,8 @@ def generate_greedily(model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, max
         pad_token_id=padding_id(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
     )
-    with _without_defaults(model.generation_config):
+    # Another thread would meet the defaults that are set aside.
+    with getattr(model, "turns", nullcontext()), _without_defaults(model.generation_config):
         return model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
 
 

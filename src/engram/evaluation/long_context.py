@@ -18,6 +18,7 @@ from engram.evaluation.answers import ask, wilson_interval
 from engram.evaluation.generation import padding_id
 from engram.models import EngramModel
 from engram.models.cache import cache_argument, cache_in
+from engram.models.devices import input_device
 from engram.models.positions import context_length
 
 __all__ = ["RecallAnswer", "RecallResult", "RecallScore", "measure_recall", "recall_rows", "recall_table", "score_recall"]
@@ -210,7 +211,7 @@ def score_recall(
     Raises:
         DataError: the tokenizer does not know where tokens stand.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     pad = padding_id(tokenizer)
     answers: list[RecallAnswer] = []
     for start in range(0, len(examples), batch_size):

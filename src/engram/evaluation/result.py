@@ -17,6 +17,7 @@ from engram.evaluation.bits_per_byte import bits_per_byte
 from engram.evaluation.drift import measure_drift
 from engram.models import EngramModel, Router
 from engram.models.cache import cache_argument, cache_in
+from engram.models.devices import input_device
 from engram.models.positions import within_context
 
 __all__ = ["EvalResult", "FactResult", "ShareResult", "evaluate_memory", "markdown_table"]
@@ -217,7 +218,7 @@ def _known(memory: EngramModel, tokenizer: Any, facts: Sequence[Fact], router: R
 def _quiet_text(memory: EngramModel, tokenizer: Any, texts: Mapping[str, Sequence[str]]) -> str:
     """The first text of which nothing was taught; the first of all if there is none."""
     each = [text for group in texts.values() for text in group]
-    device, longest = memory.get_input_embeddings().weight.device, within_context(memory.config, 256)
+    device, longest = input_device(memory), within_context(memory.config, 256)
     for text in each if memory.engram_config.verify_rows else ():
         ids = torch.tensor([tokenize_prompt(tokenizer, text)[:longest]], device=device)
         with memory.record() as traces:
@@ -230,7 +231,7 @@ def _quiet_text(memory: EngramModel, tokenizer: Any, texts: Mapping[str, Sequenc
 @torch.no_grad()
 def _latency(memory: EngramModel, tokenizer: Any, text: str) -> dict[str, float]:
     """Decode a few tokens after a text that was read before, memory on and off in turn; medians over rounds."""
-    device = memory.get_input_embeddings().weight.device
+    device = input_device(memory)
     prompt = tokenize_prompt(tokenizer, text)
     room = within_context(memory.config, len(prompt) + _DECODE_TOKENS) - _DECODE_TOKENS
     ids = torch.tensor([prompt[: max(room, 1)]], device=device)
@@ -272,7 +273,7 @@ def _gates(
         "untaught": [text for group in texts.values() for text in group][:256],
     }
     histograms = {}
-    device = memory.get_input_embeddings().weight.device
+    device = input_device(memory)
     for name, group in samples.items():
         total = torch.zeros(_GATE_BINS, dtype=torch.int64)
         for text, read in zip(group, reads_memory(router, group)):

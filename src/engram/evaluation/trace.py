@@ -10,6 +10,7 @@ import torch
 from engram.data.facts import quoted, tokenize_prompt
 from engram.errors import DataError
 from engram.models import EngramModel
+from engram.models.devices import input_device
 from engram.models.positions import last_position
 from engram.tables import ABSENT
 
@@ -71,7 +72,7 @@ def trace_text(memory: EngramModel, tokenizer: Any, text: str) -> Trace:
         raise DataError(
             f"text {quoted(text)}: got {len(ids):,} tokens, expected at most {end:,} (the model's context); shorten it."
         )
-    device = memory.get_input_embeddings().weight.device
+    device = input_device(memory)
     with memory.record() as recorded:
         logits = memory(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
     canonical, config = memory.mapping.compressed_tokenizer.lookup_table, memory.engram_config

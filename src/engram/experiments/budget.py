@@ -103,7 +103,8 @@ def _fit_width(backbone: BackboneConfig, memory: EngramConfig | None, active: in
     if width < 1:
         raise ConfigError(
             f"budget: got active parameters {active:,}, but everything except the dense feed-forward takes {active - missing:,}; "
-            "expected more active parameters, fewer blocks, narrower experts or a smaller d_mem."
+            "expected more active parameters, fewer blocks (backbone.num_hidden_layers in the recipe), narrower or fewer experts per token "
+            "(moe_intermediate_size, num_experts_per_tok, n_shared_experts) or a smaller memory (engram.n_embed_per_ngram)."
         )
     return backbone.replace(intermediate_size=width)
 
@@ -129,7 +130,7 @@ def _fit_rows(memory: EngramConfig, room: int, rho: float) -> EngramConfig:
 
 def _advice(name: str, step: int) -> str:
     if name == "active":
-        return "Change the number or width of blocks."
+        return "Change the number or width of blocks (backbone.num_hidden_layers, hidden_size)."
     return (
         f"One more expert per block is {step:,} parameters: choose the total so that rho = 1 meets it, or give tables a share."
     )

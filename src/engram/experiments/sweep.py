@@ -15,13 +15,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 
 from engram.checkpoint import sole_writer, write_json_atomically
-from engram.data.store import TokenStore
+from engram.data.store import TokenStore, _moved
 from engram.errors import CheckpointError, ConfigError, DataError
+from engram.experiments.arms import arm_fields
 from engram.experiments.data import prepare_data
 from engram.experiments.point import RESULT
 from engram.experiments.summary import summarise
@@ -29,9 +31,11 @@ from engram.experiments.sweep_recipe import Choice, Point, SweepRecipe
 from engram.experiments.worker import FAILED, FATAL
 from engram.training.cpu_types import warning_of_slow_bfloat16
 
-__all__ = ["SweepRun", "run_sweep"]
+__all__ = ["SweepRun", "changes_since", "kept_aside", "run_sweep"]
 
 _TASK = "task.json"
+_KEPT = ("points", "tuning", "other_points")
+"""Where a result holds entries of points."""
 Show = Callable[[str], None]
 
 
@@ -65,8 +69,7 @@ class SweepRun:
     def __post_init__(self) -> None:
         self._children: set[subprocess.Popen] = set()
         self._stopping = threading.Event()
-        kept = [entry for part in ("points", "tuning", "other_points") for entry in self.known.get(part, [])]
-        self._known = {entry["digest"]: entry for entry in kept}
+        self._known = _entries(self.known)
         self.failures: list[dict[str, Any]] = []
 
     def run(self, tuning_only: bool = False, limit: int | None = None) -> dict[str, Any]:
@@ -102,8 +105,9 @@ class SweepRun:
         fingerprint = data.store.fingerprint
         if other is not None and other != fingerprint:
             raise DataError(
-                f"the given result was made with other text (fingerprint {other[:12]}, here {fingerprint[:12]}): another version of "
-                "Python or changed files. Use that text, or begin a result of its own."
+                f"the given result was made with other text (fingerprint {other[:12]}, here {fingerprint[:12]}): "
+                f"{_why_other_text(self.known, self.recipe, data.store)}. Use that text (docs/experiments.md says how to have it again), or "
+                "begin a result of its own."
             )
         self._fingerprint = fingerprint
         return data.store
@@ -246,7 +250,7 @@ class SweepRun:
             "sweep": self.recipe.name,
             "question": self.recipe.question,
             "recipe": self.recipe.to_dict(),
-            "data": {"fingerprint": store.fingerprint, "counts": store.counts},
+            "data": {"fingerprint": store.fingerprint, "counts": store.counts, **self._installed(store)},
             "expected_points": len(list(self.recipe.combinations())) * len(self.recipe.seeds),
             "learning_rates": learning_rates,
             "tuning": sorted(
@@ -259,9 +263,60 @@ class SweepRun:
             "summary": summarise(self.recipe.question, entries, self.recipe.reference),
         }
 
+    def _installed(self, store: TokenStore) -> dict[str, Any]:
+        """What the text was read off, if it is told: by this store, or else by the result that is gone on from, which has the same text."""
+        found = store.description.get("installed", self.known.get("data", {}).get("installed"))
+        return {} if found is None else {"installed": found}
+
     def _at_edge(self, rate: float) -> bool:
         grid = sorted(float(lr) for lr in self.recipe.tune.learning_rate) if self.recipe.tune else []
         return len(grid) > 1 and rate in (grid[0], grid[-1])
+
+
+def _entries(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """All points that a result holds, by digest."""
+    return {entry["digest"]: entry for part in _KEPT for entry in result.get(part, [])}
+
+
+def kept_aside(recipe: SweepRecipe, known: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Points of a result made before that are none of this recipe's, whichever learning rates are chosen."""
+    groups = recipe.tuning_points()
+    rates = [dict.fromkeys(groups, float(rate)) for rate in recipe.tune.learning_rate] if recipe.tune else [{}]
+    own = {point.digest for points in (*groups.values(), *map(recipe.points, rates)) for point in points}
+    return [entry for digest, entry in _entries(known).items() if digest not in own]
+
+
+def changes_since(recipe: SweepRecipe, known: Mapping[str, Any]) -> list[str]:
+    """What this recipe has otherwise than the one that a result was last written by, in words; nothing where the result does not tell."""
+    before, now = known.get("recipe"), recipe.to_dict()
+    if not isinstance(before, Mapping) or not isinstance(before.get("base"), Mapping):
+        return []
+    there, here = (
+        arm_fields({"base": found["base"], "variants": {"arm": {}}}, "") for found in (before, now)
+    )  # no arm: the base
+    names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+    changed = [f"{name} {there.get(name, 'not set')}, now {here.get(name, 'not set')}" for name in names]
+    return changed + [f"other {part}" for part in ("variants", "seeds", "tune") if before.get(part) != now[part]]
+
+
+def _why_other_text(known: Mapping[str, Any], recipe: SweepRecipe, store: TokenStore) -> str:
+    """What the text of a result made before differs in, as far as the two tell."""
+    asked = [change for change in changes_since(recipe, known) if change.startswith(("data.corpus.", "data.vocab_size "))]
+    if asked:
+        return f"the recipe asks for another ({'; '.join(asked)})"
+    there, here = known["data"].get("installed"), store.description.get("installed")
+    if here == {}:  # nothing of the text is read off the installation
+        return "files that the corpus names have changed"
+    if there is None or here is None:
+        return (
+            "another version of Python or of an installed package, whose descriptions are text too, or changed files; "
+            f"{'the result' if there is None else 'the store here'} is from before versions were written down, so which cannot be told"
+        )
+    # The words of token stores, which say the same of themselves.
+    moved = _moved(cast(TokenStore, SimpleNamespace(description={"installed": there})), here)
+    if moved:
+        return f"read off other versions than are installed here{moved}"
+    return "the same versions are installed, so files that the corpus names have changed"
 
 
 def _failure(point: Point, error: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ __all__ = [
     "last_against_second",
     "memory_helps",
     "optimum",
+    "paper_shares",
     "placement",
     "single_module",
     "slope",
@@ -103,12 +104,17 @@ def _at(points: Sequence[Mapping[str, Any]], rho: str) -> list[Mapping[str, Any]
     return [point for point in points if point["labels"]["rho"] == rho]
 
 
+def paper_shares() -> tuple[float, float, float, float]:
+    """The shares that the paper calls best, first and last, and those of its own grid next to them, below and above."""
+    (first, _), last = PAPER["optimum"]["text"], PAPER["optimum"]["plotted"]
+    shares = sorted(next(iter(PAPER["allocation"].values()))["loss"])
+    return first, last, max(s for s in shares if s < first), min(s for s in shares if s > last)
+
+
 def optimum(results: Results) -> Iterator[Evidence]:
     """The best share measured against the paper's best shares: by the points, since where a parabola is lowest depends on the range fitted."""
-    (first, _), last = PAPER["optimum"]["text"], PAPER["optimum"]["plotted"]
     # The paper's own grid tells its lowest shares from no others than these neighbours.
-    shares = sorted(next(iter(PAPER["allocation"].values()))["loss"])
-    below, above = max(s for s in shares if s < first), min(s for s in shares if s > last)
+    first, last, below, above = paper_shares()
     for where, summary, points in _budgets(results):
         if "best" not in summary:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import hashlib
 import itertools
 import json
@@ -14,12 +15,21 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from engram.config import EngramConfig
+from engram.config import EngramConfig, TableConfig
+from engram.data.recipe import CorpusRecipe
 from engram.data.recipe import build_fields as build_flat
 from engram.errors import ConfigError
 from engram.experiments.arms import REFERENCE
 from engram.experiments.backbone import BackboneConfig
-from engram.experiments.recipe import DataRecipe, PointRecipe, build_fields, insert_corpus, read_mapping, wrong_forms
+from engram.experiments.recipe import (
+    BudgetRecipe,
+    DataRecipe,
+    PointRecipe,
+    build_fields,
+    insert_corpus,
+    read_mapping,
+    wrong_forms,
+)
 
 __all__ = ["Choice", "Point", "SweepRecipe", "TuneGroup", "TuneRecipe", "read_base", "read_sweep"]
 
@@ -220,6 +230,7 @@ def _read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None)
     base = copy.deepcopy(dict(fields.pop("base", {})))
     insert_corpus(base, path)
     for key, value in (changes or {}).items():
+        _check_field(key)
         _change(base, key, value, "--set")
     recipe = build_flat(SweepRecipe, {**fields, "base": base, "tune": tune}, f"sweep {path}")
     without_memory = set()
@@ -264,6 +275,30 @@ def _mapping_of(base: Mapping[str, Any], part: str, path: str | os.PathLike[str]
     if not isinstance(found, Mapping):
         raise ConfigError(f"recipe {path}: base.{part}: got {found!r}, expected a mapping as in recipes/sweep_tiny.yaml.")
     return found
+
+
+_PARTS: dict[str, type] = {
+    "": PointRecipe,
+    "data": DataRecipe,
+    "data.corpus": CorpusRecipe,
+    "backbone": BackboneConfig,
+    "engram": EngramConfig,
+    "table": TableConfig,
+    "budget": BudgetRecipe,
+}
+"""What has the fields of a base, by the dotted name of the part."""
+
+
+def _check_field(key: str) -> None:
+    """Refuse a change of what no base has; of parts that are none, ``_change`` tells."""
+    part, _, name = key.rpartition(".")
+    known = sorted(f.name for f in dataclasses.fields(_PARTS[part])) if part in _PARTS else [name]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        meant = f" Did you mean {f'{part}.' if part else ''}{near[0]}?" if near else ""
+        raise ConfigError(
+            f"--set: got {key!r}, expected a field of the base{f' in {part}' if part else ''}: {', '.join(known)}.{meant}"
+        )
 
 
 def _change(fields: dict[str, Any], key: str, value: Any, where: str) -> None:

@@ -33,8 +33,8 @@ def load_bundled(memory: bool = False) -> tuple[PreTrainedModel | EngramModel, A
     """The bundled base model (float32, evaluation mode) and its tokenizer: a small Llama trained by this project.
 
     Args:
-        memory: with the memory that was trained together with it (int8 rows). A model has one memory at a time: facts are taught to the
-            model without it, which was trained to do as well on its own.
+        memory: with the memory that was trained together with it (int8 rows). Facts are taught to either: to the model alone, which was
+            trained to do as well on its own, or on top of that memory (``MemoryEditor.create(memory, tokenizer)``).
 
     Raises:
         CheckpointError: the installation lacks the model's files.

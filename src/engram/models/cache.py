@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from engram.errors import AttachError
 from engram.layers import RollingTail
 
-__all__ = ["CACHE_NAMES", "CacheState", "bind_state", "cache_argument", "cache_in", "state_of"]
+__all__ = ["CACHE_NAMES", "CacheState", "bind_state", "bound_state", "cache_argument", "cache_in", "forget_state", "state_of"]
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states", "layer_past")
 """What models call the argument and the output that hold what they keep of the past; transformers 5.24 renamed the second to the first."""
@@ -72,21 +72,25 @@ class CacheState:
 
 
 class _FollowsCache:
-    """Batch changes of the cache, passed on to its engram state. Crops and resets need nothing: see ``state_of``."""
+    """Batch changes of the cache, passed on to the states in it. Crops and resets need nothing: see ``state_of``."""
 
-    engram_state: CacheState
+    engram_states: dict[str, CacheState]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self.engram_state.map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._map_states(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self.engram_state.map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
+        self._map_states(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
-        self.engram_state.map_batch(lambda x: x[indices.to(x.device)])
+        self._map_states(lambda x: x[indices.to(x.device)])
+
+    def _map_states(self, fn: Callable[[Tensor], Tensor]) -> None:
+        for state in self.engram_states.values():
+            state.map_batch(fn)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By the cache's own class, because pickle finds none that was made at run time."""
@@ -105,10 +109,22 @@ def _new_follower(cache_class: type) -> Cache:
 
 
 def bind_state(cache: Cache, state: CacheState) -> None:
-    """Give a cache its state; from then on it follows the cache."""
-    cache.engram_state = state  # type: ignore[attr-defined]
+    """Give a cache the state of a memory; from then on it follows the cache. Memories on one model have a state each."""
+    cache.engram_states = {**getattr(cache, "engram_states", {}), state.owner: state}  # type: ignore[attr-defined]
     if not isinstance(cache, _FollowsCache):
         cache.__class__ = _following_class(type(cache))  # type: ignore[arg-type]
+
+
+def bound_state(cache: Cache | None, owner: str) -> CacheState | None:
+    """What a memory has bound to a cache, if anything."""
+    return getattr(cache, "engram_states", {}).get(owner)
+
+
+def forget_state(cache: Cache, owner: str) -> None:
+    """Take a memory's state off a cache."""
+    if bound_state(cache, owner) is not None:
+        states = cache.engram_states  # type: ignore[attr-defined]
+        cache.engram_states = {name: state for name, state in states.items() if name != owner}  # type: ignore[attr-defined]
 
 
 def cached_length(cache: Cache | None) -> int:
@@ -118,17 +134,16 @@ def cached_length(cache: Cache | None) -> int:
 
 @torch.compiler.disable
 def state_of(cache: Cache | None, owner: str) -> CacheState | None:
-    """The state bound to ``cache``, brought to the cache's present length (a crop shows in the length); None for a new cache.
+    """A memory's state bound to ``cache``, brought to the cache's present length (a crop shows in the length); None for a new cache.
 
     Raises:
         AttachError: the cache holds positions that this memory has not seen.
     """
-    length = cached_length(cache)
-    state: CacheState | None = getattr(cache, "engram_state", None)
+    length, state = cached_length(cache), bound_state(cache, owner)
     if length == 0:
         return None
-    if state is None or state.owner != owner or state.ids.length < length:
-        seen = 0 if state is None or state.owner != owner else state.ids.length
+    if state is None or state.ids.length < length:
+        seen = 0 if state is None else state.ids.length
         raise AttachError(
             f"the cache holds {length} positions, of which this memory has seen {seen}: it was filled by another model or "
             "with the memory disabled. Start with an empty cache, or run the whole prompt with the memory on."

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -22,8 +23,10 @@ from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram, layer_classes
 from engram.models.architectures import Decoder, accepts, find_decoder
 from engram.models.cache import cache_argument
+from engram.models.devices import first_real, offloaded_to
 from engram.models.hooks import DecoderHooks
 from engram.models.packing import Packing
+from engram.models.turns import Turns
 from engram.tables import check_room, refuse_other_rows, row_file
 
 __all__ = ["DEFAULT_ROLLBACK_WINDOW", "EngramModel", "get_engram_model"]
@@ -49,7 +52,7 @@ def _of_the_base(name: str) -> Any:
 
 
 def get_engram_model(
-    model: PreTrainedModel,
+    model: PreTrainedModel | EngramModel,
     config: EngramConfig,
     tokenizer: Any,
     table_config: TableConfig | None = None,
@@ -62,7 +65,8 @@ def get_engram_model(
     With the default zero tables the model's logits are exactly what they were.
 
     Args:
-        model: any causal language model of an architecture in ``ARCHITECTURES`` (``register_architecture`` adds one).
+        model: any causal language model of an architecture in ``ARCHITECTURES`` (``register_architecture`` adds one), or a memory on one: the
+            new one then comes on top of it, and both are read.
         config: what the memory is; ``hidden_size`` and ``hc_mult`` are taken from the model.
         tokenizer: the model's tokenizer.
         table_config: where the tables live.
@@ -86,29 +90,37 @@ def get_engram_model(
 class EngramModel(nn.Module):
     """A base model whose listed blocks read from hashed n-gram tables. Made by ``get_engram_model`` or ``from_pretrained``.
 
-    Anything not found here is looked up on the base model (``config``, ``generation_config``, ``device``, ...). One thread at a time may run
-    it: between a pass's start and its blocks the addresses wait here, and ``disable_engram`` and ``routed`` hold for the whole model.
+    Anything not found here is looked up on the base model (``config``, ``generation_config``, ``device``, ...). Threads take turns: a call
+    waits for the ``generate``, or the ``disable_engram``, ``routed`` or ``record`` context, of another thread to end. Calls of
+    ``base_model`` itself do not wait: those are for one thread.
 
     ``EngramTrainer`` trains it, or a loop of your own (docs/guides.md). ``transformers.Trainer`` does not: it knows nothing of the base model's
     columns and row-sparse gradients.
 
     Attributes:
-        base_model: the model as given, with hooks on some of its modules.
+        base_model: the causal language model, with hooks on some of its modules.
+        beneath: the memory on top of which this one was attached, frozen, or None. ``disable_engram``, ``routed``, ``record`` and
+            ``save_pretrained`` are about this memory alone: switched off it leaves what is beneath.
+        folder: where this memory was loaded from, or saved to first; None before.
         engrams: one ``Engram`` per layer, keyed by ``str(layer_id)``; another may be put in the place of one.
         engram_config: the memory's identity.
         mapping: the memory's addresses.
         prefetch_rows: whether rows of all layers are fetched when a forward pass starts, beside the blocks' computation: True, False, or
             None for where it pays (``RowPrefetcher``).
         ledger: JSON-ready account of what was taught (kept by ``MemoryEditor``, saved with the memory), or None.
+        turns: what threads wait for; memories on one model share it.
         known_versions: what was read or written here (``engram.checkpoint.saved_version``).
     """
 
     base_model: Any
+    beneath: EngramModel | None
+    engram_config: EngramConfig
+    turns: Turns
     engrams: Any  # an nn.ModuleDict, whose items torch types as bare modules
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | EngramModel,
         config: EngramConfig,
         tokenizer: Any,
         table_config: TableConfig | None = None,
@@ -117,23 +129,28 @@ class EngramModel(nn.Module):
         layer_class: type[Engram] | Mapping[int, type[Engram]] | None = None,
     ) -> None:
         super().__init__()
-        decoder = find_decoder(model)
-        _check_fit(model, decoder, config, tokenizer)
+        beneath = model if isinstance(model, EngramModel) else None
+        base: PreTrainedModel = model.base_model if isinstance(model, EngramModel) else model
+        decoder = find_decoder(base)
+        _check_free(decoder, beneath)
+        _check_fit(base, decoder, config, tokenizer)
         config = config.replace(hidden_size=decoder.hidden_size, hc_mult=decoder.streams)
         classes = layer_classes(layer_class, config.layer_ids)
         if mapping is None:
             mapping = build_mapping(config, tokenizer)
         mapping.check_config(config)
-        embeddings: Any = model.get_input_embeddings()
+        embeddings: Any = base.get_input_embeddings()
         mapping.accept_ids(embeddings.weight.shape[0])
-        devices = {i: _device_of(decoder.blocks[i], model, i) for i in config.layer_ids}
+        devices = {i: _device_of(decoder.blocks[i], base, i) for i in config.layer_ids}
         _check_room(mapping, devices, table_config or TableConfig())
         engrams = nn.ModuleDict({str(i): classes[i](config, mapping, i, table_config, device) for i, device in devices.items()})
         for layer_id, device in devices.items():
             engrams[str(layer_id)].to(device)
         # Everything is checked and built; the model is touched from here on only.
-        self.base_model = model
+        self.base_model, self.beneath = base, beneath
         self.engrams = engrams
+        self.folder: str | None = None
+        self.turns = Turns() if beneath is None else beneath.turns
         self.engram_config, self.mapping, self.rollback_window = config, mapping, rollback_window
         self._placed = table_config or TableConfig()
         self.ledger: dict[str, Any] | None = None
@@ -149,7 +166,12 @@ class EngramModel(nn.Module):
         model.requires_grad_(False)
         self._hooks: DecoderHooks | None = DecoderHooks(self, decoder)
         decoder.module.__dict__[_ATTACHED] = self.owner_token
-        self.train(model.training)
+        self.train(base.training)
+
+    @property
+    def below(self) -> PreTrainedModel | EngramModel:
+        """What this memory was attached to: the memory beneath if there is one, else the base model."""
+        return self.base_model if self.beneath is None else self.beneath
 
     @property
     def is_enabled(self) -> bool:
@@ -174,11 +196,14 @@ class EngramModel(nn.Module):
         _rename_cache(self.base_model, kwargs)
         if kwargs.get("use_cache") is False and not accepts(self.base_model, "use_cache"):
             del kwargs["use_cache"]  # a model that knows no cache keeps none
-        self._given_ids = engram_input_ids
-        try:
-            return self.base_model(*args, **kwargs)
-        finally:
-            self._given_ids = None
+        with nullcontext() if torch.compiler.is_compiling() else self.turns:
+            for memory in self._and_beneath():
+                memory._given_ids = engram_input_ids
+            try:
+                return self.base_model(*args, **kwargs)
+            finally:
+                for memory in self._and_beneath():
+                    memory._given_ids = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate`` with the memory: KV cache, batches, beams and speculative decoding included.
@@ -190,10 +215,15 @@ class EngramModel(nn.Module):
         self._check_attached()
         config = kwargs.get("generation_config") or self.generation_config
         asked = kwargs.get("compile_config") or getattr(config, "compile_config", None)
-        if self.is_enabled and asked is None and self.base_model.device.type != "cpu":
-            kwargs.setdefault("disable_compile", True)
+        if any(memory.is_enabled for memory in self._and_beneath()) and asked is None and self.base_model.device.type != "cpu":
+            if kwargs.get("generation_config") is None:
+                kwargs.setdefault("disable_compile", True)
+            elif "disable_compile" not in kwargs:  # transformers warns of arguments beside a configuration
+                kwargs["generation_config"] = copy.copy(config)
+                kwargs["generation_config"].disable_compile = True
         _rename_cache(self.base_model, kwargs)
-        return self.base_model.generate(*args, **kwargs)
+        with self.turns:
+            return self.base_model.generate(*args, **kwargs)
 
     def generate_batch(self, *_: Any, **__: Any) -> Any:
         """Not offered: continuous batching packs requests into one row, where the memory cannot tell them apart.
@@ -213,7 +243,7 @@ class EngramModel(nn.Module):
     loss_function = _of_the_base("loss_function")
 
     def disable_engram(self) -> AbstractContextManager[None]:
-        """Inside this context the model is exactly the base model."""
+        """Inside this context the model is exactly what it was attached to."""
         return self._switched(False)
 
     def enable_engram(self) -> AbstractContextManager[None]:
@@ -222,11 +252,12 @@ class EngramModel(nn.Module):
 
     @contextmanager
     def _switched(self, on: bool) -> Iterator[None]:
-        before, self._enabled = self._enabled, on
-        try:
-            yield
-        finally:
-            self._enabled = before
+        with self.turns:
+            before, self._enabled = self._enabled, on
+            try:
+                yield
+            finally:
+                self._enabled = before
 
     @contextmanager
     def routed(self, route: Tensor | None) -> Iterator[None]:
@@ -235,11 +266,12 @@ class EngramModel(nn.Module):
         The others get exactly the base model's computation; None routes all. Within ``generate`` each decision covers the beams of
         its sequence.
         """
-        before, self._route = self._route, route
-        try:
-            yield
-        finally:
-            self._route = before
+        with self.turns:
+            before, self._route = self._route, route
+            try:
+                yield
+            finally:
+                self._route = before
 
     @contextmanager
     def record(self) -> Iterator[dict[int, dict[str, Tensor]]]:
@@ -247,29 +279,41 @@ class EngramModel(nn.Module):
 
         Of recordings inside each other the innermost collects.
         """
-        before, self._traces = self._traces, {}
-        try:
-            yield self._traces
-        finally:
-            self._traces = before
+        with self.turns:
+            before, self._traces = self._traces, {}
+            try:
+                yield self._traces
+            finally:
+                self._traces = before
 
-    def unload(self) -> PreTrainedModel:
-        """Detach the memory and give back the very model it was attached to, trainable flags included.
+    def unload(self) -> Any:
+        """Detach the memory and give back the very model, or memory, that it was attached to, trainable flags included.
 
         If parameters came, went or were renamed since (an adapter was added, say), flags stay as they are: they are somebody else's now.
 
         Raises:
-            AttachError: it was unloaded before.
+            AttachError: it was unloaded before, or another memory is attached on top of it.
         """
         self._check_attached()
         assert self._hooks is not None
+        marks = find_decoder(self.base_model).module.__dict__
+        if marks.get(_ATTACHED) != self.owner_token:
+            raise AttachError("another memory was attached on top of this one; call unload() on that one first.")
         self._hooks.remove()
         self._hooks = None
-        find_decoder(self.base_model).module.__dict__.pop(_ATTACHED, None)
-        if _trainable_flags(self.base_model).keys() == self._flags_before.keys():
-            for name, parameter in self.base_model.named_parameters():
+        marks.pop(_ATTACHED)
+        if self.beneath is not None:
+            marks[_ATTACHED] = self.beneath.owner_token
+        if _trainable_flags(self.below).keys() == self._flags_before.keys():
+            for name, parameter in self.below.named_parameters():
                 parameter.requires_grad_(self._flags_before[name])
-        return self.base_model
+        return self.below
+
+    def _and_beneath(self) -> Iterator[EngramModel]:
+        memory: EngramModel | None = self
+        while memory is not None:
+            yield memory
+            memory = memory.beneath
 
     def num_parameters_by_kind(self) -> dict[str, int]:
         """Parameter counts: ``tables``, ``reader`` (projections, norms, convolution) and ``base``."""
@@ -354,7 +398,7 @@ class EngramModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        model: PreTrainedModel,
+        model: PreTrainedModel | EngramModel,
         path: str | os.PathLike[str],
         tokenizer: Any,
         table_config: TableConfig | None = None,
@@ -366,7 +410,7 @@ class EngramModel(nn.Module):
         """Attach a saved memory to ``model``.
 
         Args:
-            model: the base model it was made for.
+            model: the base model, or the memory on one, that it was made for.
             path: a folder written by ``save_pretrained``.
             tokenizer: the tokenizer it was made for.
             table_config: where the tables shall live now; as they were saved or placed (``engram place``) if not given.
@@ -386,7 +430,7 @@ class EngramModel(nn.Module):
     @classmethod
     def _load(
         cls,
-        model: PreTrainedModel,
+        model: PreTrainedModel | EngramModel,
         path: str | os.PathLike[str],
         tokenizer: Any,
         table_config: TableConfig | None,
@@ -436,11 +480,22 @@ class EngramModel(nn.Module):
             return getattr(self.base_model, name)
 
 
+def _check_free(decoder: Decoder, beneath: EngramModel | None) -> None:
+    """Refuse a second memory that does not say what it comes on top of, and one on top of a memory that was unloaded."""
+    if beneath is not None:
+        beneath._check_attached()
+    attached = decoder.module.__dict__.get(_ATTACHED)
+    if attached is None or (beneath is not None and attached == beneath.owner_token):
+        return
+    raise AttachError(
+        "this model has a memory already; call unload() on that one first. Or give the memory in place of the model, to have one on top of "
+        "the other: get_engram_model(memory, ...), MemoryEditor.create(memory, ...), EngramModel.from_pretrained(memory, ...)."
+    )
+
+
 def _check_fit(model: PreTrainedModel, decoder: Decoder, config: EngramConfig, tokenizer: Any) -> None:
     if not isinstance(config, EngramConfig):
         raise ConfigError(f"config: got {type(config).__name__}, expected an EngramConfig.")
-    if _ATTACHED in decoder.module.__dict__:
-        raise AttachError("this model has a memory already; call unload() on that one first.")
     blocks = len(decoder.blocks)
     outside = [i for i in config.layer_ids if i >= blocks]
     if outside:
@@ -491,18 +546,11 @@ def _device_of(block: nn.Module, model: PreTrainedModel, layer_id: int) -> torch
     """
     parameter = next(block.parameters(), None)
     embeddings: Any = model.get_input_embeddings()
-    known = [torch.device("cpu") if parameter is None else parameter.device, *_offloaded_to(block), embeddings.weight.device]
-    device = next((device for device in known if device.type != "meta"), None)
+    own = torch.device("cpu") if parameter is None else parameter.device
+    device = first_real([own, *offloaded_to(block), embeddings.weight.device])
     if device is None:
         raise AttachError(
             f"decoder block {layer_id}: got weights on the meta device, expected a device to compute on; load the model with its weights, "
             "or offload it by accelerate (device_map=...), whose hooks say where blocks run."
         )
     return device
-
-
-def _offloaded_to(block: nn.Module) -> list[torch.device]:
-    """Devices to which accelerate brings the weights of a block when it runs, the block's own hook first."""
-    hooks = [module._hf_hook for module in block.modules() if hasattr(module, "_hf_hook")]
-    each = [single for hook in hooks for single in (hook, *getattr(hook, "hooks", ()))]
-    return [torch.device(h.execution_device) for h in each if getattr(h, "execution_device", None) is not None]

@@ -30,7 +30,8 @@ from engram.config import EngramConfig, TableConfig
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram, layer_classes
-from engram.models.identity import base_identity, identity_mismatch
+from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_NAME
+from engram.models.identity import base_identity, identity_mismatch, memory_identity
 from engram.tables import (
     HybridTable,
     MappedRows,
@@ -74,7 +75,7 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
         "fingerprint": memory.mapping.fingerprint,
         "vocab_size": len(memory.mapping.compressed_tokenizer.lookup_table),
         "table_dtype": memory.table_config.dtype,
-        "base_model": base_identity(memory.base_model),
+        "base_model": _identity_of(memory.below),
         **_own_parts(memory),
     }
     if memory.engram_config.reader == "seeded":
@@ -90,6 +91,7 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
     )
     version = saved_version(path)
     memory.known_versions.add(version)
+    memory.folder = memory.folder or folder_name(path)
     for layer_id, engram in memory.engrams.items():  # row files hold what was saved
         table = engram.multi_head_embedding.embedding
         cold = _cold(table)
@@ -112,7 +114,7 @@ def _own_parts(memory: EngramModel) -> dict[str, Any]:
 
 
 def check_memory(
-    model: PreTrainedModel,
+    model: PreTrainedModel | EngramModel,
     path: str | os.PathLike[str],
     tokenizer: Any,
     allow_other_base: bool,
@@ -221,7 +223,7 @@ def load_memory(
         )
     _check_layer_classes(description, {layer_id: type(engram) for layer_id, engram in memory.engrams.items()}, path)
     _check_fingerprint(description, memory.mapping, path)
-    _check_base(description, memory.base_model, path, allow_other_base)
+    _check_base(description, memory.below, path, allow_other_base)
     ledger = read_ledger(path, description)
     if saved.reader == "seeded" and description.get("reader_sha256") != _reader_digest(memory):
         raise CheckpointError(
@@ -245,6 +247,7 @@ def load_memory(
                 tensor.copy_(tensors.get_tensor(name))
     memory.ledger = ledger
     memory.known_versions.add(description["weights"]["file"])
+    memory.folder = folder_name(path)
 
 
 def _tensors(memory: EngramModel) -> dict[str, Tensor]:
@@ -499,19 +502,42 @@ def _belongs_to(description: dict[str, Any]) -> str:
     return f"It belongs to base model {base!r}: load that model's tokenizer."
 
 
+_ON_TOP = (
+    " A memory that was made on top of another is attached to that one: EngramModel.from_pretrained(the one beneath, ...)."
+)
+
+
+def _identity_of(model: PreTrainedModel | EngramModel) -> dict[str, Any]:
+    """Of a base model, or of a memory on one, to which another is attached."""
+    if not hasattr(model, "engrams"):
+        return base_identity(model)
+    return {**base_identity(model.base_model), "memory": memory_identity(model)}
+
+
+def folder_name(path: str | os.PathLike[str]) -> str:
+    """How a memory says where another lies: by its whole path, the one that ships with engram by name."""
+    return BUNDLED_NAME if os.path.realpath(path) == os.path.realpath(BUNDLED_MEMORY) else os.path.abspath(path)
+
+
 def _check_base(
-    description: dict[str, Any], model: PreTrainedModel, path: str | os.PathLike[str], allow_other_base: bool
+    description: dict[str, Any], model: PreTrainedModel | EngramModel, path: str | os.PathLike[str], allow_other_base: bool
 ) -> None:
-    saved, present = description.get("base_model") or {}, base_identity(model)
+    saved, present = description.get("base_model") or {}, _identity_of(model)
     differences = identity_mismatch(saved, present)
     before = saved.get("vocab_size")
     # Addresses are the tokenizer's: more tokens in the model leave them as they are.
     grown = ("vocab_size",) if isinstance(before, int) and before <= present["vocab_size"] else ()
-    sizes_differ = any(not d.startswith(("embedding_sha256", "weights_sha256", *grown)) for d in differences)
+    sizes_differ = any(not d.startswith(("embedding_sha256", "weights_sha256", "memory beneath", *grown)) for d in differences)
+    if saved.get("weights_sha256") and present["weights_sha256"] is None:
+        logging.getLogger("engram").warning(
+            "%s: the base model's weights are offloaded, so that nobody can tell whether they are those that this memory was made for.",
+            os.fspath(path),
+        )
     if differences and (sizes_differ or not allow_other_base):
         raise FingerprintError(
             f"the memory in {path} belongs to base model {saved.get('name_or_path') or 'unknown'!r}, "
             f"not to {getattr(model.config, 'name_or_path', '') or type(model).__name__!r}: {'; '.join(differences)}."
+            + (_ON_TOP if any(d.startswith("memory beneath") for d in differences) else "")
             + (
                 ""
                 if sizes_differ

@@ -18,7 +18,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from engram.errors import AttachError
 from engram.layers import EngramState
-from engram.models.cache import CACHE_NAMES, CacheState, bind_state, cache_in, cached_length, state_of
+from engram.models.cache import (
+    CACHE_NAMES,
+    CacheState,
+    bind_state,
+    bound_state,
+    cache_in,
+    cached_length,
+    forget_state,
+    state_of,
+)
 from engram.models.context import ForwardContext, token_mask
 from engram.models.lookahead import find_verified, prefetch_rows
 from engram.models.packing import find_packing
@@ -63,7 +72,7 @@ class DecoderHooks:
         cache = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
         if not self._memory.is_enabled:
             if cache is not None:
-                _forget_state(cache)
+                _forget(cache, self._memory.owner_token)
             return None
         _refuse_unknown_kind(cache)
         input_ids = arguments.get("input_ids")
@@ -230,10 +239,9 @@ def _commit(cache: Cache, context: ForwardContext) -> None:
 
 
 @torch.compiler.disable
-def _forget_state(cache: Cache) -> None:
+def _forget(cache: Cache, owner: str) -> None:
     """A pass with the memory off leaves positions it has not seen: continuing with the memory on must be refused."""
-    if hasattr(cache, "engram_state"):
-        cache.engram_state.owner = ""
+    forget_state(cache, owner)
 
 
 def _past_in(cache: Cache | None, owner: str) -> tuple[CacheState | None, int]:
@@ -250,8 +258,8 @@ def _past_in(cache: Cache | None, owner: str) -> tuple[CacheState | None, int]:
         return state_of(cache, owner), cached_length(cache)
     if not cache.has_previous_state():  # new, or reset
         return None, 0
-    state: CacheState | None = getattr(cache, "engram_state", None)
-    if state is None or state.owner != owner or any(getattr(layer, "record_past", False) for layer in cache.layers):
+    state = bound_state(cache, owner)
+    if state is None or any(getattr(layer, "record_past", False) for layer in cache.layers):
         raise AttachError(
             "the cache holds positions that this memory has not seen, or records them so that some can be taken back, which does not show in "
             "a cache of recurrent states. Start with an empty cache, or run the whole prompt with the memory on."

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from engram.models.bundled_files import BUNDLED_NAME
+from engram.models.devices import input_device
 from engram.models.positions import text_config
 
-__all__ = ["adapter_parameters", "base_identity", "identity_mismatch"]
+__all__ = ["adapter_parameters", "base_identity", "identity_mismatch", "memory_identity"]
 
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 256, 16
 _SAMPLED_WEIGHTS = 64
@@ -44,7 +45,7 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
 def identity_mismatch(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """Fields in which two identities differ, as ``field: saved ... , present ...``; names and unknown checksums do not count."""
     comparable = bool(saved.get("float16")) == bool(present.get("float16"))
-    return [
+    return _memory_mismatch(saved.get("memory"), present.get("memory")) + [
         f"{field}: saved with {saved.get(field)!r}, this model has {present.get(field)!r}"
         for field in _COMPARED
         if (comparable or not field.endswith("sha256"))
@@ -52,6 +53,47 @@ def identity_mismatch(saved: dict[str, Any], present: dict[str, Any]) -> list[st
         and present.get(field) is not None
         and saved[field] != present[field]
     ]
+
+
+def memory_identity(memory: Any) -> dict[str, Any]:
+    """Who a memory is, for one that is attached on top of it: configuration, addresses, checksums of the reader and of a sample of the rows.
+
+    Checksums are taken in bfloat16, and rows of another format say nothing about them.
+    """
+    reader, rows = hashlib.sha256(), hashlib.sha256()
+    for engram in memory.engrams.values():
+        table = engram.multi_head_embedding.embedding
+        own = {id(parameter) for parameter in table.parameters()}
+        for parameter in engram.parameters():
+            if id(parameter) not in own:
+                reader.update(_bits(parameter.detach()))
+        if memory.engram_config.verify_rows:
+            for part in (table.row_ids, table.tags):
+                rows.update(part.cpu().numpy().tobytes())
+        else:
+            places = torch.arange(0, table.rows, max(1, table.rows // _SAMPLE_ROWS))[:_SAMPLE_ROWS]
+            rows.update(_bits(table.read(places.to(input_device(memory)), torch.float32)))
+    return {
+        "folder": memory.folder,
+        "engram_config": memory.engram_config.to_dict(),
+        "fingerprint": memory.mapping.fingerprint,
+        "table_dtype": memory.table_config.dtype,
+        "reader_sha256": reader.hexdigest(),
+        "rows_sha256": rows.hexdigest(),
+        **({} if memory.beneath is None else {"memory": memory_identity(memory.beneath)}),
+    }
+
+
+def _memory_mismatch(saved: dict[str, Any] | None, present: dict[str, Any] | None) -> list[str]:
+    """In what the memories beneath differ; where a memory lies does not count."""
+    if saved is None or present is None:
+        told = [f"one ({(x.get('folder') or 'not saved')!r})" if x else "none" for x in (saved, present)]
+        return [] if saved is present else [f"memory beneath: saved with {told[0]}, this model has {told[1]}"]
+    fields = ["engram_config", "fingerprint", "reader_sha256"]
+    fields += ["rows_sha256"] if saved.get("table_dtype") == present["table_dtype"] else []
+    differing = [field for field in fields if saved.get(field) != present[field]]
+    found = [f"memory beneath: it differs in {', '.join(differing)}"] if differing else []
+    return found + _memory_mismatch(saved.get("memory"), present.get("memory"))
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -97,6 +97,10 @@ class StaticDecoder:
             raise AttachError(f"StaticDecoder: got layers of {', '.join(sorted(kinds))}, expected full_attention only.")
         if config.model_type in _FLAT_MASKS:
             raise AttachError(f"StaticDecoder: got a model of type {config.model_type}, which takes no mask for each position.")
+        if memory.beneath is not None:
+            raise AttachError(
+                "StaticDecoder: got a memory on top of another, expected one that is attached to the model itself."
+            )
         self._memory, self.max_length, self._capture = memory, max_length, capture
         self.prefetcher = RowPrefetcher(static=True)
         self.state = SimpleNamespace(ids=None, conv={})

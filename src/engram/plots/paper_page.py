@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -41,7 +42,7 @@ def render_page(markdown: Callable[[Callable[[Path], str]], str]) -> str:
     for name, path in pictures.items():
         data = base64.b64encode(path.read_bytes()).decode()
         body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{data}"')
-    title = text.splitlines()[0].removeprefix("# ")
+    title = re.sub(r"\\(.)", r"\1", text.splitlines()[0].removeprefix("# "))  # without Markdown's escapes
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style>"

@@ -31,8 +31,9 @@ def limits(
     """
     judged = sum(entry["low"] is not None for entry in verdicts)
     many = (
-        f"**Many questions.** {plural(judged, 'interval')} of 95 % are judged above; one in twenty would miss the truth by chance "
-        "alone, and a sign that was claimed is counted as agreeing however much smaller or larger the effect is than the paper's."
+        f"**Many questions.** {plural(judged, 'interval')} of 95 % {'is' if judged == 1 else 'are'} judged above; one in twenty would miss "
+        "the truth by chance alone, and a sign that was claimed is counted as agreeing however much smaller or larger the effect is than "
+        "the paper's."
     )
     lines = (*_scale(sweeps, paper), control, many if judged else "", *_ALWAYS)
     return "\n".join(f"- {line}" for line in lines if line)
@@ -53,12 +54,26 @@ def _scale(sweeps: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Any]) ->
         f"**Training.** Runs see {per_active} tokens per active parameter and {epochs} epochs of the text. Tables are read by n-grams that "
         "were seen before, so what a memory is worth depends on both; models that are trained for longer may divide the work otherwise."
     )
-    seeds = span([len(result["recipe"]["seeds"]) for result in sweeps.values()])
-    yield (
-        f"**Seeds.** {seeds} per setting. Effects as small as several of the paper's are below what so few runs can tell apart, and "
-        "intervals from three seeds are wide and themselves uncertain."
-    )
+    yield _seeds(sweeps)
     yield from list(filter(None, map(_text, sweeps.values())))[:1]
+
+
+def _seeds(sweeps: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many there are of each setting, and what so few cannot tell."""
+    found: dict[tuple[str, ...], set[int]] = {}
+    for name, result in sweeps.items():
+        for point in result["points"]:
+            found.setdefault((name, *point["labels"].values()), set()).add(point["seed"])
+    numbers = [len(seeds) for seeds in found.values()]
+    few = (
+        f"intervals from {min(numbers)} seeds are wide and themselves uncertain"
+        if min(numbers) > 1
+        else "one seed has no interval"
+    )
+    return (
+        f"**Seeds.** {span(numbers)} per setting. Effects as small as several of the paper's are below what so few runs can tell apart, and "
+        f"{few}."
+    )
 
 
 def _text(result: Mapping[str, Any]) -> str:

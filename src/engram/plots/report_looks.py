@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engram.data.long_context import chance_of
+from engram.data.long_context import RecallTask, chance_of
 from engram.experiments.look_evidence import tells_what_memory_does
 from engram.plots.markdown import count, interval, literal_text, table
 from engram.plots.results import COPYING, SHARE, recall_interval
 
-__all__ = ["copying", "long_context", "looks", "throughput"]
+__all__ = ["copying", "easier_questions", "long_context", "looks", "throughput"]
 
 
 def looks(result: Mapping[str, Any]) -> list[str]:
@@ -170,7 +170,7 @@ def long_context(result: Mapping[str, Any]) -> list[str]:
         "by seed, %",
     ]
     header += ["another noted number, %"] if others else []
-    parts = [table(header, rows, right=(1, 2, *range(4, 10))), _RANDOM + (_OTHER if others else "")]
+    parts = [table(header, rows, right=(1, 2, *range(4, 10))), _RANDOM + (_OTHER if others else ""), *_of_before(result)]
     if any(len(score["by_seed"]) > 1 for model in models.values() for score in model["scores"]):
         parts.append(
             "Answers of one training hang together, so intervals are over seeds; they are no narrower than Wilson's over all answers, and end "
@@ -183,6 +183,27 @@ def long_context(result: Mapping[str, Any]) -> list[str]:
             f"{'; '.join(before)}. A model that cannot copy yet gains about nothing."
         )
     return parts
+
+
+def easier_questions(result: Mapping[str, Any]) -> dict[str, float]:
+    """What copying at random found of the questions that are harder by default now, by kind; 0 to 1."""
+    scores = [score for model in result["models"].values() for score in model["scores"]]
+    return {score["kind"]: chance_of(score) for score in scores if score.get("more_easily")}
+
+
+def _of_before(result: Mapping[str, Any]) -> list[str]:
+    """That a result is of questions that are asked otherwise now, and its command makes no such result any more."""
+    easier = easier_questions(result)
+    if not easier:
+        return []
+    told = "; ".join(
+        f"{literal_text(kind)} {100 * then:.1f} % then, {100 * RecallTask(kind).chance:.1f} % now"
+        for kind, then in easier.items()
+    )
+    return [
+        "**Asked more easily than now.** This result is from before some questions were asked among more notes. What copying at random finds: "
+        f"{told}. The command it was made with asks the harder questions today: what it gives is not to be compared with this."
+    ]
 
 
 def _recall_cells(score: Mapping[str, Any], others: bool) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from engram.experiments.summary import aligned, paired
 from engram.plots.markdown import count, interval, literal_text, plural, span, table
 from engram.plots.marks import points_of
 from engram.plots.report_counts import counts_row
+from engram.plots.settings import differing_settings
 
 __all__ = [
     "ANSWERS",
@@ -46,7 +47,11 @@ def progress(result: Mapping[str, Any]) -> str:
     if done >= wanted:
         return ""
     if not done:
-        return f"Not finished: 0 of {plural(wanted, 'point')} so far ({plural(len(result['tuning']), 'run')} to choose learning rates)."
+        aside = len(result.get("other_points", ()))
+        told = (
+            f" {plural(aside, 'point')} of another recipe, or not yet of this one, are kept aside in the file." if aside else ""
+        )
+        return f"Not finished: 0 of {plural(wanted, 'point')} so far ({plural(len(result['tuning']), 'run')} to choose learning rates).{told}"
     return f"Not finished: {done} of {plural(wanted, 'point')}; what follows is from these alone."
 
 
@@ -157,7 +162,8 @@ def experts_as_control(results: Mapping[str, Mapping[str, Any]]) -> str:
     if not compared:
         return ""
     told = [
-        f"{literal_text(arm)}: {interval(difference, signed=True)} nats against experts alone of {literal_text(other)}"
+        f"{literal_text(arm)}: {interval(difference, signed=True)} nats against experts alone of {literal_text(other)} "
+        f"({literal_text(', '.join(_differing(results, arm, other)) or 'no other setting')})"
         for arm, other, difference, _ in compared
     ]
     better = any(not has_memory and (found["high"] or 0) < 0 for _, _, found, has_memory in compared)
@@ -167,7 +173,24 @@ def experts_as_control(results: Mapping[str, Mapping[str, Any]]) -> str:
         if better
         else "No model without a memory is clearly better than experts alone here; others, better tuned or trained for longer, were not tried."
     )
-    return f"**Experts as a control.** {'; '.join(told)} (same text, tokens and seeds). {verdict}"
+    return f"**Experts as a control.** Same text, tokens and seeds, in brackets what differs beside them: {'; '.join(told)}. {verdict}"
+
+
+def _differing(results: Mapping[str, Mapping[str, Any]], arm: str, other: str) -> list[str]:
+    """Settings of an arm that its control has otherwise; both by the names that ``against_experts_alone`` gives them."""
+    runs = _runs(results)
+    return differing_settings(*runs[arm], *runs[other])
+
+
+def _runs(results: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Mapping[str, Any], list[Mapping[str, Any]]]]:
+    """Sweep and points of every arm of a comparison, and of experts alone of every allocation, by name."""
+    found: dict[str, tuple[Mapping[str, Any], list[Mapping[str, Any]]]] = {}
+    for name, result in results.items():
+        for point in result["points"]:
+            if result["question"] == "comparison" or (result["question"] == "allocation" and point["counts"]["rho"] == 1):
+                label = point["labels"].get("arm" if result["question"] == "comparison" else "budget")
+                found.setdefault(f"{name}, {label}" if label else name, (result, []))[1].append(point)
+    return found
 
 
 def tuning(name: str, result: Mapping[str, Any]) -> str:

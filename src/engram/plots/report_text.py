@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engram.experiments.sweep_evidence import paper_shares
 from engram.plots.figure import Picture
 from engram.plots.markdown import count, interval, literal_text, plural, table
 from engram.plots.report_counts import counts_beside, counts_in_short
 from engram.plots.report_limits import limits
-from engram.plots.report_looks import copying, long_context, looks, throughput
+from engram.plots.report_looks import copying, easier_questions, long_context, looks, throughput
 from engram.plots.report_sweeps import (
     ANSWERS,
     contamination,
@@ -62,6 +63,9 @@ _OTHERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "throughput": throughput,
 }
 
+_NAMED = 4
+"""Results that a title names."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -72,12 +76,16 @@ class Report:
         pictures: by the name of their result.
         verdicts: claims and what results say about them (``engram.experiments.claims.judge``).
         paper: the paper's own figures (``engram.experiments.paper``).
+        command: what was typed for it.
+        study: whether it is this project's own study; else it is named after the results, and only what they measure has a place in it.
     """
 
     files: Sequence[ResultFile]
     pictures: Mapping[str, Sequence[Picture]]
     verdicts: Sequence[Mapping[str, Any]]
     paper: Mapping[str, Any]
+    command: str = "engram plot"
+    study: bool = True
 
     def markdown(self, link: Callable[[Path], str]) -> str:
         """The report.
@@ -93,7 +101,7 @@ class Report:
 
     def _parts(self, link: Callable[[Path], str]) -> list[str]:
         return [
-            "# Memory or experts: a small study of Engram",
+            f"# {self._title()}",
             *self._opening(),
             "## Protocol",
             *self._protocol(),
@@ -112,17 +120,28 @@ class Report:
     def _sweeps(self) -> dict[str, Mapping[str, Any]]:
         return {file.name: file.data for kind in SWEEPS for file in self._of(kind)}
 
+    def _title(self) -> str:
+        if self.study:
+            return "Memory or experts: a small study of Engram"
+        names = list(self._sweeps()) or [file.name for file in self.files]
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return f"Results: {literal_text(', '.join(names[:_NAMED]))}{more}"
+
     def _opening(self) -> Iterator[str]:
+        asked = (
+            "This report asks the same on small models, with every run, seed and setting in the result files it is made from."
+            if self.study
+            else "This report tells what the results it was given measured, and what that says about the claims of these authors."
+        )
         yield (
             f"Engram ({self.paper['source']}) gives a language model hashed n-gram tables to look things up in. Its authors report that a "
-            "budget divided between experts and memory beats experts alone. This report asks the same on small models, with every run, "
-            "seed and setting in the result files it is made from."
+            f"budget divided between experts and memory beats experts alone. {asked}"
         )
         found = Counter(entry["verdict"] for entry in self.verdicts)
         judged = sum(number for verdict, number in found.items() if verdict != "not measured")
         claims_judged = len({entry["claim"] for entry in self.verdicts if entry["verdict"] != "not measured"})
         if not judged:
-            yield "**In short:** nothing has been measured yet."
+            yield f"**In short:** {'nothing has been measured yet' if self.study else 'no claim of the paper is measured here'}."
             return
         parts = [f"{text}: {found[verdict]}" for verdict, text in _IN_SHORT.items()]
         claims = "claim was" if found["not measured"] == 1 else "claims were"
@@ -168,9 +187,11 @@ class Report:
         return contamination(files[0].data)
 
     def _section(self, kind: str, link: Callable[[Path], str]) -> Iterator[str]:
+        files = self._of(kind)
+        if not files and not self.study:
+            return
         yield f"## {_HEADINGS[kind]}"
         yield _QUESTIONS[kind]
-        files = self._of(kind)
         if not files:
             yield f"*Not measured: {_NO_RESULT[kind]}.*"
         for file in files:
@@ -206,34 +227,47 @@ class Report:
         return f"The paper's points ({self.paper['source']}) are of models at {scales}."
 
     def _agreement(self) -> Iterator[str]:
-        yield (
+        told = [entry for entry in self.verdicts if self.study or entry["verdict"] != "not measured"]
+        if told:
+            yield self._how_judged()
+            yield table(("claim", "the paper", "here, with 95 % interval", "from", "verdict"), list(map(_row, told)))
+        if left := [entry["statement"] for entry in self.verdicts if entry not in told]:
+            yield f"Not measured by these results: {literal_text('; '.join(left))}."
+
+    def _how_judged(self) -> str:
+        first, last, below, above = (f"{100 * share:.0f}" for share in paper_shares())
+        return (
             f"Each claim of the paper ({self.paper['source']}) is judged by the interval alone. *Agrees*: all of it has the sign that was "
             "claimed. *Disagrees*: all of it has the other. *Cannot tell*: it includes zero, there is none, or what the last but one column "
             "says stands against it. A U-shape also asks for a lowest point below 100 % and for a loss that is seen to rise again at the "
             "smallest share; the gain of the best share must exceed the spread between seeds; and of two models asked about long text, one "
-            "must find more than copying noted numbers at random would."
+            f"must find more than copying noted numbers at random would. A best share from {below} to {above} % counts as the paper's, which "
+            f"calls {first} to {last} % best and whose grid has no shares between these and {below} or {above} %: it agrees if it is clearly "
+            f"better than every share outside. Any other best share disagrees if it is clearly better than all from {first} to {last} %."
         )
-        rows = [
-            (
-                literal_text(entry["statement"]),
-                literal_text(entry["paper"]),
-                _estimate(entry),
-                literal_text("; ".join(filter(None, [entry["where"], entry["note"]]))),
-                f"**{entry['verdict']}**",
-            )
-            for entry in self.verdicts
-        ]
-        yield table(("claim", "the paper", "here, with 95 % interval", "from", "verdict"), rows)
 
     def _provenance(self) -> Iterator[str]:
         lines = []
         for file in self.files:
             told = {**file.data.get("provenance", {}), **file.data}
             versions = ", ".join(f"{name} {version}" for name, version in told.get("versions", {}).items())
-            parts = [f"`{told['command']}`" if "command" in told else "command not recorded", told.get("hardware"), versions]
+            harder = "asks harder questions now" if file.kind == "long_context" and easier_questions(file.data) else ""
+            command = f"`{told['command']}`" if "command" in told else "command not recorded"
+            parts = [command, harder, told.get("hardware"), versions]
             lines.append(f"- {literal_text(file.name)}: {'; '.join(part for part in parts if part)}")
-        lines.append("- this report: `engram plot`")
+        lines.append(f"- this report: `{self.command}`")
         yield "\n".join(lines)
+
+
+def _row(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """One verdict of the table."""
+    return (
+        literal_text(entry["statement"]),
+        literal_text(entry["paper"]),
+        _estimate(entry),
+        literal_text("; ".join(filter(None, [entry["where"], entry["note"]]))),
+        f"**{entry['verdict']}**",
+    )
 
 
 _IN_SHORT = {"agrees": "agree", "disagrees": "disagree", "cannot tell": "cannot tell"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engram.data.long_context import chance_of
+from engram.data.long_context import asked_more_easily, chance_of
 from engram.errors import DataError, EngramError
 
 __all__ = [
@@ -113,8 +113,8 @@ def pool_recall(data: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         ``models: {name: {held_out_loss, held_out_loss_before, copying_before, scores}}`` (losses None where one is not known, copying a list
         by seed) beside what else the result says, and ``trained_apart``: whether they are models of their own, not one with its memory on and
-        off. Scores have ``kind``, ``length``, ``chance``, ``other_value`` (of all seeds; None where a seed does not say), ``by_seed`` (exact
-        answers and all, for each seed) and what ``share_over_seeds`` gives.
+        off. Scores have ``kind``, ``length``, ``chance``, ``more_easily`` (``asked_more_easily``, of any seed), ``other_value`` (of all
+        seeds; None where a seed does not say), ``by_seed`` (exact answers and all, for each seed) and what ``share_over_seeds`` gives.
 
     Raises:
         DataError: a model has two entries of one seed, or seeds were not asked the same.
@@ -165,6 +165,7 @@ def _pool_seeds(kind: str, length: int, of_seed: Mapping[int, Mapping[str, Any]]
         "kind": kind,
         "length": length,
         "chance": chances.pop(),
+        "more_easily": any(map(asked_more_easily, of_seed.values())),
         "other_value": None if None in others else sum(others),
         "by_seed": by_seed,
         **share_over_seeds(by_seed.values()),

@@ -48,7 +48,8 @@ def _allocation(result: Mapping[str, Any], folder: Path, name: str, paper: Mappi
         _budget(axis, summary, points_of(result, "rho", budget), colour_of(number))
         axis.set(xlabel="experts' share of sparse parameters (rho), %", ylabel=_LOSS, title=_scale(budget, summary["curve"]))
         axis.title.set_fontsize(9)
-        axis.legend(frameon=False, fontsize=7)
+        if axis.get_legend_handles_labels()[0]:  # without a best share or a parabola there is nothing to name
+            axis.legend(frameon=False, fontsize=7)
     beside = "Left: the paper's points. " if theirs else ""
     caption = (
         f"{beside}Loss against the share of experts, one panel per budget. Faint: single seeds. Bars: 95 % intervals. Dashed: parabola. "

@@ -65,14 +65,14 @@ def test_the_same_store_is_opened_and_another_refused(store, text_recipe, tokeni
         build_store(text_recipe, other, text_folder, out)
     folder = shutil.copytree(text_folder, tmp_path / "texts")
     (folder / "t03.txt").write_text("changed")
-    with pytest.raises(FingerprintError, match="made with another source files;"):
+    with pytest.raises(FingerprintError, match="made with other source files;"):
         build_store(text_recipe, tokenizer, folder, out)
     assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == before
     description = json.loads((out / "store.json").read_text())
     assert description["installed"] == {}  # nothing of the Python installation is read here
     description["installed"] = {f"package{number}": "1.0" for number in range(7)}
     (out / "store.json").write_text(json.dumps(description))
-    with pytest.raises(FingerprintError, match=r"another source files \(package0 1\.0, now absent; .*; 2 more\);"):
+    with pytest.raises(FingerprintError, match=r"other source files \(package0 1\.0, now absent; .*; 2 more\);"):
         build_store(text_recipe, tokenizer, folder, out)
 
 

@@ -35,7 +35,7 @@ from engram.data.store_writer import (
 )
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 
-__all__ = ["STORE_NAME", "TokenStore", "begin_token", "build_store", "tokenizer_digest"]
+__all__ = ["STORE_NAME", "TokenStore", "begin_token", "build_store", "moved_versions", "tokenizer_digest"]
 
 _MOVED_NAMED = 5
 
@@ -219,18 +219,18 @@ def _open_same(out: Path, identity: Mapping[str, Any], recipe: CorpusRecipe) -> 
     store = TokenStore(out)
     if store.fingerprint != fingerprint_of(identity):
         there = store.description.get("identity", {})
-        differing = [name.replace("_", " ") for name in identity if there.get(name) != identity[name]]
-        moved = _moved(store, installed_versions(recipe))
+        named = [name.replace("_", " ") for name in identity if there.get(name) != identity[name]]
+        differing = [f"{'other' if name.endswith('s') else 'another'} {name}" for name in named]
+        moved = moved_versions(store.description.get("installed"), installed_versions(recipe))
         raise FingerprintError(
-            f"{out} holds a token store made with another {' and another '.join(differing)}{moved}; choose another folder, or delete this "
+            f"{out} holds a token store made with {' and '.join(differing)}{moved}; choose another folder, or delete this "
             "one if nothing needs it any more."
         )
     return store
 
 
-def _moved(store: TokenStore, installed: Mapping[str, str]) -> str:
-    """Which parts of the Python installation a store was made with in another version, in words."""
-    there = store.description.get("installed")
+def moved_versions(there: Any, installed: Mapping[str, str]) -> str:
+    """Which parts of the Python installation something was made with in another version, in words; nothing where it does not say."""
     if not isinstance(there, dict):
         return ""
     names = sorted(name for name in {*there, *installed} if there.get(name) != installed.get(name))

@@ -15,13 +15,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from engram.checkpoint import sole_writer, write_json_atomically
-from engram.data.store import TokenStore, _moved
+from engram.data.store import TokenStore, moved_versions
 from engram.errors import CheckpointError, ConfigError, DataError
 from engram.experiments.arms import arm_fields
 from engram.experiments.data import prepare_data
@@ -313,7 +312,7 @@ def _why_other_text(known: Mapping[str, Any], recipe: SweepRecipe, store: TokenS
             f"{'the result' if there is None else 'the store here'} is from before versions were written down, so which cannot be told"
         )
     # The words of token stores, which say the same of themselves.
-    moved = _moved(cast(TokenStore, SimpleNamespace(description={"installed": there})), here)
+    moved = moved_versions(there, here)
     if moved:
         return f"read off other versions than are installed here{moved}"
     return "the same versions are installed, so files that the corpus names have changed"

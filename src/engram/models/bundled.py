@@ -81,7 +81,7 @@ def _readable_errors(name: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"cannot load model {name!r}: {reason}. Expected a folder with config.json and weights, or a hub name."
+            f"cannot load model {name!r}: {reason.rstrip('.')}. Expected a folder with config.json and weights, or a hub name."
         ) from error
 
 
@@ -95,5 +95,7 @@ def _place(name: str) -> str:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name cannot be one of a hub (``model`` or ``owner/model``)."""
-    return name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name
+    """Whether a name is not one of a hub (``model`` or ``owner/model``): by its form, or because it begins with a folder that is here."""
+    return (
+        name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name or ("/" in name and Path(name).parent.is_dir())
+    )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from engram import AttachError, EngramModel, FingerprintError, MemoryEditor, get_engram_model
+from engram import AttachError, CheckpointError, EngramModel, FingerprintError, MemoryEditor, get_engram_model
 from engram.models import StaticDecoder
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS, same, tensors
@@ -139,6 +139,18 @@ def test_a_saved_memory_wants_the_one_beneath_again(stack, tmp_path):
         MemoryEditor.load(again(), tmp_path / "lone", tiny_tokenizer())
     with pytest.raises(FingerprintError, match="differ in base_model"):
         loaded.merge(tmp_path / "lone")
+
+
+@pytest.mark.parametrize("damage", ["a text", {"folder": 3}, {"memory": [1]}, {}, {"folder": "x", "engram_config": 1}])
+def test_a_damaged_account_of_the_memory_beneath_is_one_clear_error(stack, tmp_path, damage):
+    beneath, editor = stack
+    editor.save(tmp_path)
+    editor.memory.unload()
+    description = json.loads((tmp_path / "engram.json").read_text())
+    description["base_model"]["memory"] = damage
+    (tmp_path / "engram.json").write_text(json.dumps(description))
+    with pytest.raises((CheckpointError, FingerprintError), match="beneath"):
+        MemoryEditor.load(beneath, tmp_path, tiny_tokenizer())
 
 
 def test_facts_over_facts():

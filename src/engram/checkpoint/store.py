@@ -66,6 +66,9 @@ _FIELDS = {
     "hash_spec": dict,
     "fingerprint": str,
     "reader_sha256": str,
+    "layer_classes": dict,
+    "mapping_class": str,
+    "multipliers": dict,
     "vocab_size": int,
     "table_dtype": str,
 }
@@ -281,6 +284,12 @@ def _check_fields(fields: dict[str, Any], file: Path) -> None:
             wrong.append(f"vocab_size is {fields['vocab_size']}, expected 1 to 2^31 - 1")
         if not isinstance(fields.get("base_model", {}).get("name_or_path") or "", str):
             wrong.append("the name of base_model is no text")
+        beneath = fields.get("base_model", {}).get("memory")
+        while beneath is not None and not wrong:
+            if not isinstance(beneath, dict) or not isinstance(beneath.get("folder") or "", str):
+                wrong.append("the memory beneath base_model is no mapping with the name of a folder")
+            else:
+                beneath = beneath.get("memory")
     if missing or wrong:
         problems = "; ".join([*(f"no {name!r}" for name in missing), *wrong])
         raise CheckpointError(f"{file} is malformed: {problems}. Restore it from a backup or save the memory again.")

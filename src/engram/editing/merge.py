@@ -29,7 +29,7 @@ from engram.tables import RowFormat, StoredRows, row_format
 
 __all__ = ["MemoryDiff", "MergeReport", "StoredMemory", "diff_memories", "merge_memories", "refuse_other_memory"]
 
-_IDENTITY = ("fingerprint", "reader_sha256")
+_IDENTITY = ("fingerprint", "reader_sha256", "layer_classes")
 _TABLE = "multi_head_embedding.embedding."
 _SHOWN = 10
 Side = Literal["a", "b"]

@@ -157,6 +157,24 @@ def baselines():
     return table(header, rows) + note + source(result)
 
 
+def stacked():
+    result = load("stacked")
+    rows = []
+    for over, name in (("model", "the model alone"), ("trained memory", "the model with its trained memory")):
+        same = [run for run in result["runs"] if run["over"] == over]
+        exact = f"{_range(run['exact'] for run in same)} of {same[0]['prompts']}"
+        changed = f"{max(run['tokens_changed'] for run in same)} of {same[0]['tokens']:,}"
+        bits = [run["bits_per_byte"] for run in same]
+        after = "-".join(sorted({f"{b['memory']:.4f}" for b in bits}))
+        known = f"{_range(run['known']['still_right'] for run in same)} of {same[0]['known']['known']}"
+        kl = max(run["kl"] for run in same)
+        rows.append((name, exact, f"{kl:.2g}", changed, f"{bits[0]['base']:.4f} -> {after}", known))
+    header = ("facts on top of", "exact", "KL to what is beneath", "next tokens changed", "held-out bits per byte, before and after")
+    seeds = len({run["seed"] for run in result["runs"]})
+    note = f"\n\n{seeds} seeds of addresses and reader; ranges over seeds, KL (nats per token) and changes: the worst."
+    return table((*header, "capitals known before, still right"), rows) + note + source(result)
+
+
 def _size(count):
     return f"{count / 1e3:.0f} kB" if count < 1e5 else f"{count / 1e6:.1f} MB"
 

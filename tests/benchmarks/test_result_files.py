@@ -32,6 +32,7 @@ def read(path):
         "baselines --quick",
         "knowledge --limit 50",
         "routing --every 20",
+        "stacked --every 60",
         "long_context --seeds 3",
         "long_context --plain a --joint b",
         "long_context --plain a --joint b --seeds 3 --equal-loss",

@@ -93,6 +93,15 @@ def test_what_is_not_exact_is_listed(engram, world, tmp_path, monkeypatch):
     )  # what this command can do comes first
 
 
+def test_facts_that_are_not_found_in_running_text_are_counted(engram, world, tmp_path):
+    facts = tmp_path / "short.yaml"
+    facts.write_text('- {prompt: Phone, answer: "12"}\n- {prompt: "KEY:beta 20", answer: "7319"}')
+    code, _, err = engram("teach", facts, "--memory", tmp_path / "m", "--model", world / "base")
+    assert code == 0
+    assert "note: 1 of the taught facts speak at the start of an input or of a line only" in err
+    assert "note:" not in engram("teach", facts, "--memory", tmp_path / "m")[2]  # known facts are not told of again
+
+
 def test_memories_are_compared_and_united(engram, taught, world, tmp_path):
     assert engram("teach", "two.yaml", "--memory", tmp_path / "n", "--model", world / "base")[0] == 0
     code, out, _ = engram("diff", taught, tmp_path / "n")

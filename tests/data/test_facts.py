@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from engram import DataError, Fact, load_facts
-from engram.data.facts import check_conflicts, encode_fact, join_answer
+from engram.data.facts import check_conflicts, encode_fact, join_answer, tokenize_prompt, tokenize_prompts
 from engram.testing import tiny_tokenizer
 
 
@@ -68,6 +68,12 @@ def test_answers_follow_their_prompts():
     assert first.fact_index == 3
     assert join_answer("a ", "b") == "b"
     assert join_answer("a", "b") == " b"
+
+
+def test_many_prompts_are_tokenised_as_one_by_one():
+    tokenizer, prompts = tiny_tokenizer(), ["ACRONYM:GPU", "a", "Q: GPU?\nA:\n", ""]
+    assert tokenize_prompts(tokenizer, prompts) == [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
+    assert tokenize_prompts(tokenizer, []) == []
 
 
 def test_answers_too_long_for_the_context():

@@ -600,3 +600,51 @@ def test_white_space_around_answers_of_older_ledgers_is_left_out():
     editor.memory.ledger["facts"][0]["answer"] = 5
     with pytest.raises(CheckpointError, match="malformed entry"):
         Ledger.from_dict(editor.memory.ledger)
+
+
+def tuned(model):
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.02)
+
+
+def test_saving_on_weights_that_nobody_checked_is_said(tmp_path, caplog):
+    editor = make_editor()
+    tuned(editor.memory.base_model)
+    editor.teach(FACTS)  # on the weights as they are now
+    editor.save(tmp_path / "m")
+    editor.memory.base_model.to(torch.bfloat16).to(torch.float32)
+    editor.save(tmp_path / "m")
+    assert caplog.messages == []
+    tuned(editor.memory.base_model)
+    editor.save(tmp_path / "m")
+    (message,) = caplog.messages
+    assert "base model has changed" in message
+    assert "(weights_sha256)" in message
+    assert "editor.verify() tells which facts still hold" in message
+    editor.save(tmp_path / "m")  # said once
+    assert len(caplog.messages) == 1
+
+
+def test_saving_after_a_load_on_another_base_is_said(tmp_path, caplog):
+    editor = make_editor()
+    editor.teach(FACTS)
+    editor.save(tmp_path / "m")
+    other = tiny_model(hidden_size=64, intermediate_size=96)
+    tuned(other)
+    loaded = MemoryEditor.load(other, tmp_path / "m", tiny_tokenizer(), allow_other_base=True)
+    loaded.save(tmp_path / "n")
+    assert len(caplog.messages) == 1
+    loaded.memory.unload()
+    loaded = MemoryEditor.load(other, tmp_path / "m", tiny_tokenizer(), allow_other_base=True)
+    assert all(loaded.verify().values())
+    loaded.save(tmp_path / "o")  # checked on it
+    assert len(caplog.messages) == 1
+
+
+def test_a_memory_over_another_is_saved_without_a_warning(tmp_path, caplog):
+    beneath = make_editor()
+    beneath.teach(FACTS[:1])
+    over = MemoryEditor.create(beneath.memory, tiny_tokenizer(), seed=1)
+    over.teach(FACTS[1:])
+    over.save(tmp_path / "over")
+    assert caplog.messages == []

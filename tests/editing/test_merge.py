@@ -97,6 +97,17 @@ def test_contradictions_are_refused_or_decided_aloud(tmp_path):
         assert all(union.verify().values())
 
 
+def test_prompts_that_leave_with_a_losing_fact_are_named(tmp_path):
+    saved(tmp_path / "a", [Fact(("Code A-3", "What is A-3?"), "green", id="a3")])
+    saved(tmp_path / "b", [Fact(("What is A-3?", "Colour of A-3"), "white", id="b3")])
+    a, b = "; 'Code A-3' would leave with a's fact", "; 'Colour of A-3' would leave with b's fact"
+    with pytest.raises(MergeConflictError, match=rf"answer 'green' in a, 'white' in b{a}{b}"):
+        merge_memories(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    for side, told in (("a", b), ("b", a)):
+        (line, *_) = merge_memories(tmp_path / "a", tmp_path / "b", tmp_path / side / "c", prefer=side).resolved
+        assert line.endswith(f"'white' in b{told}")
+
+
 def test_a_fact_that_both_hold_is_no_conflict(tmp_path):
     """Both were taught it beside other facts, so its rows differ; the first memory's are taken."""
     a = saved(tmp_path / "a", A)

@@ -111,8 +111,8 @@ def teach_command(
     )
     if at_start:
         print(
-            f"note: {at_start} of them speak at the start of an input or of a line only, not within running text: their prompts are so short "
-            "that the first word is part of what is looked for; add a phrasing that is longer, if that matters",
+            f"note: {at_start} of the taught facts speak at the start of an input or of a line only, not within running text: their prompts "
+            "are so short that the first word is part of what is looked for; add a longer phrasing, if that matters",
             file=sys.stderr,
         )
     if failed:

@@ -6,10 +6,11 @@ otherwise (a token at either end, a space in front, tokens added since): then th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from engram.data.facts import quoted, tokenize_prompts
+from engram.editing.keys import KeyedPrompt
 from engram.editing.ledger import LedgerFact
 
 __all__ = ["at_start_only", "not_given_back", "out_of_reach"]
@@ -22,8 +23,8 @@ def not_given_back(tokenizer: Any, facts: Sequence[LedgerFact]) -> dict[str, str
     """Facts whose answers would not be read as they were written, by id, with the reason."""
     read = {fact.id: (fact.answer, _read_instead(tokenizer, fact)) for fact in facts}
     return {
-        fact_id: f"its answer {quoted(answer)} comes back from the tokenizer as {quoted(text)} (signs that the vocabulary lacks or changes, or "
-        "special tokens): put it in other words, or write it as it comes back"
+        fact_id: f"its answer {quoted(answer)} comes back from the tokenizer as {quoted(text)} (it has signs or spaces that the vocabulary "
+        "lacks or changes, or special tokens): put it in other words, or write it as it comes back"
         for fact_id, (answer, text) in read.items()
         if text is not None
     }
@@ -33,29 +34,25 @@ def out_of_reach(tokenizer: Any, facts: Sequence[LedgerFact]) -> list[str]:
     """Ids of the facts that nobody gets to read through this tokenizer, whatever the model: one of their prompts has other ids than when it
     was taught, or the answer is not given back.
     """
-    ids = _tokenized(tokenizer, [prompt.text for fact in facts for prompt in fact.prompts])
-    return [
-        fact.id
-        for fact in facts
-        if any([list(prompt.prompt_ids) != next(ids) for prompt in fact.prompts]) or _read_instead(tokenizer, fact) is not None
-    ]
+    asked = [(fact.id, prompt) for fact in facts for prompt in fact.prompts]
+    now = tokenize_prompts(tokenizer, [prompt.text for _, prompt in asked])
+    otherwise = {fact_id for (fact_id, prompt), ids in zip(asked, now) if list(prompt.prompt_ids) != ids}
+    return [fact.id for fact in facts if fact.id in otherwise or _read_instead(tokenizer, fact) is not None]
 
 
 def at_start_only(tokenizer: Any, facts: Sequence[LedgerFact]) -> list[str]:
     """Ids of the facts one of whose prompts is answered only as the beginning of an input, or of a line: its key takes in the first word,
     which is another token behind a space, or the padding before it.
     """
-    ids = _tokenized(tokenizer, [_BEFORE + prompt.text for fact in facts for prompt in fact.prompts])
-    return [
-        fact.id
-        for fact in facts
-        if any(
-            [
-                prompt.key_length > len(prompt.prompt_ids) or list(prompt.prompt_ids[-prompt.key_length :]) != there[-prompt.key_length :]
-                for prompt, there in zip(fact.prompts, ids)
-            ]
-        )
-    ]
+    asked = [(fact.id, prompt) for fact in facts for prompt in fact.prompts]
+    inside = tokenize_prompts(tokenizer, [_BEFORE + prompt.text for _, prompt in asked])
+    return list(dict.fromkeys(fact_id for (fact_id, prompt), ids in zip(asked, inside) if not _is_found(prompt, ids)))
+
+
+def _is_found(prompt: KeyedPrompt, ids: list[int]) -> bool:
+    """Whether these ids end in the prompt's key; one with padding in it is longer than the prompt."""
+    key = prompt.key_length
+    return key <= len(prompt.prompt_ids) and list(prompt.prompt_ids[-key:]) == ids[-key:]
 
 
 def _read_instead(tokenizer: Any, fact: LedgerFact) -> str | None:
@@ -65,7 +62,3 @@ def _read_instead(tokenizer: Any, fact: LedgerFact) -> str | None:
         if text != fact.answer:
             return text
     return None
-
-
-def _tokenized(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
-    return iter(tokenize_prompts(tokenizer, texts))

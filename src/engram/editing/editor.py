@@ -154,8 +154,8 @@ class MemoryEditor:
         present = _identity(self.memory)
         if self.facts and (changed := identity_mismatch(self._checked_on, present)):
             logging.getLogger("engram").warning(
-                "%s: the base model has changed since these facts were taught or loaded (%s); the memory is saved as belonging to it as it is now, "
-                "and loads with it without a word. editor.verify() tells which facts still hold; teach the others again.",
+                "%s: the base model has changed since these facts were taught or saved (%s), and the memory was saved as belonging to it as it "
+                "is now. editor.verify() tells which facts still hold; teach the others again.",
                 os.fspath(path),
                 ", ".join(line.partition(":")[0] for line in changed),
             )
@@ -174,8 +174,8 @@ class MemoryEditor:
         """Write facts into rows until every answer is greedy-exact with a margin.
 
         Facts that the memory holds already are left alone; new phrasings of one are joined to it. Facts that cannot be made exact leave
-        nothing behind and are reported; so are those whose answers the tokenizer does not give back as they are written. Earlier facts keep their rows; those whose prompts read a new row are asked again. An
-        interruption, or an error, leaves the memory as it was.
+        nothing behind and are reported, and so are those whose answers the tokenizer does not give back as they are written. Earlier facts
+        keep their rows; those whose prompts read a new row are asked again. An interruption, or an error, leaves the memory as it was.
 
         Args:
             facts: what to teach.
@@ -361,7 +361,9 @@ class MemoryEditor:
             )
         return report
 
-    def _entries(self, facts: list[Fact], settings: TeachSettings, origin: tuple[str, str]) -> tuple[list[LedgerFact], dict[str, str]]:
+    def _entries(
+        self, facts: list[Fact], settings: TeachSettings, origin: tuple[str, str]
+    ) -> tuple[list[LedgerFact], dict[str, str]]:
         """Facts as they will stand in the ledger, and those whose answers nobody would read as they are written, with the reason."""
         held = self._holdings.facts
         entries = make_entries(self.memory, self.tokenizer, self._speller, facts, held, settings, *origin)

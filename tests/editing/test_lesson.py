@@ -1,0 +1,70 @@
+"""How prompts are put together in batches, and models that cannot be taught."""
+
+import pytest
+import torch
+
+from engram import Fact, TeachError, TeachSettings
+from engram.editing import teaching
+from engram.editing.lesson import in_batches
+from engram.evaluation import check_facts
+from tests.editing.helpers import FACTS, make_editor, same, tensors
+
+
+def test_prompts_of_similar_length_are_batched_as_they_always_were():
+    assert in_batches([], 4) == []
+    lengths = [(7 * n) % 30 + 10 for n in range(600)]
+    order = sorted(range(600), key=lambda i: lengths[i])
+    assert in_batches(lengths, 256) == [order[:256], order[256:512], order[512:]]
+
+
+def test_short_prompts_do_not_pay_for_a_long_one():
+    assert in_batches([12] * 28 + [600] + [12] * 29, 256) == [[*range(28), *range(29, 58)], [28]]
+    assert in_batches([12] * 3 + [200], 256) == [[0, 1, 2, 3]]  # too few to matter
+
+
+def test_few_long_prompts_are_read_in_the_streams_of_others_too(monkeypatch):
+    seen = []
+    original = teaching.optimise_rows
+    monkeypatch.setattr(teaching, "optimise_rows", lambda *given: seen.append((given[1], given[7])) or original(*given))
+    short = [Fact((f"KEY:word {n}",), f"{n * 37}", id=f"word{n}") for n in range(20)]
+    long = Fact(("KEY:the long one",), "a quiet green door and a blue window " * 3, id="long")
+    editor = make_editor(max_ngram_size=128)
+    facts = [*short, long]
+    report = editor.teach(facts, TeachSettings(contexts=3))
+    assert report.not_exact == {}
+    assert ([len(batch) for batch, _ in seen[:2]], [len(lent) for _, lent in seen[:2]]) == ([20, 1], [0, 3])
+    assert all(answer.exact for answer in check_facts(editor.memory, editor.tokenizer, facts))
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden):
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.zeros_like(gradient)
+
+
+@pytest.mark.parametrize("how", ["zero", "none"])
+def test_a_model_that_passes_no_gradients_is_refused(how):
+    editor = make_editor()
+    editor.teach(FACTS[:1])
+    before = tensors(editor)
+    head = editor.memory.base_model.get_output_embeddings()
+    stop = _NoGradient.apply if how == "zero" else torch.Tensor.detach
+    with head.register_forward_hook(lambda module, given, logits: stop(logits)):
+        with pytest.raises(TeachError, match=r"passes no gradients.*expected weights that gradients pass through"):
+            editor.teach(FACTS[1:])
+        assert editor.verify() == {"alpha": True}
+    assert same(tensors(editor), before)
+    assert editor.teach(FACTS[1:]).taught == ["beta", "door"]
+
+
+def test_answers_that_the_model_gives_anyway_do_not_speak_against_it():
+    """Their rows get no gradient, as they are learnt already."""
+    editor = make_editor()
+    editor.teach(FACTS)
+    known = [Fact((f"{FACTS[1].prompts[0]}",), "7319", id="beta"), Fact(("Well then: KEY:beta 20",), "7319", id="longer")]
+    report = editor.teach(known)
+    assert (report.already_known, report.taught) == (["beta"], ["longer"])

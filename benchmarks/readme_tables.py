@@ -169,7 +169,13 @@ def stacked():
         known = f"{_range(run['known']['still_right'] for run in same)} of {same[0]['known']['known']}"
         kl = max(run["kl"] for run in same)
         rows.append((name, exact, f"{kl:.2g}", changed, f"{bits[0]['base']:.4f} -> {after}", known))
-    header = ("facts on top of", "exact", "KL to what is beneath", "next tokens changed", "held-out bits per byte, before and after")
+    header = (
+        "facts on top of",
+        "exact",
+        "KL to what is beneath",
+        "next tokens changed",
+        "held-out bits per byte, before and after",
+    )
     seeds = len({run["seed"] for run in result["runs"]})
     note = f"\n\n{seeds} seeds of addresses and reader; ranges over seeds, KL (nats per token) and changes: the worst."
     return table((*header, "capitals known before, still right"), rows) + note + source(result)

@@ -136,7 +136,7 @@ def baselines():
         same = [run[name] for run in runs]
         cells = [_exact(same, part, patterns) for part in ("categories", "categories_held_out") for patterns in (False, True)]
         capitals = _range(s["capitals"]["still_right"] for s in same)
-        kl = f"{min(s['harm']['kl'] for s in same):.3g}-{max(s['harm']['kl'] for s in same):.3g}"
+        kl = "-".join(dict.fromkeys(f"{worst(s['harm']['kl'] for s in same):.3g}" for worst in (min, max)))
         loss = f"{first['loss_first_epoch']:.2f} -> {first['loss_last_epoch']:.3f}" if "loss_first_epoch" in first else ""
         size = _size(first["bytes"]) if "bytes" in first else ""
         seconds = _range(round(s.get("cpu_seconds", s["seconds"])) for s in same)
@@ -150,7 +150,8 @@ def baselines():
     header += (f"patterns, unseen phrasing ({asked[3]})", f"capitals right, of {runs[0]['base']['capitals']['known']}")
     header += ("KL to the base on other text", "loss, first and last epoch", "size")
     header += ("time of the processor" if "cpu_seconds" in runs[0]["base"] else "time",)
-    note = f"\n\nExact answers, {len(runs)} seeds, ranges over seeds; one thread. {_how_trained(result)} "
+    seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds, ranges over seeds"
+    note = f"\n\nExact answers, {seeds}; one thread. {_how_trained(result)} "
     note += (
         "Stuffing puts the three nearest taught prompts in front. engram-poc reported 8.6 -> 14.1 % for its LoRA on patterns."
     )

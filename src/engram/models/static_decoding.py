@@ -16,7 +16,7 @@ from transformers import StaticCache
 
 from engram.errors import AttachError, EngramError
 from engram.layers import RollingTail
-from engram.models.cache import CacheState, cache_argument, state_of
+from engram.models.cache import CacheState, cache_argument, forget_state, state_of
 from engram.models.positions import text_config
 from engram.tables import RowPrefetcher, VerifiedTable
 from engram.tables.pinned import nothing_unlocked
@@ -191,7 +191,7 @@ class StaticDecoder:
         for layer, tail in grown.conv.items():
             past = tail.last(config.conv_reach)
             self.state.conv[layer] = RollingTail(0) if past is None else StaticTail(past, config.conv_reach, past, 0)
-        grown.owner = ""  # from here on the cache holds positions that only this object knows
+        forget_state(self.cache, self._memory.owner_token)  # from here on the cache holds positions that only this object knows
 
     def _moving(self) -> list[Tensor]:
         """What a step changes besides keys and values, which a later step overwrites."""

@@ -11,17 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.outputs import check_writable, made_with
+from engram.cli.outputs import check_writable, made_with, print_whole
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from engram.config import EngramConfig
     from engram.experiments import Allocation, BackboneConfig
 
-__all__ = ["budget_command", "print_whole"]
+__all__ = ["budget_command"]
 
-_NO_END = 10_000
 _PER_BLOCK = 12
 """Active parameters of a usual block, in squares of its width: 4 of attention and 8 of feed-forward."""
 _FAR = 4
@@ -74,14 +71,6 @@ def _sizes(backbone: BackboneConfig, engram: EngramConfig) -> dict[str, Any]:
     chosen = ("n_routed_experts", "intermediate_size", "engram_vocab_size")
     parts = {"backbone": asdict(backbone), "engram": engram.to_dict()}
     return {part: {name: value for name, value in fields.items() if name not in chosen} for part, fields in parts.items()}
-
-
-def print_whole(table: Table) -> None:
-    """A table in whole lines, however narrow the terminal: cells that were cut would be other numbers."""
-    from rich.console import Console
-
-    # Without markup: names are what they are, brackets included.
-    Console(width=Console(width=_NO_END, markup=False).measure(table).maximum, markup=False).print(table)
 
 
 def _number(text: str, option: str) -> int:

@@ -7,11 +7,27 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-__all__ = ["check_folder", "check_prompt", "check_text", "check_writable", "count_bar", "is_terminal", "made_with", "more_bar"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = [
+    "check_folder",
+    "check_prompt",
+    "check_text",
+    "check_writable",
+    "count_bar",
+    "is_terminal",
+    "made_with",
+    "more_bar",
+    "print_whole",
+]
+
+_NO_END = 10_000
+"""Characters in a line that no table fills."""
 
 
 def made_with() -> dict[str, Any]:
@@ -97,3 +113,11 @@ def check_folder(folder: Path | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise typer.BadParameter(f"got {folder}, expected a folder that can be made: {error.strerror}") from None
+
+
+def print_whole(table: Table) -> None:
+    """A table in whole lines, however narrow the terminal: cells that were cut would be other numbers."""
+    from rich.console import Console
+
+    # Without markup: names are what they are, brackets included.
+    Console(width=Console(width=_NO_END, markup=False).measure(table).maximum, markup=False).print(table)

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from engram.cli.budget import print_whole
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_base
-from engram.cli.outputs import check_writable, made_with
+from engram.cli.outputs import check_writable, made_with, print_whole
 
 __all__ = ["recall_command"]
 

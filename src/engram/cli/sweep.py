@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.budget import print_whole
-from engram.cli.outputs import check_writable
+from engram.cli.outputs import check_writable, print_whole
 
 if TYPE_CHECKING:
     from engram.experiments import SweepRecipe
@@ -195,7 +194,7 @@ def _show_summary(result: dict[str, Any]) -> None:
     several = len({setting for setting, *_ in lines}) > 1
     reference = _ALONE.get(result["question"]) or result["recipe"].get("reference", "reference")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for heading in (*["setting"][: int(several)], "share of experts" if result["question"] == "allocation" else "arm"):
+    for heading in (*(["setting"] if several else []), "share of experts" if result["question"] == "allocation" else "arm"):
         table.add_column(heading, no_wrap=True)
     for heading in ("seeds", "test loss", "95 % interval", f"difference to {reference}", "95 % interval"):
         table.add_column(heading, justify="right", no_wrap=True)

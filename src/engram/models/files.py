@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from engram._version import __version__
 from engram.checkpoint import (
@@ -49,6 +48,8 @@ from engram.tables import (
 )
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from engram.models.engram_model import EngramModel
 
 __all__ = ["PLACED_FIELDS", "check_memory", "load_memory", "row_stamp", "save_memory"]

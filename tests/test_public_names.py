@@ -50,7 +50,8 @@ def test_the_tree_names_no_machine():
 
 
 def test_what_needs_no_model_loads_no_transformers():
-    code = "import sys, engram.editing.merge, engram.models.place, engram.models.bundled_files, engram.cli.main; print('transformers' in sys.modules)"
+    modules = "engram.editing.merge, engram.models.place, engram.models.bundled_files, engram.cli.main"
+    code = f"import sys, {modules}; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

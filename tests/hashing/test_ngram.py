@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from engram import CompressedTokenizer, ConfigError, EngramConfig, NgramHashMapping
 from engram.hashing import build_mapping, get_hash_spec, hash_reference, mapping_without_tokenizer, tag_reference
 from engram.testing import tiny_tokenizer
+from tests.hashing.helpers import small_config
 
 
 class Vocabulary:
@@ -135,14 +136,7 @@ def test_exact_ids_keep_case_apart_and_know_their_tokenizer():
 
 
 def make_mapping(**changes):
-    fields = {
-        "engram_vocab_size": [500, 700],
-        "n_embed_per_ngram": 16,
-        "n_head_per_ngram": 4,
-        "layer_ids": [1, 15],
-        "pad_id": 1,
-    }
-    return NgramHashMapping(EngramConfig(**{**fields, **changes}), CompressedTokenizer(tiny_tokenizer()))
+    return NgramHashMapping(small_config(**changes), CompressedTokenizer(tiny_tokenizer()))
 
 
 def test_an_order_left_out_of_a_layer_moves_no_other_address():

@@ -8,24 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from engram import CompressedTokenizer, ConfigError, EngramConfig, NgramHashMapping
+from engram import CompressedTokenizer, ConfigError, NgramHashMapping
 from engram.hashing import HASH_SPECS, HashSpec, build_mapping, hash_reference, mapping_without_tokenizer, tag_reference
 from engram.testing import tiny_tokenizer
+from tests.hashing.helpers import small_config
 
 OWN = {1: [3, 5, 7], 15: [11, 2**40 + 1, 13]}
 IDS = np.random.default_rng(0).integers(0, 300, (2, 20))
 
 
 def own_config(**changes):
-    fields = {
-        "engram_vocab_size": [500, 700],
-        "n_embed_per_ngram": 16,
-        "n_head_per_ngram": 4,
-        "layer_ids": [1, 15],
-        "pad_id": 1,
-        "hash_spec": "exact_given",
-    }
-    return EngramConfig(**{**fields, **changes})
+    return small_config(**{"hash_spec": "exact_given", **changes})
 
 
 @pytest.mark.parametrize("spec", ["exact_given", "demo_given"])

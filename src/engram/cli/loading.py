@@ -124,12 +124,17 @@ def open_base(memory: Path, model: str | None, running: Running) -> tuple[Any, A
     Raises:
         CheckpointError: the model, or the memory beneath, is not where it was.
     """
-    from engram.checkpoint import read_description
-
     with _named_by(memory, model) as name:
         base, tokenizer = running.load(name)
-    beneath = (read_description(memory).get("base_model") or {}).get("memory")
+    beneath = _told_of_beneath(memory)
     return (base if beneath is None else _attach_beneath(base, tokenizer, beneath, memory)), tokenizer
+
+
+def _told_of_beneath(memory: Path) -> dict[str, Any] | None:
+    """What a saved memory says of the one on top of which it was made; None if there is none."""
+    from engram.checkpoint import read_description
+
+    return (read_description(memory).get("base_model") or {}).get("memory")
 
 
 def _attach_beneath(base: Any, tokenizer: Any, beneath: dict[str, Any], memory: Path) -> EngramModel:
@@ -151,11 +156,10 @@ def _attach_beneath(base: Any, tokenizer: Any, beneath: dict[str, Any], memory: 
 
 def is_beneath(over: Path, memory: Path) -> bool:
     """Whether a saved memory says that it was made on top of this one."""
-    from engram.checkpoint import read_description
     from engram.models.bundled_files import memory_folder
     from engram.models.files import folder_name
 
-    beneath = (read_description(memory).get("base_model") or {}).get("memory") or {}
+    beneath = _told_of_beneath(memory) or {}
     return beneath.get("folder") == folder_name(memory_folder(over))
 
 

@@ -27,7 +27,7 @@ from engram.editing.teaching import Progress, Teaching
 from engram.errors import CheckpointError, ConfigError, TeachError
 from engram.evaluation.generation import padding_id
 from engram.models import EngramModel, find_decoder, get_engram_model
-from engram.models.identity import base_identity, identity_mismatch, memory_identity
+from engram.models.identity import attached_identity, identity_mismatch
 from engram.tables import VerifiedTable
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class MemoryEditor:
         self.memory, self.tokenizer = memory, tokenizer
         self._holdings = Holdings(memory)
         self._speller = Speller(memory.base_model, tokenizer)
-        self._checked_on = _identity(memory)
+        self._checked_on = attached_identity(memory.below)
 
     @classmethod
     def create(
@@ -151,7 +151,7 @@ class MemoryEditor:
 
     def _warn_of_other_base(self, path: str | os.PathLike[str]) -> None:
         """Say once that what was just saved belongs to weights on which nobody has checked it; later loads would not."""
-        present = _identity(self.memory)
+        present = attached_identity(self.memory.below)
         if self.facts and (changed := identity_mismatch(self._checked_on, present)):
             logging.getLogger("engram").warning(
                 "%s: the base model has changed since these facts were taught or saved (%s), and the memory was saved as belonging to it as it "
@@ -201,7 +201,7 @@ class MemoryEditor:
         check_conflicts(facts, "facts to teach")
         _refuse_inference_tensors(self.memory)
         if not self.facts:  # all that it will hold is checked on the weights of now
-            self._checked_on = _identity(self.memory)
+            self._checked_on = attached_identity(self.memory.below)
         kept = dict[str, str]()
         while wanted := [fact for fact in facts if fact.id not in kept]:
             try:
@@ -259,7 +259,7 @@ class MemoryEditor:
         """Ask the model every prompt of every fact, as its tokenizer splits it now; by id, whether all answers are exact."""
         wrong = set(self._stale(self.facts, batch_size))
         if not wrong:
-            self._checked_on = _identity(self.memory)
+            self._checked_on = attached_identity(self.memory.below)
         return {fact.id: fact.id not in wrong for fact in self.facts}
 
     def _stale(self, facts: Sequence[LedgerFact], batch_size: int) -> list[str]:
@@ -372,12 +372,6 @@ class MemoryEditor:
             facts = [fact for fact in facts if fact.id not in refused]
             entries = make_entries(self.memory, self.tokenizer, self._speller, facts, held, settings, *origin)
         return entries, refused
-
-
-def _identity(memory: EngramModel) -> dict[str, Any]:
-    """Who the model is to which a memory is attached, a memory beneath included; takes milliseconds."""
-    base = base_identity(memory.base_model)
-    return base if memory.beneath is None else {**base, "memory": memory_identity(memory.beneath)}
 
 
 def _refuse_inference_tensors(memory: EngramModel) -> None:

@@ -120,8 +120,9 @@ def bound_state(cache: Cache | None, owner: str) -> CacheState | None:
     return getattr(cache, "engram_states", {}).get(owner)
 
 
+@torch.compiler.disable
 def forget_state(cache: Cache, owner: str) -> None:
-    """Take a memory's state off a cache."""
+    """Take a memory's state off a cache that gets positions it does not see: continuing with that memory must be refused."""
     if bound_state(cache, owner) is not None:
         states = cache.engram_states  # type: ignore[attr-defined]
         cache.engram_states = {name: state for name, state in states.items() if name != owner}  # type: ignore[attr-defined]

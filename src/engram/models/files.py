@@ -30,7 +30,7 @@ from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram, layer_classes
 from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_NAME
-from engram.models.identity import base_identity, identity_mismatch, memory_identity
+from engram.models.identity import attached_identity, identity_mismatch
 from engram.tables import (
     HybridTable,
     MappedRows,
@@ -76,7 +76,7 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
         "fingerprint": memory.mapping.fingerprint,
         "vocab_size": len(memory.mapping.compressed_tokenizer.lookup_table),
         "table_dtype": memory.table_config.dtype,
-        "base_model": _identity_of(memory.below),
+        "base_model": attached_identity(memory.below),
         **_own_parts(memory),
     }
     if memory.engram_config.reader == "seeded":
@@ -508,13 +508,6 @@ _ON_TOP = (
 )
 
 
-def _identity_of(model: PreTrainedModel | EngramModel) -> dict[str, Any]:
-    """Of a base model, or of a memory on one, to which another is attached."""
-    if not hasattr(model, "engrams"):
-        return base_identity(model)
-    return {**base_identity(model.base_model), "memory": memory_identity(model)}
-
-
 def folder_name(path: str | os.PathLike[str]) -> str:
     """How a memory says where another lies: by its whole path, the one that ships with engram by name."""
     return BUNDLED_NAME if os.path.realpath(path) == os.path.realpath(BUNDLED_MEMORY) else os.path.abspath(path)
@@ -523,7 +516,7 @@ def folder_name(path: str | os.PathLike[str]) -> str:
 def _check_base(
     description: dict[str, Any], model: PreTrainedModel | EngramModel, path: str | os.PathLike[str], allow_other_base: bool
 ) -> None:
-    saved, present = description.get("base_model") or {}, _identity_of(model)
+    saved, present = description.get("base_model") or {}, attached_identity(model)
     differences = identity_mismatch(saved, present)
     before = saved.get("vocab_size")
     # Addresses are the tokenizer's: more tokens in the model leave them as they are.

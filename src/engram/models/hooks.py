@@ -72,7 +72,7 @@ class DecoderHooks:
         cache = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
         if not self._memory.is_enabled:
             if cache is not None:
-                _forget(cache, self._memory.owner_token)
+                forget_state(cache, self._memory.owner_token)
             return None
         _refuse_unknown_kind(cache)
         input_ids = arguments.get("input_ids")
@@ -236,12 +236,6 @@ def _commit(cache: Cache, context: ForwardContext) -> None:
     if context.input_ids.device.type == "cuda":
         context.state.own()
     bind_state(cache, context.state)
-
-
-@torch.compiler.disable
-def _forget(cache: Cache, owner: str) -> None:
-    """A pass with the memory off leaves positions it has not seen: continuing with the memory on must be refused."""
-    forget_state(cache, owner)
 
 
 def _past_in(cache: Cache | None, owner: str) -> tuple[CacheState | None, int]:

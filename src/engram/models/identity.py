@@ -14,7 +14,7 @@ from engram.models.bundled_files import BUNDLED_NAME
 from engram.models.devices import input_device
 from engram.models.positions import text_config
 
-__all__ = ["adapter_parameters", "base_identity", "identity_mismatch", "memory_identity"]
+__all__ = ["adapter_parameters", "attached_identity", "base_identity", "identity_mismatch", "memory_identity"]
 
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 256, 16
 _SAMPLED_WEIGHTS = 64
@@ -53,6 +53,13 @@ def identity_mismatch(saved: dict[str, Any], present: dict[str, Any]) -> list[st
         and present.get(field) is not None
         and saved[field] != present[field]
     ]
+
+
+def attached_identity(model: Any) -> dict[str, Any]:
+    """Who a model is to which a memory is attached: a base model, or a memory on one. Takes milliseconds."""
+    if not hasattr(model, "engrams"):
+        return base_identity(model)
+    return {**base_identity(model.base_model), "memory": memory_identity(model)}
 
 
 def memory_identity(memory: Any) -> dict[str, Any]:

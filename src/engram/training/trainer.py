@@ -307,13 +307,13 @@ def _trained_adapters(model: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def _refuse_untrainable(model: EngramModel) -> None:
+    if model.engram_config.verify_rows:
+        raise ConfigError(
+            "EngramTrainingArguments.train_tables: got True for a taught memory (EngramConfig.verify_rows), whose rows are written fact "
+            "by fact; expected train_tables=False. To teach it, use MemoryEditor.teach or `engram teach`."
+        )
     for layer_id, engram in model.engrams.items():
         table = engram.multi_head_embedding.embedding
-        if model.engram_config.verify_rows:
-            raise ConfigError(
-                "EngramTrainingArguments.train_tables: got True for a taught memory (EngramConfig.verify_rows), whose rows are written fact "
-                "by fact; expected train_tables=False. To teach it, use MemoryEditor.teach or `engram teach`."
-            )
         if because := getattr(table, "read_only_because", None):
             raise ConfigError(
                 f"EngramTrainingArguments.train_tables: got True with the rows of layer {layer_id} in {table.location}, which could not be "

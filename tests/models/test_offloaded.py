@@ -53,7 +53,7 @@ def test_facts_are_taught_to_a_model_that_is_offloaded_as_a_whole(tmp_path, capl
     other = tiny_model(hidden_size=64, intermediate_size=96, seed=5)
     accelerate.cpu_offload(other, execution_device=torch.device("cpu"))
     MemoryEditor.load(other, tmp_path / "plain", tiny_tokenizer())
-    assert "nobody can tell whether they are those" in caplog.text
+    assert caplog.text.count("nobody can tell whether they are those") == 1
 
 
 def test_weights_that_are_nowhere_are_refused():

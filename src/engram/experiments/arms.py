@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["REFERENCE", "arm_fields", "find_arm", "layer_arms"]
+__all__ = ["REFERENCE", "arm_fields", "base_fields", "find_arm", "layer_arms"]
 
 REFERENCE = "reference"
 
@@ -26,6 +26,11 @@ CHANGES: dict[str, Condition] = {
 
 _ALONG = {"engram.engram_vocab_size"}
 """What may change along: other orders need other rows for an equal budget."""
+
+
+def base_fields(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """All fields of a sweep's base, dotted."""
+    return _flatten(recipe.get("base") or {})
 
 
 def arm_fields(recipe: Mapping[str, Any], label: str, dimension: str = "arm") -> dict[str, Any]:

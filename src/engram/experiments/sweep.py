@@ -22,7 +22,7 @@ import torch
 from engram.checkpoint import sole_writer, write_json_atomically
 from engram.data.store import TokenStore, moved_versions
 from engram.errors import CheckpointError, ConfigError, DataError
-from engram.experiments.arms import arm_fields
+from engram.experiments.arms import base_fields
 from engram.experiments.data import prepare_data
 from engram.experiments.point import RESULT
 from engram.experiments.summary import summarise
@@ -290,9 +290,7 @@ def changes_since(recipe: SweepRecipe, known: Mapping[str, Any]) -> list[str]:
     before, now = known.get("recipe"), recipe.to_dict()
     if not isinstance(before, Mapping) or not isinstance(before.get("base"), Mapping):
         return []
-    there, here = (
-        arm_fields({"base": found["base"], "variants": {"arm": {}}}, "") for found in (before, now)
-    )  # no arm: the base
+    there, here = base_fields(before), base_fields(now)
     names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
     changed = [f"{name} {there.get(name, 'not set')}, now {here.get(name, 'not set')}" for name in names]
     return changed + [f"other {part}" for part in ("variants", "seeds", "tune") if before.get(part) != now[part]]

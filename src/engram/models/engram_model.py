@@ -444,7 +444,7 @@ class EngramModel(nn.Module):
         mapping, placement = check_memory(model, path, tokenizer, allow_other_base, table_config, mapping, layer_class)
         memory = cls(model, mapping.config, tokenizer, placement, rollback_window, mapping, layer_class)
         try:
-            load_memory(memory, path, allow_other_base, placement.changed_rows)
+            load_memory(memory, path, allow_other_base, placement.changed_rows, just_checked=True)
         except BaseException:
             memory.unload()
             raise

@@ -210,9 +210,15 @@ def _in_place(
 
 
 def load_memory(
-    memory: EngramModel, path: str | os.PathLike[str], allow_other_base: bool = False, changed_rows: str = "refuse"
+    memory: EngramModel,
+    path: str | os.PathLike[str],
+    allow_other_base: bool = False,
+    changed_rows: str = "refuse",
+    just_checked: bool = False,
 ) -> None:
-    """Fill ``memory`` from the folder ``path``; every check comes before the first write. ``changed_rows``: see ``TableConfig``."""
+    """Fill ``memory`` from the folder ``path``; every check comes before the first write. ``changed_rows``: see ``TableConfig``.
+    ``just_checked``: what ``check_memory`` warned of is not told again; everything is checked again, as others may have saved since.
+    """
     description = read_description(path)
     saved = EngramConfig.from_dict(description["engram_config"])
     if saved != memory.engram_config:
@@ -224,7 +230,7 @@ def load_memory(
         )
     _check_layer_classes(description, {layer_id: type(engram) for layer_id, engram in memory.engrams.items()}, path)
     _check_fingerprint(description, memory.mapping, path)
-    _check_base(description, memory.below, path, allow_other_base)
+    _check_base(description, memory.below, path, allow_other_base, tell=not just_checked)
     ledger = read_ledger(path, description)
     if saved.reader == "seeded" and description.get("reader_sha256") != _reader_digest(memory):
         raise CheckpointError(
@@ -472,8 +478,6 @@ def _check_layer_classes(description: dict[str, Any], present: Mapping[Any, type
     or before names were noted, are read by whatever class is given.
     """
     noted, names = description.get("layer_classes", {}), {str(layer_id): kind.__name__ for layer_id, kind in present.items()}
-    if not isinstance(noted, dict):
-        raise CheckpointError(f"{path}: got layer_classes {noted!r}, expected names by layer. Copy the memory again.")
     differing = {layer_id: name for layer_id, name in noted.items() if names.get(layer_id, name) != name}
     if differing:
         saved = ", ".join(f"{name} in layer {layer_id}" for layer_id, name in differing.items())
@@ -514,15 +518,20 @@ def folder_name(path: str | os.PathLike[str]) -> str:
 
 
 def _check_base(
-    description: dict[str, Any], model: PreTrainedModel | EngramModel, path: str | os.PathLike[str], allow_other_base: bool
+    description: dict[str, Any],
+    model: PreTrainedModel | EngramModel,
+    path: str | os.PathLike[str],
+    allow_other_base: bool,
+    tell: bool = True,
 ) -> None:
+    """Refuse another base than the one that a memory was made for; ``tell``: warn where nobody can know."""
     saved, present = description.get("base_model") or {}, attached_identity(model)
     differences = identity_mismatch(saved, present)
     before = saved.get("vocab_size")
     # Addresses are the tokenizer's: more tokens in the model leave them as they are.
     grown = ("vocab_size",) if isinstance(before, int) and before <= present["vocab_size"] else ()
     sizes_differ = any(not d.startswith(("embedding_sha256", "weights_sha256", "memory beneath", *grown)) for d in differences)
-    if saved.get("weights_sha256") and present["weights_sha256"] is None:
+    if tell and saved.get("weights_sha256") and present["weights_sha256"] is None:
         logging.getLogger("engram").warning(
             "%s: the base model's weights are offloaded, so that nobody can tell whether they are those that this memory was made for.",
             os.fspath(path),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engram.experiments import BackboneConfig, DataRecipe, PointRecipe
-from engram.experiments.arms import arm_fields
+from engram.experiments.arms import arm_fields, base_fields
 from engram.plots.markdown import count
 
 __all__ = ["differing_settings"]
@@ -57,7 +57,7 @@ def differing_settings(result: Result, points: Points, control: Result, others: 
 def _settings(result: Result, point: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a point's recipe, dotted, as the sweep writes them."""
     recipe = result["recipe"]
-    base = arm_fields({"base": recipe.get("base"), "variants": {"arm": {}}}, "")  # no arm: the base
+    base = base_fields(recipe)
     found = dict(base)
     for dimension, label in point["labels"].items():
         changed = arm_fields(recipe, label, dimension)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         register_architecture,
     )
     from engram.optim import EngramAdamW, EngramMuon
-    from engram.tables import EmbeddingTable
+    from engram.tables import EmbeddingTable, replicate_tables
     from engram.training import EngramTrainer, EngramTrainingArguments, LiveProgress
 
 _HOMES = {
@@ -73,6 +73,7 @@ _HOMES = {
     "load_bundled": "engram.models",
     "load_facts": "engram.data",
     "register_architecture": "engram.models",
+    "replicate_tables": "engram.tables",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])

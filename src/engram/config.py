@@ -329,6 +329,10 @@ class TableConfig:
     resident_bytes: int | None = None
     """For row files: about how many bytes of them the process may have mapped in at a time, all layers together; the rest is the system's
     to keep or drop. None leaves that to the system altogether."""
+    sharded: bool = False
+    """For ``device`` and ``host``, while several processes train a memory: each holds a part of every table (``ShardedTable``), so that N
+    processes have room for N times the rows, and rows travel to where they are read. Otherwise each holds a copy of all. Set up the
+    processes first (make the training arguments, or call ``torch.distributed.init_process_group``); alone, a process has whole tables."""
     files: Mapping[int, tuple[str, tuple[int, ...]]] | None = dataclasses.field(default=None, repr=False)
     """For ``mmap`` without a path: per layer, the file and the first bytes in it of the rows' values and, if they have them, of their
     scales; filled in by ``from_pretrained``."""
@@ -360,6 +364,13 @@ class TableConfig:
             value = getattr(self, field)
             if value is not None and not (_is_int(value) and value >= 1):
                 raise ConfigError(f"TableConfig.{field}: got {value!r}, expected a positive int.")
+        if not isinstance(self.sharded, bool):
+            raise ConfigError(f"TableConfig.sharded: got {self.sharded!r}, expected True or False.")
+        if self.sharded and (self.tier not in ("device", "host") or self.dtype not in ("float32", "bfloat16", "float16")):
+            raise ConfigError(
+                f"TableConfig.sharded: got True with tier {self.tier!r} and dtype {self.dtype!r}, expected 'device' or 'host' and a type that "
+                "is trained ('float32', 'bfloat16', 'float16')."
+            )
         if self.resident_bytes is not None and self.tier != "mmap" and self.path is None:
             raise ConfigError(f"TableConfig.resident_bytes: got {self.resident_bytes}, expected None unless rows are in files.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,6 +27,7 @@ from engram.checkpoint import (
 )
 from engram.checkpoint.stream import TensorSpec, as_parts, type_code
 from engram.config import EngramConfig, TableConfig
+from engram.distributed import process_rank
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram, layer_classes
@@ -36,6 +38,7 @@ from engram.tables import (
     MappedRows,
     QuantisedTable,
     RowFormat,
+    ShardedTable,
     StoredRows,
     VerifiedTable,
     is_being_filled,
@@ -66,9 +69,15 @@ _READER = ("value_proj.", "key_projs.", "norm1.", "norm2.")
 def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
     """Write ``engram.json`` (what it is), one safetensors file (its tensors) and its ledger if it has one, all or nothing.
 
+    Where tables are divided between processes, all save together: the first writes, the others send it their rows.
+
     Raises:
         CheckpointError: the folder cannot be written, or a seeded reader was trained.
     """
+    if _sends_rows_only(memory):
+        for table in _gathered(memory).values():
+            deque(table.stored_blocks(), maxlen=0)
+        return
     description = {
         "library_version": __version__,
         "engram_config": memory.engram_config.to_dict(),
@@ -83,9 +92,10 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
         _check_unmoved(memory)
         description["reader_sha256"] = _reader_digest(memory)
     tensors = _tensors(memory)
+    whole = {f"{prefix}weight": table.rows for prefix, table in _gathered(memory).items()}
     stream_store(
         path,
-        {name: TensorSpec.of(tensor) for name, tensor in tensors.items()},
+        {name: TensorSpec(t.dtype, (whole.get(name, len(t)), *t.shape[1:])) for name, t in tensors.items()},
         _parts(memory, tensors),
         description,
         memory.ledger,
@@ -269,16 +279,29 @@ def _tensors(memory: EngramModel) -> dict[str, Tensor]:
 
 
 def _parts(memory: EngramModel, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in parts; rows in files block by block and checked, so that a truncated one is an error and a budget of pages is kept."""
-    mapped = {
-        f"layers.{layer_id}.{_TABLE}": cold
-        for layer_id, engram in memory.engrams.items()
-        if isinstance(cold := _cold(engram.multi_head_embedding.embedding), MappedRows)
-    }
-    yield from as_parts({name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(mapped))})
-    for prefix, table in mapped.items():
+    """Tensors in parts; rows in files block by block and checked, so that a truncated one is an error and a budget of pages is kept, and
+    those of other processes as they send them.
+    """
+    gathered = _gathered(memory)
+    yield from as_parts({name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(gathered))})
+    for prefix, table in gathered.items():
         for block in table.stored_blocks():
             yield from zip((f"{prefix}weight", f"{prefix}scales"), block)
+
+
+def _gathered(memory: EngramModel) -> dict[str, MappedRows | ShardedTable]:
+    """Tables that are not one tensor in this process's memory, by what the names of their tensors begin with."""
+    return {
+        f"layers.{layer_id}.{_TABLE}": cold
+        for layer_id, engram in memory.engrams.items()
+        if isinstance(cold := _cold(engram.multi_head_embedding.embedding), MappedRows | ShardedTable)
+    }
+
+
+def _sends_rows_only(memory: EngramModel) -> bool:
+    """Whether another process writes this memory's file, with rows of this one."""
+    tables = (engram.multi_head_embedding.embedding for engram in memory.engrams.values())
+    return any(isinstance(table, ShardedTable) and process_rank(table.group) > 0 for table in tables)
 
 
 def _table_shapes(memory: EngramModel, saved_dtype: str) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,7 @@ from engram.ops.conv import causal_depthwise_conv
 from engram.ops.dispatch import gather, kernel_serves
 from engram.ops.gate import context_gate
 from engram.ops.gated import gate_and_smooth, whole_sequences_serve
-from engram.ops.lookup import lookup_rows, read_rows
+from engram.ops.lookup import gradient_at, lookup_rows, read_rows
 from engram.ops.read import few_positions_serve
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "few_positions_serve",
     "gate_and_smooth",
     "gather",
+    "gradient_at",
     "kernel_serves",
     "lookup_rows",
     "read_rows",

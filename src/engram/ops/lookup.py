@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engram.ops.dispatch import gather, kernel_serves
 
-__all__ = ["lookup_rows", "read_rows"]
+__all__ = ["gradient_at", "lookup_rows", "read_rows"]
 
 
 def lookup_rows(weight: Tensor, row_ids: Tensor, dtype: torch.dtype | None = None, fetched: Tensor | None = None) -> Tensor:
@@ -60,10 +60,10 @@ class _Lookup(torch.autograd.Function):
         gradient = torch.sparse_coo_tensor(
             row_ids.reshape(1, -1).to(values.device), values, context.shape, check_invariants=False
         )
-        return _sent(gradient, context.device), None, None, None
+        return gradient_at(gradient, context.device), None, None, None
 
 
-def _sent(gradient: Tensor, device: torch.device) -> Tensor:
+def gradient_at(gradient: Tensor, device: torch.device) -> Tensor:
     """A gradient ``[rows, dim]`` where its rows live, for the optimiser works there.
 
     Rows read more than once are summed before they are sent, unless they have 16 bits: those are summed in float32 later.

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from engram.distributed import shard_group, sum_everywhere
 from engram.native.rows import sum_duplicates
 
 __all__ = ["clip_grad_norm_"]
@@ -17,7 +18,8 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
     """Scale all gradients together so that their joint 2-norm is at most ``max_norm``; returns the norm before.
 
     The norm equals that of the densified gradients: duplicate rows of a sparse gradient are summed first. They stay summed, unless they have
-    16 bits: those are summed in float32, which a gradient of theirs could not hold.
+    16 bits: those are summed in float32, which a gradient of theirs could not hold. Tables that are divided between processes count as
+    whole ones; all processes clip together then.
 
     Args:
         parameters: one tensor or several; those without a gradient are passed over.
@@ -27,7 +29,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
     holders = [p for p in holders if p.grad is not None]
     if not holders:
         return torch.tensor(0.0)
-    total = _joint_norm([torch.linalg.vector_norm(_summed(p).float()) for p in holders])
+    total = _joint_norm([_norm(p) for p in holders])
     if max_norm == float("inf"):
         return total
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
@@ -36,6 +38,12 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
         values = p.grad._values() if p.grad.is_sparse else p.grad
         values.mul_(scale.to(values.device))
     return total
+
+
+def _norm(parameter: Tensor) -> Tensor:
+    """Of a gradient; of a parameter that is divided between processes, of all parts together."""
+    norm, divided = torch.linalg.vector_norm(_summed(parameter).float()), shard_group(parameter)
+    return norm if divided is None else sum_everywhere(norm.square(), *divided).sqrt()
 
 
 def _joint_norm(norms: list[Tensor]) -> Tensor:

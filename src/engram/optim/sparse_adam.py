@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram.distributed import agreed_number
 from engram.errors import ConfigError
 from engram.native import rows as native_rows
 from engram.optim.rounding import ROUNDED_DTYPES, draw_seed
@@ -208,7 +209,7 @@ def _step_numbers(group: dict[str, Any], step: float, table: Tensor) -> StepNumb
         eps=group["eps"],
         keep=1 - lr * group["weight_decay"] if decays else 1.0,
         sign=-1.0 if group["maximize"] else 1.0,
-        seed=draw_seed() if rounds_by_chance else None,
+        seed=agreed_number(draw_seed(), table) if rounds_by_chance else None,
     )
 
 

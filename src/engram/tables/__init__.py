@@ -12,6 +12,7 @@ from engram.tables.measure import rows_per_second
 from engram.tables.memory import available_memory, check_fits
 from engram.tables.prefetch import RowHandle, RowPrefetcher
 from engram.tables.quantised import QuantisedTable
+from engram.tables.replicas import Replicas, replicate_tables
 from engram.tables.rowfile import new_row_file
 from engram.tables.rownotes import (
     is_being_filled,
@@ -22,6 +23,7 @@ from engram.tables.rownotes import (
     rows_are,
     stamp_rows,
 )
+from engram.tables.sharded import ShardedTable
 from engram.tables.stored import StoredRows
 from engram.tables.verified import ABSENT, DraftTable, VerifiedTable
 
@@ -38,9 +40,11 @@ __all__ = [
     "MmapTable",
     "QuantisedMmapTable",
     "QuantisedTable",
+    "Replicas",
     "RowFormat",
     "RowHandle",
     "RowPrefetcher",
+    "ShardedTable",
     "StoredRows",
     "VerifiedTable",
     "available_memory",
@@ -54,6 +58,7 @@ __all__ = [
     "note_form",
     "refuse_other_rows",
     "remove_row_file",
+    "replicate_tables",
     "row_file",
     "row_file_layout",
     "row_format",

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from engram.config import TableConfig
+from engram.distributed import from_first, process_count, rows_of_each
 from engram.errors import ConfigError, TableError
 from engram.tables.base import EmbeddingTable
 from engram.tables.device import DeviceTable
@@ -20,6 +21,7 @@ from engram.tables.mapped import MappedRows, MmapTable, QuantisedMmapTable
 from engram.tables.memory import check_fits
 from engram.tables.quantised import QuantisedTable
 from engram.tables.rownotes import check_form, is_untouched, note_form, rows_are
+from engram.tables.sharded import ShardedTable
 from engram.tables.verified import VerifiedTable
 
 __all__ = ["build_table", "check_room", "row_file"]
@@ -45,6 +47,8 @@ def build_table(
     config = config or TableConfig()
     if verified:
         return _verified(rows, dim, config, device)
+    if _is_divided(config):
+        return _sharded(rows, dim, config, init, device)
     table: DeviceTable | QuantisedTable
     if config.tier == "mmap" or (config.tier == "hybrid" and config.path is not None):
         table = _mapped(rows, dim, config, init, layer_id)
@@ -65,6 +69,32 @@ def _in_memory(rows: int, dim: int, config: TableConfig, device: torch.device | 
     return HostTable(rows, dim, dtype=form.dtype) if host else DeviceTable(rows, dim, dtype=form.dtype, device=device)
 
 
+def _is_divided(config: TableConfig) -> bool:
+    """Whether there are processes to divide tables between.
+
+    Raises:
+        ConfigError: there will be, but they are not set up yet.
+    """
+    if config.sharded and process_count() == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"TableConfig.sharded: this is one of {os.environ['WORLD_SIZE']} processes that are not set up yet, expected them to be before "
+            "tables are made: make the training arguments first, or call torch.distributed.init_process_group()."
+        )
+    return config.sharded and process_count() > 1
+
+
+def _sharded(rows: int, dim: int, config: TableConfig, init: str, device: torch.device | str | None) -> ShardedTable:
+    part = _in_memory(rows_of_each(rows, process_count()), dim, config, device)
+    assert isinstance(part, DeviceTable)
+    table = ShardedTable(part, rows)
+    if init == "normal":
+        seed = int(from_first(torch.randint(1 << 62, (), dtype=torch.int64)))  # all draw the whole table, and keep their own
+        generator = torch.Generator().manual_seed(seed)
+        for start in range(0, rows, _ROWS_AT_ONCE):
+            table.load_rows(start, torch.randn((min(_ROWS_AT_ONCE, rows - start), dim), generator=generator))
+    return table
+
+
 def _fill_randomly(table: DeviceTable | QuantisedTable) -> None:
     """Rows as N(0, 1)."""
     if not isinstance(table, QuantisedTable | MappedRows):
@@ -75,9 +105,10 @@ def _fill_randomly(table: DeviceTable | QuantisedTable) -> None:
 
 
 def _verified(rows: int, dim: int, config: TableConfig, device: torch.device | str | None) -> VerifiedTable:
-    if config.tier != "device":
+    if config.tier != "device" or config.sharded:
         raise ConfigError(
-            f"verified rows: got tier {config.tier!r}, expected 'device': only written rows are stored, so they are small."
+            f"verified rows: got tier {config.tier!r}{', sharded' * config.sharded}, expected 'device' and whole: only written rows are "
+            "stored, so they are small."
         )
     return VerifiedTable(rows, dim, config.dtype, device)
 
@@ -99,7 +130,8 @@ def check_room(
         TableError: there is less memory than they need.
     """
     if not verified and config.tier != "mmap" and config.path is None:
-        size = sum(rows) * row_format(config.dtype).row_bytes(dim)
+        count = process_count() if config.sharded else 1
+        size = sum(rows_of_each(n, count) for n in rows) * row_format(config.dtype).row_bytes(dim)
         check_fits(size, device if config.tier == "device" else "cpu", f"tier={config.tier!r}")
 
 

@@ -25,6 +25,7 @@ from transformers.utils import logging as hf_logging
 
 from engram.checkpoint import load_tree, save_tree, write_json_atomically
 from engram.checkpoint.store import sync_to_disk
+from engram.distributed import anywhere, leave_at_exit, shard_group, wait_for_all
 from engram.errors import CheckpointError, ConfigError, TrainingError
 from engram.training.cpu_types import warning_of_slow_bfloat16
 from engram.training.examples import OneLength, check_not_empty
@@ -73,7 +74,8 @@ class SaveOnInterrupt(TrainerCallback):
         print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ask for a checkpoint and the end once the step is whole."""
+        """Ask for a checkpoint and the end once the step is whole; a signal to one of several processes stops all at the same step."""
+        self.interrupted = anywhere(self.interrupted)
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
@@ -82,7 +84,7 @@ class SaveOnInterrupt(TrainerCallback):
         """Give signals back and say where to go on."""
         _give_back(self._previous)
         self._previous = {}
-        if self.interrupted:
+        if self.interrupted and state.is_world_process_zero:
             print(
                 f"stopped at step {state.global_step}; resume from {args.output_dir}/checkpoint-{state.global_step}",
                 file=sys.stderr,
@@ -90,22 +92,28 @@ class SaveOnInterrupt(TrainerCallback):
 
 
 class SafeTrainer(Trainer):
-    """Trainer whose checkpoints are safetensors and JSON, for one process.
+    """Trainer whose checkpoints are safetensors and JSON.
 
     Optimiser, scheduler and random generators are restored exactly, so a resumed run has the losses the first would have had (the first average
     logged after a stop covers the steps since). On the CPU, memory that steps free is kept until the end (``kept_memory``); not if the
     arguments have a ``keep_memory`` that is false.
+
+    Of several processes (``torchrun``, ``accelerate launch``) the first writes and shows what all have in common; each adds its own random
+    generators to a checkpoint. A run resumed by as many processes is exact; others may go on from it too.
+
     A loss or gradient norm that is NaN or infinite ends the run before the step is taken; a checkpoint that cannot be written is removed and
     those before it stay. Logs have ``tokens_per_second`` (positions, padding included; evaluation and saving do not count).
 
     Raises:
-        ConfigError: there are several processes, or several GPUs that a batch would be divided between.
+        ConfigError: there are several GPUs that one process would divide a batch between.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_reports(_given(args, kwargs, 1, "args"))
         super().__init__(*args, **kwargs)
-        _refuse_several(self.args)
+        _refuse_divided_batches(self.args)
+        if self.args.world_size > 1:
+            leave_at_exit()
         if _given(args, kwargs, 2, "data_collator") is None:
             self.data_collator = OneLength(self.data_collator)
         self.throughput = Throughput()
@@ -117,6 +125,9 @@ class SafeTrainer(Trainer):
         if self._displays():
             for plain in (ProgressCallback, PrinterCallback):
                 self.remove_callback(plain)
+        if not self.is_world_process_zero():
+            for display in self._displays():
+                self.remove_callback(display)
 
     optimizer: Any
     lr_scheduler: Any
@@ -175,8 +186,8 @@ class SafeTrainer(Trainer):
         ids = inputs.get("input_ids")
         if isinstance(ids, torch.Tensor):
             self.throughput.add(ids.numel())
-        if not torch.isfinite(loss):
-            raise self._no_number("the loss", float(loss))
+        if anywhere(not torch.isfinite(loss)):
+            raise self._no_number("the loss of a process" if self.args.world_size > 1 else "the loss", float(loss))
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -198,7 +209,7 @@ class SafeTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As ``transformers.Trainer.log``; a training loss comes with tokens per second."""
         if "loss" in logs and (rate := self.throughput.read()) is not None:
-            logs["tokens_per_second"] = round(rate, 1)
+            logs["tokens_per_second"] = round(rate * self.args.world_size, 1)
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -209,9 +220,13 @@ class SafeTrainer(Trainer):
         with self.throughput.paused():
             if not weights_are_finite(self.model):
                 raise self._no_number("a weight", float("nan"), self.state.global_step)
+            if not self.args.should_save:
+                super()._save_checkpoint(model, trial)  # of which this process writes its random generators alone
+                return
             limit = self.args.save_total_limit
             with whole_or_removed(folder), _no_bars_for_files(), self._nothing_deleted():
                 (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+                self._remove_other_parts(folder)
                 super()._save_checkpoint(model, trial)
                 _sync_all(folder)
             best = self.state.best_model_checkpoint
@@ -227,13 +242,18 @@ class SafeTrainer(Trainer):
             self.args.save_total_limit, self._limit = self._limit["save_total_limit"], {}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        save_tree(os.path.join(output_dir, _OPTIMIZER), self.optimizer.state_dict())
+        if self.args.should_save or self._is_divided:
+            save_tree(os.path.join(output_dir, self._own_file(_OPTIMIZER)), self.optimizer.state_dict())
+        if not self.args.should_save:
+            return  # every process has the same
         save_tree(os.path.join(output_dir, _SCHEDULER), _plain(self.lr_scheduler.state_dict()))
         write_json_atomically(Path(output_dir, _TIME), {"seconds": round(self.seconds, 3)})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.optimizer.load_state_dict(load_tree(os.path.join(checkpoint, _OPTIMIZER)))
+            self._check_parts(checkpoint)
+            own = self._own_file(_OPTIMIZER) if self._is_divided else _OPTIMIZER
+            self.optimizer.load_state_dict(load_tree(os.path.join(checkpoint, own)))
             self.lr_scheduler.load_state_dict(load_tree(os.path.join(checkpoint, _SCHEDULER)))
             file = Path(checkpoint, _TIME)
             if file.is_file():  # checkpoints of earlier versions have none
@@ -244,12 +264,43 @@ class SafeTrainer(Trainer):
         state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state_all()
-        save_tree(os.path.join(output_dir, _RANDOM), state)
+        save_tree(os.path.join(output_dir, self._own_file(_RANDOM)), state)
+        wait_for_all()  # the first process says next that the checkpoint is complete
+
+    @property
+    def _is_divided(self) -> bool:
+        """Whether each process holds a part of some table: a checkpoint needs all of them."""
+        assert self.model is not None
+        return any(shard_group(parameter) is not None for parameter in self.model.parameters())
+
+    def _own_file(self, name: str) -> str:
+        """What each process has for itself; that of the first has the name it has when there is one process."""
+        return name if self.args.process_index == 0 else f"{name}_{self.args.process_index}"
+
+    def _check_parts(self, checkpoint: str) -> None:
+        """Refuse the optimiser's state of tables that were divided between another number of processes."""
+        saved, wanted = len(list(Path(checkpoint).glob(f"{_OPTIMIZER}*.json"))), self.args.world_size if self._is_divided else 1
+        if saved != wanted:
+            raise CheckpointError(
+                f"{checkpoint} holds the optimiser's state of tables in {saved} part(s), expected {wanted}: sharded tables are resumed by as "
+                "many processes as trained them. Start so many, or load the memory (from_pretrained) and train it anew."
+            )
+
+    def _remove_other_parts(self, folder: Path) -> None:
+        """What an earlier run of more processes left in the folder of a checkpoint."""
+        for name, parts in ((_OPTIMIZER, self.args.world_size if self._is_divided else 1), (_RANDOM, self.args.world_size)):
+            for file in folder.glob(f"{name}_*"):
+                number = file.stem.rpartition("_")[2]
+                if number.isdecimal() and int(number) >= parts:
+                    file.unlink()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        state = load_tree(os.path.join(checkpoint, _RANDOM))
+        file = os.path.join(checkpoint, self._own_file(_RANDOM))
+        if self.args.process_index > 0 and not os.path.exists(f"{file}.json"):
+            return  # made by fewer processes: this one draws as it would in a new run
+        state = load_tree(file)
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
@@ -258,7 +309,7 @@ class SafeTrainer(Trainer):
 
     def _save_scaler(self, output_dir: str) -> None:
         scaler = getattr(self.accelerator, "scaler", None)  # there is one in float16 only
-        if scaler is not None:
+        if scaler is not None and self.args.should_save:
             save_tree(os.path.join(output_dir, _SCALER), scaler.state_dict())
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -267,6 +318,10 @@ class SafeTrainer(Trainer):
             scaler.load_state_dict(load_tree(os.path.join(checkpoint, _SCALER)))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            if self._is_divided:
+                self._save_weights(Path(output_dir or self.args.output_dir or "."))  # sends its part to the first
+            return
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         self._save_weights(folder)
@@ -278,15 +333,12 @@ class SafeTrainer(Trainer):
         self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder)
 
 
-def _refuse_several(args: Any) -> None:
-    """Checkpoints, routes and row-sparse gradients are those of one process and one device."""
-    if args.world_size > 1:
-        raise ConfigError(
-            f"training: got {args.world_size} processes, expected one; start it without torchrun or accelerate launch."
-        )
+def _refuse_divided_batches(args: Any) -> None:
+    """``nn.DataParallel`` copies the model, hooks and all, into threads; processes are the way."""
     if args.n_gpu > 1:
         raise ConfigError(
-            f"training: got {args.n_gpu} GPUs to divide batches between, expected one; choose it with CUDA_VISIBLE_DEVICES=0."
+            f"training: got one process and {args.n_gpu} GPUs to divide batches between, expected a process for each: start it with torchrun "
+            f"--nproc-per-node {args.n_gpu}, or choose one GPU with CUDA_VISIBLE_DEVICES=0."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,12 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
+from engram.distributed import process_count
 from engram.errors import CheckpointError, ConfigError
 from engram.models import EngramModel
 from engram.models.identity import adapter_parameters
 from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES, EngramAdamW, EngramMuon, build_param_groups, clip_grad_norm_
+from engram.tables import EmbeddingTable, Replicas, replicate_tables
 from engram.training.safe_trainer import SafeTrainer
 
 __all__ = ["EngramTrainer", "EngramTrainingArguments"]
@@ -78,7 +81,7 @@ class EngramTrainingArguments(TrainingArguments):
 
 
 class EngramTrainer(SafeTrainer):
-    """Trainer for an ``EngramModel``, in one process; or, with ``train_backbone``, for a plain model, which makes it a fair baseline:
+    """Trainer for an ``EngramModel``; or, with ``train_backbone``, for a plain model, which makes it a fair baseline:
     parameter groups, optimiser, clipping and checkpoints are the same code, and only what belongs to the memory is missing.
 
     Tables get their own learning rate and a row-sparse Adam, gradient clipping includes the sparse part, checkpoints hold the memory
@@ -87,6 +90,10 @@ class EngramTrainer(SafeTrainer):
 
     Adapters (peft) on the base model that are trainable when the trainer is made are trained with the memory, at the base learning rate,
     and are in its checkpoints; ``get_engram_model`` freezes those that it finds, so add them after it, or make them trainable again.
+
+    Several processes divide every batch between them (``torchrun --nproc-per-node N train.py``): the step is that of one process with
+    N times the batch. Each holds a copy of the tables, and what travels between them are the gradients of the rows that were read
+    (``replicate_tables``). Tables in row files (``tier="mmap"``) need a file for each process.
 
     Raises:
         ConfigError: the model is neither, the arguments are not ``EngramTrainingArguments`` or contradict each other, or nothing would be
@@ -104,7 +111,16 @@ class EngramTrainer(SafeTrainer):
             )
         _check_arguments(args, bool(_trained_adapters(model)))
         _set_trainable(model, args)
+        if args.world_size > 1 and args.ddp_find_unused_parameters is None and not args.train_backbone:
+            args.ddp_find_unused_parameters = (
+                False  # a memory uses all that it has; DDP would search every pass for what it does not
+            )
         super().__init__(model=model, args=args, **kwargs)
+        if args.fp16 and self._is_divided:
+            raise ConfigError(
+                "EngramTrainingArguments.fp16: got True with sharded tables, expected bf16 or float32: each process would decide for itself "
+                "which steps overflow."
+            )
         self._introspect_base(self.backbone)
 
     _signature_columns: Any
@@ -140,6 +156,30 @@ class EngramTrainer(SafeTrainer):
 
     def _model_with_loss(self) -> Any:
         return self.backbone
+
+    _replicas: Replicas | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``SafeTrainer.train``; several processes keep their copies of the tables equal."""
+        if process_count() == 1 or not isinstance(self.model, EngramModel):
+            return super().train(*args, **kwargs)
+        self._replicas = replicate_tables(self.model)
+        if _trains_nothing_but_tables(self.model):
+            # DDP refuses a model in which there is nothing for it to do.
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._replicas.remove()
+            self._replicas = None
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._replicas is not None and not self._replicas.are_equal():
+            logging.getLogger("engram").warning(
+                "the copies of the tables in the processes of this run have come to differ; the first one's is saved. Processes on different "
+                "hardware round differently: use equal machines."
+            )
+        super()._save_checkpoint(model, trial)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """``EngramAdamW`` or, with ``backbone_optimizer="muon"``, ``EngramMuon`` over ``build_param_groups``, unless an optimiser was given.
@@ -228,6 +268,8 @@ class EngramTrainer(SafeTrainer):
     def _save_weights(self, folder: Path) -> None:
         if isinstance(self.model, EngramModel):
             self.model.save_pretrained(folder)
+        if not self.args.should_save:
+            return
         if self.args.train_backbone:  # type: ignore[attr-defined]
             _save_backbone(self.backbone, self._backbone_folder(folder))
         else:
@@ -248,6 +290,11 @@ class EngramTrainer(SafeTrainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _trains_nothing_but_tables(model: EngramModel) -> bool:
+    rows = {id(p) for module in model.modules() if isinstance(module, EmbeddingTable) for p in module.parameters()}
+    return all(id(p) in rows for p in model.parameters() if p.requires_grad)
 
 
 def _check_arguments(args: EngramTrainingArguments, has_adapters: bool) -> None:

@@ -1,0 +1,148 @@
+"""Rows divided between the processes of a training run (as the paper trains: each device holds a part of every table)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from engram.distributed import (
+    Group,
+    RowRequests,
+    own_rows,
+    process_count,
+    process_rank,
+    rows_from_all,
+    rows_of_each,
+    shard_parameter,
+)
+from engram.errors import TableError
+from engram.ops import gradient_at
+from engram.tables.base import EmbeddingTable, check_place, check_row_ids
+from engram.tables.device import DeviceTable
+
+__all__ = ["ShardedTable"]
+
+_BLOCK = 1 << 16
+
+
+class ShardedTable(EmbeddingTable):
+    """A table of which every process holds a part: row r is row ``r // N`` of process ``r % N``.
+
+    A look-up asks each row of the process that has it, and the backward pass brings gradients there, averaged over the processes as DDP
+    averages others; the optimiser steps what is here. So all processes must look up at the same time, as they do in training, and
+    whoever reads the whole table (``iter_row_blocks``, saving) does so in all of them. Values and gradients are those of a whole table.
+
+    Args:
+        part: room for this process's rows, ``ceil(rows / N)`` of them.
+        rows: rows of the whole table.
+        group: a ``torch.distributed`` process group; all processes if not given.
+
+    Raises:
+        TableError: the part is of another size.
+    """
+
+    def __init__(self, part: DeviceTable, rows: int, group: Group = None) -> None:
+        super().__init__()
+        each = rows_of_each(rows, process_count(group))
+        if part.rows != each:
+            raise TableError(f"ShardedTable: got a part of {part.rows} rows, expected {each}.")
+        self.rows, self.dim, self.group = rows, part.dim, group
+        self.__dict__["part"] = part  # not a submodule: its parameter is registered here, under the name that other tables have
+        self.weight = part.weight
+        shard_parameter(part.weight, group)
+
+    @property
+    def part(self) -> DeviceTable:
+        """This process's rows."""
+        return self.__dict__["part"]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.part._apply(fn)
+        self.weight = self.part.weight
+        shard_parameter(self.weight, self.group)
+        return self
+
+    @property
+    def tier(self) -> str:
+        """Where the parts are."""
+        return self.part.tier
+
+    @property
+    def location(self) -> str:
+        """Where the rows are, for people."""
+        return f"{self.part.location}, part {process_rank(self.group) + 1} of {process_count(self.group)}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows in this process."""
+        return self.part.nbytes
+
+    def is_read_by(self, device: torch.device) -> bool:
+        """Never: every look-up waits to learn how many rows travel."""
+        return False
+
+    def lookup(self, row_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows ``[..., dim]``; gradients reach the parts that they belong to. All processes look up together."""
+        if self.weight.requires_grad and torch.is_grad_enabled():
+            return _Lookup.apply(self.weight, row_ids, dtype or self.dtype, self)
+        rows, _ = self._fetch(row_ids)
+        return rows.to(dtype or self.dtype)
+
+    def _fetch(self, row_ids: Tensor) -> tuple[Tensor, RowRequests]:
+        if row_ids.numel():
+            check_row_ids(row_ids, self.rows)
+        requests = RowRequests(row_ids, self.rows, self.group)
+        return requests.fetch(self.part.read(requests.wanted, self.dtype)), requests
+
+    def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
+        """Replace rows; every process is given the same numbers and the same function, and does it for its own.
+
+        Raises:
+            TableError: as the tables of the parts.
+        """
+        count = process_count(self.group)
+        mine = row_ids % count == process_rank(self.group)
+        whole = self.lookup(row_ids).detach()
+        new = fn(whole)
+        if new.shape != whole.shape:
+            raise TableError(f"update_rows: fn returned shape {list(new.shape)}, expected {list(whole.shape)}.")
+        self.part.update_rows(row_ids[mine] // count, lambda old: new[mine].to(old.device, old.dtype))
+
+    def load_rows(self, start: int, rows: Tensor) -> None:
+        """Put rows ``[n, dim]`` at ``start`` and after; every process is given all and keeps its own.
+
+        Raises:
+            TableError: they do not fit there, or a value is too large for the table's type.
+        """
+        check_place(start, rows, self.rows, self.dim)
+        first, own = own_rows(start, rows, self.group)
+        self.part.load_rows(first, own)
+
+    def iter_row_blocks(self, block_rows: int = _BLOCK) -> Iterator[tuple[int, Tensor]]:
+        """Blocks of the whole table, the same in every process; all iterate together."""
+        for start in range(0, self.rows, block_rows):
+            yield start, rows_from_all(self.weight.detach(), start, min(start + block_rows, self.rows), self.group)
+
+    def stored_blocks(self, block_rows: int = _BLOCK) -> Iterator[tuple[Tensor]]:
+        """As ``iter_row_blocks``, for saving."""
+        for _, rows in self.iter_row_blocks(block_rows):
+            yield (rows,)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, weight: Tensor, row_ids: Tensor, dtype: torch.dtype, table: ShardedTable) -> Tensor:
+        rows, context.requests = table._fetch(row_ids)
+        context.shape, context.dtype, context.device = weight.shape, weight.dtype, weight.device
+        context.processes = process_count(table.group)
+        return rows.to(dtype)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        values = (context.requests.give_back(gradients[0]) / context.processes).to(context.dtype)
+        numbers = context.requests.wanted.unsqueeze(0)
+        gradient = torch.sparse_coo_tensor(numbers, values, context.shape, check_invariants=False)
+        return gradient_at(gradient, context.device), None, None, None

@@ -1,3 +1,4 @@
+import os
 import re
 import runpy
 import subprocess
@@ -14,6 +15,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SAYS = {
     "teach_facts": (r"loaded again: .*door.* 4711", "-> 'Graphics Processing Unit'"),
     "train_jointly": ("trainable",),
+    "train_in_processes": ("321,238 rows, 10,279,616 bytes of them in each of 1 process", r"losses: 3\.\d+"),
     "train_plain_loop": ("lower: True", "from what was saved: True"),
     "memory_with_lora": (r"both: \['4711'\]", r"LoRA alone: \[(?!'4711)", r"loaded again: \['4711'\]"),
     "facts_over_trained_memory": (
@@ -38,6 +40,21 @@ def test_every_example_runs(file, capsys):
     out = capsys.readouterr().out
     for words in SAYS[file.stem]:
         assert re.search(words, out), out
+
+
+@pytest.mark.slow
+def test_the_example_of_processes_has_the_same_losses_in_two_as_in_one():
+    outputs = []
+    for count in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+        file = ROOT / "examples" / "train_in_processes.py"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *launcher, file], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    losses = [re.findall(r"losses: (.*)", out) for out in outputs]
+    assert losses[0] == losses[1]
+    assert "5,139,808 bytes of them in each of 2 processes" in outputs[1]
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ def read(path):
         "ngram_baseline --quick",
         "gpu --quick",
         "train_step --quick",
+        "processes --quick",
         "train_step --kinds sparse",
         "baselines --every 40",
         "baselines --epochs 1",

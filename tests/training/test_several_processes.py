@@ -184,6 +184,9 @@ def refusals(folder):
     with pytest.raises(ConfigError) as error:
         trainer_for(folder / "a", {"sharded": True}, fp16=True)
     found.append(str(error.value))
+    with pytest.raises(ConfigError) as error:
+        trainer_for(folder / "c", use_cpu=False)
+    found.append(str(error.value))
     trainer_for(folder / "b", save_steps=2, max_steps=2).train()
     with pytest.raises(CheckpointError) as error:
         trainer_for(folder / "b", {"sharded": True}).train(resume_from_checkpoint=True)
@@ -316,7 +319,8 @@ def test_a_loss_that_is_no_number_in_one_process_stops_all(seen):
 def test_what_cannot_be_is_refused_in_all_processes(seen):
     for result in seen:
         assert "fp16: got True with sharded tables" in result["refusals"][0]
-        assert "in 1 part(s), expected 2" in result["refusals"][1]
+        assert "each would train alone" in result["refusals"][1]
+        assert "in 1 part(s), expected 2" in result["refusals"][2]
 
 
 def test_copies_that_have_come_to_differ_are_told(seen):

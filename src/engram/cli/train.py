@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,27 +19,41 @@ def train_command(
         list[str] | None, typer.Option(help="Loggers: tensorboard, wandb; may be repeated. Needs the extra of that name.")
     ] = None,
 ) -> None:
-    """Train a memory: together with a fresh backbone (MoE or dense), or on a model that exists; goes on where it was stopped."""
+    """Train a memory: together with a fresh backbone (MoE or dense), or on a model that exists; goes on where it was stopped.
+
+    Several processes share every batch: torchrun --nproc-per-node 8 -m engram train RECIPE --out DIR. With 'sharded: true' in the recipe's
+    table each holds a part of the rows.
+    """
     import dataclasses
+    from contextlib import nullcontext
 
     import torch
 
     from engram.checkpoint import sole_writer
     from engram.cli.corpus import corpus_progress
+    from engram.distributed import process_rank
     from engram.experiments import prepare_data, read_point, run_point
     from engram.models.bundled import load_tokenizer
     from engram.training.progress import LiveProgress
+    from engram.training.several import first_process_first, set_up_processes
 
+    set_up_processes()
+    first = process_rank() == 0
     point = dataclasses.replace(read_point(recipe), keep_model=True)
     if seed is not None:
         point = dataclasses.replace(point, seed=seed)
     if threads:
         torch.set_num_threads(threads)
-    with corpus_progress() as show:
+    with first_process_first(), corpus_progress() as show:
         own = None if point.model is None else load_tokenizer(point.model)
         data = prepare_data(point.data, recipe.parent, out / "data", show, own)
-    with sole_writer(out, f"training in {out}"):
+    with sole_writer(out, f"training in {out}") if first else nullcontext():
         result = run_point(point, data, out, [LiveProgress()], report_to or ())
+    if first:
+        _show(result, out)
+
+
+def _show(result: dict[str, Any], out: Path) -> None:
     counts = result["counts"]
     print(f"{counts['total']:,} parameters, {counts['active']:,} per token, {counts['table_rows']:,} rows; embeddings left out")
     for half, measured in result["held_out"].items():

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from engram._version import __version__
+from engram.distributed import process_count
 
 __all__ = ["made_with", "versions"]
 
@@ -20,7 +21,11 @@ def made_with() -> dict[str, Any]:
         device = torch.cuda.get_device_name()
     else:
         device = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return {"device": device, "versions": versions()}
+    return {"device": device, **_several(), "versions": versions()}
+
+
+def _several() -> dict[str, int]:
+    return {"processes": process_count()} if process_count() > 1 else {}
 
 
 def versions() -> dict[str, str]:

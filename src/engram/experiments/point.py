@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from engram.checkpoint import write_json_atomically
+from engram.distributed import process_count, process_rank, wait_for_all
 from engram.errors import CheckpointError, ConfigError, TrainingError
 from engram.evaluation.versions import made_with
 from engram.experiments.backbone import build_backbone
@@ -25,9 +26,11 @@ from engram.experiments.recipe import PointRecipe
 from engram.models import EngramModel, get_engram_model, load_model
 from engram.models.identity import base_identity
 from engram.models.positions import context_length
+from engram.tables import is_divided
 from engram.training import EngramTrainer, EngramTrainingArguments
 from engram.training.balance import BalanceCallback, find_routers
 from engram.training.safe_trainer import InOrder, SafeTrainer, last_checkpoint
+from engram.training.several import first_process_first
 
 __all__ = ["RESULT", "run_point"]
 
@@ -57,6 +60,10 @@ def _attach_memory(recipe: PointRecipe, model: PreTrainedModel, tokenizer: Any, 
     pad = {} if tokenizer.pad_token_id is None else {"pad_id": tokenizer.pad_token_id}
     placement = recipe.table
     if placement is not None and placement.tier == "mmap":
+        if process_count() > 1:
+            raise ConfigError(
+                "PointRecipe.table: got tier 'mmap' with several processes, expected 'host' or 'device' (with sharded: true each holds a part)."
+            )
         shutil.rmtree(out / _ROWS, ignore_errors=True)  # what an interrupted run left; its checkpoint has them all
         placement = dataclasses.replace(placement, path=str(out / _ROWS))
     memory = get_engram_model(model, recipe.engram.replace(**pad, seed=recipe.seed), tokenizer, placement)
@@ -82,6 +89,8 @@ def run_point(
 ) -> dict[str, Any]:
     """Train, measure and write ``out/result.json``; a finished point is read back, an interrupted one goes on exactly.
 
+    Several processes (set up before, all calling this) share every batch; all measure, the first writes.
+
     Args:
         recipe: what to train.
         data: what on.
@@ -91,7 +100,7 @@ def run_point(
 
     Raises:
         CheckpointError: ``out`` holds another recipe.
-        ConfigError: the budget cannot be met.
+        ConfigError: the budget cannot be met, or a batch not be divided between the processes.
     """
     solved = recipe.solved()
     present = {"identity": recipe.identity(), "text": data.store.fingerprint, "recipe": recipe.to_dict()}
@@ -100,7 +109,8 @@ def run_point(
         base = _build_base(solved, data.tokenizer)
         present["model"] = base_identity(base)["weights_sha256"]
     present = json.loads(json.dumps(present))
-    _claim(out, present)
+    with first_process_first():
+        _claim(out, present)
     if (out / RESULT).is_file():
         _clear(out, recipe.keep_checkpoints)
         return json.loads((out / RESULT).read_text(encoding="utf-8"))
@@ -128,19 +138,23 @@ def run_point(
             result["held_out_off"] = _measure_all(model, data, solved.bf16)
     if recipe.keep_model:
         _keep(model, data, out, solved.train_backbone)
-    write_json_atomically(out / RESULT, {**result, **present})
+    if process_rank() == 0:
+        write_json_atomically(out / RESULT, {**result, **present})
     _clear(out, recipe.keep_checkpoints)
+    wait_for_all()
     return json.loads((out / RESULT).read_text(encoding="utf-8"))
 
 
 def _claim(out: Path, recipe: dict[str, Any]) -> None:
-    """One folder holds one run: of one recipe, whatever has no effect on the result aside, on one text."""
+    """One folder holds one run: of one recipe, whatever has no effect on the result aside, on one text. The first process writes so."""
     file = out / _RECIPE
     if file.is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
         for name, what in (("identity", "of another recipe"), ("text", "on other text"), ("model", "from another model")):
             if found.get(name) != recipe.get(name):
                 raise CheckpointError(f"{out} holds a run {what}; choose another folder (nothing was overwritten).")
+    if process_rank() > 0:
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json_atomically(file, recipe)
@@ -150,6 +164,8 @@ def _claim(out: Path, recipe: dict[str, Any]) -> None:
 
 def _clear(out: Path, keep_checkpoints: bool) -> None:
     """Take away what only an unfinished run needs."""
+    if process_rank() > 0:
+        return
     for folder in (_ROWS,) if keep_checkpoints else ("checkpoints", _ROWS):
         shutil.rmtree(out / folder, ignore_errors=True)
 
@@ -185,10 +201,14 @@ def _trainer(
     callbacks: list[TrainerCallback],
     report_to: Sequence[str],
 ) -> SafeTrainer:
+    if recipe.batch_size % process_count():
+        raise ConfigError(
+            f"PointRecipe.batch_size: got {recipe.batch_size} blocks for {process_count()} processes, expected as many for each of them."
+        )
     arguments: dict[str, Any] = {
         "output_dir": str(out / "checkpoints"),
         "max_steps": recipe.steps,
-        "per_device_train_batch_size": recipe.batch_size,
+        "per_device_train_batch_size": recipe.batch_size // process_count(),
         "learning_rate": recipe.learning_rate,
         "adam_beta2": 0.95,
         "weight_decay": recipe.weight_decay,
@@ -275,9 +295,10 @@ def _backbone_counts(recipe: PointRecipe, tokens: int) -> dict[str, Any]:
 
 def _keep(model: Any, data: PreparedData, out: Path, train_backbone: bool) -> None:
     """``out/model`` with its tokenizer, if it was trained, and ``out/memory``, if there is one."""
-    if train_backbone:
+    first = process_rank() == 0
+    if train_backbone and first:
         base = model.base_model if isinstance(model, EngramModel) else model
         base.save_pretrained(out / "model")
         data.tokenizer.save_pretrained(out / "model")
-    if isinstance(model, EngramModel):
+    if isinstance(model, EngramModel) and (first or is_divided(model)):
         model.save_pretrained(out / "memory")

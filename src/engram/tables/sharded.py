@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engram.distributed import (
     Group,
@@ -23,7 +23,7 @@ from engram.ops import gradient_at
 from engram.tables.base import EmbeddingTable, check_place, check_row_ids
 from engram.tables.device import DeviceTable
 
-__all__ = ["ShardedTable"]
+__all__ = ["ShardedTable", "is_divided"]
 
 _BLOCK = 1 << 16
 
@@ -130,6 +130,11 @@ class ShardedTable(EmbeddingTable):
         """As ``iter_row_blocks``, for saving."""
         for _, rows in self.iter_row_blocks(block_rows):
             yield (rows,)
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether this process holds only a part of some table of ``model``."""
+    return any(isinstance(module, ShardedTable) for module in model.modules())
 
 
 class _Lookup(torch.autograd.Function):

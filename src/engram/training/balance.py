@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from engram.distributed import sum_everywhere
 from engram.errors import ConfigError
 
 __all__ = ["BalanceCallback", "LoadBalancer", "find_routers", "step_bias"]
@@ -78,7 +79,7 @@ class LoadBalancer:
         worst = torch.zeros(())
         for name, load in self._loads.items():
             bias: Any = getattr(self.routers[name], _BIAS)
-            counted = load.to(bias.dtype)
+            counted = sum_everywhere(load).to(bias.dtype)
             bias.copy_(step_bias(bias, counted, self.rate))
             worst = torch.maximum(worst.to(counted.device), (counted.max() / counted.mean()).float())
         self._loads.clear()

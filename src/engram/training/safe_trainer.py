@@ -25,8 +25,9 @@ from transformers.utils import logging as hf_logging
 
 from engram.checkpoint import load_tree, save_tree, write_json_atomically
 from engram.checkpoint.store import sync_to_disk
-from engram.distributed import anywhere, leave_at_exit, shard_group, wait_for_all
+from engram.distributed import anywhere, leave_at_exit, process_count, wait_for_all
 from engram.errors import CheckpointError, ConfigError, TrainingError
+from engram.tables import is_divided
 from engram.training.cpu_types import warning_of_slow_bfloat16
 from engram.training.examples import OneLength, check_not_empty
 from engram.training.guards import check_reports, is_complete, last_checkpoint, no_number, weights_are_finite, whole_or_removed
@@ -105,13 +106,14 @@ class SafeTrainer(Trainer):
     those before it stay. Logs have ``tokens_per_second`` (positions, padding included; evaluation and saving do not count).
 
     Raises:
-        ConfigError: there are several GPUs that one process would divide a batch between.
+        ConfigError: there are several GPUs that one process would divide a batch between, or several processes that the arguments do not
+            know of.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_reports(_given(args, kwargs, 1, "args"))
         super().__init__(*args, **kwargs)
-        _refuse_divided_batches(self.args)
+        _check_processes(self.args)
         if self.args.world_size > 1:
             leave_at_exit()
         if _given(args, kwargs, 2, "data_collator") is None:
@@ -271,7 +273,7 @@ class SafeTrainer(Trainer):
     def _is_divided(self) -> bool:
         """Whether each process holds a part of some table: a checkpoint needs all of them."""
         assert self.model is not None
-        return any(shard_group(parameter) is not None for parameter in self.model.parameters())
+        return is_divided(self.model)
 
     def _own_file(self, name: str) -> str:
         """What each process has for itself; that of the first has the name it has when there is one process."""
@@ -333,8 +335,15 @@ class SafeTrainer(Trainer):
         self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder)
 
 
-def _refuse_divided_batches(args: Any) -> None:
-    """``nn.DataParallel`` copies the model, hooks and all, into threads; processes are the way."""
+def _check_processes(args: Any) -> None:
+    """Refuse processes that do not know of each other, and one for several GPUs: ``nn.DataParallel`` copies the model, hooks and all, into
+    threads.
+    """
+    if process_count() > 1 and args.world_size == 1:  # transformers takes a CPU for one process, if it is not asked for
+        raise ConfigError(
+            f"training: got {process_count()} processes with arguments by which each would train alone, expected them to share batches; on "
+            "CPUs make the arguments with use_cpu=True."
+        )
     if args.n_gpu > 1:
         raise ConfigError(
             f"training: got one process and {args.n_gpu} GPUs to divide batches between, expected a process for each: start it with torchrun "

@@ -1,0 +1,147 @@
+"""One memory trained by several processes: copies of its tables, tables divided between them, and what DDP alone would do.
+
+All ways take a step in turn, in one run: ``one`` is a single process with the whole batch (the others wait), ``copies`` and ``divided`` are
+``replicate_tables`` and ``TableConfig(sharded=True)`` in every process with its part of the batch, ``ddp`` leaves tables to
+DistributedDataParallel, whose gradients are dense, and to torch's AdamW. Before anything is timed the losses of all ways must agree.
+Processes have one thread each and talk by gloo over the loopback device; compare ratios.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from common import provenance, result_file, spread, write
+from peers.protocol import FULL, HEADS, QUICK, SEED, backbone, batches
+from torch.nn.parallel import DistributedDataParallel
+from train_step import Vocabulary
+
+from engram import EngramAdamW, EngramConfig, TableConfig, get_engram_model, replicate_tables
+from engram.distributed import leave_at_exit, process_count, process_rank, sum_everywhere, wait_for_all
+from engram.optim import build_param_groups
+
+WARM_UP = 2
+WAYS = ("one", "copies", "divided", "ddp")
+
+
+class Way:
+    """One way to take the same step."""
+
+    def __init__(self, name, rows, sizes):
+        self.name, count = name, process_count()
+        torch.manual_seed(SEED)
+        config = EngramConfig(
+            engram_vocab_size=rows // (2 * HEADS),
+            n_embed_per_ngram=64 * HEADS,
+            n_head_per_ngram=HEADS,
+            layer_ids=sizes.get("memory_at", [1, 2]),
+            pad_id=0,
+        )
+        placement = TableConfig(sharded=name == "divided")
+        self.memory = get_engram_model(backbone(sizes), config, Vocabulary(sizes["vocab"]), placement)
+        self.memory.base_model.requires_grad_(True)
+        self.tables = [engram.multi_head_embedding.embedding for engram in self.memory.engrams.values()]
+        groups = build_param_groups(self.memory, self.memory.engrams, lr=1e-3)
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3) if name == "ddp" else EngramAdamW(groups, lr=1e-3)
+        if name == "ddp":
+            for table in self.tables:
+                table.lookup = partial(_dense_lookup, table.weight)
+        elif name != "one":
+            replicate_tables(self.memory)
+        self.model = self.memory if name == "one" else DistributedDataParallel(self.memory)
+        self.works = name != "one" or process_rank() == 0
+        self.part = slice(None) if name == "one" else slice(process_rank(), None, count)
+
+    def step(self, ids):
+        """Seconds until all processes have stepped, and the mean loss."""
+        wait_for_all()
+        started, loss = time.perf_counter(), torch.zeros(())
+        if self.works:
+            own = ids[self.part]
+            loss = self.model(input_ids=own, labels=own, use_cache=False).loss
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        wait_for_all()
+        seconds = time.perf_counter() - started
+        shared = 1 if self.name == "one" else process_count()
+        return seconds, float(sum_everywhere(loss.detach())) / shared
+
+    def bytes(self):
+        """Of rows, and of what the optimiser remembers about them, in the first process."""
+        states = [self.optimizer.state[table.weight] for table in self.tables]
+        return {"rows": sum(table.nbytes for table in self.tables), "states": sum(map(_state_bytes, states))}
+
+
+def _dense_lookup(weight, row_ids, dtype=None):
+    return F.embedding(row_ids, weight)
+
+
+def _state_bytes(state):
+    tensors = state["row_moments"].state_dict() if "row_moments" in state else state
+    return sum(t.nbytes for t in tensors.values() if isinstance(t, torch.Tensor))
+
+
+def work(args):
+    """In each of the processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    leave_at_exit()
+    sizes = QUICK if args.quick else FULL
+    ways = [Way(name, args.rows, sizes) for name in WAYS]
+    times = {way.name: [] for way in ways}
+    for number, ids in zip(range(args.rounds + WARM_UP), batches(sizes)):
+        found = {way.name: way.step(ids) for way in (ways if number % 2 else ways[::-1])}
+        losses = {name: loss for name, (_, loss) in found.items()}
+        if number < WARM_UP and max(losses.values()) - min(losses.values()) > 1e-3:
+            sys.exit(f"the ways do not agree: {losses}")
+        if number >= WARM_UP:
+            for name, (seconds, _) in found.items():
+                times[name].append(seconds)
+        if process_rank() == 0:
+            print(f"round {number + 1} of {args.rounds + WARM_UP}: {losses}", flush=True)
+    if process_rank() == 0:
+        per_table = [table.rows for table in ways[0].tables]
+        result = {way.name: {"seconds": times[way.name], "bytes": way.bytes()} for way in ways}
+        Path(args.work).write_text(json.dumps({"rows": per_table, "ways": result}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of 64 floats in each of two layers")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--quick", action="store_true", help="a small backbone, to see that it runs; needs --out")
+    parser.add_argument("--out")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        work(args)
+        return
+    out = result_file(parser, args, "processes.json", "rows", "processes", "quick")
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder, "found.json")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes)]
+        command = [*launcher, __file__, "--rows", str(args.rows), "--rounds", str(args.rounds), "--work", str(found)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, *(["--quick"] if args.quick else [])], env=environment, check=True)
+        measured = json.loads(found.read_text())
+    alone = measured["ways"]["one"]["seconds"]
+    for way in measured["ways"].values():
+        ratios = [seconds / one for seconds, one in zip(way["seconds"], alone)]
+        way["seconds"], way["of_one"] = spread(way["seconds"]), spread(ratios)
+    hardware = {**provenance(SEED)}
+    hardware["hardware"] = hardware["hardware"].rpartition(",")[0] + ", 1 thread in each process"
+    write(out, {**hardware, "processes": args.processes, **measured})
+
+
+if __name__ == "__main__":
+    main()

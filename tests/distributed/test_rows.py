@@ -1,6 +1,8 @@
 """Row gradients, requests and tables of three processes, held against one table in this process."""
 
+import copy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,12 @@ from engram.distributed import (
     leave_at_exit,
     process_count,
     process_rank,
+    shard_group,
     sum_everywhere,
     wait_for_all,
 )
 from engram.optim import clip_grad_norm_
-from engram.tables import DeviceTable, HostTable, HybridTable, ShardedTable, build_table
+from engram.tables import DeviceTable, HostTable, HybridTable, ShardedTable, available_memory, build, build_table, check_room
 from engram.testing import EXACT_ENOUGH, HALF_ENOUGH, assert_close, play_scenarios, run_processes
 
 COUNT = 3
@@ -120,12 +123,19 @@ def other_calls(folder):
             wrong()
         errors.append(str(error.value))
     drawn = divided(init="normal")
+    again = copy.deepcopy(table)
+    with pytest.raises(TableError, match="assign"):
+        again.load_state_dict(again.state_dict(), assign=True)
+    again.load_state_dict(again.state_dict())
     return {
         "blocks": [(start, block.clone()) for start, block in table.iter_row_blocks(4)],
         "read": rows,
         "asked": shape,
         "drawn": torch.cat([block for _, block in drawn.iter_row_blocks()]),
         "errors": errors,
+        "copied": [block.clone() for _, block in again.iter_row_blocks(ROWS)],
+        "part of a whole": [shard_group(each.weight) is not None for each in (table, again)],
+        "copies": list(replicate_tables(nn.ModuleDict({"t": again})).tables),
         "location": table.location,
     }
 
@@ -158,6 +168,33 @@ def train(table, ids, rank, **options):
     return norms, torch.cat([block.clone() for _, block in table.iter_row_blocks()])
 
 
+def spoilt_pass(folder):
+    """A backward pass that fails on its way; the next one exchanges what is its own. Then one in which a process reads nothing of a table."""
+    rank = process_rank()
+    tables = nn.ModuleDict({name: DeviceTable(ROWS, DIM) for name in "ab"})
+    replicate_tables(tables)
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            raise RuntimeError("fails")
+
+    ids = ids_of(rank, 3, (6,))
+    rows = tables["a"].lookup(ids)
+    with pytest.raises(RuntimeError, match="fails"):
+        (rows.sum() + Fails.apply(tables["b"].lookup(ids)).sum()).backward()
+    for table in tables.values():
+        table.weight.grad = None
+    for _ in range(2):  # accumulated
+        parts = [tables["a"].lookup(ids).sum()] + [tables["b"].lookup(ids).sum()] * (rank != 1)
+        sum(parts).backward()
+    return [table.weight.grad.to_dense() for table in tables.values()]
+
+
 def copies(folder):
     rank = process_rank()
     table, frozen = HostTable(ROWS, DIM), DeviceTable(ROWS, DIM)
@@ -171,6 +208,7 @@ def copies(folder):
     ddp(ids_of(rank, 3, (8,))).backward()
     gradient = table.weight.grad.to_dense()
     replicas.remove()
+    alone = agreed_number(rank, table.weight)  # nobody is asked any more
     table.weight.grad = None
     Reads(model)(ids_of(rank, 3, (8,))).backward()
     with pytest.raises(TableError, match="expected the same in every process"):
@@ -182,6 +220,7 @@ def copies(folder):
         "own": table.weight.grad.to_dense(),
         "linear": model["other"].weight.grad.clone(),
         "equal": replicas.are_equal(),
+        "alone": alone,
     }
 
 
@@ -196,7 +235,7 @@ class Reads(nn.Module):
         return self.parts["other"](rows).sum()
 
 
-SCENARIOS = {f.__name__: f for f in (averages, small_talk, look_ups, other_calls, steps, copies)}
+SCENARIOS = {f.__name__: f for f in (averages, small_talk, look_ups, other_calls, steps, copies, spoilt_pass)}
 
 # What comes of it ---------------------------------------------------------------------------------------------------------------------
 
@@ -261,6 +300,9 @@ def test_a_divided_table_is_filled_changed_and_read_as_a_whole_one(seen):
         assert [start for start, _ in result["blocks"]] == list(range(0, ROWS, 4))
         assert torch.equal(torch.cat([block for _, block in result["blocks"]]), whole)
         assert torch.equal(result["read"], whole[result["asked"]])
+        assert torch.equal(result["copied"][0], whole)
+        assert result["part of a whole"] == [True, True]
+        assert result["copies"] == []  # parts are no copies of one another
         assert "expected 0..28" in result["errors"][0]
         assert "up to row 28" in result["errors"][1]
         assert result["location"] == f"cpu, part {rank + 1} of 3"
@@ -303,10 +345,19 @@ def test_copies_start_as_the_first_process_has_them_and_ddp_passes_them_by(seen)
         assert torch.equal(frozen, whole_rows(seed=rank))  # what nobody trains is left alone
         assert result["names"] == ["trained", "hybrid"]
         assert result["equal"]
+        assert result["alone"] == rank
     averaged, own = of_all(seen, "copies", "averaged"), of_all(seen, "copies", "own")
     assert all_equal(averaged)
     assert not all_equal(own)
     assert_close(averaged[0], torch.stack(own).mean(dim=0))
+
+
+def test_a_pass_that_failed_and_a_table_that_one_process_did_not_read(seen):
+    counts = [torch.bincount(ids_of(rank, 3, (6,)), minlength=ROWS).float() for rank in range(COUNT)]
+    for number, readers in enumerate((range(COUNT), (0, 2))):
+        expected = 2 * sum(counts[rank] for rank in readers) / COUNT
+        for gradient in of_all(seen, "spoilt_pass", number):
+            assert_close(gradient, expected[:, None].expand(ROWS, DIM))
 
 
 # Without processes --------------------------------------------------------------------------------------------------------------------
@@ -358,6 +409,16 @@ def test_what_cannot_be_divided_is_refused(fields):
 def test_verified_rows_are_not_divided():
     with pytest.raises(ConfigError, match="expected 'device' and whole"):
         build_table(ROWS, DIM, TableConfig(sharded=True), verified=True)
+
+
+@pytest.mark.parametrize(("sharded", "fits"), [(False, False), (True, True)])
+def test_copies_of_all_processes_of_a_machine_must_fit_together(monkeypatch, sharded, fits):
+    monkeypatch.setattr(build, "process_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    rows = available_memory("cpu") // (4 * 256) // 4  # a quarter of what there is: four copies would fit
+    config = TableConfig(tier="host", sharded=sharded)
+    with nullcontext() if fits else pytest.raises(TableError, match="tier='host' in 8 processes"):
+        check_room([rows], 256, config)
 
 
 def test_a_part_of_another_size_is_refused():

@@ -24,7 +24,7 @@ from engram import (
 from engram.checkpoint import DESCRIPTION_NAME, store
 from engram.editing.merge import StoredMemory
 from engram.errors import EngramError
-from engram.models import files
+from engram.models import files, saved_rows
 from engram.models.place import layer_places, place_memory
 from engram.tables import DeviceTable, MappedRows
 from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
@@ -317,7 +317,7 @@ def logits_of(memory):
 def test_a_fill_that_was_killed_is_begun_again(saved, tmp_path, monkeypatch, after):
     """Killed before the first block of the first table, before the first of the second, after all of them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(files, "_ROWS_AT_ONCE", 1 << 20)  # one block for a table
+    monkeypatch.setattr(saved_rows, "_ROWS_AT_ONCE", 1 << 20)  # one block for a table
     fills, load_rows = [], DeviceTable.load_rows
 
     def killed(table, start, rows):
@@ -384,7 +384,7 @@ def test_copied_row_files_are_those_of_the_memory(saved, tmp_path, monkeypatch, 
         patch.setattr(MappedRows, "load_rows", None)
         for compared in (True, False):
             if not compared:
-                patch.setattr(files, "_holds_the_same", None)
+                patch.setattr(saved_rows, "_holds_the_same", None)
             memory = load(saved, table_config=dataclasses.replace(placement, path=str(tmp_path / "copied")))
             assert torch.equal(logits_of(memory), expected)
             del memory

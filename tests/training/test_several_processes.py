@@ -30,6 +30,7 @@ from engram.optim import build_param_groups, clip_grad_norm_
 from engram.tables import ShardedTable
 from engram.testing import assert_close, play_scenarios, run_processes, tiny_config, tiny_model, tiny_tokenizer
 from engram.training.safe_trainer import last_checkpoint
+from engram.training.several import first_process_first
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +51,7 @@ class Rows(Dataset):
         return {"input_ids": self.ids[i], "labels": labels}
 
 
-def trainer_for(folder, table=None, config=None, callbacks=(), **changes):
+def trainer_for(folder, table=None, config=None, callbacks=(), memory=None, **changes):
     """Eight steps of eight texts, however many processes there are."""
     batch = 8 // process_count_ahead() // changes.get("gradient_accumulation_steps", 1)
     fields = {
@@ -66,10 +67,10 @@ def trainer_for(folder, table=None, config=None, callbacks=(), **changes):
         "disable_tqdm": True,
     }
     args = EngramTrainingArguments(output_dir=str(folder), **{**fields, **changes})
-    torch.manual_seed(0)
-    memory = get_engram_model(
-        tiny_model(), tiny_config(**config or {}), tiny_tokenizer(), table_config=TableConfig(**table or {})
-    )
+    if memory is None:
+        model = tiny_model()
+        torch.manual_seed(process_rank())  # the first one's reader is everybody's
+        memory = get_engram_model(model, tiny_config(**config or {}), tiny_tokenizer(), table_config=TableConfig(**table or {}))
     return EngramTrainer(memory, args, train_dataset=Rows(), eval_dataset=Rows(16, masked=False), callbacks=list(callbacks))
 
 
@@ -98,6 +99,9 @@ RUNS = {
     "backbone": {"train_backbone": True},
     "checkpointed": {"activation_checkpointing": True},
     "no clipping": {"max_grad_norm": 0.0},
+    "evaluated before": {"first": "evaluate"},
+    "tables alone before": {"first": "tables"},
+    "memory dropout": {"memory_dropout": 0.5},
     "bfloat16 rows": {"table": {"dtype": "bfloat16"}, "table_stochastic_rounding": True},
     "divided": {"table": {"sharded": True}},
     "divided, in host memory": {"table": {"sharded": True, "tier": "host"}, "gradient_accumulation_steps": 2},
@@ -111,8 +115,7 @@ RUNS = {
 def runs(folder):
     results = {}
     for name, options in RUNS.items():
-        trainer = trainer_for(folder / name, save_strategy="no", **options)
-        trainer.train()
+        trainer = run(folder / name, **options)
         memory = trainer.memory
         results[name] = {
             "curve": curve(trainer),
@@ -123,6 +126,18 @@ def runs(folder):
         }
         memory.unload()
     return results
+
+
+def run(folder, first=None, **options):
+    """A trainer that has trained; before that something else may have been done with it, or with its memory."""
+    trainer = trainer_for(folder, save_strategy="no", **options)
+    if first == "evaluate":
+        trainer.evaluate()
+    if first == "tables":
+        trainer_for(folder, memory=trainer.memory, save_strategy="no", train_reader=False, max_steps=2).train()
+        trainer = trainer_for(folder, memory=trainer.memory, save_strategy="no")
+    trainer.train()
+    return trainer
 
 
 def resumed(folder):
@@ -179,10 +194,29 @@ def spoilt(folder):
     return str(error.value)
 
 
+REFUSALS = (
+    "fp16: got True with sharded tables",
+    "save_on_each_node: got True with sharded tables",
+    "not all processes see this folder",
+    "push_to_hub: got tables that are divided",
+    "each would train alone",
+    "in 1 part(s), expected 2",
+)
+
+
 def refusals(folder):
     found = []
     with pytest.raises(ConfigError) as error:
         trainer_for(folder / "a", {"sharded": True}, fp16=True)
+    found.append(str(error.value))
+    with pytest.raises(ConfigError) as error:
+        trainer_for(folder / "a", {"sharded": True}, save_on_each_node=True)
+    found.append(str(error.value))
+    with pytest.raises(ConfigError) as error:
+        trainer_for(folder / f"of-{process_rank()}", {"sharded": True}).train()
+    found.append(str(error.value))
+    with pytest.raises(ConfigError) as error:
+        trainer_for(folder / "a", {"sharded": True}).memory.push_to_hub("me/mine")
     found.append(str(error.value))
     with pytest.raises(ConfigError) as error:
         trainer_for(folder / "c", use_cpu=False)
@@ -220,6 +254,27 @@ def shown(folder):
     return [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
 
 
+def stacked(folder):
+    """A divided memory on top of a divided one, and a whole one on that; all are saved by all processes."""
+    below = trainer_for(folder / "a", {"sharded": True}).memory
+    config, sharded = tiny_config(layer_ids=[0], seed=1), TableConfig(sharded=True)
+    middle = get_engram_model(below, config, tiny_tokenizer(), table_config=sharded)
+    top = get_engram_model(middle, tiny_config(layer_ids=[0], seed=2), tiny_tokenizer())
+    for number, (name, memory) in enumerate({"below": below, "middle": middle, "top": top}.items()):
+        with torch.no_grad():
+            for engram in memory.engrams.values():
+                engram.multi_head_embedding.embedding.weight.fill_(1.0 + number)
+        memory.save_pretrained(folder / name)
+    return {"logits": top(input_ids=torch.arange(5, 17)[None]).logits.detach()}
+
+
+def fails_first(folder):
+    """The first process cannot do what is to be done once."""
+    with pytest.raises((OSError, TrainingError)) as error, first_process_first():
+        raise OSError("the disk is full")
+    return str(error.value)
+
+
 def own_loop(folder):
     """Without a trainer: the parts by themselves."""
     torch.manual_seed(0)
@@ -240,7 +295,9 @@ def own_loop(folder):
     return {"losses": losses, "rows": rows_of(memory)}
 
 
-SCENARIOS = {f.__name__: f for f in (runs, resumed, interrupted, spoilt, refusals, drifted, shown, own_loop)}
+SCENARIOS = {
+    f.__name__: f for f in (runs, resumed, interrupted, spoilt, refusals, drifted, shown, stacked, fails_first, own_loop)
+}
 
 # What comes of it ---------------------------------------------------------------------------------------------------------------------
 
@@ -257,8 +314,7 @@ def seen(folder):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_that_of_one_process_with_batches_twice_as_large(seen, tmp_path, name):
-    trainer = trainer_for(tmp_path, save_strategy="no", **RUNS[name])
-    trainer.train()
+    trainer = run(tmp_path, **RUNS[name])
     first, second = (result["runs"][name] for result in seen)
     assert first["divided"] == name.startswith("divided")
     assert first["curve"] == second["curve"]
@@ -318,9 +374,9 @@ def test_a_loss_that_is_no_number_in_one_process_stops_all(seen):
 
 def test_what_cannot_be_is_refused_in_all_processes(seen):
     for result in seen:
-        assert "fp16: got True with sharded tables" in result["refusals"][0]
-        assert "each would train alone" in result["refusals"][1]
-        assert "in 1 part(s), expected 2" in result["refusals"][2]
+        assert len(result["refusals"]) == len(REFUSALS)
+        for said, words in zip(result["refusals"], REFUSALS):
+            assert words in said
 
 
 def test_copies_that_have_come_to_differ_are_told(seen):
@@ -333,6 +389,19 @@ def test_the_first_process_shows_the_run(seen, folder):
     assert "LiveProgress" not in seen[1]["shown"]
     assert "step 8/8" in (folder / "0.txt").read_text()
     assert "step 8/8" not in (folder / "1.txt").read_text()
+
+
+def test_divided_memories_stack_and_are_saved(seen, folder):
+    model = tiny_model()
+    for name in ("below", "middle", "top"):
+        model = EngramModel.from_pretrained(model, folder / "stacked" / name, tiny_tokenizer())
+    logits = model(input_ids=torch.arange(5, 17)[None]).logits.detach()
+    assert_close(seen[0]["stacked"]["logits"], logits)
+
+
+def test_the_others_do_not_go_on_where_the_first_has_failed(seen):
+    assert seen[0]["fails_first"] == "the disk is full"
+    assert "the first process failed" in seen[1]["fails_first"]
 
 
 def test_a_loop_of_ones_own_does_the_same(seen, tmp_path):

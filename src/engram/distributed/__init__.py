@@ -7,6 +7,7 @@ from engram.distributed.processes import (
     device_of,
     everywhere_equal,
     from_first,
+    group_for,
     leave_at_exit,
     process_count,
     process_rank,
@@ -14,6 +15,7 @@ from engram.distributed.processes import (
     shard_parameter,
     share_parameter,
     sum_everywhere,
+    unshare_parameter,
     wait_for_all,
 )
 from engram.distributed.requests import RowRequests, own_rows, rows_from_all, rows_of_each
@@ -28,6 +30,7 @@ __all__ = [
     "device_of",
     "everywhere_equal",
     "from_first",
+    "group_for",
     "leave_at_exit",
     "own_rows",
     "process_count",
@@ -38,5 +41,6 @@ __all__ = [
     "shard_parameter",
     "share_parameter",
     "sum_everywhere",
+    "unshare_parameter",
     "wait_for_all",
 ]

@@ -21,6 +21,7 @@ __all__ = [
     "device_of",
     "everywhere_equal",
     "from_first",
+    "group_for",
     "leave_at_exit",
     "process_count",
     "process_rank",
@@ -28,6 +29,7 @@ __all__ = [
     "shard_parameter",
     "share_parameter",
     "sum_everywhere",
+    "unshare_parameter",
     "wait_for_all",
 ]
 
@@ -55,6 +57,19 @@ def device_of(group: Group, preferred: torch.device) -> torch.device:
     if backend == "nccl" and preferred.type == "cpu":
         return torch.device("cuda", torch.cuda.current_device())
     return preferred
+
+
+def group_for(device: torch.device, group: Group = None) -> Group:
+    """The processes of ``group`` in which tensors of ``device`` are exchanged where they lie: for those of the CPU one of gloo's, if ``group``
+    is NCCL's. It is made once; all must ask.
+    """
+    return _on_cpu(group) if device.type == "cpu" and str(dist.get_backend(group)) == "nccl" else group
+
+
+@functools.cache
+def _on_cpu(group: Group) -> Group:
+    ranks = None if group is None else dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=group is not None)
 
 
 def anywhere(flag: bool, group: Group = None) -> bool:
@@ -103,6 +118,12 @@ def sum_everywhere(number: Tensor, group: Group = None) -> Tensor:
 def share_parameter(parameter: Tensor, group: Group = None) -> None:
     """Note that all processes of ``group`` hold ``parameter`` and step it alike: what they would draw by chance they must agree on."""
     setattr(parameter, _SHARED, (group,))
+
+
+def unshare_parameter(parameter: Tensor) -> None:
+    """Every process steps ``parameter`` by itself again."""
+    if hasattr(parameter, _SHARED):
+        delattr(parameter, _SHARED)
 
 
 def agreed_number(number: int, parameter: Tensor) -> int:

@@ -7,7 +7,6 @@ import logging
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,26 +26,30 @@ from engram.checkpoint import (
 )
 from engram.checkpoint.stream import TensorSpec, as_parts, type_code
 from engram.config import EngramConfig, TableConfig
-from engram.distributed import process_rank
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram, layer_classes
 from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_NAME
 from engram.models.identity import attached_identity, identity_mismatch
+from engram.models.saved_rows import (
+    PLACEMENT,
+    TABLE,
+    cold_table,
+    fill_tables,
+    fill_verified_tables,
+    gathered_tables,
+    promote_rows,
+    row_stamp,
+    sends_rows_only,
+    table_shapes,
+)
 from engram.tables import (
-    HybridTable,
     MappedRows,
-    QuantisedTable,
-    RowFormat,
-    ShardedTable,
-    StoredRows,
-    VerifiedTable,
     is_being_filled,
     is_untouched,
     row_file,
     row_file_layout,
     row_format,
-    rows_are,
     stamp_rows,
 )
 
@@ -55,12 +58,8 @@ if TYPE_CHECKING:
 
     from engram.models.engram_model import EngramModel
 
-__all__ = ["PLACED_FIELDS", "check_memory", "load_memory", "row_stamp", "save_memory"]
+__all__ = ["PLACED_FIELDS", "check_memory", "load_memory", "save_memory"]
 
-_TABLE = "multi_head_embedding.embedding."
-_ROWS_AT_ONCE = 1 << 16
-_PLACEMENT = "placement."
-"""Tensors that say where rows shall live, not what they are; they may be missing."""
 PLACED_FIELDS = {"tier", "path", "hot_rows", "resident_bytes"}
 """Fields of a ``TableConfig`` that a saved memory's placement may have."""
 _READER = ("value_proj.", "key_projs.", "norm1.", "norm2.")
@@ -74,10 +73,6 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: the folder cannot be written, or a seeded reader was trained.
     """
-    if _sends_rows_only(memory):
-        for table in _gathered(memory).values():
-            deque(table.stored_blocks(), maxlen=0)
-        return
     description = {
         "library_version": __version__,
         "engram_config": memory.engram_config.to_dict(),
@@ -91,11 +86,15 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
     if memory.engram_config.reader == "seeded":
         _check_unmoved(memory)
         description["reader_sha256"] = _reader_digest(memory)
+    if sends_rows_only(memory):  # by now it has told who is beneath, which takes all processes if that is divided
+        for table in gathered_tables(memory).values():
+            deque(table.stored_blocks(), maxlen=0)
+        return
     tensors = _tensors(memory)
-    whole = {f"{prefix}weight": table.rows for prefix, table in _gathered(memory).items()}
+    whole = {f"{prefix}weight": table.rows for prefix, table in gathered_tables(memory).items()}
     stream_store(
         path,
-        {name: TensorSpec(t.dtype, (whole.get(name, len(t)), *t.shape[1:])) for name, t in tensors.items()},
+        {name: _spec(tensor, whole.get(name)) for name, tensor in tensors.items()},
         _parts(memory, tensors),
         description,
         memory.ledger,
@@ -105,10 +104,15 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
     memory.folder = memory.folder or folder_name(path)
     for layer_id, engram in memory.engrams.items():  # row files hold what was saved
         table = engram.multi_head_embedding.embedding
-        cold = _cold(table)
+        cold = cold_table(table)
         if isinstance(cold, MappedRows) and cold.mode == "r+":
             cold.flush()
             stamp_rows(cold.path, row_stamp(str(version), layer_id, table.format_name))
+
+
+def _spec(tensor: Tensor, rows: int | None) -> TensorSpec:
+    """Of a tensor in a file; ``rows``: of the whole table that it is a part of."""
+    return TensorSpec.of(tensor) if rows is None else TensorSpec(tensor.dtype, (rows, *tensor.shape[1:]))
 
 
 def _own_parts(memory: EngramModel) -> dict[str, Any]:
@@ -212,7 +216,7 @@ def _in_place(
         )
     offsets = tensor_offsets(path, description)
     parts = ("weight", "scales") if row_format(saved_dtype).quantised else ("weight",)
-    names = {layer: [f"layers.{layer}.{_TABLE}{part}" for part in parts] for layer in config.layer_ids}
+    names = {layer: [f"layers.{layer}.{TABLE}{part}" for part in parts] for layer in config.layer_ids}
     if config.verify_rows or any(name not in offsets for found in names.values() for name in found):
         return placement  # refused, or found malformed, further on
     files = {layer: (offsets[found[0]][0], tuple(offsets[name][1] for name in found)) for layer, found in names.items()}
@@ -248,18 +252,18 @@ def load_memory(
             "changed by hand, or NumPy's PCG64 generator was. Restore the folder from a backup."
         )
     saved_dtype = description.get("table_dtype", "float32")
-    own = {name: tensor for name, tensor in _tensors(memory).items() if _TABLE not in name}
+    own = {name: tensor for name, tensor in _tensors(memory).items() if TABLE not in name}
     with open_tensors(path, description) as tensors:
         _check_tensors(memory, tensors, own, saved_dtype, path)
         with torch.no_grad():
             if saved.verify_rows:
-                _fill_verified_tables(memory, tensors, saved_dtype, path)
+                fill_verified_tables(memory, tensors, saved_dtype, path)
             else:
                 with TensorReader(
                     Path(path) / description["weights"]["file"]
                 ) as reader:  # its pages do not count as the process's own
-                    _fill_tables(memory, reader, saved_dtype, changed_rows)
-                _promote_rows(memory, tensors)
+                    fill_tables(memory, reader, saved_dtype, changed_rows)
+                promote_rows(memory, tensors)
             for name, tensor in own.items():
                 tensor.copy_(tensors.get_tensor(name))
     memory.ledger = ledger
@@ -282,49 +286,19 @@ def _parts(memory: EngramModel, tensors: dict[str, Tensor]) -> Iterator[tuple[st
     """Tensors in parts; rows in files block by block and checked, so that a truncated one is an error and a budget of pages is kept, and
     those of other processes as they send them.
     """
-    gathered = _gathered(memory)
+    gathered = gathered_tables(memory)
     yield from as_parts({name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(gathered))})
     for prefix, table in gathered.items():
         for block in table.stored_blocks():
             yield from zip((f"{prefix}weight", f"{prefix}scales"), block)
 
 
-def _gathered(memory: EngramModel) -> dict[str, MappedRows | ShardedTable]:
-    """Tables that are not one tensor in this process's memory, by what the names of their tensors begin with."""
-    return {
-        f"layers.{layer_id}.{_TABLE}": cold
-        for layer_id, engram in memory.engrams.items()
-        if isinstance(cold := _cold(engram.multi_head_embedding.embedding), MappedRows | ShardedTable)
-    }
-
-
-def _sends_rows_only(memory: EngramModel) -> bool:
-    """Whether another process writes this memory's file, with rows of this one."""
-    tables = (engram.multi_head_embedding.embedding for engram in memory.engrams.values())
-    return any(isinstance(table, ShardedTable) and process_rank(table.group) > 0 for table in tables)
-
-
-def _table_shapes(memory: EngramModel, saved_dtype: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the saved tables' tensors; the first dimension is -1 where any number of rows may be."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    form = row_format(saved_dtype)
-    for layer_id, engram in memory.engrams.items():
-        table, prefix = engram.multi_head_embedding.embedding, f"layers.{layer_id}.{_TABLE}"
-        if memory.engram_config.verify_rows:
-            shapes |= {f"{prefix}row_ids": (-1,), f"{prefix}tags": (-1,)}
-        rows = -1 if memory.engram_config.verify_rows else table.rows
-        shapes[f"{prefix}weight"] = (rows, form.width(table.dim))
-        if form.quantised:
-            shapes[f"{prefix}scales"] = form.scale_shape(rows, table.dim)
-    return shapes
-
-
 def _check_tensors(
     memory: EngramModel, tensors: Any, own: dict[str, Tensor], saved_dtype: str, path: str | os.PathLike[str]
 ) -> None:
     """Refuse a file whose names or shapes are not those of this memory."""
-    expected = {**{name: tuple(t.shape) for name, t in own.items()}, **_table_shapes(memory, saved_dtype)}
-    names = {name for name in tensors.keys() if not name.startswith(_PLACEMENT)}  # noqa: SIM118
+    expected = {**{name: tuple(t.shape) for name, t in own.items()}, **table_shapes(memory, saved_dtype)}
+    names = {name for name in tensors.keys() if not name.startswith(PLACEMENT)}  # noqa: SIM118
     if names != set(expected):
         missing, unknown = sorted(set(expected) - names), sorted(names - set(expected))
         raise CheckpointError(f"{path}: weights do not fit; missing: {missing or 'none'}, unknown: {unknown or 'none'}.")
@@ -336,143 +310,12 @@ def _check_tensors(
             )
     form = row_format(saved_dtype)
     types = {"row_ids": torch.int64, "tags": torch.int32, "weight": form.dtype, "scales": form.scale_dtype}
-    for name in _table_shapes(memory, saved_dtype):
-        code, expected_type = tensors.get_slice(name).get_dtype(), types[name.removeprefix(name[: name.index(_TABLE)] + _TABLE)]
+    for name in table_shapes(memory, saved_dtype):
+        code, expected_type = tensors.get_slice(name).get_dtype(), types[name.removeprefix(name[: name.index(TABLE)] + TABLE)]
         if expected_type is not None and code != type_code(expected_type):
             raise CheckpointError(
                 f"{path}: {name} is of type {code}, expected {type_code(expected_type)}. Copy the file again."
             )
-
-
-def _fill_tables(memory: EngramModel, tensors: TensorReader, saved_dtype: str, changed_rows: str) -> None:
-    """Rows of every layer, block by block, turned from the saved format into the table's.
-
-    Those mapped where they lie are left, and row files that hold the rows of this very file, unchanged.
-
-    Raises:
-        CheckpointError: a row file holds other rows, and nobody said what to do with them (``TableConfig.changed_rows``); no row was changed.
-    """
-    form = row_format(saved_dtype)
-    tables = {layer_id: engram.multi_head_embedding.embedding for layer_id, engram in memory.engrams.items()}
-    stamps = {layer_id: row_stamp(tensors.file.name, layer_id, table.format_name) for layer_id, table in tables.items()}
-    # All are looked at before the first is changed.
-    empty = {
-        layer_id: table
-        for layer_id, table in tables.items()
-        if not _is_filled(table, layer_id, stamps[layer_id], tensors, form, changed_rows)
-    }
-    for layer_id, table in empty.items():
-        cold = _cold(table)
-        with cold.filled_with(stamps[layer_id]) if isinstance(cold, MappedRows) else nullcontext():
-            _fill_table(table, layer_id, tensors, form)
-
-
-def _fill_table(table: Any, layer_id: str, tensors: TensorReader, form: RowFormat) -> None:
-    prefix, cold = f"layers.{layer_id}.{_TABLE}", _cold(table)
-    for start in range(0, table.rows, _ROWS_AT_ONCE):
-        stop = start + _ROWS_AT_ONCE
-        block = tensors.read(f"{prefix}weight", start, stop)
-        scales = tensors.read(f"{prefix}scales", start, stop) if form.quantised else None
-        if scales is None:
-            table.load_rows(start, block)
-        elif isinstance(cold, QuantisedTable) and cold.form == form:
-            cold.load_stored(start, block, scales)
-        else:
-            table.load_rows(start, form.decode(block, scales))
-
-
-def _cold(table: Any) -> Any:
-    return table.cold if isinstance(table, HybridTable) else table
-
-
-def _is_filled(table: Any, layer_id: str, stamp: str, tensors: TensorReader, form: RowFormat, changed_rows: str) -> bool:
-    """Whether a table's rows are to stay as they are."""
-    cold, source = _cold(table), tensors.file
-    if not isinstance(cold, MappedRows):
-        return False
-    cold.flush()  # what was changed here shows in the file's times from then on
-    if rows_are(cold.path, stamp):
-        cold.check_unchanged()  # others may have saved between the description that it was opened by and the one that is read now
-        return True
-    if cold.mode == "r":
-        if cold.path.resolve() != source.resolve() and not _holds_the_same(cold, layer_id, tensors, form):
-            raise CheckpointError(
-                f"the rows are mapped where they lie in {cold.path}, and {source} holds others. Load that memory anew (from_pretrained), or "
-                "give the rows files of their own: TableConfig(tier='mmap', path=...)."
-            )
-        return True
-    if cold.is_new or changed_rows == "refill" or is_being_filled(cold.path, stamp):
-        return False
-    if changed_rows == "keep":
-        return True
-    if _holds_the_same(cold, layer_id, tensors, form):  # a copy, whose times are others; or the note was not written
-        stamp_rows(cold.path, stamp)
-        return True
-    raise CheckpointError(
-        f"{cold.path} holds other rows than {source}: they were trained or edited and not saved, or are another memory's. If nobody needs "
-        "them, delete that file: it is made anew from the saved rows. Or choose another path; in Python, TableConfig(changed_rows='keep') "
-        "goes on with them, and 'refill' writes the saved rows over them."
-    )
-
-
-def _holds_the_same(cold: MappedRows, layer_id: str, tensors: TensorReader, form: RowFormat) -> bool:
-    """Whether saved rows are those that are mapped already: a checkpoint holds a copy of frozen ones."""
-    names = [f"layers.{layer_id}.{_TABLE}{name}" for name in ("weight", "scales")]
-    names = [name for name in names if name in tensors.specs]
-    for number, block in enumerate(cold.stored_blocks(_ROWS_AT_ONCE)):
-        start, stop = number * _ROWS_AT_ONCE, (number + 1) * _ROWS_AT_ONCE
-        saved = _in_format(cold.format_name, form, *(tensors.read(name, start, stop) for name in names))
-        if len(saved) != len(block) or not all(
-            a.dtype == b.dtype and a.shape == b.shape and _bits_equal(a, b) for a, b in zip(saved, block)
-        ):
-            return False
-    return True
-
-
-def _in_format(wanted: str, form: RowFormat, values: Tensor, scales: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Stored rows as a table of the format ``wanted`` stores them."""
-    if wanted == form.name:
-        return (values,) if scales is None else (values, scales)
-    values, scales = row_format(wanted).encode(form.decode(values, scales))
-    return (values,) if scales is None else (values, scales)
-
-
-def _bits_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one type and shape are the same to the bit; a NaN equals itself then."""
-    return torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))
-
-
-def row_stamp(source: str, layer_id: int | str, dtype: str) -> str:
-    """What is noted beside a row file: which rows it holds. Every save gives its weights file a name of its own."""
-    return f"{source} layer {layer_id} {dtype}"
-
-
-def _promote_rows(memory: EngramModel, tensors: Any) -> None:
-    """Hot rows that were chosen when the memory was placed."""
-    for layer_id, engram in memory.engrams.items():
-        table, name = engram.multi_head_embedding.embedding, f"{_PLACEMENT}{layer_id}.hot_ids"
-        if isinstance(table, HybridTable) and name in tensors.keys():  # noqa: SIM118
-            table.promote(tensors.get_tensor(name)[: table.hot_rows])  # the most frequent come first
-
-
-def _fill_verified_tables(memory: EngramModel, tensors: Any, saved_dtype: str, path: str | os.PathLike[str]) -> None:
-    """Exchange the rows of every layer; all are checked before the first is changed."""
-    form, new = row_format(saved_dtype), []
-    for layer_id, engram in memory.engrams.items():
-        table: VerifiedTable = engram.multi_head_embedding.embedding
-        names = ("row_ids", "tags", "weight", *(("scales",) if form.quantised else ()))
-        saved = [tensors.get_tensor(f"layers.{layer_id}.{_TABLE}{name}") for name in names]
-        row_ids, tags, count = saved[0], saved[1], saved[0].shape[0]
-        in_range = count == 0 or (
-            int(row_ids[0]) >= 0 and int(row_ids[-1]) < table.rows and bool((row_ids[1:] > row_ids[:-1]).all())
-        )
-        if not in_range or any(x.shape[0] != count for x in saved) or (count and int(tags.min()) < 1):
-            raise CheckpointError(
-                f"{path}: the rows of layer {layer_id} are out of order or out of range. Copy the file again."
-            )
-        new.append((table, StoredRows(form, *saved).to(table.row_ids.device)))
-    for table, rows in new:
-        table.stored = rows
 
 
 def _check_unmoved(memory: EngramModel) -> None:

@@ -28,7 +28,8 @@ from engram.checkpoint.convert import StoredTable, check_target, stored_tables
 from engram.config import EngramConfig, TableConfig
 from engram.errors import CheckpointError, ConfigError, FingerprintError, TableError
 from engram.hashing import build_mapping
-from engram.models.files import PLACED_FIELDS, row_stamp
+from engram.models.files import PLACED_FIELDS
+from engram.models.saved_rows import row_stamp
 from engram.tables import (
     FORMATS,
     AccessCounts,

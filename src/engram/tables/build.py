@@ -130,9 +130,16 @@ def check_room(
         TableError: there is less memory than they need.
     """
     if not verified and config.tier != "mmap" and config.path is None:
-        count = process_count() if config.sharded else 1
-        size = sum(rows_of_each(n, count) for n in rows) * row_format(config.dtype).row_bytes(dim)
-        check_fits(size, device if config.tier == "device" else "cpu", f"tier={config.tier!r}")
+        place = torch.device(device if config.tier == "device" else "cpu")
+        parts = process_count() if config.sharded else 1
+        here = _processes_here() if place.type == "cpu" else 1
+        size = here * sum(rows_of_each(n, parts) for n in rows) * row_format(config.dtype).row_bytes(dim)
+        check_fits(size, place, f"tier={config.tier!r}" + (f" in {here} processes" if here > 1 else ""))
+
+
+def _processes_here() -> int:
+    """How many processes of this run share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if process_count() > 1 else 1
 
 
 def row_file(folder: str | os.PathLike[str], layer_id: int) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +14,15 @@ from engram.distributed import (
     average_rows,
     everywhere_equal,
     from_first,
+    group_for,
     leave_at_exit,
     process_count,
-    shard_group,
     share_parameter,
+    unshare_parameter,
 )
 from engram.errors import TableError
 from engram.tables.base import EmbeddingTable
+from engram.tables.sharded import ShardedTable
 
 __all__ = ["Replicas", "replicate_tables"]
 
@@ -40,6 +42,8 @@ class Replicas:
     def __init__(self, tables: dict[str, EmbeddingTable], group: Group) -> None:
         self.tables, self._group = tables, group
         self._handles: list[Any] = []
+        self._taken: dict[str, Tensor] = {}
+        self._pass: int | None = None
 
     def are_equal(self) -> bool:
         """Whether all processes hold the same rows, judged by a sample of each table; all must ask."""
@@ -50,21 +54,48 @@ class Replicas:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for table in self.tables.values():
+            unshare_parameter(table.weight)
 
     def _listen(self) -> None:
-        for table in self.tables.values():
-            self._handles.append(table.weight.register_hook(_averaging(self._group)))
-            share_parameter(table.weight, self._group)
+        for name, table in self.tables.items():
+            self._handles.append(table.weight.register_hook(partial(self._take, name)))
+            share_parameter(table.weight, group_for(table.weight.device, self._group))
+
+    def _take(self, name: str, gradient: Tensor) -> Tensor:
+        """Keep a table's gradient until the backward pass is through, and let none through until then.
+
+        Exchanged in the midst of it, rows and DDP's own gradients would go out in an order that differs between processes: DDP sends what is
+        complete, and gradients of tables in host memory have a thread of their own.
+        """
+        current = torch._C._current_graph_task_id()
+        if current != self._pass:  # what a pass that failed has left is forgotten
+            self._pass, self._taken = current, {}
+            torch.autograd.Variable._execution_engine.queue_callback(self._exchange)
+        self._taken[name] = gradient
+        return _nothing_like(gradient)
+
+    def _exchange(self) -> None:
+        """At the end of a backward pass: the mean over all processes is added to what each has."""
+        taken, self._taken, self._pass = self._taken, {}, None
+        for name, table in self.tables.items():
+            weight = table.weight
+            gradient = taken.get(name)
+            if gradient is None:  # read in another process, it may be
+                gradient = _no_rows(weight)
+            mean = average_rows(gradient, group_for(weight.device, self._group))
+            before = weight.grad
+            weight.grad = mean if before is None or (before.is_sparse and before._nnz() == 0) else before + mean
 
 
 def replicate_tables(model: nn.Module, group: Group = None) -> Replicas:
     """Make the trained tables of ``model`` copies that stay equal in all processes of ``group``, each of which calls this.
 
-    DistributedDataParallel cannot: it would make the gradients of all rows dense. From here on the backward pass itself averages the
+    DistributedDataParallel cannot: it would make the gradients of all rows dense. From here on every backward pass ends by averaging the
     gradients of the rows that were read (``engram.distributed.average_rows``), and DDP, if ``model`` is given to it afterwards, passes
     the tables by; those too that are divided between the processes and need no copies (``TableConfig(sharded=True)``). Rows of the first
     process are copied to the others if they differ. ``EngramTrainer`` calls this; loops of your own do so after choosing what is trained
-    and before DDP. Every process must run the same layers at every step, or the others wait for it.
+    and before DDP. Every process must run a backward pass through the memory at every step, or the others wait for it.
 
     Args:
         model: an ``EngramModel``, or any module with tables in it; all that is trained among them counts.
@@ -98,14 +129,22 @@ def _trained(tables: dict[str, EmbeddingTable]) -> dict[str, EmbeddingTable]:
     trained = {}
     for name, table in tables.items():
         weight = getattr(table, "weight", None)
-        if weight is not None and weight.requires_grad and shard_group(weight) is None and id(weight) not in seen:
+        divided = isinstance(table, ShardedTable)
+        if weight is not None and weight.requires_grad and not divided and id(weight) not in seen:
             seen.add(id(weight))
             trained[name] = table
     return trained
 
 
-def _averaging(group: Group) -> Callable[[Tensor], Tensor]:
-    return lambda gradient: average_rows(gradient, group)
+def _no_rows(weight: Tensor) -> Tensor:
+    """The gradient of a table of which nothing was read."""
+    numbers = torch.zeros((1, 0), dtype=torch.int64, device=weight.device)
+    values = torch.zeros((0, weight.shape[1]), dtype=weight.dtype, device=weight.device)
+    return torch.sparse_coo_tensor(numbers, values, weight.shape, check_invariants=False)
+
+
+def _nothing_like(gradient: Tensor) -> Tensor:
+    return _no_rows(gradient) if gradient.is_sparse else torch.zeros_like(gradient)
 
 
 def _hide_from_ddp(model: nn.Module, tables: dict[str, EmbeddingTable]) -> None:

@@ -65,6 +65,23 @@ class ShardedTable(EmbeddingTable):
         shard_parameter(self.weight, self.group)
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's parameter is a part too: copies of tensors forget what was noted on them."""
+        super().__setstate__(state)
+        shard_parameter(self.weight, self.group)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        """Into the part, which is what a state dict of this process holds.
+
+        Raises:
+            TableError: loaded tensors shall take the place of its own (``assign``).
+        """
+        if local_metadata.get("assign_to_params_buffers") and any(name.startswith(prefix) for name in state_dict):
+            raise TableError("ShardedTable: got load_state_dict(assign=True), which would leave its part; load without assign.")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
     @property
     def tier(self) -> str:
         """Where the parts are."""

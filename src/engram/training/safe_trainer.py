@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -149,6 +150,11 @@ class SafeTrainer(Trainer):
         """
         check_not_empty(self.train_dataset)
         self._warn_of_slow_types()
+        if self.args.world_size > 1:
+            # An evaluation before has left a note by which accelerate would take the model for one that DDP has.
+            vars(self.model).pop("_is_accelerate_prepared", None)
+            if self._is_divided:
+                _check_shared_folder(Path(self.args.output_dir or "."), first=self.args.process_index == 0)
         self.throughput.reset()
         self._started, self._seconds_before = time.monotonic(), 0.0
         try:
@@ -183,6 +189,11 @@ class SafeTrainer(Trainer):
         Raises:
             TrainingError: the loss is NaN or infinite.
         """
+        if self.args.world_size > 1 and not self._is_parallel(model):
+            raise ConfigError(
+                f"training: got a {type(model).__name__} in several processes, expected DistributedDataParallel, which keeps weights equal; "
+                "other ways to train in parallel (FSDP, DeepSpeed) are not supported."
+            )
         self.throughput.start()
         loss = super().training_step(model, inputs, num_items_in_batch)
         ids = inputs.get("input_ids")
@@ -198,6 +209,10 @@ class SafeTrainer(Trainer):
         if getattr(self.accelerator, "scaler", None) is None and norm is not None and not torch.isfinite(torch.as_tensor(norm)):
             raise self._no_number("the gradient norm", float(norm))
         return norm
+
+    def _is_parallel(self, model: Any) -> bool:
+        """Whether gradients of ``model``, as it was prepared for training, are averaged over the processes."""
+        return isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel)
 
     def _no_number(self, what: str, value: float, step: int | None = None) -> TrainingError:
         step = self.state.global_step + 1 if step is None else step
@@ -245,7 +260,8 @@ class SafeTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save or self._is_divided:
-            save_tree(os.path.join(output_dir, self._own_file(_OPTIMIZER)), self.optimizer.state_dict())
+            own = self._own_file(_OPTIMIZER) if self._is_divided else _OPTIMIZER
+            save_tree(os.path.join(output_dir, own), self.optimizer.state_dict())
         if not self.args.should_save:
             return  # every process has the same
         save_tree(os.path.join(output_dir, _SCHEDULER), _plain(self.lr_scheduler.state_dict()))
@@ -348,6 +364,23 @@ def _check_processes(args: Any) -> None:
         raise ConfigError(
             f"training: got one process and {args.n_gpu} GPUs to divide batches between, expected a process for each: start it with torchrun "
             f"--nproc-per-node {args.n_gpu}, or choose one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def _check_shared_folder(folder: Path, first: bool) -> None:
+    """Refuse a folder of checkpoints that not all processes see: each writes a part of them there."""
+    mark = folder / ".seen-by-all"
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    wait_for_all()
+    hidden = anywhere(not mark.exists())
+    if first:
+        mark.unlink()
+    if hidden:
+        raise ConfigError(
+            f"{folder}: not all processes see this folder, expected a disk that they share: with sharded tables each writes a part of a "
+            "checkpoint."
         )
 
 

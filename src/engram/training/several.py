@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
-from engram.distributed import leave_at_exit, process_rank, wait_for_all
-from engram.errors import ConfigError
+from engram.distributed import anywhere, leave_at_exit, process_count, process_rank
+from engram.errors import ConfigError, TrainingError
 
 __all__ = ["first_process_first", "refuse_several", "set_up_processes"]
 
@@ -28,7 +29,7 @@ def set_up_processes() -> None:
     if _launched() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+        PartialState(cpu=not torch.cuda.is_available())
         leave_at_exit()
 
 
@@ -44,11 +45,26 @@ def refuse_several(what: str, instead: str) -> None:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """Inside, the first process does what only one may do; the others follow when it is through, and find it done."""
-    if process_rank() > 0:
-        wait_for_all()
-    try:
+    """Inside, the first process does what only one may do; the others follow when it is through, and find it done.
+
+    Raises:
+        TrainingError: in the others, if the first one failed.
+    """
+    if process_count() == 1:
         yield
-    finally:
+        return
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    try:
         if process_rank() == 0:
-            wait_for_all()
+            failed = True
+            try:
+                yield
+                failed = False
+            finally:
+                anywhere(failed, group)
+        else:
+            if anywhere(False, group):
+                raise TrainingError("the first process failed; it says why.")
+            yield
+    finally:
+        dist.destroy_process_group(group)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
-from engram.distributed import process_count
+from engram.distributed import from_first, process_count
 from engram.errors import CheckpointError, ConfigError
 from engram.models import EngramModel
 from engram.models.identity import adapter_parameters
@@ -116,6 +116,10 @@ class EngramTrainer(SafeTrainer):
                 False  # a memory uses all that it has; DDP would search every pass for what it does not
             )
         super().__init__(model=model, args=args, **kwargs)
+        if args.save_on_each_node and self._is_divided:
+            raise ConfigError(
+                "EngramTrainingArguments.save_on_each_node: got True with sharded tables, expected False: the first process writes them all."
+            )
         if args.fp16 and self._is_divided:
             raise ConfigError(
                 "EngramTrainingArguments.fp16: got True with sharded tables, expected bf16 or float32: each process would decide for itself "
@@ -164,14 +168,20 @@ class EngramTrainer(SafeTrainer):
         if process_count() == 1 or not isinstance(self.model, EngramModel):
             return super().train(*args, **kwargs)
         self._replicas = replicate_tables(self.model)
-        if _trains_nothing_but_tables(self.model):
-            # DDP refuses a model in which there is nothing for it to do.
+        alone = _trains_nothing_but_tables(self.model)
+        if alone:  # DDP refuses a model in which there is nothing for it to do, and does not make the rest equal then
+            _copy_all_but_tables(self.model)
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         try:
             return super().train(*args, **kwargs)
         finally:
             self._replicas.remove()
             self._replicas = None
+            if alone:
+                del self.accelerator.prepare_model
+
+    def _is_parallel(self, model: Any) -> bool:
+        return super()._is_parallel(model) or (isinstance(self.model, EngramModel) and _trains_nothing_but_tables(self.model))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._replicas is not None and not self._replicas.are_equal():
@@ -241,7 +251,9 @@ class EngramTrainer(SafeTrainer):
         share, ids = self.args.memory_dropout, inputs.get("input_ids")  # type: ignore[attr-defined]
         if not share or ids is None:
             return None
-        return torch.rand(len(ids)) >= share
+        # Of one draw for all processes each takes its own: the step is that of one process with all their sequences.
+        own = slice(self.args.process_index * len(ids), (self.args.process_index + 1) * len(ids))
+        return torch.rand(len(ids) * self.args.world_size)[own] >= share
 
     def _memory_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         every = max(1, self.state.logging_steps)
@@ -293,8 +305,21 @@ class EngramTrainer(SafeTrainer):
 
 
 def _trains_nothing_but_tables(model: EngramModel) -> bool:
-    rows = {id(p) for module in model.modules() if isinstance(module, EmbeddingTable) for p in module.parameters()}
+    rows = _row_parameters(model)
     return all(id(p) in rows for p in model.parameters() if p.requires_grad)
+
+
+def _row_parameters(model: EngramModel) -> set[int]:
+    return {id(p) for module in model.modules() if isinstance(module, EmbeddingTable) for p in module.parameters()}
+
+
+@torch.no_grad()
+def _copy_all_but_tables(model: EngramModel) -> None:
+    """Every process gets the first one's reader and base model, as DDP would have it."""
+    rows = _row_parameters(model)
+    for parameter in model.parameters():
+        if id(parameter) not in rows:
+            parameter.copy_(from_first(parameter))
 
 
 def _check_arguments(args: EngramTrainingArguments, has_adapters: bool) -> None:

@@ -4,11 +4,14 @@ All ways take a step in turn, in one run: ``one`` is a single process with the w
 ``replicate_tables`` and ``TableConfig(sharded=True)`` in every process with its part of the batch, ``ddp`` leaves tables to
 DistributedDataParallel, whose gradients are dense, and to torch's AdamW. Before anything is timed the losses of all ways must agree.
 Processes have one thread each and talk by gloo over the loopback device; compare ratios.
+
+With ``--peer-python``, another library's trainer takes steps with tables of the same size, in one process and in several, run after run.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import provenance, result_file, spread, write
+from peers.compare import peer_version
 from peers.protocol import FULL, HEADS, QUICK, SEED, backbone, batches
 from torch.nn.parallel import DistributedDataParallel
 from train_step import Vocabulary
@@ -114,12 +118,28 @@ def work(args):
         Path(args.work).write_text(json.dumps({"rows": per_table, "ways": result}))
 
 
+def peer(python, args):
+    """Seconds of another library's steps in one process and in several, of runs that take turns; the first of each allocate."""
+    seconds, environment = {1: [], args.processes: []}, {**os.environ, "OMP_NUM_THREADS": "1"}
+    worker = Path(__file__).parent / "peers" / "engram_peft_processes.py"
+    for _ in range(3):
+        for count, found in seconds.items():
+            command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), str(worker)]
+            command += [str(args.rows), *(["--quick"] if args.quick else [])]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            found.append(json.loads(done.stdout.splitlines()[-1])[WARM_UP:])
+            print(f"engram-peft, {count} processes: {found[-1]}", flush=True)
+    one, several = ([statistics.median(run) for run in runs] for runs in seconds.values())
+    return {"one": spread(one), "several": spread(several), "of_one": spread([b / a for a, b in zip(one, several)])}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of 64 floats in each of two layers")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="a small backbone, to see that it runs; needs --out")
+    parser.add_argument("--peer-python", help="Python of an environment with engram-peft")
     parser.add_argument("--out")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -138,6 +158,9 @@ def main():
     for way in measured["ways"].values():
         ratios = [seconds / one for seconds, one in zip(way["seconds"], alone)]
         way["seconds"], way["of_one"] = spread(way["seconds"]), spread(ratios)
+    if args.peer_python:
+        versions = peer_version("engram-peft", args.peer_python)
+        measured["engram_peft"] = {"versions": versions, **peer(args.peer_python, args)}
     hardware = {**provenance(SEED)}
     hardware["hardware"] = hardware["hardware"].rpartition(",")[0] + ", 1 thread in each process"
     write(out, {**hardware, "processes": args.processes, **measured})

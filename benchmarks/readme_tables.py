@@ -386,6 +386,33 @@ def train_step_peer():
     return table(header, rows) + source(result)
 
 
+def processes():
+    result = load("processes")
+    names = {
+        "one": "one process with the whole batch",
+        "copies": "copies (`replicate_tables`)",
+        "divided": "parts (`sharded=True`)",
+        "ddp": "DistributedDataParallel alone: dense gradients, torch's AdamW",
+    }
+    rows = []
+    for way, name in names.items():
+        measured = result["ways"][way]
+        sizes = [f"{measured['bytes'][kind] / 1e6:,.0f} MB" for kind in ("rows", "states")]
+        of_one = "" if way == "one" else _ratio(measured["of_one"])
+        rows.append((name, f"{measured['seconds']['median']:.2f} s", of_one, *sizes))
+    header = ("", "step", "of one process", "rows, in each process", "what the optimiser remembers of them")
+    peer, count = result["engram_peft"], result["processes"]
+    note = f"\n\n{count} processes of one thread on one machine, gloo; {result['rows'][0]:,} rows of 64 floats in each of two layers."
+    note += " Medians; all ways take turns step by step, with the same losses; in brackets the least and the most."
+    note += f" engram-peft {peer['versions']['engram-peft']} (its trainer, run after run): {peer['one']['median']:.2f} s in one process,"
+    note += f" {peer['several']['median']:.2f} s in {count}, x{peer['of_one']['median']:.2f}."
+    return table(header, rows) + note + source(result)
+
+
+def _ratio(values):
+    return f"x{values['median']:.2f} ({values['min']:.2f} to {values['max']:.2f})"
+
+
 def bench(name, file="bench"):
     """One benchmark of `engram bench`: a row per alternative, a column per setting."""
     result = load(file)

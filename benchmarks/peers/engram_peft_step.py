@@ -3,6 +3,7 @@
 import sys
 import tempfile
 import typing
+from functools import partial
 
 if not hasattr(typing, "override"):  # engram-peft 1.2.7 takes it from there, where Python has it since 3.12
     typing.override = lambda method: method
@@ -19,9 +20,8 @@ def tokenizer(size):
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", unk_token="w0")
 
 
-def main():
-    mode, rows, sizes = sys.argv[1], int(sys.argv[2]), QUICK if "--quick" in sys.argv else FULL
-    channel = Channel()
+def make(rows, sizes):
+    """A model with tables of so many rows, its tokenizer and its config."""
     config = EngramConfig(
         engram_vocab_size_per_ngram=[rows // 2, rows // 2],  # of all heads together
         ngram_sizes=[2, 3],
@@ -33,7 +33,19 @@ def main():
         enable_tokenizer_compression=False,  # one look-up less than ours
     )
     words = tokenizer(sizes["vocab"])
-    model = get_engram_model(backbone(sizes), config, words, train_mode="full_finetune")
+    return get_engram_model(backbone(sizes), config, words, train_mode="full_finetune"), words, config
+
+
+def build(rows, sizes):
+    """Its trainer for such a model; the rest of the arguments are to be given."""
+    model, words, config = make(rows, sizes)
+    return partial(EngramTrainer, model=model, data_collator=EngramDataCollator(words, config, model.compressor))
+
+
+def main():
+    mode, rows, sizes = sys.argv[1], int(sys.argv[2]), QUICK if "--quick" in sys.argv else FULL
+    channel = Channel()
+    model, words, config = make(rows, sizes)
     tables = [p.shape[0] for name, p in model.named_parameters() if name.endswith("multi_head_embedding.embedding.weight")]
     if mode == "trainer":
         with tempfile.TemporaryDirectory() as folder:

@@ -415,7 +415,7 @@ def test_verified_rows_are_not_divided():
 def test_copies_of_all_processes_of_a_machine_must_fit_together(monkeypatch, sharded, fits):
     monkeypatch.setattr(build, "process_count", lambda: 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    rows = available_memory("cpu") // (4 * 256) // 4  # a quarter of what there is: four copies would fit
+    rows = available_memory() // (4 * 256) // 4  # a quarter of what there is: four copies would fit
     config = TableConfig(tier="host", sharded=sharded)
     with nullcontext() if fits else pytest.raises(TableError, match="tier='host' in 8 processes"):
         check_room([rows], 256, config)

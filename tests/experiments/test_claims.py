@@ -4,7 +4,7 @@ from engram import DataError
 from engram.experiments.arms import arm_fields, find_arm, layer_arms
 from engram.experiments.claims import CLAIMS, judge
 from engram.experiments.evidence import Evidence, sign_verdict
-from engram.experiments.sweep_evidence import _beside_paper
+from engram.experiments.sweep_evidence import _beside_paper, first_two, last_against_second
 from engram.plots.results import pool_recall
 from tests.plots import made_up
 
@@ -125,6 +125,16 @@ def test_ablations_are_recognised_by_what_they_change():
         "two_modules": "agrees",
     }
     assert "'layer 3' against 'layer 1'" in found["late_layer"]["note"]
+
+
+def test_placements_are_told_by_their_layers_and_not_by_their_order():
+    """Layers 1 and 3 are no first and second layer."""
+    assert first_two({1: "layer 1", 3: "layer 3"}) is None
+    assert first_two({0: "layer 0", 1: "layer 1"}) == ("layer 0", "layer 1")
+    assert last_against_second({1: "layer 1", 3: "layer 3"}) == ("layer 3", "layer 1")
+    assert last_against_second({0: "layer 0", 1: "layer 1"}) is None
+    assert last_against_second({0: "layer 0", 3: "layer 3"}) is None
+    assert last_against_second({}) is None
 
 
 @pytest.mark.parametrize(

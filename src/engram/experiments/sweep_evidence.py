@@ -26,6 +26,8 @@ __all__ = [
     "u_shape",
 ]
 
+_SECOND = 1
+"""The paper's second layer, as ``layer_ids`` count."""
 
 _ROUNDING = 0.01
 """Whole experts and primes move a share by less than this from the one that was asked for."""
@@ -234,12 +236,12 @@ def memory_helps(results: Results) -> Iterator[Evidence]:
             yield from of_sign(where, arms[label]["against_reference"], 1, f"arm {label!r}")
 
 
-def placement(choose: Callable[[list[str]], tuple[str, str] | None]) -> Callable[[Results], Iterator[Evidence]]:
-    """Judges that one placement loses more than another; both are chosen from the arms in the order of their layers."""
+def placement(choose: Callable[[dict[int, str]], tuple[str, str] | None]) -> Callable[[Results], Iterator[Evidence]]:
+    """Judges that one placement loses more than another; both are chosen from the arms by their layers, counted from 0."""
 
     def judge_pair(results: Results) -> Iterator[Evidence]:
         for where, arms, _, points in _settings(results):
-            pair = choose(list(layer_arms(arms).values()))
+            pair = choose(layer_arms(arms))
             if pair is not None:
                 worse, better = ([p for p in points if p["labels"]["arm"] == label] for label in pair)
                 yield from of_sign(where, paired(worse, better), 1, f"{pair[0]!r} against {pair[1]!r}")
@@ -248,18 +250,19 @@ def placement(choose: Callable[[list[str]], tuple[str, str] | None]) -> Callable
 
 
 def single_module(results: Results) -> Iterator[Evidence]:
-    """One module at the second layer that was tried against the reference."""
+    """One module at the second layer against the reference."""
     for where, arms, _, _ in _settings(results):
-        found = list(layer_arms(arms).values())
-        if len(found) >= 2:
-            yield from of_sign(where, arms[found[1]]["against_reference"], 1, f"arm {found[1]!r}")
+        label = layer_arms(arms).get(_SECOND)
+        if label is not None:
+            yield from of_sign(where, arms[label]["against_reference"], 1, f"arm {label!r}")
 
 
-def first_two(labels: list[str]) -> tuple[str, str] | None:
+def first_two(labels: dict[int, str]) -> tuple[str, str] | None:
     """The first layer, then the second."""
-    return (labels[0], labels[1]) if len(labels) >= 2 else None
+    return (labels[0], labels[_SECOND]) if {0, _SECOND} <= labels.keys() else None
 
 
-def last_against_second(labels: list[str]) -> tuple[str, str] | None:
-    """The last layer, then the second."""
-    return (labels[-1], labels[1]) if len(labels) >= 3 else None
+def last_against_second(labels: dict[int, str]) -> tuple[str, str] | None:
+    """The last layer that was tried, then the second."""
+    last = max(labels, default=_SECOND)
+    return (labels[last], labels[_SECOND]) if last > _SECOND and _SECOND in labels else None

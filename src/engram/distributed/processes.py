@@ -21,6 +21,7 @@ __all__ = [
     "device_of",
     "everywhere_equal",
     "from_first",
+    "group_apart",
     "group_for",
     "leave_at_exit",
     "process_count",
@@ -63,13 +64,21 @@ def group_for(device: torch.device, group: Group = None) -> Group:
     """The processes of ``group`` in which tensors of ``device`` are exchanged where they lie: for those of the CPU one of gloo's, if ``group``
     is NCCL's. It is made once; all must ask.
     """
-    return _on_cpu(group) if device.type == "cpu" and str(dist.get_backend(group)) == "nccl" else group
+    nccl = device.type == "cpu" and str(dist.get_backend(group)) == "nccl"
+    return _another(group or dist.group.WORLD, "gloo") if nccl else group
+
+
+def group_apart(group: Group = None) -> Group:
+    """The same processes as a group of their own, made once, for what goes on within a backward pass: there DDP sends gradients whenever
+    they are complete, and two kinds of messages in one group would have to come in one order everywhere. All must ask.
+    """
+    return _another(group or dist.group.WORLD, None)
 
 
 @functools.cache
-def _on_cpu(group: Group) -> Group:
-    ranks = None if group is None else dist.get_process_group_ranks(group)
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=group is not None)
+def _another(group: Group, backend: str | None) -> Group:
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, backend=backend, use_local_synchronization=group is not dist.group.WORLD)
 
 
 def anywhere(flag: bool, group: Group = None) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from engram.distributed import (
     Group,
     RowRequests,
+    group_apart,
     own_rows,
     process_count,
     process_rank,
@@ -111,7 +112,7 @@ class ShardedTable(EmbeddingTable):
     def _fetch(self, row_ids: Tensor) -> tuple[Tensor, RowRequests]:
         if row_ids.numel():
             check_row_ids(row_ids, self.rows)
-        requests = RowRequests(row_ids, self.rows, self.group)
+        requests = RowRequests(row_ids, self.rows, group_apart(self.group))
         return requests.fetch(self.part.read(requests.wanted, self.dtype)), requests
 
     def update_rows(self, row_ids: Tensor, fn: Callable[[Tensor], Tensor]) -> None:

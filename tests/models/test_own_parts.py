@@ -23,9 +23,10 @@ class OwnGate(Engram):
     def __init__(self, *args):
         super().__init__(*args)
         self.ask = nn.Linear(self.config.hidden_size, 1)
+        self.louder = nn.Parameter(torch.tensor(1.0))  # of no dimensions
 
     def gated_value(self, streams, rows):
-        gate = torch.sigmoid(self.ask(streams))
+        gate = torch.sigmoid(self.louder * self.ask(streams))
         return gate, gate * self.value_proj(rows).unsqueeze(2)
 
 

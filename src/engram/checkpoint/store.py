@@ -441,7 +441,9 @@ def _discard(*files: Path) -> None:
 
 def sync_to_disk(path: str | os.PathLike[str]) -> None:
     """Return when a file's or folder's content is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and os.path.isdir(path):
+        return  # Windows has no sync for folders, and one for files that may be written only
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

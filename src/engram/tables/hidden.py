@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import os
 import secrets
@@ -11,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from engram.tables.locks import lock
 
 __all__ = ["give_name", "hidden_beside", "left_beside"]
 
@@ -40,7 +41,7 @@ def _open_hidden(path: Path) -> BinaryIO:
     while True:
         file = open(path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp"), "x+b")  # noqa: SIM115
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, wait=True)
         except OSError:
             file.close()
             Path(file.name).unlink()
@@ -55,7 +56,7 @@ def left_beside(path: Path, remove: bool = False) -> list[Path]:
     left = []
     for file in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(OSError), open(file, "r+b") as opened:  # whoever writes it holds its lock
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(opened)
             left.append(file)
             if remove:  # while it is locked: one that was made just now may be taken for its maker's again as soon as it is not
                 file.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ budget of resident pages.
 from __future__ import annotations
 
 import errno
-import fcntl
 import gc
 import mmap
 import os
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO, Literal
 
 from engram.errors import TableError
 from engram.tables.hidden import give_name, hidden_beside, left_beside
+from engram.tables.locks import check_lockable, lock, unlock
 from engram.tables.rownotes import (
     identity_of,
     is_untouched,
@@ -69,6 +69,7 @@ class RowFile:
         row_bytes: Sequence[int] = (),
         unchanged: str | None = None,
     ) -> None:
+        check_lockable()
         path = path.absolute()  # a process may change its folder, and notes lie beside the file
         self.path, self.end, self.mode, self.resident_bytes = path, end, mode, resident_bytes
         self._in_order, self._at_random = sum(row_bytes), sum(size + _AROUND for size in row_bytes)
@@ -357,19 +358,19 @@ def _let_go(handle: int, process: int) -> None:
     """Give the lock back and close. A forked child shares the lock: it would keep it as long as it lives, or give it back for its parent."""
     if os.getpid() == process:
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)
+            unlock(handle)
     os.close(handle)
 
 
 def _lock(handle: int, path: Path) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(handle)
     except OSError as error:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise
         gc.collect()  # a table of ours that nobody uses may still hold it
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle)
         except OSError:
             raise TableError(
                 f"{path} is locked: another process, or another table of this one, may write to it. Close that first, or map it with mode='r'."

@@ -26,7 +26,7 @@ class OwnGate(Engram):
         self.louder = nn.Parameter(torch.tensor(1.0))  # of no dimensions
 
     def gated_value(self, streams, rows):
-        gate = torch.sigmoid(self.louder * self.ask(streams))
+        gate = self.louder * torch.sigmoid(self.ask(streams))
         return gate, gate * self.value_proj(rows).unsqueeze(2)
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from engram import EngramError, TableConfig, TableError
 from engram.layers import RollingTail
 from engram.ops import causal_depthwise_conv, context_gate, lookup_rows
-from engram.ops.lookup import _sent
+from engram.ops.lookup import gradient_at
 from engram.ops.reference import (
     causal_depthwise_conv_reference,
     context_gate_reference,
@@ -82,8 +82,8 @@ def test_lookup_equals_its_reference_gradient_included():
 def test_a_gradient_is_summed_before_it_is_sent_if_nothing_is_lost_by_that(dtype, rows):
     values = torch.tensor([[1.0, 2], [3, 4], [5, 6]], dtype=dtype)
     gradient = torch.sparse_coo_tensor(torch.tensor([[7, 2, 7]]), values, (9, 2), check_invariants=False)
-    assert _sent(gradient, gradient.device) is gradient
-    sent = _sent(gradient, torch.device("meta"))
+    assert gradient_at(gradient, gradient.device) is gradient
+    sent = gradient_at(gradient, torch.device("meta"))
     assert (sent.device.type, sent.dtype, sent.shape, sent.is_coalesced()) == ("meta", dtype, (9, 2), dtype == torch.float32)
     assert (sent._indices().shape, sent._values().shape) == ((1, rows), (rows, 2))
 

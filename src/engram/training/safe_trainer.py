@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 from transformers.utils import logging as hf_logging
 
 from engram.checkpoint import load_tree, save_tree, write_json_atomically
@@ -153,7 +153,7 @@ class SafeTrainer(Trainer):
         if self.args.world_size > 1:
             # An evaluation before has left a note by which accelerate would take the model for one that DDP has.
             vars(self.model).pop("_is_accelerate_prepared", None)
-            if self._is_divided:
+            if self._is_divided and self.args.save_strategy != SaveStrategy.NO:
                 _check_shared_folder(Path(self.args.output_dir or "."), first=self.args.process_index == 0)
         self.throughput.reset()
         self._started, self._seconds_before = time.monotonic(), 0.0

@@ -26,7 +26,17 @@ from engram.distributed import (
     wait_for_all,
 )
 from engram.optim import clip_grad_norm_
-from engram.tables import DeviceTable, HostTable, HybridTable, ShardedTable, available_memory, build, build_table, check_room
+from engram.tables import (
+    DeviceTable,
+    HostTable,
+    HybridTable,
+    ShardedTable,
+    available_memory,
+    build,
+    build_table,
+    check_room,
+    sharded,
+)
 from engram.testing import EXACT_ENOUGH, HALF_ENOUGH, assert_close, play_scenarios, run_processes
 
 COUNT = 3
@@ -134,10 +144,20 @@ def other_calls(folder):
         "drawn": torch.cat([block for _, block in drawn.iter_row_blocks()]),
         "errors": errors,
         "copied": [block.clone() for _, block in again.iter_row_blocks(ROWS)],
+        "left alone": left_alone(table),
         "part of a whole": [shard_group(each.weight) is not None for each in (table, again)],
         "copies": list(replicate_tables(nn.ModuleDict({"t": again})).tables),
         "location": table.location,
     }
+
+
+def left_alone(table):
+    """What a table says that has outlived the other processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded, "process_count", lambda group=None: 1)
+        with pytest.raises(TableError) as error:
+            table.lookup(torch.tensor([1]))
+    return str(error.value)
 
 
 def steps(folder):
@@ -302,6 +322,7 @@ def test_a_divided_table_is_filled_changed_and_read_as_a_whole_one(seen):
         assert torch.equal(result["read"], whole[result["asked"]])
         assert torch.equal(result["copied"][0], whole)
         assert result["part of a whole"] == [True, True]
+        assert "got 1 process(es), expected the 3 that hold its parts" in result["left alone"]
         assert result["copies"] == []  # parts are no copies of one another
         assert "expected 0..28" in result["errors"][0]
         assert "up to row 28" in result["errors"][1]

@@ -26,7 +26,7 @@ from engram.experiments.recipe import PointRecipe
 from engram.models import EngramModel, get_engram_model, load_model
 from engram.models.identity import base_identity
 from engram.models.positions import context_length
-from engram.tables import is_divided
+from engram.tables import is_sharded
 from engram.training import EngramTrainer, EngramTrainingArguments
 from engram.training.balance import BalanceCallback, find_routers
 from engram.training.safe_trainer import InOrder, SafeTrainer, last_checkpoint
@@ -300,5 +300,5 @@ def _keep(model: Any, data: PreparedData, out: Path, train_backbone: bool) -> No
         base = model.base_model if isinstance(model, EngramModel) else model
         base.save_pretrained(out / "model")
         data.tokenizer.save_pretrained(out / "model")
-    if isinstance(model, EngramModel) and (first or is_divided(model)):
+    if isinstance(model, EngramModel) and (first or is_sharded(model)):
         model.save_pretrained(out / "memory")

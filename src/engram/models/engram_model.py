@@ -27,7 +27,7 @@ from engram.models.devices import first_real, offloaded_to
 from engram.models.hooks import DecoderHooks
 from engram.models.packing import Packing
 from engram.models.turns import Turns
-from engram.tables import check_room, is_divided, refuse_other_rows, row_file
+from engram.tables import check_room, is_sharded, refuse_other_rows, row_file
 
 __all__ = ["DEFAULT_ROLLBACK_WINDOW", "EngramModel", "get_engram_model"]
 
@@ -363,7 +363,7 @@ class EngramModel(nn.Module):
         Raises:
             ConfigError: its tables are divided between processes.
         """
-        if is_divided(self):
+        if is_sharded(self):
             raise ConfigError(
                 "push_to_hub: got tables that are divided between processes, expected whole ones; save the memory in all processes, load it in "
                 "one and push that."

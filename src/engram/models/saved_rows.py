@@ -21,7 +21,7 @@ from engram.tables import (
     StoredRows,
     VerifiedTable,
     is_being_filled,
-    is_divided,
+    is_sharded,
     row_format,
     rows_are,
     stamp_rows,
@@ -63,7 +63,7 @@ def sends_rows_only(memory: EngramModel) -> bool:
     """Whether another process writes this memory's file, with rows of this one: where any table, of those beneath too, is divided, the
     first writes.
     """
-    return is_divided(memory) and process_rank() > 0
+    return is_sharded(memory) and process_rank() > 0
 
 
 def table_shapes(memory: EngramModel, saved_dtype: str) -> dict[str, tuple[int, ...]]:

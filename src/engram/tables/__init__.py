@@ -23,7 +23,7 @@ from engram.tables.rownotes import (
     rows_are,
     stamp_rows,
 )
-from engram.tables.sharded import ShardedTable, is_divided
+from engram.tables.sharded import ShardedTable, is_sharded
 from engram.tables.stored import StoredRows
 from engram.tables.verified import ABSENT, DraftTable, VerifiedTable
 
@@ -52,7 +52,7 @@ __all__ = [
     "check_fits",
     "check_room",
     "is_being_filled",
-    "is_divided",
+    "is_sharded",
     "is_untouched",
     "left_by_placing",
     "new_row_file",

@@ -47,7 +47,7 @@ def build_table(
     config = config or TableConfig()
     if verified:
         return _verified(rows, dim, config, device)
-    if _is_divided(config):
+    if _is_sharded(config):
         return _sharded(rows, dim, config, init, device)
     table: DeviceTable | QuantisedTable
     if config.tier == "mmap" or (config.tier == "hybrid" and config.path is not None):
@@ -69,7 +69,7 @@ def _in_memory(rows: int, dim: int, config: TableConfig, device: torch.device | 
     return HostTable(rows, dim, dtype=form.dtype) if host else DeviceTable(rows, dim, dtype=form.dtype, device=device)
 
 
-def _is_divided(config: TableConfig) -> bool:
+def _is_sharded(config: TableConfig) -> bool:
     """Whether there are processes to divide tables between.
 
     Raises:

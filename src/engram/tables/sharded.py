@@ -24,7 +24,7 @@ from engram.ops import gradient_at
 from engram.tables.base import EmbeddingTable, check_place, check_row_ids
 from engram.tables.device import DeviceTable
 
-__all__ = ["ShardedTable", "is_divided"]
+__all__ = ["ShardedTable", "is_sharded"]
 
 _BLOCK = 1 << 16
 
@@ -47,7 +47,8 @@ class ShardedTable(EmbeddingTable):
 
     def __init__(self, part: DeviceTable, rows: int, group: Group = None) -> None:
         super().__init__()
-        each = rows_of_each(rows, process_count(group))
+        self._processes = process_count(group)
+        each = rows_of_each(rows, self._processes)
         if part.rows != each:
             raise TableError(f"ShardedTable: got a part of {part.rows} rows, expected {each}.")
         self.rows, self.dim, self.group = rows, part.dim, group
@@ -110,6 +111,11 @@ class ShardedTable(EmbeddingTable):
         return rows.to(dtype or self.dtype)
 
     def _fetch(self, row_ids: Tensor) -> tuple[Tensor, RowRequests]:
+        if process_count(self.group) != self._processes:
+            raise TableError(
+                f"ShardedTable: got {process_count(self.group)} process(es), expected the {self._processes} that hold its parts; save the "
+                "memory while they are there (trainer.save_model), and load what was saved."
+            )
         if row_ids.numel():
             check_row_ids(row_ids, self.rows)
         requests = RowRequests(row_ids, self.rows, group_apart(self.group))
@@ -150,7 +156,7 @@ class ShardedTable(EmbeddingTable):
             yield (rows,)
 
 
-def is_divided(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether this process holds only a part of some table of ``model``."""
     return any(isinstance(module, ShardedTable) for module in model.modules())
 

@@ -28,7 +28,7 @@ from engram.checkpoint import load_tree, save_tree, write_json_atomically
 from engram.checkpoint.store import sync_to_disk
 from engram.distributed import anywhere, leave_at_exit, process_count, wait_for_all
 from engram.errors import CheckpointError, ConfigError, TrainingError
-from engram.tables import is_divided
+from engram.tables import is_sharded
 from engram.training.cpu_types import warning_of_slow_bfloat16
 from engram.training.examples import OneLength, check_not_empty
 from engram.training.guards import check_reports, is_complete, last_checkpoint, no_number, weights_are_finite, whole_or_removed
@@ -153,7 +153,7 @@ class SafeTrainer(Trainer):
         if self.args.world_size > 1:
             # An evaluation before has left a note by which accelerate would take the model for one that DDP has.
             vars(self.model).pop("_is_accelerate_prepared", None)
-            if self._is_divided and self.args.save_strategy != SaveStrategy.NO:
+            if self._is_sharded and self.args.save_strategy != SaveStrategy.NO:
                 _check_shared_folder(Path(self.args.output_dir or "."), first=self.args.process_index == 0)
         self.throughput.reset()
         self._started, self._seconds_before = time.monotonic(), 0.0
@@ -259,8 +259,8 @@ class SafeTrainer(Trainer):
             self.args.save_total_limit, self._limit = self._limit["save_total_limit"], {}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.args.should_save or self._is_divided:
-            own = self._own_file(_OPTIMIZER) if self._is_divided else _OPTIMIZER
+        if self.args.should_save or self._is_sharded:
+            own = self._own_file(_OPTIMIZER) if self._is_sharded else _OPTIMIZER
             save_tree(os.path.join(output_dir, own), self.optimizer.state_dict())
         if not self.args.should_save:
             return  # every process has the same
@@ -270,7 +270,7 @@ class SafeTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self._check_parts(checkpoint)
-            own = self._own_file(_OPTIMIZER) if self._is_divided else _OPTIMIZER
+            own = self._own_file(_OPTIMIZER) if self._is_sharded else _OPTIMIZER
             self.optimizer.load_state_dict(load_tree(os.path.join(checkpoint, own)))
             self.lr_scheduler.load_state_dict(load_tree(os.path.join(checkpoint, _SCHEDULER)))
             file = Path(checkpoint, _TIME)
@@ -286,10 +286,10 @@ class SafeTrainer(Trainer):
         wait_for_all()  # the first process says next that the checkpoint is complete
 
     @property
-    def _is_divided(self) -> bool:
+    def _is_sharded(self) -> bool:
         """Whether each process holds a part of some table: a checkpoint needs all of them."""
         assert self.model is not None
-        return is_divided(self.model)
+        return is_sharded(self.model)
 
     def _own_file(self, name: str) -> str:
         """What each process has for itself; that of the first has the name it has when there is one process."""
@@ -297,7 +297,7 @@ class SafeTrainer(Trainer):
 
     def _check_parts(self, checkpoint: str) -> None:
         """Refuse the optimiser's state of tables that were divided between another number of processes."""
-        saved, wanted = len(list(Path(checkpoint).glob(f"{_OPTIMIZER}*.json"))), self.args.world_size if self._is_divided else 1
+        saved, wanted = len(list(Path(checkpoint).glob(f"{_OPTIMIZER}*.json"))), self.args.world_size if self._is_sharded else 1
         if saved != wanted:
             raise CheckpointError(
                 f"{checkpoint} holds the optimiser's state of tables in {saved} part(s), expected {wanted}: sharded tables are resumed by as "
@@ -306,7 +306,7 @@ class SafeTrainer(Trainer):
 
     def _remove_other_parts(self, folder: Path) -> None:
         """What an earlier run of more processes left in the folder of a checkpoint."""
-        for name, parts in ((_OPTIMIZER, self.args.world_size if self._is_divided else 1), (_RANDOM, self.args.world_size)):
+        for name, parts in ((_OPTIMIZER, self.args.world_size if self._is_sharded else 1), (_RANDOM, self.args.world_size)):
             for file in folder.glob(f"{name}_*"):
                 number = file.stem.rpartition("_")[2]
                 if number.isdecimal() and int(number) >= parts:
@@ -337,7 +337,7 @@ class SafeTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
-            if self._is_divided:
+            if self._is_sharded:
                 self._save_weights(Path(output_dir or self.args.output_dir or "."))  # sends its part to the first
             return
         folder = Path(output_dir or self.args.output_dir or ".")

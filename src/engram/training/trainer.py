@@ -116,11 +116,11 @@ class EngramTrainer(SafeTrainer):
                 False  # a memory uses all that it has; DDP would search every pass for what it does not
             )
         super().__init__(model=model, args=args, **kwargs)
-        if args.save_on_each_node and self._is_divided:
+        if args.save_on_each_node and self._is_sharded:
             raise ConfigError(
                 "EngramTrainingArguments.save_on_each_node: got True with sharded tables, expected False: the first process writes them all."
             )
-        if args.fp16 and self._is_divided:
+        if args.fp16 and self._is_sharded:
             raise ConfigError(
                 "EngramTrainingArguments.fp16: got True with sharded tables, expected bf16 or float32: each process would decide for itself "
                 "which steps overflow."

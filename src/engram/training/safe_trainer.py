@@ -26,7 +26,7 @@ from transformers.utils import logging as hf_logging
 
 from engram.checkpoint import load_tree, save_tree, write_json_atomically
 from engram.checkpoint.store import sync_to_disk
-from engram.distributed import anywhere, leave_at_exit, process_count, wait_for_all
+from engram.distributed import anywhere, leave_at_exit, wait_for_all
 from engram.errors import CheckpointError, ConfigError, TrainingError
 from engram.tables import is_sharded
 from engram.training.cpu_types import warning_of_slow_bfloat16
@@ -35,6 +35,7 @@ from engram.training.guards import check_reports, is_complete, last_checkpoint, 
 from engram.training.kept_memory import kept_memory
 from engram.training.lean_loss import lean_loss
 from engram.training.progress import LiveProgress
+from engram.training.several import check_processes, check_shared_folder
 from engram.training.throughput import Throughput
 
 __all__ = ["InOrder", "SafeTrainer", "SaveOnInterrupt", "last_checkpoint"]
@@ -114,7 +115,7 @@ class SafeTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_reports(_given(args, kwargs, 1, "args"))
         super().__init__(*args, **kwargs)
-        _check_processes(self.args)
+        check_processes(self.args)
         if self.args.world_size > 1:
             leave_at_exit()
         if _given(args, kwargs, 2, "data_collator") is None:
@@ -154,7 +155,7 @@ class SafeTrainer(Trainer):
             # An evaluation before has left a note by which accelerate would take the model for one that DDP has.
             vars(self.model).pop("_is_accelerate_prepared", None)
             if self._is_sharded and self.args.save_strategy != SaveStrategy.NO:
-                _check_shared_folder(Path(self.args.output_dir or "."), first=self.args.process_index == 0)
+                check_shared_folder(Path(self.args.output_dir or "."), first=self.args.process_index == 0)
         self.throughput.reset()
         self._started, self._seconds_before = time.monotonic(), 0.0
         try:
@@ -298,7 +299,7 @@ class SafeTrainer(Trainer):
     def _check_parts(self, checkpoint: str) -> None:
         """Refuse the optimiser's state of tables that were divided between another number of processes."""
         saved, wanted = len(list(Path(checkpoint).glob(f"{_OPTIMIZER}*.json"))), self.args.world_size if self._is_sharded else 1
-        if saved != wanted:
+        if saved not in (0, wanted):  # without any, reading it says what is missing
             raise CheckpointError(
                 f"{checkpoint} holds the optimiser's state of tables in {saved} part(s), expected {wanted}: sharded tables are resumed by as "
                 "many processes as trained them. Start so many, or load the memory (from_pretrained) and train it anew."
@@ -349,39 +350,6 @@ class SafeTrainer(Trainer):
 
     def _save_weights(self, folder: Path) -> None:
         self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder)
-
-
-def _check_processes(args: Any) -> None:
-    """Refuse processes that do not know of each other, and one for several GPUs: ``nn.DataParallel`` copies the model, hooks and all, into
-    threads.
-    """
-    if process_count() > 1 and args.world_size == 1:  # transformers takes a CPU for one process, if it is not asked for
-        raise ConfigError(
-            f"training: got {process_count()} processes with arguments by which each would train alone, expected them to share batches; on "
-            "CPUs make the arguments with use_cpu=True."
-        )
-    if args.n_gpu > 1:
-        raise ConfigError(
-            f"training: got one process and {args.n_gpu} GPUs to divide batches between, expected a process for each: start it with torchrun "
-            f"--nproc-per-node {args.n_gpu}, or choose one GPU with CUDA_VISIBLE_DEVICES=0."
-        )
-
-
-def _check_shared_folder(folder: Path, first: bool) -> None:
-    """Refuse a folder of checkpoints that not all processes see: each writes a part of them there."""
-    mark = folder / ".seen-by-all"
-    if first:
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    wait_for_all()
-    hidden = anywhere(not mark.exists())
-    if first:
-        mark.unlink()
-    if hidden:
-        raise ConfigError(
-            f"{folder}: not all processes see this folder, expected a disk that they share: with sharded tables each writes a part of a "
-            "checkpoint."
-        )
 
 
 def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Commands that a launcher starts several times over, ``torchrun --nproc-per-node 8 -m engram train ...``."""
+"""Runs that a launcher starts several times over: how the processes find each other, and what they cannot do together."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from engram.distributed import anywhere, leave_at_exit, process_count, process_rank
+from engram.distributed import anywhere, leave_at_exit, process_count, process_rank, wait_for_all
 from engram.errors import ConfigError, TrainingError
 
-__all__ = ["first_process_first", "refuse_several", "set_up_processes"]
+__all__ = ["check_processes", "check_shared_folder", "first_process_first", "refuse_several", "set_up_processes"]
 
 _PATIENCE = timedelta(hours=6)
 """How long processes wait for one that builds a corpus."""
@@ -41,6 +43,39 @@ def refuse_several(what: str, instead: str) -> None:
     """
     if _launched() > 1:
         raise ConfigError(f"{what}: got {_launched()} processes, expected one; {instead}.")
+
+
+def check_processes(args: Any) -> None:
+    """Refuse processes that do not know of each other, and one for several GPUs: ``nn.DataParallel`` copies the model, hooks and all, into
+    threads.
+    """
+    if process_count() > 1 and args.world_size == 1:  # transformers takes a CPU for one process, if it is not asked for
+        raise ConfigError(
+            f"training: got {process_count()} processes with arguments by which each would train alone, expected them to share batches; on "
+            "CPUs make the arguments with use_cpu=True."
+        )
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"training: got one process and {args.n_gpu} GPUs to divide batches between, expected a process for each: start it with torchrun "
+            f"--nproc-per-node {args.n_gpu}, or choose one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def check_shared_folder(folder: Path, first: bool) -> None:
+    """Refuse a folder of checkpoints that not all processes see: each writes a part of them there."""
+    mark = folder / ".seen-by-all"
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    wait_for_all()
+    hidden = anywhere(not mark.exists())
+    if first:
+        mark.unlink()
+    if hidden:
+        raise ConfigError(
+            f"{folder}: not all processes see this folder, expected a disk that they share: with sharded tables each writes a part of a "
+            "checkpoint."
+        )
 
 
 @contextmanager

@@ -24,11 +24,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from common import provenance, result_file, spread, write
 from peers.compare import peer_version
-from peers.protocol import FULL, HEADS, QUICK, SEED, backbone, batches
+from peers.protocol import FULL, QUICK, SEED, batches
 from torch.nn.parallel import DistributedDataParallel
-from train_step import Vocabulary
+from train_step import build_model
 
-from engram import EngramAdamW, EngramConfig, TableConfig, get_engram_model, replicate_tables
+from engram import EngramAdamW, TableConfig, replicate_tables
 from engram.distributed import leave_at_exit, process_count, process_rank, sum_everywhere, wait_for_all
 from engram.optim import build_param_groups
 
@@ -42,16 +42,7 @@ class Way:
     def __init__(self, name, rows, sizes):
         self.name, count = name, process_count()
         torch.manual_seed(SEED)
-        config = EngramConfig(
-            engram_vocab_size=rows // (2 * HEADS),
-            n_embed_per_ngram=64 * HEADS,
-            n_head_per_ngram=HEADS,
-            layer_ids=sizes.get("memory_at", [1, 2]),
-            pad_id=0,
-        )
-        placement = TableConfig(sharded=name == "divided")
-        self.memory = get_engram_model(backbone(sizes), config, Vocabulary(sizes["vocab"]), placement)
-        self.memory.base_model.requires_grad_(True)
+        self.memory = build_model(rows, sizes, TableConfig(sharded=name == "divided"), "zero")
         self.tables = [engram.multi_head_embedding.embedding for engram in self.memory.engrams.values()]
         groups = build_param_groups(self.memory, self.memory.engrams, lr=1e-3)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3) if name == "ddp" else EngramAdamW(groups, lr=1e-3)

@@ -46,7 +46,7 @@ class Vocabulary:
         return f"w{i}"
 
 
-def build_model(rows, sizes):
+def build_model(rows, sizes, placement=None, table_init="normal"):
     base = backbone(sizes)
     config = EngramConfig(
         engram_vocab_size=rows // (2 * HEADS),
@@ -54,9 +54,9 @@ def build_model(rows, sizes):
         n_head_per_ngram=HEADS,
         layer_ids=sizes.get("memory_at", [1, 2]),
         pad_id=0,
-        table_init="normal",
+        table_init=table_init,
     )
-    model = get_engram_model(base, config, Vocabulary(sizes["vocab"]))
+    model = get_engram_model(base, config, Vocabulary(sizes["vocab"]), placement)
     base.requires_grad_(True)
     return model
 

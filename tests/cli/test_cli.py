@@ -174,3 +174,21 @@ def test_a_seed_repeats_the_trace(monkeypatch, capsys):
     outs = [invoke(monkeypatch, capsys, "trace", "the memory", "--json", "--seed", s)[1] for s in (1, 1, 2)]
     assert outs[0] == outs[1] != outs[2]
     assert torch.initial_seed() == 2
+
+
+@pytest.mark.parametrize("command", ["teach", "facts", "pretrain", "sweep"])
+def test_a_launcher_that_starts_a_command_several_times_is_told(monkeypatch, capsys, tmp_path, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    code, out, err = invoke(
+        monkeypatch,
+        capsys,
+        command,
+        tmp_path / "facts.yaml",
+        "--out" if command in ("pretrain", "sweep") else "--memory",
+        tmp_path / "memory",
+    )
+    assert code == 2
+    assert out == ""
+    assert f"engram {command}: got 2 processes, expected one" in err
+    assert not list(tmp_path.iterdir())

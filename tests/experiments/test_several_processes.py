@@ -69,7 +69,7 @@ def test_two_processes_train_a_mixture_with_a_divided_memory_as_one_does(tmp_pat
 def test_commands_of_one_process_say_so(tmp_path):
     done = launched("sweep", RECIPES / "sweep_tiny.yaml", "--out", tmp_path / "run", count=2)
     assert done.returncode != 0
-    assert "engram sweep: got 2 processes, expected one; it starts processes for its points itself" in done.stderr
+    assert "engram sweep: got 2 processes, expected one: start it without torchrun" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -91,9 +92,20 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
 ) -> None:
-    pass
+    _refuse_several(str(context.invoked_subcommand))
+
+
+def _refuse_several(command: str) -> None:
+    """A launcher starts a command several times over; one alone divides its work then, the others would do theirs so many times."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if command != "train" and "LOCAL_RANK" in os.environ and count != "1":
+        raise ConfigError(
+            f"engram {command}: got {count} processes, expected one: start it without torchrun or accelerate launch (several divide the "
+            "work of `engram train` alone)."
+        )
 
 
 def main() -> None:

@@ -19,8 +19,6 @@ def pretrain_command(
 ) -> None:
     """Train a tokenizer and a small Llama-architecture model from text files; goes on where it was stopped."""
     from engram.training.pretrain import pretrain, read_recipe
-    from engram.training.several import refuse_several
 
-    refuse_several("engram pretrain", "start it without torchrun or accelerate launch")
     target = pretrain(read_recipe(recipe), out, folder=recipe.parent, resume=not restart)
     print(f"model written to {target}")

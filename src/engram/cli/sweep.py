@@ -44,12 +44,7 @@ def sweep_command(
     """Train every point of a sweep, learning rates chosen first, and sum up what they say, with intervals."""
     from engram.checkpoint import sole_writer
     from engram.experiments import read_sweep, run_sweep
-    from engram.training.several import refuse_several
 
-    refuse_several(
-        "engram sweep",
-        "it starts processes for its points itself (--workers); a single point is trained by several with engram train",
-    )
     sweep = read_sweep(recipe, _changes(changes))
     if plan:
         _show_plan(sweep)

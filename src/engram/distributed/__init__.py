@@ -18,6 +18,7 @@ from engram.distributed.processes import (
     sum_everywhere,
     unshare_parameter,
     wait_for_all,
+    warn_of_own_steps,
 )
 from engram.distributed.requests import RowRequests, own_rows, rows_from_all, rows_of_each
 from engram.distributed.rows import average_rows
@@ -45,4 +46,5 @@ __all__ = [
     "sum_everywhere",
     "unshare_parameter",
     "wait_for_all",
+    "warn_of_own_steps",
 ]

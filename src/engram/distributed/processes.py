@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import logging
 import time
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "sum_everywhere",
     "unshare_parameter",
     "wait_for_all",
+    "warn_of_own_steps",
 ]
 
 Group = Any
@@ -139,6 +141,16 @@ def agreed_number(number: int, parameter: Tensor) -> int:
     """``number`` (below 2**63) of the first process that holds ``parameter``; one's own where it is not shared."""
     shared = getattr(parameter, _SHARED, None)
     return number if shared is None else int(from_first(torch.tensor(number, dtype=torch.int64), *shared))
+
+
+def warn_of_own_steps(parameter: Tensor) -> None:
+    """Say that several processes each step a table of their own, which is hardly ever meant."""
+    if process_count() > 1 and getattr(parameter, _SHARED, None) is None and shard_group(parameter) is None:
+        logging.getLogger("engram").warning(
+            "%d processes, and each trains a table of its own: their memories will differ. Use EngramTrainer, or call replicate_tables before "
+            "DistributedDataParallel.",
+            process_count(),
+        )
 
 
 def shard_parameter(parameter: Tensor, group: Group = None) -> None:

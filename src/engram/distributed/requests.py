@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engram.distributed.processes import Group, device_of, process_count, process_rank
+from engram.errors import TableError
 
 __all__ = ["RowRequests", "own_rows", "rows_from_all", "rows_of_each"]
 
@@ -16,6 +18,22 @@ __all__ = ["RowRequests", "own_rows", "rows_from_all", "rows_of_each"]
 def rows_of_each(rows: int, count: int) -> int:
     """How many of ``rows`` each of ``count`` processes has room for: row r is row ``r // count`` of process ``r % count``."""
     return -(-rows // count)
+
+
+@contextmanager
+def _all_taking_part() -> Iterator[None]:
+    """
+    Raises:
+        TableError: an exchange failed, most often because others were not there.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TableError(
+            f"sharded tables: this process could not exchange rows with the others ({reason}). Each holds a part, so that all must look up, "
+            "generate, evaluate and save together; a process that ended, or failed, is missing."
+        ) from error
 
 
 class RowRequests:
@@ -41,7 +59,8 @@ class RowRequests:
         keys, self._places = ((numbers % count) * per + numbers // count).unique(return_inverse=True)
         asked = torch.bincount(keys // per, minlength=count)
         wanted = torch.empty_like(asked)
-        dist.all_to_all_single(wanted, asked, group=group)
+        with _all_taking_part():
+            dist.all_to_all_single(wanted, asked, group=group)
         self._asked, self._wanted = torch.stack([asked, wanted]).tolist()
         self.wanted = self._exchange(keys % per, self._wanted, self._asked)
 
@@ -63,7 +82,8 @@ class RowRequests:
     def _exchange(self, sent: Tensor, received: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """The first ``sizes[0]`` of ``sent`` go to the first process and so on; ``received`` as many come from each."""
         out = sent.new_empty((sum(received), *sent.shape[1:]))
-        dist.all_to_all_single(out, sent.contiguous(), list(received), list(sizes), group=self._group)
+        with _all_taking_part():
+            dist.all_to_all_single(out, sent.contiguous(), list(received), list(sizes), group=self._group)
         return out
 
 
@@ -80,7 +100,8 @@ def rows_from_all(part: Tensor, start: int, stop: int, group: Group = None) -> T
     first, last = start // count, rows_of_each(stop, count)
     own = part[first:last].to(device_of(group, part.device)).contiguous()
     gathered = own.new_empty((count, *own.shape))
-    dist.all_gather(list(gathered.unbind(0)), own, group=group)
+    with _all_taking_part():
+        dist.all_gather(list(gathered.unbind(0)), own, group=group)
     rows = gathered.transpose(0, 1).reshape(-1, *own.shape[1:])
     return rows[start - first * count : stop - first * count].to(part.device)
 

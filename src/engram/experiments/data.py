@@ -11,6 +11,7 @@ from typing import Any
 
 from engram.data.blocks import HeldOutBlocks, TrainingBlocks
 from engram.data.store import TokenStore, build_store
+from engram.distributed import process_rank
 from engram.experiments.recipe import DataRecipe
 from engram.training.token_store import prepare_store
 
@@ -73,8 +74,9 @@ def prepare_data(
     else:
         store = build_store(recipe.corpus, tokenizer, folder, out, lambda done, total: show("tokens", done, total))
     data = PreparedData(store, recipe.seq_len, recipe.held_out_tokens, recipe.held_out_by)
-    _warn_of_files_left_out(recipe, store)
-    _warn_of_few_texts(recipe, data)
+    if process_rank() == 0:
+        _warn_of_files_left_out(recipe, store)
+        _warn_of_few_texts(recipe, data)
     return data
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram.distributed import agreed_number
+from engram.distributed import agreed_number, warn_of_own_steps
 from engram.errors import ConfigError
 from engram.native import rows as native_rows
 from engram.optim.rounding import ROUNDED_DTYPES, draw_seed
@@ -121,6 +121,7 @@ class EngramAdamW(torch.optim.AdamW):
     def _row_step(self, group: dict[str, Any], table: Tensor, grad: Tensor) -> None:
         state = self.state[table]
         if not state:
+            warn_of_own_steps(table)
             state["step"], state["row_moments"] = torch.tensor(0.0, device="cpu"), RowMoments(table, group["row_state"])
         # Not in place: a loaded state dict may share the tensor with the optimiser it came from.
         state["step"] = state["step"] + 1

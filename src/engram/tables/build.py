@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from engram.config import TableConfig
-from engram.distributed import from_first, process_count, rows_of_each
+from engram.distributed import process_count, rows_of_each
 from engram.errors import ConfigError, TableError
 from engram.tables.base import EmbeddingTable
 from engram.tables.device import DeviceTable
@@ -88,10 +88,8 @@ def _sharded(rows: int, dim: int, config: TableConfig, init: str, device: torch.
     assert isinstance(part, DeviceTable)
     table = ShardedTable(part, rows)
     if init == "normal":
-        seed = int(from_first(torch.randint(1 << 62, (), dtype=torch.int64)))  # all draw the whole table, and keep their own
-        generator = torch.Generator().manual_seed(seed)
-        for start in range(0, rows, _ROWS_AT_ONCE):
-            table.load_rows(start, torch.randn((min(_ROWS_AT_ONCE, rows - start), dim), generator=generator))
+        for start in range(0, rows, _ROWS_AT_ONCE):  # all draw the whole table, as one process would, and keep their own
+            table.load_rows(start, torch.randn((min(_ROWS_AT_ONCE, rows - start), dim)))
     return table
 
 

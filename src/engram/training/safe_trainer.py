@@ -26,7 +26,7 @@ from transformers.utils import logging as hf_logging
 
 from engram.checkpoint import load_tree, save_tree, write_json_atomically
 from engram.checkpoint.store import sync_to_disk
-from engram.distributed import anywhere, leave_at_exit, wait_for_all
+from engram.distributed import anywhere, leave_at_exit, process_rank, wait_for_all
 from engram.errors import CheckpointError, ConfigError, TrainingError
 from engram.tables import is_sharded
 from engram.training.cpu_types import warning_of_slow_bfloat16
@@ -74,7 +74,8 @@ class SaveOnInterrupt(TrainerCallback):
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+        if process_rank() == 0:
+            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ask for a checkpoint and the end once the step is whole; a signal to one of several processes stops all at the same step."""

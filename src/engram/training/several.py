@@ -15,7 +15,7 @@ import torch.distributed as dist
 from engram.distributed import anywhere, leave_at_exit, process_count, process_rank, wait_for_all
 from engram.errors import ConfigError, TrainingError
 
-__all__ = ["check_processes", "check_shared_folder", "first_process_first", "refuse_several", "set_up_processes"]
+__all__ = ["check_processes", "check_shared_folder", "first_process_first", "set_up_processes"]
 
 _PATIENCE = timedelta(hours=6)
 """How long processes wait for one that builds a corpus."""
@@ -33,16 +33,6 @@ def set_up_processes() -> None:
 
         PartialState(cpu=not torch.cuda.is_available())
         leave_at_exit()
-
-
-def refuse_several(what: str, instead: str) -> None:
-    """For commands of one process.
-
-    Raises:
-        ConfigError: a launcher has started several.
-    """
-    if _launched() > 1:
-        raise ConfigError(f"{what}: got {_launched()} processes, expected one; {instead}.")
 
 
 def check_processes(args: Any) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
-from engram.distributed import from_first, process_count
+from engram.distributed import from_first, process_count, sum_everywhere
 from engram.errors import CheckpointError, ConfigError
 from engram.models import EngramModel
 from engram.models.identity import adapter_parameters
@@ -262,7 +262,7 @@ class EngramTrainer(SafeTrainer):
         with self.memory.record() as traces:
             loss = super().training_step(model, inputs, num_items_in_batch)
         gates = [trace["gate"].float().mean() for trace in traces.values() if "gate" in trace]
-        self._gate_mean = torch.stack(gates).mean() if gates else None
+        self._gate_mean = sum_everywhere(torch.stack(gates).mean()) / process_count() if gates else None
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

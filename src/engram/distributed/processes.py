@@ -22,6 +22,7 @@ __all__ = [
     "device_of",
     "everywhere_equal",
     "from_first",
+    "gathered",
     "group_apart",
     "group_for",
     "leave_at_exit",
@@ -109,6 +110,13 @@ def from_first(tensor: Tensor, group: Group = None) -> Tensor:
     sent = tensor.detach().to(device_of(group, tensor.device)).clone()
     dist.broadcast(sent, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
     return sent.to(tensor.device)
+
+
+def gathered(tensor: Tensor, group: Group = None) -> Tensor:
+    """``[processes, ...]``: the tensors of all processes, of one shape and type, lying where the group exchanges them; all must ask."""
+    found = tensor.new_empty((process_count(group), *tensor.shape))
+    dist.all_gather(list(found.unbind(0)), tensor.contiguous(), group=group)
+    return found
 
 
 def wait_for_all(group: Group = None) -> None:

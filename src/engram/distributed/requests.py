@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engram.distributed.processes import Group, device_of, process_count, process_rank
+from engram.distributed.processes import Group, device_of, gathered, process_count, process_rank
 from engram.errors import TableError
 
 __all__ = ["RowRequests", "own_rows", "rows_from_all", "rows_of_each"]
@@ -98,11 +98,10 @@ def rows_from_all(part: Tensor, start: int, stop: int, group: Group = None) -> T
     """
     count = process_count(group)
     first, last = start // count, rows_of_each(stop, count)
-    own = part[first:last].to(device_of(group, part.device)).contiguous()
-    gathered = own.new_empty((count, *own.shape))
+    own = part[first:last].to(device_of(group, part.device))
     with _all_taking_part():
-        dist.all_gather(list(gathered.unbind(0)), own, group=group)
-    rows = gathered.transpose(0, 1).reshape(-1, *own.shape[1:])
+        parts = gathered(own, group)
+    rows = parts.transpose(0, 1).reshape(-1, *own.shape[1:])
     return rows[start - first * count : stop - first * count].to(part.device)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engram.distributed.processes import Group, device_of, process_count
+from engram.distributed.processes import Group, device_of, gathered, process_count
 from engram.native.rows import sum_duplicates
 
 __all__ = ["average_rows"]
@@ -35,7 +35,7 @@ def average_rows(gradient: Tensor, group: Group = None) -> Tensor:
         dist.all_reduce(mean, group=group)
         return mean.div_(count).to(gradient.device)
     rows, values = _own_rows(gradient)
-    lengths = _lengths(rows.numel(), count, place, group)
+    lengths = _lengths(rows.numel(), place, group)
     all_rows, all_values = (_from_all(part.to(place), lengths, group).to(gradient.device) for part in (rows, values))
     return torch.sparse_coo_tensor(all_rows.unsqueeze(0), all_values.div_(count), gradient.shape, check_invariants=False)
 
@@ -47,11 +47,9 @@ def _own_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
     return gradient._indices()[0], gradient._values()
 
 
-def _lengths(own: int, count: int, place: torch.device, group: Group) -> list[int]:
+def _lengths(own: int, place: torch.device, group: Group) -> list[int]:
     """How many rows each process has."""
-    lengths = torch.zeros(count, dtype=torch.int64, device=place)
-    dist.all_gather(list(lengths.split(1)), torch.tensor([own], device=place), group=group)
-    return lengths.tolist()
+    return gathered(torch.tensor(own, device=place), group).tolist()
 
 
 def _from_all(own: Tensor, lengths: list[int], group: Group) -> Tensor:
@@ -59,6 +57,4 @@ def _from_all(own: Tensor, lengths: list[int], group: Group) -> Tensor:
     longest = max(lengths)
     padded = own.new_zeros((longest, *own.shape[1:]))
     padded[: len(own)] = own
-    gathered = own.new_empty((len(lengths), longest, *own.shape[1:]))
-    dist.all_gather(list(gathered.unbind(0)), padded, group=group)
-    return torch.cat([part[:length] for part, length in zip(gathered, lengths)])
+    return torch.cat([part[:length] for part, length in zip(gathered(padded, group), lengths)])

@@ -1,6 +1,6 @@
 """Floor 2: where rows live."""
 
-from engram.tables.base import EmbeddingTable
+from engram.tables.base import EmbeddingTable, row_parameters
 from engram.tables.build import build_table, check_room, refuse_other_rows, row_file
 from engram.tables.counts import AccessCounts
 from engram.tables.device import DeviceTable
@@ -63,6 +63,7 @@ __all__ = [
     "row_file",
     "row_file_layout",
     "row_format",
+    "row_parameters",
     "rows_are",
     "rows_per_second",
     "stamp_rows",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engram.errors import TableError
 from engram.tables.prefetch import RowPrefetcher
 
-__all__ = ["EmbeddingTable", "check_place", "check_row_ids", "replaced"]
+__all__ = ["EmbeddingTable", "check_place", "check_row_ids", "replaced", "row_parameters"]
 
 
 class EmbeddingTable(nn.Module):
@@ -112,6 +112,11 @@ class EmbeddingTable(nn.Module):
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""
         return f"rows={self.rows}, dim={self.dim}, dtype={self.dtype}, location={self.location}"
+
+
+def row_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters of ``model`` that are rows of a table."""
+    return {id(p) for module in model.modules() if isinstance(module, EmbeddingTable) for p in module.parameters()}
 
 
 def check_row_ids(row_ids: Tensor, count: int) -> None:

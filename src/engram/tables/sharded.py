@@ -21,7 +21,7 @@ from engram.distributed import (
 )
 from engram.errors import TableError
 from engram.ops import gradient_at
-from engram.tables.base import EmbeddingTable, check_place, check_row_ids
+from engram.tables.base import EmbeddingTable, check_place, check_row_ids, replaced
 from engram.tables.device import DeviceTable
 
 __all__ = ["ShardedTable", "is_sharded"]
@@ -130,9 +130,7 @@ class ShardedTable(EmbeddingTable):
         count = process_count(self.group)
         mine = row_ids % count == process_rank(self.group)
         whole = self.lookup(row_ids).detach()
-        new = fn(whole)
-        if new.shape != whole.shape:
-            raise TableError(f"update_rows: fn returned shape {list(new.shape)}, expected {list(whole.shape)}.")
+        new = replaced(whole, fn)
         self.part.update_rows(row_ids[mine] // count, lambda old: new[mine].to(old.device, old.dtype))
 
     def load_rows(self, start: int, rows: Tensor) -> None:

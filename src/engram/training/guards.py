@@ -17,7 +17,7 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
 from engram.errors import CheckpointError, ConfigError, TrainingError
-from engram.tables import EmbeddingTable
+from engram.tables import row_parameters
 
 __all__ = ["check_reports", "is_complete", "last_checkpoint", "no_number", "weights_are_finite", "whole_or_removed"]
 
@@ -60,7 +60,7 @@ def no_number(what: str, value: float, step: int, lr: float, output_dir: str) ->
 
 def weights_are_finite(model: nn.Module) -> bool:
     """Whether all weights that are trained are numbers. Tables are passed over: reading one may cost more than the whole save."""
-    tables = {id(p) for m in model.modules() if isinstance(m, EmbeddingTable) for p in m.parameters()}
+    tables = row_parameters(model)
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in tables]
     return all(bool(torch.isfinite(p).all()) for p in trained)
 

@@ -156,7 +156,7 @@ class SafeTrainer(Trainer):
             # An evaluation before has left a note by which accelerate would take the model for one that DDP has.
             vars(self.model).pop("_is_accelerate_prepared", None)
             if self._is_sharded and self.args.save_strategy != SaveStrategy.NO:
-                check_shared_folder(Path(self.args.output_dir or "."), first=self.args.process_index == 0)
+                check_shared_folder(Path(self.args.output_dir or "."))
         self.throughput.reset()
         self._started, self._seconds_before = time.monotonic(), 0.0
         try:

@@ -51,9 +51,9 @@ def check_processes(args: Any) -> None:
         )
 
 
-def check_shared_folder(folder: Path, first: bool) -> None:
+def check_shared_folder(folder: Path) -> None:
     """Refuse a folder of checkpoints that not all processes see: each writes a part of them there."""
-    mark = folder / ".seen-by-all"
+    mark, first = folder / ".seen-by-all", process_rank() == 0
     if first:
         folder.mkdir(parents=True, exist_ok=True)
         mark.touch()

@@ -21,7 +21,7 @@ from engram.errors import CheckpointError, ConfigError
 from engram.models import EngramModel
 from engram.models.identity import adapter_parameters
 from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES, EngramAdamW, EngramMuon, build_param_groups, clip_grad_norm_
-from engram.tables import EmbeddingTable, Replicas, replicate_tables
+from engram.tables import Replicas, replicate_tables, row_parameters
 from engram.training.safe_trainer import SafeTrainer
 
 __all__ = ["EngramTrainer", "EngramTrainingArguments"]
@@ -162,14 +162,16 @@ class EngramTrainer(SafeTrainer):
         return self.backbone
 
     _replicas: Replicas | None = None
+    _tables_alone = False
+    """Whether several processes train nothing but tables, which DDP passes by: it refuses a model in which there is nothing for it to do."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``SafeTrainer.train``; several processes keep their copies of the tables equal."""
         if process_count() == 1 or not isinstance(self.model, EngramModel):
             return super().train(*args, **kwargs)
         self._replicas = replicate_tables(self.model)
-        alone = _trains_nothing_but_tables(self.model)
-        if alone:  # DDP refuses a model in which there is nothing for it to do, and does not make the rest equal then
+        self._tables_alone = _trains_nothing_but_tables(self.model)
+        if self._tables_alone:  # DDP, which would make the rest equal, is not there
             _copy_all_but_tables(self.model)
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         try:
@@ -177,11 +179,12 @@ class EngramTrainer(SafeTrainer):
         finally:
             self._replicas.remove()
             self._replicas = None
-            if alone:
+            if self._tables_alone:
                 del self.accelerator.prepare_model
+                self._tables_alone = False
 
     def _is_parallel(self, model: Any) -> bool:
-        return super()._is_parallel(model) or (isinstance(self.model, EngramModel) and _trains_nothing_but_tables(self.model))
+        return self._tables_alone or super()._is_parallel(model)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._replicas is not None and not self._replicas.are_equal():
@@ -305,18 +308,14 @@ class EngramTrainer(SafeTrainer):
 
 
 def _trains_nothing_but_tables(model: EngramModel) -> bool:
-    rows = _row_parameters(model)
+    rows = row_parameters(model)
     return all(id(p) in rows for p in model.parameters() if p.requires_grad)
-
-
-def _row_parameters(model: EngramModel) -> set[int]:
-    return {id(p) for module in model.modules() if isinstance(module, EmbeddingTable) for p in module.parameters()}
 
 
 @torch.no_grad()
 def _copy_all_but_tables(model: EngramModel) -> None:
     """Every process gets the first one's reader and base model, as DDP would have it."""
-    rows = _row_parameters(model)
+    rows = row_parameters(model)
     for parameter in model.parameters():
         if id(parameter) not in rows:
             parameter.copy_(from_first(parameter))

@@ -121,10 +121,10 @@ def write_pairs(pairs, runs, folder):
             print(f"written: {out}")
 
 
-def tiny_runs(folder):
+def tiny_runs(folder, **changes):
     """Two runs of seconds, for `--quick`."""
     path = RECIPES / "train_tiny.yaml"
-    recipe = dataclasses.replace(read_point(path), keep_checkpoints=True, save_steps=8)
+    recipe = dataclasses.replace(read_point(path), **changes)
     runs = {"dense": folder / "plain", "engram": folder / "joint"}
     for kind, run in runs.items():
         point = recipe if kind == "engram" else dataclasses.replace(recipe, engram=None)
@@ -147,7 +147,11 @@ def main():
     if not args.quick and not (args.plain and args.joint):
         parser.error("expected --plain and --joint, or --quick")
     with tempfile.TemporaryDirectory() as folder:
-        runs = tiny_runs(Path(folder)) if args.quick else dict(zip(KINDS, (args.plain, args.joint)))
+        runs = (
+            tiny_runs(Path(folder), keep_checkpoints=True, save_steps=8)
+            if args.quick
+            else dict(zip(KINDS, (args.plain, args.joint)))
+        )
         sizes = {"length": 64, "held_out": 2} if args.quick else {"length": LENGTH, "held_out": HELD_OUT}
         every = 8 if args.quick else args.every
         tasks = [

@@ -102,7 +102,19 @@ def test_the_readmes_tables_are_those_of_the_results():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["train_step", "joint_training", "decode", "gpu", "formats", "throughput", "long_context", "copying"]
+    "name",
+    [
+        "train_step",
+        "joint_training",
+        "decode",
+        "gpu",
+        "formats",
+        "throughput",
+        "long_context",
+        "copying",
+        "looks",
+        "memory_off",
+    ],
 )
 def test_every_benchmark_runs(name, tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick", "--out", str(tmp_path / "r.json")]

@@ -21,9 +21,10 @@ def look_at(subject, **options):
 def test_everything_about_a_memory(model_type, tmp_path):
     started = []
     subject = Subject("tiny", tiny_memory(tiny_model(model_type)))
-    result = look_at(subject, start=lambda name, total: started.append(name) or (lambda done: None))
+    start = lambda name, total: started.append(name) or (lambda done: None)  # noqa: E731
+    result = look_at(subject, start=start, phrases=["the memory"])
     assert [name for name in result if name in ANALYSES] == list(ANALYSES)
-    assert started == ["gates", "logit_lens", "cka", "losses"]
+    assert started == ["gates", "phrases", "logit_lens", "cka", "losses"]
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert result["text"]["complete"]
     assert sum(kind["tokens"] for kind in result["text_hashed"]["kinds"].values()) == result["text_hashed"]["tokens"]
@@ -59,7 +60,7 @@ def test_a_taught_memory(tmp_path):
     result = look(
         Subject("taught", editor.memory), editor.tokenizer, {"taught": ["KEY:beta 20 7319"], **TEXTS}, tokens=200, length=32
     )
-    assert list(result["skipped"]) == ["rows"]
+    assert list(result["skipped"]) == ["phrases", "rows"]
     assert "<h2>Rows</h2><p class=quiet>Left out" in render_look(result, plot_look(result, tmp_path))
     silent = look(Subject("taught", editor.memory), editor.tokenizer, TEXTS, ["gates", "zipf", "gains"], tokens=100, length=32)
     assert silent["gains"]["ngrams"] == 0

@@ -25,7 +25,9 @@ def run(tmp_path):
 
 def test_a_run_folder_named_in_three_ways(monkeypatch, capsys, run, tmp_path):
     common = ["--texts", tmp_path / "texts.yaml", "--tokens", 100, "--row-tokens", 100, "--length", 32]
-    ways = [[run / "memory", "--model", run / "model"], [run], ["--model", run]]
+    (tmp_path / "phrases.txt").write_text("the memory\n")
+    phrases = ["--phrases", tmp_path / "phrases.txt"]
+    ways = [[run / "memory", "--model", run / "model", *phrases], [run], ["--model", run]]
     gates = []
     for number, way in enumerate(ways):
         what = [] if number == 0 else ["--what", "gates"]
@@ -40,7 +42,9 @@ def test_a_run_folder_named_in_three_ways(monkeypatch, capsys, run, tmp_path):
     assert gates[0] == gates[1] == gates[2]
     full = json.loads((tmp_path / "out0" / "look.json").read_text())
     assert set(full) >= set(ANALYSES)
-    assert "engram look" in full["provenance"]["command"]
+    assert full["phrases"]["phrases"] == {"the memory": 3}
+    assert "engram look" in (command := full["provenance"]["command"])
+    assert f"--phrases {tmp_path / 'phrases.txt'}" in command
 
 
 def test_a_second_model_and_text_from_a_file(monkeypatch, capsys, run, tmp_path):
@@ -66,6 +70,9 @@ def test_a_second_model_and_text_from_a_file(monkeypatch, capsys, run, tmp_path)
         (["nowhere"], 1, "no memory in nowhere"),
         (["--model", "./nowhere"], 1, "cannot load model './nowhere'"),
         (["--texts", "none.yaml"], 2, "cannot read texts none.yaml"),
+        (["run", "--phrases", "none.txt"], 2, "cannot read phrases none.txt"),
+        (["run", "--phrases", "file"], 2, "holds no phrase"),
+        (["run", "--what", "phrases"], 2, "no phrases were named (--phrases FILE)"),
         (["--out", "file"], 2, "expected a folder that can be made"),
         (["--what", "rows", "--model", "run/model"], 2, "none was given"),
         (["run/memory", "--model", "other/model"], 1, "belongs to base model"),

@@ -281,6 +281,53 @@ def test_looks_need_a_second_model():
         assert verdicts("look", two_plain, claim)[0]["verdict"] == "not measured"
 
 
+@pytest.mark.parametrize(("claim", "value"), [("logit_lens", 0.51), ("alignment", 0.51), ("gates", 0.24)])
+def test_looks_at_several_trainings_are_judged_over_seeds(claim, value):
+    (found,) = verdicts("looks", made_up.looks(), claim)
+    assert (found["verdict"], found["value"]) == ("agrees", pytest.approx(value))
+    assert found["low"] < value < found["high"]
+    assert "3 seeds" in found["note"]
+    (one,) = verdicts("looks", made_up.looks(seeds=(1,)), claim)
+    assert (one["verdict"], one["low"]) == ("cannot tell", None)
+    assert "one seed: no interval" in one["note"]
+
+
+def test_similar_layers_need_a_control():
+    assert verdicts("looks", made_up.looks(other=False), "alignment")[0]["verdict"] == "not measured"
+    assert verdicts("looks", made_up.looks(other=False), "logit_lens")[0]["verdict"] == "agrees"
+
+
+def test_gates_of_one_model_tell_nothing_of_others():
+    layers = {"1": {"completes_less_other": {"mean": 0.1, "low": 0.05, "high": 0.15}}}
+    (found,) = verdicts("look", {"against": None, "phrases": {"occurrences": 12, "layers": layers}}, "gates")
+    assert (found["verdict"], found["value"]) == ("cannot tell", 0.1)
+    assert "1 layers: 1 with an interval over documents above zero" in found["note"]
+    assert verdicts("look", {"against": None}, "gates")[0]["verdict"] == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "value"),
+    [
+        ({}, "agrees", 69),
+        ({"facts_off": 95, "reading_off": 50}, "disagrees", -46),
+        ({"facts_off": 89}, "cannot tell", 0),
+        ({"seeds": (0,)}, "cannot tell", 70),
+    ],
+)
+def test_facts_must_be_lost_and_reading_kept(changes, verdict, value):
+    (found,) = verdicts("memory_off", made_up.memory_off(**changes), "memory_off")
+    assert (found["verdict"], found["value"]) == (verdict, pytest.approx(value))
+    assert "'together'" in found["note"]  # models that were pretrained with the memory and always read it
+
+
+def test_a_share_of_nothing_is_no_evidence():
+    result = made_up.memory_off()
+    for entry in result["entries"]:
+        entry["memory_off"]["on"]["facts"]["port"][0] = 0
+    (found,) = verdicts("memory_off", result, "memory_off")
+    assert found["verdict"] == "cannot tell"
+
+
 def test_without_results_nothing_is_claimed():
     found = judge({})
     assert [entry["claim"] for entry in found] == [claim.key for claim in CLAIMS]

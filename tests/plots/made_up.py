@@ -257,3 +257,67 @@ def ngram_counts(difference=-0.2, fingerprint="ad80bab3f9356ae5", mixed=False):
     told["held_out_text"] = {"test": {"documents": 14, "files": 1, "largest": "lib/ast.py", "largest_share": 0.4247}}
     found = {"smoothing": "modified", "points": points, "summary": summary}
     return {**told, **found, "mixtures": mixtures if mixed else [], "differences": differences if mixed else []}
+
+
+def looks(seeds=(0, 1, 2), other=True):
+    """As ``benchmarks/looks.py`` writes it: with a memory early blocks know more, are further on, and gates open where phrases end."""
+
+    def layer(seed):
+        means = {"completes": 0.75, "begins": 0.5, "other": 0.5 + seed / 100}
+        means |= {f"completes_less_{name}": means["completes"] - means[name] for name in ("begins", "other")}
+        return {name: {"mean": mean, "low": mean - 0.1, "high": mean + 0.1} for name, mean in means.items()}
+
+    def one(seed):
+        cka = {"memory": {"map": [[0.5] * 4] * 4, "top": 4, "soft_alignment": [1.5, 2.0 + seed / 100, 2.5, 2.5]}}
+        if other:
+            cka["without"] = {"map": [[0.5] * 4] * 4, "top": 4, "soft_alignment": [1.0, 1.5, 2.0, 2.5]}
+        return {
+            "layer_ids": [1],
+            "logit_lens": {
+                "memory": [3.0, 1.0 - seed / 100, 0.5, 0.0],
+                "off": [3.0, 2.5, 1.0, 0.0],
+                "without": [2.0, 1.5, 0.5, 0.0],
+            },
+            "cka": cka,
+            "phrases": {
+                "wanted": 7,
+                "phrases": {"regular expression": 3, "event loop": 2},
+                "occurrences": 5,
+                "documents": 2,
+                "windows_left_out": 0,
+                "layers": {"1": layer(seed)},
+                "examples": [],
+            },
+        }
+
+    text = {"tokens": 6000, "kinds": {"code": {"documents": 8, "windows": 9, "tokens": 6000}}}
+    told = {"command": "python benchmarks/looks.py", "hardware": "a machine", "versions": {}}
+    runs = {
+        kind: {"recipe": {"seed": 0}, "held_out": {"test": {"loss": loss}}}
+        for kind, loss in (("memory", 4.0), ("without", 4.25))
+    }
+    return {**told, "runs": runs, "entries": [{"seed": seed, "text": text, "looks_by_seed": one(seed)} for seed in seeds]}
+
+
+def memory_off(seeds=(0, 1, 2), facts_off=20, reading_off=90, **changes):
+    """As ``benchmarks/memory_off.py`` writes it: of 100 facts and notes 100 with the memory on, fewer with it off."""
+
+    def found(facts, reading, loss):
+        groups = {"facts": {"port": [facts, 100]}, "reading": {"needle, 128 tokens": [reading, 100]}}
+        return {**groups, "known before": {"capitals": [100, 100]}, "held_out_loss": loss}
+
+    entries = [
+        {
+            "seed": seed,
+            "arm": arm,
+            "start": start,
+            "memory_dropout": dropout,
+            "memory_off": {"on": found(100, 100, 3.0), "off": found(facts_off + seed, reading_off, 3.25)},
+            "curve": [{"step": 50, "on": {"facts": 0.5, "needle": 1.0}, "off": {"facts": 0.25, "needle": 1.0}}],
+            **changes,
+        }
+        for seed in seeds
+        for arm, start, dropout in (("together", "bundled", 0.0), ("dropout", "bundled", 0.3), ("new", "empty", 0.0))
+    ]
+    told = {"command": "python benchmarks/memory_off.py", "hardware": "a machine", "versions": {}}
+    return {**told, "before": found(0, 50, 3.5), "entries": entries}

@@ -24,6 +24,8 @@ HEADINGS = [
     "Ablations",
     "Arms side by side",
     "Looks inside",
+    "Looks inside, seed by seed",
+    "With the memory off",
     "Copying from the context",
     "Long context",
     "Throughput",
@@ -215,6 +217,8 @@ def test_kinds_of_result(tmp_path):
     assert read(made_up.slots()).kind == "slots"
     assert read(made_up.throughput()).kind == "throughput"
     assert read(made_up.copying()).kind == "copying"
+    assert read(made_up.looks()).kind == "looks"
+    assert read(made_up.memory_off()).kind == "memory_off"
     both = read(made_up.long_context()).data["models"]["engram_equal_loss"]
     assert both["held_out_loss_before"] == 2.9
     assert (both["held_out_loss"], both["scores"][1]["exact"], both["scores"][1]["answers"]) == (3.1, 405, 512)
@@ -350,6 +354,41 @@ def test_copying_is_told_by_seed_and_at_equal_loss(tmp_path):
     smoothed = {**result, "sizes": {"equal": 0.01, "smoothed": 3}}
     assert "the median of 3 neighbouring checkpoints" in "\n".join(copying(smoothed))
     assert plot_copying(result["entries"], tmp_path / "copying.png").path.is_file()
+
+
+def test_looks_are_told_over_seeds(tmp_path):
+    result = made_up.looks()
+    told = section(report({"looks": result}).markdown(str), "Looks inside, seed by seed")
+    assert "3 trainings of either kind" in told
+    assert "memory at blocks 1, counted from 0. Looked at: 6,000 tokens of 8 held-out documents." in told
+    assert "memory 4.0000 (seed 0), without 4.2500 (seed 0)" in told
+    assert "| 1 | 0.990 | 2.500 | 1.500 | +0.510 [+0.485, +0.535] |" in told
+    assert "| 1 | 2.01 | 1.50 | +0.51 [+0.49, +0.53] |" in told
+    assert (
+        "| 1 | 0.500 [0.500, 0.500] | 0.750 [0.750, 0.750] | 0.510 [0.485, 0.535] | +0.250 [+0.250, +0.250] | +0.240 [" in told
+    )
+    assert "regular expression, event loop" in told
+    alone = section(report({"looks": made_up.looks((0,), other=False)}).markdown(str), "Looks inside, seed by seed")
+    assert "(no interval)" in alone
+    assert "Soft alignment" not in alone
+    (picture,) = draw_result(ResultFile("looks", "looks", result), tmp_path)
+    assert picture.path.stat().st_size > 5000
+
+
+def test_what_is_kept_with_the_memory_off_is_told_by_arm(tmp_path):
+    result = made_up.memory_off()
+    told = section(report({"off": result}).markdown(str), "With the memory off")
+    assert "| together | facts | 100.0 | 21.0 | 21.0 [18.5, 23.5] |" in told
+    assert "| new | reading | 100.0 | 90.0 | 90.0 [90.0, 90.0] |" in told
+    assert "together 3.000 and 3.250 (off less on +0.250 [+0.250, +0.250])" in told
+    assert "| dropout | reading: needle, 128 tokens | 100 | 50.0 | 100.0 | 90.0 | 90.0 [90.0, 90.0] |" in told
+    (picture,) = draw_result(ResultFile("off", "memory_off", result), tmp_path)
+    assert picture.path.stat().st_size > 5000
+    for entry in result["entries"]:
+        entry["memory_off"]["on"]["facts"]["port"][0] = 0
+    told = section(report({"off": result}).markdown(str), "With the memory off")
+    assert "| together | facts | 0.0 | 21.0 | – |" in told
+    draw_result(ResultFile("off", "memory_off", result), tmp_path)
 
 
 def test_runs_that_ended_at_different_tokens_are_compared_where_both_were_measured():

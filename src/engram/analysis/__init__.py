@@ -6,6 +6,7 @@ from engram.analysis.gates import gates
 from engram.analysis.logit_lens import logit_lens
 from engram.analysis.look import ANALYSES, look
 from engram.analysis.losses import TokenLosses, memory_off, token_losses
+from engram.analysis.phrases import phrase_gates
 from engram.analysis.rows import row_usage
 from engram.analysis.sample import Sample, sample_texts
 from engram.analysis.subject import Subject
@@ -22,6 +23,7 @@ __all__ = [
     "logit_lens",
     "look",
     "memory_off",
+    "phrase_gates",
     "row_usage",
     "row_zipf",
     "sample_texts",

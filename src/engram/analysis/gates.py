@@ -11,7 +11,7 @@ from engram.analysis.sample import Progress, Sample, Window, iter_batches
 from engram.analysis.subject import Subject
 from engram.tables import ABSENT
 
-__all__ = ["gates"]
+__all__ = ["gates", "gates_and_reads"]
 
 _BINS = 50
 _SHOWN = 4
@@ -44,7 +44,7 @@ def gates(memory: Any, sample: Sample, tokenizer: Any, shown: int = _SHOWN, prog
     for batch in iter_batches(sample, subject.vocab_size, progress):
         with memory.record() as recorded:
             subject.run(batch.ids, batch.mask)
-        layers = {layer: _gates_and_reads(recorded[layer]) for layer in memory.engram_config.layer_ids}
+        layers = {layer: gates_and_reads(recorded[layer]) for layer in memory.engram_config.layer_ids}
         for row, place in enumerate(batch.places):
             window = sample.windows[place]
             for layer, (gate, read) in layers.items():
@@ -68,7 +68,7 @@ def gates(memory: Any, sample: Sample, tokenizer: Any, shown: int = _SHOWN, prog
     return {"texts": [texts[place] for place in wanted], "kinds": kinds, "bins": _BINS, "streams": streams}
 
 
-def _gates_and_reads(recorded: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def gates_and_reads(recorded: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """Gates ``[B, T, M]``, and whether positions read anything ``[B, T]``."""
     gate = recorded["gate"].float().cpu().numpy()
     if "slots" in recorded:

@@ -11,6 +11,7 @@ from engram.analysis.gains import gains
 from engram.analysis.gates import gates
 from engram.analysis.logit_lens import logit_lens
 from engram.analysis.losses import memory_off, token_losses
+from engram.analysis.phrases import phrase_gates
 from engram.analysis.rows import row_usage
 from engram.analysis.sample import Progress, Sample, sample_texts
 from engram.analysis.subject import Subject
@@ -20,7 +21,7 @@ from engram.models.positions import context_length
 
 __all__ = ["ANALYSES", "look", "refusal"]
 
-ANALYSES = ("gates", "logit_lens", "cka", "memory_off", "rows", "zipf", "gains")
+ANALYSES = ("gates", "phrases", "logit_lens", "cka", "memory_off", "rows", "zipf", "gains")
 """Names of the analyses, in the order in which they are shown."""
 
 _WITHOUT_MEMORY = ("logit_lens", "cka")
@@ -30,12 +31,14 @@ Start = Callable[[str, int], Progress]
 """Called with an analysis and the number of tokens it will go through; gives what is told of tokens done."""
 
 
-def refusal(name: str, subject: Subject) -> str | None:
-    """Why an analysis makes no sense for a model; None if it does."""
+def refusal(name: str, subject: Subject, phrases: Sequence[str] | None = None) -> str | None:
+    """Why an analysis makes no sense for a model, or without phrases to look for; None if it does."""
     if not subject.has_memory and name not in _WITHOUT_MEMORY:
         return "it looks at a memory, and none was given"
     if name == "rows" and subject.model.engram_config.verify_rows:
         return "this memory's rows are verified: no n-gram reads another's, and only rows in use exist"
+    if name == "phrases" and not phrases:
+        return "no phrases were named (--phrases FILE)"
     return None
 
 
@@ -49,6 +52,7 @@ def look(
     row_tokens: int = 60_000,
     length: int = 128,
     start: Start | None = None,
+    phrases: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Run analyses of a model on texts.
 
@@ -63,6 +67,7 @@ def look(
         row_tokens: how many are only hashed (``rows`` and ``zipf``).
         length: tokens per window that is run through the models, at most their context.
         start: told when an analysis begins.
+        phrases: names and phrases at whose ends gates are looked at (``phrases``).
 
     Returns:
         ``model`` and ``against`` (their names), ``has_memory`` (of both), ``text`` and ``text_hashed`` (what was read), ``skipped`` (name:
@@ -71,9 +76,9 @@ def look(
 
     Raises:
         ConfigError: an analysis is unknown or makes no sense for this model, or the second model has another vocabulary.
-        DataError: there is no text to read.
+        DataError: there is no text to read, or none of the phrases occurs in it.
     """
-    names, skipped = _chosen(subject, what)
+    names, skipped = _chosen(subject, what, phrases)
     if against is not None:
         _check_vocabulary(tokenizer, against[1])
     second = None if against is None else against[0]
@@ -84,6 +89,9 @@ def look(
     losses = cache(lambda: token_losses(subject.model, sample, begin("losses", sample.tokens)))
     run: dict[str, Callable[[], dict[str, Any]]] = {
         "gates": lambda: gates(subject.model, sample, tokenizer, progress=begin("gates", sample.tokens)),
+        "phrases": lambda: phrase_gates(
+            subject.model, sample, tokenizer, phrases or (), progress=begin("phrases", sample.tokens)
+        ),
         "logit_lens": lambda: _lens(subject, second, sample, begin),
         "cka": lambda: cka(*_pair(subject, second), sample, begin("cka", sample.tokens)),
         "memory_off": lambda: memory_off(losses(), sample, tokenizer),
@@ -99,15 +107,15 @@ def look(
     return result | {name: run[name]() for name in names}
 
 
-def _chosen(subject: Subject, what: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
+def _chosen(subject: Subject, what: Sequence[str] | None, phrases: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
     if what is None:
-        reasons = {name: refusal(name, subject) for name in ANALYSES}
+        reasons = {name: refusal(name, subject, phrases) for name in ANALYSES}
         return [n for n in ANALYSES if reasons[n] is None], {n: reason for n, reason in reasons.items() if reason is not None}
     unknown = [name for name in what if name not in ANALYSES]
     if unknown or not what:
         raise ConfigError(f"look: got {', '.join(unknown) or 'nothing to do'}, expected some of {', '.join(ANALYSES)}.")
     for name in what:
-        reason = refusal(name, subject)
+        reason = refusal(name, subject, phrases)
         if reason is not None:
             raise ConfigError(f"look: {name} cannot be done: {reason}. Leave it out, or name a memory it fits.")
     return [name for name in ANALYSES if name in what], {}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["look_command"]
 
-_WHAT = "gates, logit_lens, cka, memory_off, rows, zipf, gains"
+_WHAT = "gates, phrases, logit_lens, cka, memory_off, rows, zipf, gains"
 
 
 def look_command(
@@ -48,13 +48,17 @@ def look_command(
     tokens: Annotated[int, typer.Option(min=16, help="Tokens of text run through the models.")] = 6000,
     row_tokens: Annotated[int, typer.Option(min=16, help="Tokens of text that are only hashed, for rows and zipf.")] = 60_000,
     length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 128,
+    phrases: Annotated[
+        Path | None, typer.Option(help="Text file of names and phrases, one on each line: whether gates open where they end.")
+    ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Another file for the result.")] = None,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
-    """Look inside: gates, logit lens, similarity of layers, memory off, rows, caches, n-grams; one page, pictures and JSON."""
+    """Look inside: gates, ends of phrases, logit lens, similarity of layers, memory off, rows, caches, n-grams; one page, pictures and JSON."""
     from engram.analysis import ANALYSES, look
     from engram.checkpoint import write_json_atomically
+    from engram.data.phrases import read_phrases
     from engram.plots import plot_look, render_look
     from engram.plots.figure import new_figure
 
@@ -66,14 +70,15 @@ def look_command(
     unknown = [name for name in names or () if name not in ANALYSES]
     if unknown or names == []:
         raise typer.BadParameter(f"got {', '.join(unknown) or 'nothing'}, expected some of {_WHAT}", param_hint="--what")
+    wanted = None if phrases is None else read_phrases(phrases)
     read, source = _read(texts, (memory, model), max(tokens, row_tokens), length)
     running = Running(device, model_dtype)
     subject, tokenizer = _open(memory, model, running)
     second = None if against is None else _open_second(against, running)
     with _bars() as start:
-        result = look(subject, tokenizer, read, names, second, tokens, row_tokens, length, start)
+        result = look(subject, tokenizer, read, names, second, tokens, row_tokens, length, start, wanted)
     result["texts"] = source
-    result["provenance"] = _provenance(memory, model, texts, what, against, tokens, row_tokens, length, running)
+    result["provenance"] = _provenance(memory, model, texts, what, against, phrases, tokens, row_tokens, length, running)
     for file in (out / "look.json", json_out):
         if file is not None:
             write_json_atomically(file, result)
@@ -185,12 +190,13 @@ def _provenance(
     texts: Path | None,
     what: str | None,
     against: str | None,
+    phrases: Path | None,
     tokens: int,
     row_tokens: int,
     length: int,
     running: Running,
 ) -> dict[str, Any]:
-    options = {"model": model, "texts": texts, "what": what, "against": against}
+    options = {"model": model, "texts": texts, "what": what, "against": against, "phrases": phrases}
     given = "".join(f" --{name} {value}" for name, value in options.items() if value is not None)
     command = f"engram look{'' if memory is None else f' {memory}'}{given}"
     return {

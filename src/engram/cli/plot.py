@@ -25,8 +25,8 @@ def plot_command(
         list[Path] | None,
         typer.Argument(
             help="Result files of engram sweep, bench, corpus, eval, look or recall, or of benchmarks/long_context.py, copying.py, "
-            "throughput.py or ngram_baseline.py. Without any: all of results/ that can be drawn, as docs/pictures, docs/report.md and "
-            "docs/report.html."
+            "throughput.py, looks.py, memory_off.py or ngram_baseline.py. Without any: all of results/ that can be drawn, as "
+            "docs/pictures, docs/report.md and docs/report.html."
         ),
     ] = None,
     out: Annotated[

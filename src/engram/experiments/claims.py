@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from engram.experiments import look_evidence as looks
+from engram.experiments import seed_evidence as seeds
 from engram.experiments import sweep_evidence as sweeps
 from engram.experiments.evidence import NOT_MEASURED, Evidence, Results
 from engram.experiments.paper import PAPER
@@ -41,6 +43,11 @@ def judge(results: Results) -> list[dict[str, Any]]:
 
 def _nothing(results: Results) -> Iterator[Evidence]:
     return iter(())
+
+
+def _all_of(*judges: Callable[[Results], Iterator[Evidence]]) -> Callable[[Results], Iterator[Evidence]]:
+    """The evidence of several judges, one after the other."""
+    return lambda results: chain.from_iterable(judge_one(results) for judge_one in judges)
 
 
 def _percent(share: float) -> str:
@@ -132,13 +139,16 @@ CLAIMS: tuple[Claim, ...] = (
         sweeps.single_module,
     ),
     Claim(
-        "logit_lens", "With a memory, early layers know sooner what the model will say", "seen in a figure", looks.logit_lens
+        "logit_lens",
+        "With a memory, early layers know sooner what the model will say",
+        "seen in a figure",
+        _all_of(looks.logit_lens, seeds.logit_lens),
     ),
     Claim(
         "alignment",
         "Early layers with a memory resemble later layers without",
         "layer {} resembles layer {}".format(*PAPER["similar_layers"]),
-        looks.alignment,
+        _all_of(looks.alignment, seeds.alignment),
     ),
     Claim(
         "multi_query",
@@ -153,8 +163,8 @@ CLAIMS: tuple[Claim, ...] = (
         "gates",
         "Gates open at tokens that complete a name or a phrase",
         "seen in a figure",
-        _nothing,
-        "no text with marked names was read",
+        _all_of(looks.phrase_gates, seeds.phrase_gates),
+        "no look was told of names or phrases (`engram look --phrases`)",
     ),
     Claim("tasks", "Tasks are solved better: knowledge, reasoning, code, mathematics", _paper_tasks(), _nothing, _TASKS),
     Claim(
@@ -162,7 +172,7 @@ CLAIMS: tuple[Claim, ...] = (
         "With the memory off, facts are lost and reading comprehension is kept",
         f"{_percent(_KEPT['factual'][0])} to {_percent(_KEPT['factual'][1])} kept of factual tasks, {_percent(_KEPT['reading'][0])} to "
         f"{_percent(_KEPT['reading'][1])} of reading",
-        _nothing,
+        seeds.memory_off,
         f"{_TASKS}; losses by kind of text are in the section on looks inside, if they were measured",
     ),
     Claim(

@@ -10,7 +10,7 @@ from engram.data.long_context import chance_of
 from engram.experiments.evidence import AGREES, CANNOT_TELL, DISAGREES, Evidence, Results, sign_verdict
 from engram.experiments.statistics import share_over_seeds, widened
 
-__all__ = ["alignment", "logit_lens", "recall", "tells_what_memory_does"]
+__all__ = ["alignment", "logit_lens", "phrase_gates", "recall", "tells_what_memory_does"]
 
 
 def tells_what_memory_does(look: Mapping[str, Any]) -> bool:
@@ -54,6 +54,23 @@ def alignment(results: Results) -> Iterator[Evidence]:
             nothing = math.fsum((blocks - 1) / 2 - block for block in range(len(early))) / len(early)
             note += f": a map that is the same everywhere would give {nothing:+.4f}"
         yield Evidence(CANNOT_TELL, where, ahead, unit="blocks ahead", note=note)
+
+
+def phrase_gates(results: Results) -> Iterator[Evidence]:
+    """Gates at ends of phrases less those at ends of other words, layer by layer of one model."""
+    for where, result in results.get("look", {}).items():
+        found = (result.get("phrases") or {}).get("layers", {})
+        differences = [layer["completes_less_other"] for layer in found.values()]
+        if not differences or any(difference["mean"] is None for difference in differences):
+            continue
+        verdicts = [sign_verdict(d["low"], d["high"], 1) for d in differences]
+        mean = math.fsum(d["mean"] for d in differences) / len(differences)
+        note = (
+            f"ends of {result['phrases']['occurrences']:,} phrases less ends of other words; {len(verdicts)} layers: "
+            f"{verdicts.count(AGREES)} with an interval over documents above zero, {verdicts.count(DISAGREES)} below; one model, and seeds "
+            "were not varied"
+        )
+        yield Evidence(CANNOT_TELL, where, mean, unit="of a gate", note=note)
 
 
 def recall(kind: str) -> Callable[[Results], Iterator[Evidence]]:

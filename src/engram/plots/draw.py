@@ -12,12 +12,14 @@ from engram.plots.figure import COLOURS, Picture, new_figure, save_figure
 from engram.plots.look import plot_look
 from engram.plots.marks import colour_of, literal
 from engram.plots.results import COPYING, SHARE, ResultFile, reading, recall_interval
+from engram.plots.seeds import plot_looks_by_seed, plot_memory_off
 from engram.plots.sweep import plot_sweep
 
 __all__ = ["draw_result", "plot_copying", "plot_recall", "plot_throughput"]
 
 _LOOKS = {
     "gates": "How far the memory is let in, by token and layer, and how often how far by kind of text. White: closed. Dark red: open.",
+    "phrases": "Gates where the phrases that were named begin and end, and where other words end.",
     "logit_lens": "Divergence of what the model would say after each block from what it says in the end, with 95 % intervals over documents.",
     "cka": "Similarity of layers (linear CKA, unbiased); dashed: the soft alignment index.",
     "memory_off": "Losses with the trained memory on and off, and what is kept, by kind of text and of token.",
@@ -138,6 +140,8 @@ _DRAWERS: dict[str, Callable[[ResultFile, Path], list[Picture]]] = {
     "ngram_counts": lambda file, folder: [],  # in words too
     "eval": _evaluation,
     "look": _look,
+    "looks": lambda file, folder: [plot_looks_by_seed(file.data["entries"], folder / f"{file.name}.png")],
+    "memory_off": lambda file, folder: [plot_memory_off(file.data, folder / f"{file.name}.png")],
     "long_context": lambda file, folder: [plot_recall(file.data["models"], folder / f"{file.name}.png")],
     "throughput": lambda file, folder: [plot_throughput(file.data["entries"], folder / f"{file.name}.png")],
 }

@@ -9,7 +9,10 @@ from typing import Any
 
 from engram.plots.figure import COLOURS, new_figure, save_figure
 
-__all__ = ["named_subjects", "plot_look"]
+__all__ = ["PHRASE_PLACES", "named_subjects", "plot_look"]
+
+PHRASE_PLACES = {"begins": "end of a phrase's first word", "completes": "end of a phrase", "other": "end of another word"}
+"""What the places of ``phrase_gates`` are called."""
 
 _LABEL_LENGTH = 34
 _BARS = 12
@@ -80,6 +83,18 @@ def _gate_map(texts: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axis.tick_params(length=0)
     figure.colorbar(image, ax=list(axes), label="gate", shrink=0.6)
     return save_figure(figure, path)
+
+
+def _phrases(result: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Mean gates where phrases begin and complete and where other words end, layer by layer."""
+    figure, (axis,) = new_figure(1, width=6.0, height=1.4 + 0.5 * len(result["layers"]))
+    for number, (place, label) in enumerate(PHRASE_PLACES.items()):
+        entries = [layer[place] for layer in result["layers"].values()]
+        _intervals(axis, [row + 0.2 * (number - 1) for row in range(len(entries))], entries, label, number)
+    axis.set_yticks(range(len(result["layers"])), [f"layer {layer}" for layer in result["layers"]])
+    axis.set(xlabel="gate", xlim=(0, 1), ylim=(len(result["layers"]) - 0.5, -0.5))
+    axis.legend(frameon=False, fontsize=8)
+    return [save_figure(figure, folder / "phrases.png")]
 
 
 def _logit_lens(result: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -190,6 +205,7 @@ def _gains(result: Mapping[str, Any], folder: Path) -> list[Path]:
 
 _DRAWERS: dict[str, Callable[[Mapping[str, Any], Path], list[Path]]] = {
     "gates": _gates,
+    "phrases": _phrases,
     "logit_lens": _logit_lens,
     "cka": _cka,
     "memory_off": _memory_off,

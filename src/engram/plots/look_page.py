@@ -8,13 +8,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from engram.plots.look import named_subjects
+from engram.plots.look import PHRASE_PLACES, named_subjects
 from engram.plots.report import heat_map, html_page
 
 __all__ = ["render_look"]
 
 _HEADINGS = {
     "gates": ("Gates", "How far the memory is let in, by token and layer. White: closed. Dark red: open."),
+    "phrases": (
+        "Ends of phrases",
+        "Mean gate at the last token of the phrases that were named, beside the end of their first word and the ends of other words. 95 % "
+        "intervals over documents.",
+    ),
     "logit_lens": (
         "Logit lens",
         "Divergence of what the model would say after each block from what it says in the end; lower means that it knew earlier. "
@@ -115,6 +120,34 @@ def _gates(result: Mapping[str, Any]) -> str:
     return maps + _table(("text", "positions that read", "mean", "5 %", "median", "95 %", "share above 0.5"), rows)
 
 
+def _phrases(result: Mapping[str, Any]) -> str:
+    told = (
+        f"<p>{result['occurrences']:,} occurrences of {len(result['phrases']):,} phrases in {result['documents']:,} documents; the most "
+        f"frequent: {escape(', '.join(list(result['phrases'])[:_SHOWN_PHRASES]))}.</p>"
+    )
+    rows = [
+        (f"layer {layer}", *(_interval(entry[name]) for name in _PHRASE_COLUMNS)) for layer, entry in result["layers"].items()
+    ]
+    examples = [
+        (
+            e["phrase"],
+            " ".join(f"{t['token'].strip()} {', '.join(f'{g:.2f}' for g in t['gates'].values())};" for t in e["tokens"]),
+        )
+        for e in result["examples"][:_SHOWN_PHRASES]
+    ]
+    return (
+        told + _table(("mean gate", *_PHRASE_COLUMNS.values()), rows) + _table(("phrase", "tokens and their gates"), examples)
+    )
+
+
+_SHOWN_PHRASES = 12
+_PHRASE_COLUMNS = {
+    **PHRASE_PLACES,
+    "completes_less_begins": "end less first word",
+    "completes_less_other": "end less other words",
+}
+
+
 def _logit_lens(result: Mapping[str, Any]) -> str:
     names = list(result["subjects"])
     blocks = max(len(curve) for curve in result["subjects"].values())
@@ -205,6 +238,7 @@ def _gains(result: Mapping[str, Any]) -> str:
 
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "gates": _gates,
+    "phrases": _phrases,
     "logit_lens": _logit_lens,
     "cka": _cka,
     "memory_off": _memory_off,

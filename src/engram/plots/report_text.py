@@ -14,6 +14,7 @@ from engram.plots.markdown import count, interval, literal_text, plural, table
 from engram.plots.report_counts import counts_beside, counts_in_short
 from engram.plots.report_limits import limits
 from engram.plots.report_looks import copying, easier_questions, long_context, looks, throughput
+from engram.plots.report_seeds import looks_by_seed, memory_off
 from engram.plots.report_sweeps import (
     ANSWERS,
     contamination,
@@ -35,6 +36,8 @@ _HEADINGS = {
     "ablation": "Ablations",
     "comparison": "Arms side by side",
     "look": "Looks inside",
+    "looks": "Looks inside, seed by seed",
+    "memory_off": "With the memory off",
     "copying": "Copying from the context",
     "long_context": "Long context",
     "throughput": "Throughput",
@@ -46,18 +49,24 @@ _QUESTIONS = {
     "ablation": "What does each part of the layer contribute? Differences are to the arm `reference`, seed by seed.",
     "comparison": "The same text and tokens spent on other models; differences are to the arm that is named, seed by seed.",
     "look": "What the memory does to a trained model.",
+    "looks": "What of that holds over several trainings.",
+    "memory_off": "Facts and reading are learnt together, with a memory. What is lost when it is switched off?",
     "copying": "When does a model learn to copy what stood in its context before, which recall over long text is built on?",
     "long_context": "What is found again in long text.",
     "throughput": "What a training step costs with a memory and without.",
 }
 _NO_RESULT = {kind: f"no result of a sweep with the question `{kind}`" for kind in SWEEPS} | {
     "look": "no result of `engram look`",
+    "looks": "no result of `benchmarks/looks.py`",
+    "memory_off": "no result of `benchmarks/memory_off.py`",
     "copying": "no result of `benchmarks/copying.py`",
     "long_context": "no result on long context (`engram recall`)",
     "throughput": "no result of `benchmarks/throughput.py`",
 }
 _OTHERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "look": looks,
+    "looks": looks_by_seed,
+    "memory_off": memory_off,
     "copying": copying,
     "long_context": long_context,
     "throughput": throughput,

@@ -11,6 +11,7 @@ from typing import Any
 
 from engram.data.long_context import asked_more_easily, chance_of
 from engram.errors import DataError, EngramError
+from engram.experiments.seed_evidence import LOOKS, MEMORY_OFF
 
 __all__ = [
     "COPYING",
@@ -86,7 +87,7 @@ def recognise(data: Any) -> str | None:
     entries = data.get("entries")
     if not isinstance(entries, list) or not entries:
         return None
-    marks = {"throughput": SHARE, "copying": COPYING}
+    marks = {"throughput": SHARE, "copying": COPYING, "looks": LOOKS, "memory_off": MEMORY_OFF}
     return next((kind for kind, mark in marks.items() if all(isinstance(e, Mapping) and mark in e for e in entries)), None)
 
 
@@ -196,7 +197,7 @@ def read_result(path: Path, strict: bool = True) -> ResultFile | None:
             return None
         raise DataError(
             f"result {path}: of no kind that can be drawn; expected a result of engram sweep, bench, corpus, eval, look or recall, or of "
-            "benchmarks/long_context.py, copying.py, throughput.py or ngram_baseline.py."
+            "benchmarks/long_context.py, copying.py, throughput.py, looks.py, memory_off.py or ngram_baseline.py."
         )
     missing = [key for key in _SWEEP_KEYS if kind in SWEEPS and key not in data]
     if missing:

@@ -168,7 +168,7 @@ class Hub:
 
 def test_a_memory_is_pushed_to_the_hub_and_not_its_base(tmp_path, monkeypatch):
     hub = Hub(tmp_path / "snapshot")
-    monkeypatch.setattr("engram.models.engram_model.HfApi", hub)
+    monkeypatch.setattr("engram.models.hub.HfApi", hub)
     memory, inputs = tiny_memory(), batch()
     memory.push_to_hub("mine")
     with torch.no_grad():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engram import CheckpointError, ConfigError
-from engram.testing import tiny_memory
+from engram import CheckpointError, ConfigError, MemoryEditor, get_engram_model
+from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from tests.training.test_trainer import Rows, losses, make
 
 peft = pytest.importorskip("peft")
@@ -28,6 +28,13 @@ def adapted_memory(way="get_peft_model", **changes):
     else:
         memory.base_model.add_adapter(config)
     return memory
+
+
+def adapted_before():
+    """A memory whose base had an adapter before it."""
+    base = tiny_model()
+    peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    return base
 
 
 def state(memory):
@@ -93,6 +100,28 @@ def test_adapters_alone_are_trained_over_a_frozen_memory(tmp_path):
     assert all("lora_" in name for name in changed)
     with pytest.raises(ConfigError, match="nothing to train"):
         make(tmp_path, **frozen)
+
+
+def test_adapters_that_were_there_before_the_memory_are_trained_too(tmp_path):
+    base = adapted_before()
+    flags = {name: p.requires_grad for name, p in base.named_parameters()}
+    memory = get_engram_model(base, tiny_config(), tiny_tokenizer())
+    trainable = {name for name, p in base.named_parameters() if p.requires_grad}
+    assert trainable == {name for name in flags if "lora_" in name}
+    before = state(memory)
+    make(tmp_path, memory, max_steps=2).train()
+    changed = {name for name, p in state(memory).items() if not torch.equal(p, before[name])}
+    assert {name for name in changed if name.startswith("base_model.")} == {f"base_model.{name}" for name in trainable}
+    memory.unload()
+    assert {name: p.requires_grad for name, p in base.named_parameters()} == flags
+
+
+def test_adapters_are_frozen_where_facts_are_taught():
+    base = adapted_before()
+    editor = MemoryEditor.create(base, tiny_tokenizer())
+    assert not any(p.requires_grad for p in base.parameters())
+    editor.memory.unload()
+    assert any(p.requires_grad for p in base.parameters())
 
 
 def test_frozen_adapters_stay_frozen_and_are_not_saved(tmp_path):

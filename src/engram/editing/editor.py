@@ -27,6 +27,7 @@ from engram.editing.teaching import Progress, Teaching
 from engram.errors import CheckpointError, ConfigError, TeachError
 from engram.evaluation.generation import padding_id
 from engram.models import EngramModel, find_decoder, get_engram_model
+from engram.models.hub import local_folder, unplaced
 from engram.models.identity import attached_identity, identity_mismatch
 from engram.tables import VerifiedTable
 
@@ -106,14 +107,29 @@ class MemoryEditor:
 
     @classmethod
     def load(
-        cls, model: PreTrainedModel | EngramModel, path: str | os.PathLike[str], tokenizer: Any, allow_other_base: bool = False
+        cls,
+        model: PreTrainedModel | EngramModel,
+        path: str | os.PathLike[str],
+        tokenizer: Any,
+        allow_other_base: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> Self:
         """Attach a saved memory to a model.
+
+        Args:
+            model: the one it was made for.
+            path: a folder, or the name (``owner/name``) of what ``EngramModel.push_to_hub`` uploaded; it is saved in a folder from then on.
+            tokenizer: the model's.
+            allow_other_base: as for ``EngramModel.from_pretrained``, like ``revision`` and ``token``.
 
         Raises:
             CheckpointError, FingerprintError, ConfigError, AttachError: as ``EngramModel.from_pretrained``.
         """
-        memory = EngramModel.from_pretrained(model, path, tokenizer, allow_other_base=allow_other_base)
+        fetched = local_folder(path, revision, token)
+        placement = None if fetched is None else unplaced(fetched)
+        path = path if fetched is None else fetched
+        memory = EngramModel.from_pretrained(model, path, tokenizer, placement, allow_other_base=allow_other_base)
         try:
             editor = cls(memory, tokenizer)
             editor._checked_on = read_description(path).get("base_model") or {}

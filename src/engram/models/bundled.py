@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from engram.errors import CheckpointError
-from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_MODEL, BUNDLED_NAME
+from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_MODEL, BUNDLED_NAME, is_path
 from engram.models.engram_model import EngramModel
 
 __all__ = [
@@ -72,7 +72,7 @@ def load_tokenizer(name: str) -> Any:
 
 @contextmanager
 def _readable_errors(name: str) -> Iterator[None]:
-    if name != BUNDLED_NAME and _is_path(name) and not Path(name).is_dir():  # a hub would be asked for it again and again
+    if name != BUNDLED_NAME and is_path(name) and not Path(name).is_dir():  # a hub would be asked for it again and again
         raise CheckpointError(
             f"cannot load model {name!r}: there is no such folder. Expected one with config.json and weights."
         )
@@ -92,10 +92,3 @@ def _place(name: str) -> str:
     inside = Path(name) / "model"
     in_run = (inside / "config.json").is_file() and not (inside.parent / "config.json").is_file()
     return str(inside) if in_run else name
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name is not one of a hub (``model`` or ``owner/model``): by its form, or because it begins with a folder that is here."""
-    return (
-        name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name or ("/" in name and Path(name).parent.is_dir())
-    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engram.checkpoint import DESCRIPTION_NAME
 
-__all__ = ["BUNDLED_MEMORY", "BUNDLED_MODEL", "BUNDLED_NAME", "memory_folder"]
+__all__ = ["BUNDLED_MEMORY", "BUNDLED_MODEL", "BUNDLED_NAME", "is_path", "memory_folder"]
 
 BUNDLED_NAME = "bundled"
 """Name that stands for the bundled model wherever a model path is asked for, and for its memory where ``memory_folder`` is asked."""
@@ -22,3 +22,10 @@ def memory_folder(memory: Path) -> Path:
         return BUNDLED_MEMORY
     inside = memory / "memory"
     return inside if (inside / DESCRIPTION_NAME).exists() else memory
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is not one of a hub (``model`` or ``owner/model``): by its form, or because it begins with a folder that is here."""
+    return (
+        name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name or ("/" in name and Path(name).parent.is_dir())
+    )

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import secrets
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,9 +23,10 @@ from engram.models.architectures import Decoder, accepts, find_decoder
 from engram.models.cache import cache_argument
 from engram.models.devices import first_real, offloaded_to
 from engram.models.hooks import DecoderHooks
+from engram.models.identity import adapter_parameters
 from engram.models.packing import Packing
 from engram.models.turns import Turns
-from engram.tables import check_room, is_sharded, refuse_other_rows, row_file
+from engram.tables import check_room, refuse_other_rows, row_file
 
 __all__ = ["DEFAULT_ROLLBACK_WINDOW", "EngramModel", "get_engram_model"]
 
@@ -35,8 +34,6 @@ DEFAULT_ROLLBACK_WINDOW = 4096
 """Positions by which a cache may be cropped and continued when the memory has a convolution (ids alone can go back any distance)."""
 
 _ATTACHED = "_engram_memory"
-_EACH_SAVE = ["engram-*.safetensors", "engram-*.ledger.json"]
-"""Files of a saved memory whose names every save makes anew."""
 
 
 def _of_the_base(name: str) -> Any:
@@ -60,7 +57,8 @@ def get_engram_model(
     mapping: NgramHashMapping | None = None,
     layer_class: type[Engram] | Mapping[int, type[Engram]] | None = None,
 ) -> EngramModel:
-    """Attach a new memory to a decoder language model. The base model's weights are frozen and never written.
+    """Attach a new memory to a decoder language model. The base model's weights are frozen and never written; adapters (peft) on it stay as
+    trainable as they are, unless the memory is to be taught (``EngramConfig.verify_rows``): facts are taught to what the model is.
 
     With the default zero tables the model's logits are exactly what they were.
 
@@ -163,7 +161,7 @@ class EngramModel(nn.Module):
         self._static: Any = None
         self.prefetch_rows: bool | None = None
         self._flags_before = _trainable_flags(model)
-        model.requires_grad_(False)
+        _freeze(model, {} if config.verify_rows else adapter_parameters(base))
         self._hooks: DecoderHooks | None = DecoderHooks(self, decoder)
         decoder.module.__dict__[_ATTACHED] = self.owner_token
         self.train(base.training)
@@ -349,7 +347,7 @@ class EngramModel(nn.Module):
     ) -> str:
         """Upload the memory (not the base model) to the Hugging Face hub; of what was pushed before, files that are not used any more go.
 
-        It is saved into a temporary folder first. ``from_pretrained`` reads the folder that ``huggingface_hub.snapshot_download`` gives.
+        It is saved into a temporary folder first. ``from_pretrained`` takes its name.
 
         Args:
             repo_id: ``owner/name``; made if there is none.
@@ -363,23 +361,9 @@ class EngramModel(nn.Module):
         Raises:
             ConfigError: its tables are divided between processes.
         """
-        if is_sharded(self):
-            raise ConfigError(
-                "push_to_hub: got tables that are divided between processes, expected whole ones; save the memory in all processes, load it in "
-                "one and push that."
-            )
-        api = HfApi(token=token)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            found = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            commit = api.upload_folder(
-                repo_id=found,
-                folder_path=folder,
-                commit_message=commit_message,
-                allow_patterns=["engram.json", *_EACH_SAVE],
-                delete_patterns=_EACH_SAVE,
-            )
-        return commit.commit_url
+        from engram.models.hub import push_memory
+
+        return push_memory(self, repo_id, commit_message, private, token)
 
     def load_memory(
         self,
@@ -414,12 +398,14 @@ class EngramModel(nn.Module):
         allow_other_base: bool = False,
         mapping: NgramHashMapping | None = None,
         layer_class: type[Engram] | Mapping[int, type[Engram]] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> Self:
         """Attach a saved memory to ``model``.
 
         Args:
             model: the base model, or the memory on one, that it was made for.
-            path: a folder written by ``save_pretrained``.
+            path: a folder written by ``save_pretrained``, or the name (``owner/name``) of what ``push_to_hub`` uploaded.
             tokenizer: the tokenizer it was made for.
             table_config: where the tables shall live now; as they were saved or placed (``engram place``) if not given.
             rollback_window: as for ``get_engram_model``.
@@ -427,11 +413,18 @@ class EngramModel(nn.Module):
             mapping: addresses of your own, if it was made with a subclass of ``NgramHashMapping``; multipliers that were given are saved.
             layer_class: as for ``get_engram_model``: layers of your own, if it was made with such. Layers that were saved as ``Engram`` may be
                 read by any class with the same parameters.
+            revision: of a memory on the hub: branch, tag or commit.
+            token: as for ``huggingface_hub``; that of ``hf auth login`` if not given.
 
         Raises:
             CheckpointError, FingerprintError, ConfigError, AttachError: see ``load_memory`` and ``get_engram_model``; the model is
                 left as it was.
         """
+        from engram.models.hub import local_folder, unplaced
+
+        fetched = local_folder(path, revision, token)
+        if fetched is not None:
+            path, table_config = fetched, table_config or unplaced(fetched)
         options = (rollback_window, allow_other_base, mapping, layer_class)
         return again_if_saved(path, lambda: cls._load(model, path, tokenizer, table_config, *options))
 
@@ -522,6 +515,14 @@ def _check_fit(model: PreTrainedModel, decoder: Decoder, config: EngramConfig, t
         raise AttachError(
             f"the tokenizer has ids up to {count_ids(tokenizer) - 1}, the model's embeddings {vocab}; is it this model's tokenizer?"
         )
+
+
+def _freeze(model: PreTrainedModel | EngramModel, adapters: Mapping[str, nn.Parameter]) -> None:
+    """Freeze all parameters but those of adapters, which are as trainable as their owner left them."""
+    own = {id(parameter) for parameter in adapters.values()}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            parameter.requires_grad_(False)
 
 
 def _trainable_flags(model: nn.Module) -> dict[str, bool]:

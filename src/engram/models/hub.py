@@ -1,0 +1,91 @@
+"""Memories on the Hugging Face hub: uploaded as they are saved, found again by name."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import HfApi
+
+from engram.checkpoint import DESCRIPTION_NAME, read_description
+from engram.config import TableConfig
+from engram.errors import CheckpointError, ConfigError
+from engram.models.bundled_files import is_path
+from engram.tables import is_sharded
+
+if TYPE_CHECKING:
+    from engram.models.engram_model import EngramModel
+
+__all__ = ["local_folder", "push_memory", "unplaced"]
+
+_EACH_SAVE = ["engram-*.safetensors", "engram-*.ledger.json"]
+"""Files of a saved memory whose names every save makes anew."""
+
+
+def push_memory(memory: EngramModel, repo_id: str, commit_message: str, private: bool | None, token: str | bool | None) -> str:
+    """As ``EngramModel.push_to_hub``."""
+    if is_sharded(memory):
+        raise ConfigError(
+            "push_to_hub: got tables that are divided between processes, expected whole ones; save the memory in all processes, load it in "
+            "one and push that."
+        )
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        memory.save_pretrained(folder)
+        found = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=found,
+            folder_path=folder,
+            commit_message=commit_message,
+            allow_patterns=[DESCRIPTION_NAME, *_EACH_SAVE],
+            delete_patterns=_EACH_SAVE,
+        )
+    return commit.commit_url
+
+
+def local_folder(path: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None) -> Path | None:
+    """Where a memory named by its repository on the hub (``owner/name``) lies on this machine, fetched if need be; None for a folder.
+
+    What is here comes first: a name is one of the hub only if there is no such folder, and it does not begin with one that there is.
+
+    Args:
+        path: what was given in the place of a folder; only a text may be a name.
+        revision: branch, tag or commit.
+        token: as for ``huggingface_hub``.
+
+    Raises:
+        CheckpointError: there is no such memory, or it cannot be fetched.
+        ConfigError: a revision of a folder was asked for.
+    """
+    if not isinstance(path, str) or os.path.isdir(path) or path.count("/") != 1 or is_path(path):
+        if revision is not None:
+            raise ConfigError(
+                f"revision: got {revision!r} of {os.fspath(path)}, a folder; only a name on the hub has revisions."
+            )
+        return None
+    try:
+        found = HfApi(token=token).snapshot_download(
+            path, revision=revision, allow_patterns=[DESCRIPTION_NAME, *_EACH_SAVE], token=token
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"no memory in {path}, and none of this name could be fetched from the hub: {reason.rstrip('.')}. Expected a folder of a saved "
+            "memory, or the name of a repository that has one."
+        ) from error
+    if not (Path(found) / DESCRIPTION_NAME).is_file():
+        raise CheckpointError(
+            f"{path} on the hub holds no memory: {DESCRIPTION_NAME} is missing; expected what push_to_hub uploaded."
+        )
+    return Path(found)
+
+
+def unplaced(folder: Path) -> TableConfig:
+    """Rows on the model's device in the format they were saved in: what somebody else's memory says of paths is not for this machine.
+
+    Raises:
+        CheckpointError: the folder's description cannot be read.
+    """
+    return TableConfig(dtype=read_description(folder).get("table_dtype", "float32"))

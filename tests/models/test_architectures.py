@@ -105,6 +105,34 @@ def test_a_model_that_takes_pictures_too(tmp_path):
     assert all(MemoryEditor.load(model, tmp_path, tiny_tokenizer()).verify().values())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model_type", "pixels", "grid", "tokens"),
+    [
+        ("llava", (1, 3, 28, 28), None, 4),
+        ("qwen2_5_vl", (16, 3 * 2 * 14 * 14), [[1, 4, 4]], 4),
+        ("mistral3", (1, 3, 56, 28), None, 2),
+    ],
+)
+def test_pictures_and_memory_go_together(model_type, pixels, grid, tokens):
+    """Made by AutoModelForImageTextToText alone: silent, heard, switched off and unloaded as a model of text is."""
+    torch.manual_seed(0)
+    ids = torch.tensor([[5, 372, *[370] * tokens, 373, 6, 7, 8]])
+    picture = {"input_ids": ids, "pixel_values": torch.rand(pixels)}
+    picture |= {} if grid is None else {"image_grid_thw": torch.tensor(grid), "mm_token_type_ids": (ids == 370).int()}
+    picture |= {"image_sizes": torch.tensor([[56, 28]])} if model_type == "mistral3" else {}
+    model = tiny_model(model_type)
+    before = model(**picture).logits
+    assert not torch.allclose(model(**{**picture, "pixel_values": 1 - picture["pixel_values"]}).logits, before, atol=1e-4)
+    memory = tiny_memory(model)
+    assert not torch.allclose(memory(**picture).logits, before, atol=1e-3)
+    with memory.disable_engram():
+        assert torch.equal(memory(**picture).logits, before)
+    options = {**picture, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(memory.generate(**options), memory.generate(**options, use_cache=False))
+    assert torch.equal(memory.unload()(**picture).logits, before)
+
+
 def test_unload_gives_back_trainable_flags():
     model = tiny_model()
     model.lm_head.weight.requires_grad_(False)

@@ -40,6 +40,10 @@ def record_blocks(subject: Subject) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+"""What configs (of Gemma, of RecurrentGemma) call the bound of their logits."""
+
+
 class Lens:
     """The logit lens: a model's own last steps applied to the output of any block (nostalgebraist, 2020).
 
@@ -54,7 +58,8 @@ class Lens:
     def __init__(self, subject: Subject) -> None:
         self._tail, self._mean_first = _modules_after_last_block(subject)
         self._head = subject.base.get_output_embeddings()
-        self._softcap = getattr(subject.base.config.get_text_config(), "final_logit_softcapping", None)
+        text = subject.base.config.get_text_config()
+        self._softcap = next((cap for name in _SOFTCAPS if (cap := getattr(text, name, None)) is not None), None)
         self._factor = 1.0
         self.chunk = max(16, _VALUES_AT_ONCE // subject.vocab_size)
         """How many tokens' logits are to be computed at once."""

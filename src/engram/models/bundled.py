@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from engram.errors import CheckpointError
 from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_MODEL, BUNDLED_NAME, is_path
 from engram.models.engram_model import EngramModel
 
 __all__ = [
+    "auto_class",
     "load_bundled",
     "load_model",
     "load_tokenizer",
@@ -46,18 +55,29 @@ def load_bundled(memory: bool = False) -> tuple[PreTrainedModel | EngramModel, A
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
-    """A causal language model and its tokenizer from a local folder (a model's, or a run's with ``model`` in it), a hub name or ``bundled``.
+    """A causal language model (it may take pictures too) and its tokenizer from a local folder (a model's, or a run's with ``model`` in it), a
+    hub name or ``bundled``.
 
     Raises:
         CheckpointError: it cannot be loaded; the message carries the loader's own reason.
     """
     with _readable_errors(name):
         path = _place(name)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
     if name == BUNDLED_NAME:
         model.config._name_or_path = BUNDLED_NAME  # the same identity wherever the package is installed
     return model.eval(), tokenizer
+
+
+def auto_class(config: Any) -> Any:
+    """What of transformers makes a model that generates text: ``AutoModelForCausalLM``, or ``AutoModelForImageTextToText`` for models that are
+    made by that alone.
+    """
+    only_with_pictures = (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    return AutoModelForImageTextToText if only_with_pictures else AutoModelForCausalLM
 
 
 def load_tokenizer(name: str) -> Any:

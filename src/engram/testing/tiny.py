@@ -6,10 +6,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from engram.config import EngramConfig
 from engram.models import EngramModel, get_engram_model
+from engram.models.bundled import auto_class
 from engram.training.tokenizer import train_tokenizer
 
 __all__ = ["TINY_CONFIGS", "tiny_config", "tiny_memory", "tiny_model", "tiny_tokenizer"]
@@ -77,6 +78,30 @@ _VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+_PATCHES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "embed_dim": 16,
+    "out_hidden_size": 32,
+    "patch_size": 14,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_THREE_AXES = {"mrope_section": [1, 1, 2]}
+_PICTURE_TOKENS = {
+    "image_token_id": 370,
+    "image_token_index": 370,
+    "video_token_id": 371,
+    "vision_start_token_id": 372,
+    "vision_end_token_id": 373,
+}
+
+
+def _with_pictures(text: str, fields: dict[str, Any], vision: dict[str, Any] = _VISION) -> dict[str, Any]:
+    """Of a model with a text part of type ``text`` and a part that sees."""
+    return {"text_config": {"model_type": text, **fields}, "vision_config": vision, **_PICTURE_TOKENS}
+
 
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "apertus": _COMMON,
@@ -278,6 +303,82 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gpt_neox": _MANY_HEADS,
     "opt": {**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "afmoe": {
+        **_COMMON,
+        **_HEAD,
+        **_MOE,
+        **_WINDOW,
+        "num_dense_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "biogpt": _MANY_HEADS,
+    "bitnet": _COMMON,
+    "cohere2_moe": {**_COMMON, **_MOE, **_WINDOW},
+    "cwm": {**_COMMON, **_HEAD, "rope_parameters": _ROPE},
+    "diffllama": {**_COMMON, **_HEAD},
+    "doge": {**_COMMON, **_HEAD},
+    "dots1": {
+        **_COMMON,
+        **_HEAD,
+        **_ROUTED_MOE,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "layer_types": ["full_attention"] * 3,
+    },
+    "flex_olmo": {**_COMMON, "num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_neox_japanese": {**_MANY_HEADS, "intermediate_multiple_size": 2},
+    "granite_swa": {**_COMMON, **_WINDOW},
+    "granitemoe_swa": {**_COMMON, **_LOCAL_MOE, **_WINDOW},
+    "granitemoeshared": {**_COMMON, **_LOCAL_MOE, "shared_intermediate_size": 24},
+    "hy_v3": {**_COMMON, **_HEAD, **_MOE},
+    "iquestcoder": _COMMON,
+    "jais2": _COMMON,
+    "laguna": {**_COMMON, **_HEAD, **_MOE},
+    "lfm3": _COMMON,
+    "mellum": {**_COMMON, **_HEAD, **_MOE},
+    "persimmon": _MANY_HEADS,
+    "recurrent_gemma": {**_COMMON, "lru_width": 32, "attention_window_size": 16},
+    "solar_open": {**_COMMON, **_HEAD, **_ROUTED_MOE},
+    "vaultgemma": {**_COMMON, **_HEAD, **_WINDOW},
+    "youtu": _DEEPSEEK,
+    "aya_vision": _with_pictures("cohere2", _COMMON),
+    "cohere2_vision": _with_pictures("cohere2", _COMMON),
+    "gemma4_unified": _with_pictures("gemma4_unified_text", _GEMMA4),
+    "glm4v": _with_pictures(
+        "glm4v_text", {**_COMMON, "rope_parameters": {**_ROPE, **_THREE_AXES, "partial_rotary_factor": 1.0}}, _PATCHES
+    ),
+    "idefics3": _with_pictures("llama", _COMMON),
+    "internvl": _with_pictures("qwen2", _COMMON, {**_VISION, "image_size": [28, 28], "patch_size": [14, 14]}),
+    "lfm2_vl": _with_pictures("lfm2", {**_COMMON, **_SHORT_CONV}),
+    "llama4": _with_pictures(
+        "llama4_text",
+        {**_COMMON, **_HEAD, "num_local_experts": 2, "intermediate_size_mlp": 48},
+        {**_VISION, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+    ),
+    "llava": _with_pictures("llama", _COMMON, {"model_type": "clip_vision_model", **_VISION}),
+    "llava_next": _with_pictures("llama", _COMMON, {"model_type": "clip_vision_model", **_VISION}),
+    "mistral3": _with_pictures("mistral", {**_COMMON, **_HEAD}, {"model_type": "pixtral", **_VISION, "image_size": 56}),
+    "paligemma": _with_pictures("gemma", {**_COMMON, **_HEAD}),
+    "qwen2_5_vl": _with_pictures("qwen2_5_vl_text", {**_COMMON, "rope_parameters": {**_ROPE, **_THREE_AXES}}, _PATCHES),
+    "qwen2_vl": _with_pictures(
+        "qwen2_vl_text", {**_COMMON, "rope_parameters": {**_ROPE, **_THREE_AXES}}, {**_PATCHES, "hidden_size": 32}
+    ),
+    "qwen3_5": _with_pictures("qwen3_5_text", {**_COMMON, **_DELTA}, _PATCHES),
+    "qwen3_5_moe": _with_pictures(
+        "qwen3_5_moe_text", {**_COMMON, **_DELTA, **_MOE, "shared_expert_intermediate_size": 24}, _PATCHES
+    ),
+    "qwen3_vl": _with_pictures(
+        "qwen3_vl_text",
+        {**_COMMON, **_HEAD, "rope_parameters": {**_ROPE, **_THREE_AXES}},
+        {**_PATCHES, "deepstack_visual_indexes": [0]},
+    ),
+    "qwen3_vl_moe": _with_pictures(
+        "qwen3_vl_moe_text",
+        {**_COMMON, **_HEAD, **_MOE, "rope_parameters": {**_ROPE, **_THREE_AXES}},
+        {**_PATCHES, "deepstack_visual_indexes": [0]},
+    ),
+    "smolvlm": _with_pictures("llama", _COMMON),
 }
 
 _PAGE = (
@@ -299,7 +400,8 @@ def tiny_model(model_type: str = "llama", seed: int = 0, **changes: Any) -> PreT
     text = {**config.get("text_config", config), **ids, **changes}
     fields = {**config, "text_config": text} if "text_config" in config else text
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).eval()
+    made = AutoConfig.for_model(model_type, **fields)
+    return auto_class(made).from_config(made).eval()
 
 
 def tiny_config(**changes: Any) -> EngramConfig:

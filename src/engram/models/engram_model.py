@@ -16,24 +16,22 @@ from transformers import PreTrainedModel
 
 from engram.checkpoint import again_if_saved
 from engram.config import EngramConfig, TableConfig
-from engram.errors import AttachError, ConfigError
-from engram.hashing import NgramHashMapping, build_mapping, count_ids
+from engram.errors import AttachError
+from engram.hashing import NgramHashMapping, build_mapping
 from engram.layers import Engram, layer_classes
-from engram.models.architectures import Decoder, accepts, find_decoder
+from engram.models.architectures import accepts, find_decoder
+from engram.models.attaching import ATTACHED, check_fit, check_free, check_tables_fit, device_of, freeze, trainable_flags
 from engram.models.cache import cache_argument
-from engram.models.devices import first_real, offloaded_to
 from engram.models.hooks import DecoderHooks
 from engram.models.identity import adapter_parameters
 from engram.models.packing import Packing
 from engram.models.turns import Turns
-from engram.tables import check_room, refuse_other_rows, row_file
+from engram.tables import refuse_other_rows, row_file
 
 __all__ = ["DEFAULT_ROLLBACK_WINDOW", "EngramModel", "get_engram_model"]
 
 DEFAULT_ROLLBACK_WINDOW = 4096
 """Positions by which a cache may be cropped and continued when the memory has a convolution (ids alone can go back any distance)."""
-
-_ATTACHED = "_engram_memory"
 
 
 def _of_the_base(name: str) -> Any:
@@ -130,8 +128,8 @@ class EngramModel(nn.Module):
         beneath = model if isinstance(model, EngramModel) else None
         base: PreTrainedModel = model.base_model if isinstance(model, EngramModel) else model
         decoder = find_decoder(base)
-        _check_free(decoder, beneath)
-        _check_fit(base, decoder, config, tokenizer)
+        check_free(decoder, beneath)
+        check_fit(base, decoder, config, tokenizer)
         config = config.replace(hidden_size=decoder.hidden_size, hc_mult=decoder.streams)
         classes = layer_classes(layer_class, config.layer_ids)
         if mapping is None:
@@ -139,8 +137,8 @@ class EngramModel(nn.Module):
         mapping.check_config(config)
         embeddings: Any = base.get_input_embeddings()
         mapping.accept_ids(embeddings.weight.shape[0])
-        devices = {i: _device_of(decoder.blocks[i], base, i) for i in config.layer_ids}
-        _check_room(mapping, devices, table_config or TableConfig())
+        devices = {i: device_of(decoder.blocks[i], base, i) for i in config.layer_ids}
+        check_tables_fit(mapping, devices, table_config or TableConfig())
         engrams = nn.ModuleDict({str(i): classes[i](config, mapping, i, table_config, device) for i, device in devices.items()})
         for layer_id, device in devices.items():
             engrams[str(layer_id)].to(device)
@@ -160,10 +158,10 @@ class EngramModel(nn.Module):
         self._traces: dict[int, dict[str, Tensor]] | None = None
         self._static: Any = None
         self.prefetch_rows: bool | None = None
-        self._flags_before = _trainable_flags(model)
-        _freeze(model, {} if config.verify_rows else adapter_parameters(base))
+        self._flags_before = trainable_flags(model)
+        freeze(model, {} if config.verify_rows else adapter_parameters(base))
         self._hooks: DecoderHooks | None = DecoderHooks(self, decoder)
-        decoder.module.__dict__[_ATTACHED] = self.owner_token
+        decoder.module.__dict__[ATTACHED] = self.owner_token
         self.train(base.training)
 
     @property
@@ -295,14 +293,14 @@ class EngramModel(nn.Module):
         self._check_attached()
         assert self._hooks is not None
         marks = find_decoder(self.base_model).module.__dict__
-        if marks.get(_ATTACHED) != self.owner_token:
+        if marks.get(ATTACHED) != self.owner_token:
             raise AttachError("another memory was attached on top of this one; call unload() on that one first.")
         self._hooks.remove()
         self._hooks = None
-        marks.pop(_ATTACHED)
+        marks.pop(ATTACHED)
         if self.beneath is not None:
-            marks[_ATTACHED] = self.beneath.owner_token
-        if _trainable_flags(self.below).keys() == self._flags_before.keys():
+            marks[ATTACHED] = self.beneath.owner_token
+        if trainable_flags(self.below).keys() == self._flags_before.keys():
             for name, parameter in self.below.named_parameters():
                 parameter.requires_grad_(self._flags_before[name])
         return self.below
@@ -481,85 +479,8 @@ class EngramModel(nn.Module):
             return getattr(self.base_model, name)
 
 
-def _check_free(decoder: Decoder, beneath: EngramModel | None) -> None:
-    """Refuse a second memory that does not say what it comes on top of, and one on top of a memory that was unloaded."""
-    if beneath is not None:
-        beneath._check_attached()
-    attached = decoder.module.__dict__.get(_ATTACHED)
-    if attached is None or (beneath is not None and attached == beneath.owner_token):
-        return
-    raise AttachError(
-        "this model has a memory already; call unload() on that one first. Or give the memory in place of the model, to have one on top of "
-        "the other: get_engram_model(memory, ...), MemoryEditor.create(memory, ...), EngramModel.from_pretrained(memory, ...)."
-    )
-
-
-def _check_fit(model: PreTrainedModel, decoder: Decoder, config: EngramConfig, tokenizer: Any) -> None:
-    if not isinstance(config, EngramConfig):
-        raise ConfigError(f"config: got {type(config).__name__}, expected an EngramConfig.")
-    blocks = len(decoder.blocks)
-    outside = [i for i in config.layer_ids if i >= blocks]
-    if outside:
-        raise ConfigError(f"EngramConfig.layer_ids: got {outside}, expected 0..{blocks - 1}: the model has {blocks} blocks.")
-    for field, value in (("hidden_size", decoder.hidden_size), ("hc_mult", decoder.streams)):
-        asked = getattr(config, field)
-        if asked is not None and asked != value:
-            raise ConfigError(
-                f"EngramConfig.{field}: got {asked}, expected {value} as in the model (or None to take it from there)."
-            )
-    if not hasattr(tokenizer, "__len__"):
-        raise ConfigError(f"tokenizer: got {type(tokenizer).__name__}, expected the model's Hugging Face tokenizer.")
-    embeddings: Any = model.get_input_embeddings()
-    vocab = embeddings.weight.shape[0]
-    if count_ids(tokenizer) > vocab:
-        raise AttachError(
-            f"the tokenizer has ids up to {count_ids(tokenizer) - 1}, the model's embeddings {vocab}; is it this model's tokenizer?"
-        )
-
-
-def _freeze(model: PreTrainedModel | EngramModel, adapters: Mapping[str, nn.Parameter]) -> None:
-    """Freeze all parameters but those of adapters, which are as trainable as their owner left them."""
-    own = {id(parameter) for parameter in adapters.values()}
-    for parameter in model.parameters():
-        if id(parameter) not in own:
-            parameter.requires_grad_(False)
-
-
-def _trainable_flags(model: nn.Module) -> dict[str, bool]:
-    """By name, and not by object, so that they hold for a copy of the model too; shared parameters under each of their names."""
-    return {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-
-
 def _rename_cache(model: nn.Module, given: dict[str, Any]) -> None:
     """Let a cache that was given have the name that this model, in this version of transformers, has for it."""
     for name in ("cache", "past_key_values"):
         if name in given:
             given.setdefault(cache_argument(model), given.pop(name))
-
-
-def _check_room(mapping: NgramHashMapping, devices: dict[int, torch.device], table_config: TableConfig) -> None:
-    """Refuse tables that do not fit: on each device those of its layers, in host memory all that live there together."""
-    config, places = mapping.config, dict[torch.device, list[int]]()
-    for layer_id, device in devices.items():
-        place = device if table_config.tier == "device" else torch.device("cpu")
-        places.setdefault(place, []).append(sum(mapping.head_sizes(layer_id)))
-    for place, rows in places.items():
-        check_room(rows, config.head_dim, table_config, config.verify_rows, place)
-
-
-def _device_of(block: nn.Module, model: PreTrainedModel, layer_id: int) -> torch.device:
-    """Where a block computes. Of one that is offloaded (its weights are on the meta device) accelerate's hooks know.
-
-    Raises:
-        AttachError: nobody knows.
-    """
-    parameter = next(block.parameters(), None)
-    embeddings: Any = model.get_input_embeddings()
-    own = torch.device("cpu") if parameter is None else parameter.device
-    device = first_real([own, *offloaded_to(block), embeddings.weight.device])
-    if device is None:
-        raise AttachError(
-            f"decoder block {layer_id}: got weights on the meta device, expected a device to compute on; load the model with its weights, "
-            "or offload it by accelerate (device_map=...), whose hooks say where blocks run."
-        )
-    return device

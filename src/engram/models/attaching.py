@@ -1,0 +1,116 @@
+"""What is looked at before a memory is attached to a model, and what is done to the model's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from engram.config import EngramConfig, TableConfig
+from engram.errors import AttachError, ConfigError
+from engram.hashing import NgramHashMapping, count_ids
+from engram.models.architectures import Decoder
+from engram.models.devices import first_real, offloaded_to
+from engram.tables import check_room
+
+if TYPE_CHECKING:
+    from engram.models.engram_model import EngramModel
+
+__all__ = ["ATTACHED", "check_fit", "check_free", "check_tables_fit", "device_of", "freeze", "trainable_flags"]
+
+ATTACHED = "_engram_memory"
+"""Under this name a decoder keeps the token of the memory that was attached last."""
+
+
+def check_free(decoder: Decoder, beneath: EngramModel | None) -> None:
+    """Refuse a second memory that does not say what it comes on top of, and one on top of a memory that was unloaded.
+
+    Raises:
+        AttachError: it is refused.
+    """
+    if beneath is not None:
+        beneath._check_attached()
+    attached = decoder.module.__dict__.get(ATTACHED)
+    if attached is None or (beneath is not None and attached == beneath.owner_token):
+        return
+    raise AttachError(
+        "this model has a memory already; call unload() on that one first. Or give the memory in place of the model, to have one on top of "
+        "the other: get_engram_model(memory, ...), MemoryEditor.create(memory, ...), EngramModel.from_pretrained(memory, ...)."
+    )
+
+
+def check_fit(model: PreTrainedModel, decoder: Decoder, config: EngramConfig, tokenizer: Any) -> None:
+    """Refuse a config that is not the model's, and a tokenizer that has ids which the model does not know.
+
+    Raises:
+        ConfigError: a field is impossible for this model, or something else than a config or tokenizer was given.
+        AttachError: the tokenizer is another model's.
+    """
+    if not isinstance(config, EngramConfig):
+        raise ConfigError(f"config: got {type(config).__name__}, expected an EngramConfig.")
+    blocks = len(decoder.blocks)
+    outside = [i for i in config.layer_ids if i >= blocks]
+    if outside:
+        raise ConfigError(f"EngramConfig.layer_ids: got {outside}, expected 0..{blocks - 1}: the model has {blocks} blocks.")
+    for field, value in (("hidden_size", decoder.hidden_size), ("hc_mult", decoder.streams)):
+        asked = getattr(config, field)
+        if asked is not None and asked != value:
+            raise ConfigError(
+                f"EngramConfig.{field}: got {asked}, expected {value} as in the model (or None to take it from there)."
+            )
+    if not hasattr(tokenizer, "__len__"):
+        raise ConfigError(f"tokenizer: got {type(tokenizer).__name__}, expected the model's Hugging Face tokenizer.")
+    embeddings: Any = model.get_input_embeddings()
+    vocab = embeddings.weight.shape[0]
+    if count_ids(tokenizer) > vocab:
+        raise AttachError(
+            f"the tokenizer has ids up to {count_ids(tokenizer) - 1}, the model's embeddings {vocab}; is it this model's tokenizer?"
+        )
+
+
+def check_tables_fit(mapping: NgramHashMapping, devices: dict[int, torch.device], table_config: TableConfig) -> None:
+    """Refuse tables that do not fit: on each device those of its layers, in host memory all that live there together.
+
+    Raises:
+        TableError: there is less memory than they take.
+    """
+    config, places = mapping.config, dict[torch.device, list[int]]()
+    for layer_id, device in devices.items():
+        place = device if table_config.tier == "device" else torch.device("cpu")
+        places.setdefault(place, []).append(sum(mapping.head_sizes(layer_id)))
+    for place, rows in places.items():
+        check_room(rows, config.head_dim, table_config, config.verify_rows, place)
+
+
+def device_of(block: nn.Module, model: PreTrainedModel, layer_id: int) -> torch.device:
+    """Where a block computes. Of one that is offloaded (its weights are on the meta device) accelerate's hooks know.
+
+    Raises:
+        AttachError: nobody knows.
+    """
+    parameter = next(block.parameters(), None)
+    embeddings: Any = model.get_input_embeddings()
+    own = torch.device("cpu") if parameter is None else parameter.device
+    device = first_real([own, *offloaded_to(block), embeddings.weight.device])
+    if device is None:
+        raise AttachError(
+            f"decoder block {layer_id}: got weights on the meta device, expected a device to compute on; load the model with its weights, "
+            "or offload it by accelerate (device_map=...), whose hooks say where blocks run."
+        )
+    return device
+
+
+def freeze(model: PreTrainedModel | EngramModel, adapters: Mapping[str, nn.Parameter]) -> None:
+    """Freeze all parameters but those of adapters, which are as trainable as their owner left them."""
+    own = {id(parameter) for parameter in adapters.values()}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            parameter.requires_grad_(False)
+
+
+def trainable_flags(model: nn.Module) -> dict[str, bool]:
+    """By name, and not by object, so that they hold for a copy of the model too; shared parameters under each of their names."""
+    return {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}

@@ -1,0 +1,307 @@
+"""Embeddings of a model that has its own n-gram tables, kept where a ``TableConfig`` says: in host memory, in a file, in fewer bits.
+
+Models with hashed n-gram tables of their own have come out (Qwen4-Exp in transformers, whose per-layer embeddings follow the paper). Their
+tables are plain ``nn.Embedding``, which have to lie on a device or in memory as a whole. Here they are exchanged for the tables of a memory;
+all else of the model, its hash above all, stays as it is.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from huggingface_hub import HfApi
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from engram.checkpoint import TensorReader
+from engram.config import TableConfig
+from engram.errors import CheckpointError, ConfigError, TableError
+from engram.models.bundled import auto_class
+from engram.models.positions import text_config
+from engram.models.saved_rows import cold_table, row_stamp
+from engram.tables import EmbeddingTable, MappedRows, build_table, check_room, rows_are
+
+__all__ = ["NGRAM_EMBEDDINGS", "PlacedEmbedding", "load_placed", "place_embeddings"]
+
+NGRAM_EMBEDDINGS = {
+    "qwen4_exp": "layers.*.ple.ple_embedding.ngram_embedding",
+    "qwen4_exp_text": "layers.*.ple.ple_embedding.ngram_embedding",
+}
+"""``config.model_type`` -> how the names of a model's n-gram embeddings end (a pattern, ``*`` stands for anything)."""
+
+_ROWS_AT_ONCE = 1 << 16
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_PATTERN_STAR = ".*"
+_PART = re.compile(r"shard_(\d+)\.weight")
+
+
+class PlacedEmbedding(nn.Module):
+    """Stands in the place of an ``nn.Embedding`` ``[rows, dim]``; its rows are a table's, and are not trained.
+
+    Attributes:
+        table: where the rows are; no submodule, whose rows would be weights of the model.
+        weight: empty, on the meta device; of the shape and type that rows come in.
+    """
+
+    table: EmbeddingTable
+    weight: Tensor
+
+    def __init__(self, table: EmbeddingTable, dtype: torch.dtype) -> None:
+        super().__init__()
+        table.requires_grad_(False)
+        self.__dict__["table"] = table
+        self.weight = torch.empty((table.rows, table.dim), dtype=dtype, device="meta")
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Rows ``[..., dim]`` of row numbers ``[...]``, on their device."""
+        return self.table.lookup(input_ids.long(), self.weight.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PlacedEmbedding:
+        """A change of the model's type is one of the type that rows come in; rows of tier ``device`` move with the model."""
+        self.weight = self.weight.to(fn(torch.empty(0, dtype=self.weight.dtype)).dtype)
+        self.table._apply(_moving_only(fn), recurse)
+        return self
+
+    def _save_to_state_dict(self, *_: Any) -> NoReturn:
+        raise TableError(
+            "a model whose embeddings were placed (place_embeddings, load_placed): got a call of save_pretrained or state_dict, which would "
+            "write it without them; expected none. It lies as it was where it was loaded from; a memory that is attached to it saves itself."
+        )
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(module)``."""
+        return self.table.extra_repr()
+
+
+def _moving_only(fn: Any) -> Any:
+    """What ``fn`` does to a tensor's place; its type stays."""
+    return lambda tensor: tensor.to(fn(torch.empty(0, device=tensor.device)).device)
+
+
+def place_embeddings(
+    model: PreTrainedModel, table_config: TableConfig | None = None, names: str | None = None
+) -> dict[str, PlacedEmbedding]:
+    """Move the n-gram embeddings of a model that is in memory. Answers stay what they were, to the last bit where the format holds the rows.
+
+    Args:
+        model: it is changed; the embeddings' own memory is free once nobody else holds them.
+        table_config: where rows shall be. With a ``path``, files in that folder, one for each embedding by its place among them.
+        names: a pattern of the embeddings' names or of their ends, instead of ``NGRAM_EMBEDDINGS``.
+
+    Returns:
+        What stands in the place of each, by name.
+
+    Raises:
+        ConfigError: no embedding is called so, or the tables cannot be placed so.
+        TableError: there is no room, or files there hold other rows; the model is as it was.
+    """
+    config = table_config or TableConfig()
+    found = _embeddings(model, names)
+    for name, embedding in found.items():
+        if embedding.weight.is_meta:
+            raise ConfigError(
+                f"{name}: got weights on the meta device, expected them in memory; load_placed fills tables from files."
+            )
+    tables = _tables({name: embedding.weight for name, embedding in found.items()}, config)
+    for name, embedding in found.items():
+        weight = embedding.weight.detach()
+        # Who looks into the file later finds the rows of this very tensor, by a sample of them.
+        source = hashlib.sha256(weight[:: max(1, len(weight) // 256)].float().cpu().numpy().tobytes()).hexdigest()
+        _fill(tables[name], name, source, weight.split(_ROWS_AT_ONCE))
+    return {name: _put(model, name, tables[name], embedding.weight.dtype) for name, embedding in found.items()}
+
+
+def load_placed(
+    name: str | os.PathLike[str], table_config: TableConfig, names: str | None = None, **options: Any
+) -> PreTrainedModel:
+    """Load a model whose n-gram embeddings never are in memory as a whole: their rows go from the saved files into tables, block by block.
+
+    Args:
+        name: a folder, or a hub name.
+        table_config: where rows shall be (see ``place_embeddings``). Files that hold the rows of these very weights already are read as they
+            are.
+        names: as for ``place_embeddings``.
+        options: for ``from_pretrained`` (``dtype``, ``device_map``, ...).
+
+    Raises:
+        CheckpointError: the model, or an embedding in its files, is not there.
+        ConfigError, TableError: as for ``place_embeddings``.
+    """
+    folder = _folder_of(os.fspath(name))
+    config = AutoConfig.from_pretrained(folder)
+    pattern = names or _pattern_of(config)
+    waiting: dict[str, Tensor] = {}
+    model = _without_embeddings(config, pattern, waiting).from_pretrained(folder, **options)
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    files = _files_of(folder)
+    parts = {name: _parts_of(name, weight, files) for name, weight in waiting.items()}  # all are found before the first is read
+    tables = _tables(waiting, table_config)
+    for name, places in parts.items():
+        source = ", ".join(f"{key} {file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for key, file in places)
+        _fill(tables[name], name, hashlib.sha256(source.encode()).hexdigest(), _blocks(places))
+        _put(model, name, tables[name], dtype)
+    return model
+
+
+def _pattern_of(config: Any) -> str:
+    known = next(
+        (NGRAM_EMBEDDINGS[c.model_type] for c in (config, text_config(config)) if c.model_type in NGRAM_EMBEDDINGS), None
+    )
+    if known is None:
+        raise ConfigError(
+            f"names: got none for a model of type {config.model_type!r}, of which nobody knows n-gram embeddings; expected a pattern of their "
+            f"names (known: {', '.join(NGRAM_EMBEDDINGS)})."
+        )
+    return known
+
+
+def _embeddings(model: nn.Module, names: str | None) -> dict[str, nn.Embedding]:
+    """Embeddings by name whose names end as the pattern says."""
+    pattern = names or _pattern_of(model.config)
+    every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    found = {name: module for name, module in every.items() if fnmatch.fnmatchcase(name, f"*{pattern}")}
+    if not found:
+        raise ConfigError(
+            f"names: got {pattern!r}, which fits no embedding; expected one of {', '.join(every) or 'none there is'}."
+        )
+    return found
+
+
+def _without_embeddings(config: Any, pattern: str, waiting: dict[str, Tensor]) -> Any:
+    """The model's class, which makes it with nothing where the embeddings would be, and notes their shapes."""
+    kind = auto_class(config)._model_mapping[type(config)]
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, *args, **kwargs)
+        for name, embedding in _embeddings(self, pattern).items():
+            waiting[name] = torch.empty(embedding.weight.shape, device="meta")
+            _exchange(self, name, nn.Module())
+
+    ignored = [
+        *(getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or []),
+        rf".*{_PATTERN_STAR.join(map(re.escape, pattern.split('*')))}\..*",
+    ]
+    return type(kind.__name__, (kind,), {"__init__": __init__, "_keys_to_ignore_on_load_unexpected": ignored})
+
+
+def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _put(model: nn.Module, name: str, table: EmbeddingTable, dtype: torch.dtype) -> PlacedEmbedding:
+    placed = PlacedEmbedding(table, dtype)
+    _exchange(model, name, placed)
+    return placed
+
+
+def _tables(weights: dict[str, Tensor], config: TableConfig) -> dict[str, EmbeddingTable]:
+    """Tables for all weights ``[rows, dim]``, refused together if they do not fit."""
+    if config.sharded or (config.tier == "mmap" and config.path is None):
+        raise ConfigError(
+            f"TableConfig: got tier {config.tier!r}{', sharded' * config.sharded} and path {config.path!r}, expected tables of one process, in "
+            "files with a path."
+        )
+    devices = {weight.device if not weight.is_meta else torch.device("cpu") for weight in weights.values()}
+    device = devices.pop()
+    for dim in {weight.shape[1] for weight in weights.values()}:
+        check_room([len(w) for w in weights.values() if w.shape[1] == dim], dim, config, device=device)
+    return {
+        name: build_table(weight.shape[0], weight.shape[1], config, device=device, layer_id=number)
+        for number, (name, weight) in enumerate(weights.items())
+    }
+
+
+def _fill(table: EmbeddingTable, name: str, source: str, blocks: Any) -> None:
+    """Put blocks ``[n, dim]`` into a table one after another, unless its file holds them already."""
+    cold, stamp = cold_table(table), row_stamp(source, name, table.format_name)
+    if isinstance(cold, MappedRows):
+        cold.flush()
+        if rows_are(cold.path, stamp):
+            return
+        if not cold.is_new:
+            raise TableError(
+                f"{cold.path} holds other rows than those of {name}: of another model, or placed otherwise. Delete it if nobody needs it, or "
+                "choose another path."
+            )
+    start = 0
+    with cold.filled_with(stamp) if isinstance(cold, MappedRows) else nullcontext():
+        for block in blocks:
+            table.load_rows(start, block)
+            start += len(block)
+
+
+def _folder_of(name: str) -> Path:
+    """A model's folder; of a hub name what was fetched."""
+    if os.path.isdir(name):
+        return Path(name)
+    try:
+        return Path(HfApi().snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot load model {name!r}: {str(error).strip().splitlines()[0].rstrip('.')}. Expected a folder with config.json and "
+            "safetensors, or a hub name."
+        ) from error
+
+
+def _files_of(folder: Path) -> dict[str, Path]:
+    """Files of a saved model by the names of their tensors."""
+    try:
+        if (folder / _INDEX).is_file():
+            names = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            return {key: folder / file for key, file in names.items() if Path(file).name == file}
+        with TensorReader(folder / _SINGLE) as tensors:
+            return dict.fromkeys(tensors.specs, folder / _SINGLE)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder}: its safetensors cannot be read ({error}); expected a model that save_pretrained wrote."
+        ) from None
+
+
+def _parts_of(name: str, weight: Tensor, files: dict[str, Path]) -> list[tuple[str, Path]]:
+    """Keys and files of an embedding's rows in their order: one tensor, or parts by number. Files may name it with another beginning."""
+    words = name.split(".")
+    # The number of a block must be in it: another block's rows would do as well.
+    last = next((place for place, word in enumerate(words) if word.isdigit()), len(words) - 1)
+    for first in range(last):
+        end = ".".join(words[first:]) + "."
+        keys = {key: key.partition(end) for key in files if key.startswith(end) or f".{end}" in key}
+        if keys:
+            break
+    else:
+        raise CheckpointError(f"{name}: no tensor of the saved model is called so; expected one, or its parts.")
+    if len({before for before, _, _ in keys.values()}) > 1:
+        raise CheckpointError(
+            f"{name}: several tensors of the saved model end so ({', '.join(sorted(keys)[:3])}); expected one."
+        )
+    ordered = sorted(keys, key=lambda key: int(found[1]) if (found := _PART.fullmatch(keys[key][2])) else -1)
+    rows, unknown = 0, [key for key in ordered if keys[key][2] != "weight" and not _PART.fullmatch(keys[key][2])]
+    for key in ordered:
+        with TensorReader(files[key]) as tensors:
+            spec = tensors.specs.get(key)
+        if spec is None or not spec.dtype.is_floating_point or spec.shape[1:] != weight.shape[1:]:
+            unknown.append(key)
+        else:
+            rows += spec.shape[0]
+    if unknown or rows != len(weight):
+        raise CheckpointError(
+            f"{name}: got {rows} rows{' and ' + ', '.join(unknown) if unknown else ''} in the saved model, expected floating point tensors of "
+            f"{len(weight)} rows of {weight.shape[1]} in all."
+        )
+    return [(key, files[key]) for key in ordered]
+
+
+def _blocks(places: list[tuple[str, Path]]) -> Iterator[Tensor]:
+    for key, file in places:
+        with TensorReader(file) as tensors:
+            for start in range(0, tensors.specs[key].shape[0], _ROWS_AT_ONCE):
+                yield tensors.read(key, start, start + _ROWS_AT_ONCE)

@@ -1,0 +1,186 @@
+"""Models that have n-gram tables of their own, with these in host memory, in files and in fewer bits."""
+
+import json
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+from engram import CheckpointError, ConfigError, TableConfig, TableError
+from engram.models.placed import NGRAM_EMBEDDINGS, PlacedEmbedding, load_placed, place_embeddings
+from engram.testing import tiny_model
+
+NAME = "model.layers.1.ple.ple_embedding.ngram_embedding"
+IDS = torch.arange(2, 26).view(2, 12)
+FIELDS = {
+    "vocab_size": 380,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "hc_count": 2,
+    "hc_lowrank": 8,
+    "ple_layer_ids": [1, 2],
+    "ple_embed_dim": 32,
+    "heads_per_ngram": 2,
+    "ngram_vocab_size_base": 500,
+    "split_ngram_parts": 12,
+    "make_ngram_vocab_size_divisible_by": 12,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 8,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+}
+pytestmark = pytest.mark.skipif("qwen4_exp_text" not in CONFIG_MAPPING, reason="this transformers has no Qwen4-Exp")
+
+PLACES = [
+    TableConfig(),
+    TableConfig(tier="host"),
+    TableConfig(tier="mmap", path="rows"),
+    TableConfig(tier="mmap", path="rows", dtype="int8"),
+    TableConfig(tier="host", dtype="bfloat16"),
+    TableConfig(tier="hybrid", hot_rows=16),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a random model, in several files, the parts of its tables in any of them."""
+    folder = tmp_path_factory.mktemp("qwen")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen4_exp_text", **FIELDS)).eval()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
+
+
+def said(model):
+    return model.generate(IDS, max_new_tokens=10, do_sample=False)
+
+
+@pytest.mark.parametrize("config", PLACES, ids=lambda c: f"{c.tier} {c.dtype}")
+def test_a_model_answers_as_before_wherever_its_rows_are(saved, here, config):
+    reference = AutoModelForCausalLM.from_pretrained(saved).eval()
+    tolerance = {"float32": 0.0, "bfloat16": 1e-3, "int8": 2e-3}[config.dtype]
+    placed = AutoModelForCausalLM.from_pretrained(saved).eval()
+    names = place_embeddings(placed, config)
+    assert list(names) == [NAME.replace("1", "0"), NAME]
+    loaded = load_placed(saved, config).eval() if config.path is None else None
+    for model in filter(None, (placed, loaded)):
+        assert (logits(model) - logits(reference)).abs().max() <= tolerance
+        assert torch.equal(said(model), said(reference))
+        assert type(model.get_submodule(NAME)) is PlacedEmbedding
+        assert not [name for name, _ in model.named_parameters() if "ngram_embedding" in name]
+    assert names[NAME].table.tier == config.tier
+    assert names[NAME].table.format_name == config.dtype
+
+
+def test_rows_go_from_the_files_into_row_files_and_are_found_there_again(saved, here, tmp_path):
+    config = TableConfig(tier="mmap", path="rows")
+    reference = logits(AutoModelForCausalLM.from_pretrained(saved).eval())
+    first = load_placed(saved, config).eval()
+    assert torch.equal(logits(first), reference)
+    files = sorted((tmp_path / "rows").glob("*.rows"))
+    assert [file.name for file in files] == ["layer-0.rows", "layer-1.rows"]
+    times = [file.stat().st_mtime_ns for file in files]
+    del first
+    assert torch.equal(logits(load_placed(saved, config).eval()), reference)
+    assert [file.stat().st_mtime_ns for file in files] == times  # read as they were
+    other = AutoModelForCausalLM.from_pretrained(saved).eval()
+    other.get_submodule(NAME).weight.data.mul_(2)
+    with pytest.raises(TableError, match="holds other rows than those of"):
+        place_embeddings(other, config)
+    assert type(other.get_submodule(NAME)) is torch.nn.Embedding
+
+
+def test_changes_of_type_reach_what_is_given_and_not_what_is_stored(saved):
+    model = load_placed(saved, TableConfig(tier="host"), dtype=torch.bfloat16).eval()
+    embedding = model.get_submodule(NAME)
+    assert embedding(torch.tensor([[0, 5]])).dtype == torch.bfloat16
+    assert embedding.table.format_name == "float32"
+    model.float()
+    rows = embedding(torch.tensor([[0, 5]]))
+    assert rows.dtype == torch.float32
+    assert torch.equal(rows, AutoModelForCausalLM.from_pretrained(saved).get_submodule(NAME)(torch.tensor([[0, 5]])))
+
+
+def test_the_rest_is_trained_and_nothing_is_saved_without_its_rows(saved, tmp_path):
+    model = load_placed(saved, TableConfig(tier="host"))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert model.model.layers[1].ple.value_proj.weight.grad.abs().sum() > 0
+    for call in (lambda: model.save_pretrained(tmp_path), model.state_dict):
+        with pytest.raises(TableError, match="would write it without them"):
+            call()
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_other_embeddings_are_named(here):
+    model, reference = tiny_model("gpt2"), tiny_model("gpt2")
+    (placed,) = place_embeddings(model, TableConfig(tier="host"), names="wpe").values()
+    assert torch.equal(logits(model), logits(reference))
+    assert placed.table.rows == 256
+    with pytest.raises(ConfigError, match=r"names: got 'nothing', which fits no embedding; expected one of transformer.wte"):
+        place_embeddings(model, names="nothing")
+    with pytest.raises(ConfigError, match=r"of type 'gpt2', of which nobody knows n-gram embeddings .*|names: got none"):
+        place_embeddings(model)
+
+
+def test_what_cannot_be_placed_is_said_and_the_model_stays(saved, here, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(saved).eval()
+    with pytest.raises(ConfigError, match="tables of one process, in files with a path"):
+        place_embeddings(model, TableConfig(tier="mmap", path=None))
+    before = logits(model)
+    assert torch.equal(logits(model), before)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(saved))
+    with pytest.raises(ConfigError, match="weights on the meta device"):
+        place_embeddings(empty)
+    with pytest.raises(CheckpointError, match=r"cannot load model .\./nowhere"):
+        load_placed("./nowhere", TableConfig())
+
+
+def test_files_that_lack_rows_are_refused(saved, tmp_path):
+    index = json.loads((saved / "model.safetensors.index.json").read_text())
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for file in saved.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "model.safetensors.index.json").unlink()
+    for change, message in (
+        ([f"{NAME}.shard_3.weight"], "got .* rows in the saved model, expected floating point tensors of"),
+        ([key for key in index["weight_map"] if key.startswith(NAME)], "no tensor of the saved model is called so"),
+    ):
+        kept = {key: file for key, file in index["weight_map"].items() if key not in change}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({**index, "weight_map": kept}))
+        with pytest.raises(CheckpointError, match=message):
+            load_placed(folder, TableConfig(tier="host"))
+
+
+def test_known_embeddings_are_those_of_models_there_are():
+    assert set(NGRAM_EMBEDDINGS) <= set(CONFIG_MAPPING)

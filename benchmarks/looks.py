@@ -8,10 +8,10 @@ Takes runs of `engram train` of equal budget and text, one of either kind for ea
     done
     python benchmarks/looks.py --joint runs/looks/memory_* --plain runs/looks/experts_*
 
-On the text that the runs held out: (a) the logit lens after every block; (b) similarity of layers (CKA) of the model with a memory to the one
-without, with the soft alignment index, and beside it the same of *another seed's* model without one, for an index alone is pulled to the middle
-and says nothing; (c) gates where phrases end. Phrases are those that stand together in the text that a run itself was trained on
-(`find_phrases`); nobody picks them.
+On the text that the runs held out: (a) the logit lens after every block; (b) similarity of layers (CKA) with the soft alignment index: both
+models of one seed, each beside the next seed's model without a memory. An index alone is pulled to the middle and says nothing,
+and models of one seed begin with the same weights here and there; (c) gates where phrases end. Phrases are those that stand together in the
+text that a run itself was trained on (`find_phrases`); nobody picks them.
 """
 
 import argparse
@@ -57,25 +57,30 @@ def phrases_of(run, sizes):
     """Phrases of the very tokens that a run was trained on."""
     recipe, data = recipe_of(run), data_of(run)
     blocks, begin = data.train(recipe.steps * recipe.batch_size, recipe.seed), data.store.begin_id
-    texts = []
-    for number in range(len(blocks)):
-        for is_begin, ids in groupby(blocks[number]["input_ids"].tolist(), key=lambda token: token == begin):
-            if not is_begin:
-                texts.append(data.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+    stream = (
+        token for number in range(len(blocks)) for token in blocks[number]["input_ids"].tolist()
+    )  # blocks are cut from it
+    texts = dict.fromkeys(
+        data.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        for is_begin, ids in groupby(stream, key=lambda token: token == begin)
+        if not is_begin
+    )  # a document that was read several times is one
     return find_phrases(texts, sizes["count"], sizes["documents"], sizes["bits"])
 
 
 def look(joint, plain, other, sizes):
-    """One seed as an entry; ``other`` is the run without a memory of another seed, None if there is none."""
+    """One seed as an entry; ``other`` is the run without a memory of the next seed, which both are compared with; None if there is none."""
     data = data_of(joint)
     texts = held_out_texts(data.store, sizes["tokens"], sizes["length"])
     sample = sample_texts(data.tokenizer, texts, sizes["tokens"], sizes["length"])
     memory, without = opened(joint), opened(plain)
     off = Subject("memory off", memory.model, memory_on=False)
     lens = logit_lens({"memory": memory, "off": off, "without": without}, sample)
-    alike = {"memory": cka(memory, without, sample)}
-    if other is not None:
-        alike["without"] = cka(opened(other), without, sample)
+    if other is None:
+        alike = {"memory": cka(memory, without, sample)}
+    else:
+        beside = opened(other)
+        alike = {"memory": cka(memory, beside, sample), "without": cka(without, beside, sample)}
     phrases = phrases_of(joint, sizes)
     gates = phrase_gates(memory.model, sample, data.tokenizer, phrases)
     gates["phrases"] = dict(list(gates["phrases"].items())[:40])  # the most frequent; all of them are a long list
@@ -90,6 +95,12 @@ def look(joint, plain, other, sizes):
             "phrases": {"wanted": len(phrases), **gates},
         },
     }
+
+
+def budget_of(run):
+    recipe = recipe_of(run)
+    budget = recipe.budget and (recipe.budget.total, recipe.budget.active)
+    return budget, recipe.tokens, recipe.batch_size, recipe.learning_rate
 
 
 def runs_told(*runs):
@@ -124,6 +135,8 @@ def main():
         fingerprints = {data_of(run).store.fingerprint for run in (*joint, *plain)}
         if len(fingerprints) > 1:
             parser.error("the runs were trained on different text; expected one text")
+        if not args.quick and len({budget_of(run) for run in (*joint, *plain)}) > 1:
+            parser.error("the runs differ in budget, tokens or batch; expected runs that are equal in these")
         entries = []
         for number, pair in enumerate(zip(joint, plain)):
             other = plain[(number + 1) % len(plain)] if len(plain) > 1 else None

@@ -1,10 +1,10 @@
 """What a model loses when the memory it was trained with is switched off: facts, or the reading of its context (the paper's section on it).
 
-Training goes on, of all weights, on blocks of three kinds in turn: facts that the model does not know (`facts.yaml`, every phrasing as a line
-of its own), questions about what was noted earlier in a text (`long_context_mix`; names and numbers are drawn by chance, so that nothing but
-reading answers them), and its own training text. Then the same prompts are asked with the memory on and off: the facts, notes with names and
-numbers that training never used, and capitals, which the model knew before. Nobody says what goes where: weights alone can learn all of these
-facts (full fine-tuning in results/baselines.json), and so could they here.
+Training goes on, of all weights, on blocks of three kinds in equal shares: facts that the model does not know (`facts.yaml`, every phrasing as
+a line of its own), questions about what was noted earlier in a text (`long_context_mix`; names and numbers are drawn by chance, so that
+nothing but reading answers them), and its own training text. Then the same prompts are asked with the memory on and off: the facts, notes
+with names and numbers that training never used, and capitals, which the model knew before. Nobody says what goes where: weights alone can
+learn all of these facts (full fine-tuning in results/baselines.json), and so could they here.
 
 Arms: the bundled model with the memory that it was pretrained with (three sequences in ten without it), which from here on is always read, as
 in the paper, or is not by three sequences in ten (`memory_dropout`); and the bundled model with a new, empty memory, always read. Steps and
@@ -35,6 +35,7 @@ from engram import (
 )
 from engram.data.corpus import build_corpus, held_out_standard_library
 from engram.data.facts import encode_fact
+from engram.data.long_context import RecallTask
 from engram.data.long_context_mix import long_context_mix
 from engram.data.packing import pack
 from engram.evaluation import check_facts, measure_recall, score_by_category
@@ -114,7 +115,7 @@ class Recall(Dataset):
 
 
 class InTurn(Dataset):
-    """A block of each data set after one of the other."""
+    """A block of each data set after one of the other (the trainer shuffles them)."""
 
     def __init__(self, *parts):
         self.parts = parts
@@ -137,6 +138,12 @@ class Task:
         self.texts = [document.text for document in held_out]
         self.documents = held_out if quick else build_corpus(RECIPE, RECIPES).train
         self.held_out = pack(held_out, tokenizer, sizes["length"], sizes["held_out"], seed=0)
+
+    @property
+    def chance(self):
+        """What copying noted numbers at random finds, by question."""
+        kinds, lengths = self.sizes["kinds"], self.sizes["lengths"]
+        return {f"{kind}, {length} tokens": RecallTask(kind).chance for kind in kinds for length in lengths}
 
     def blocks(self, seed):
         """Training blocks of one seed."""
@@ -277,7 +284,7 @@ def main():
     one = functools.partial(run, quick=args.quick, steps=args.steps, keep=args.keep)
     for entry in side_by_side(one, parts, args.workers):
         entries.append(entry)
-        result = {**provenance(seeds), "sizes": task.sizes, "before": before, "entries": entries}
+        result = {**provenance(seeds), "sizes": task.sizes, "chance": task.chance, "before": before, "entries": entries}
         write_so_far(out, result, complete=len(entries) == len(parts))
 
 

@@ -297,27 +297,38 @@ def test_similar_layers_need_a_control():
     assert verdicts("looks", made_up.looks(other=False), "logit_lens")[0]["verdict"] == "agrees"
 
 
+def test_gates_are_held_against_the_same_words_elsewhere():
+    (found,) = verdicts("looks", made_up.looks(), "gates")
+    assert "less ends of their own first words +0.250 [+0.250, +0.250], less ends of other words +0.500" in found["note"]
+    result = made_up.looks()
+    for entry in result["entries"]:
+        entry["looks_by_seed"]["phrases"]["layers"]["1"]["completes_less_begins"]["mean"] = None
+    (found,) = verdicts("looks", result, "gates")
+    assert "first words not known" in found["note"]
+    result["entries"][0]["looks_by_seed"]["phrases"]["layers"]["1"]["completes_less_same_word"]["mean"] = None
+    (found,) = verdicts("looks", result, "gates")
+    assert (found["verdict"], found["value"]) == ("cannot tell", None)
+    assert "were not seen elsewhere" in found["note"]
+
+
 def test_gates_of_one_model_tell_nothing_of_others():
-    layers = {"1": {"completes_less_other": {"mean": 0.1, "low": 0.05, "high": 0.15}}}
-    (found,) = verdicts("look", {"against": None, "phrases": {"occurrences": 12, "layers": layers}}, "gates")
+    def look(mean):
+        layers = {"1": {"completes_less_same_word": {"mean": mean, "low": 0.05, "high": 0.15}}}
+        return {"against": None, "phrases": {"occurrences": 12, "layers": layers}}
+
+    (found,) = verdicts("look", look(0.1), "gates")
     assert (found["verdict"], found["value"]) == ("cannot tell", 0.1)
     assert "1 layers: 1 with an interval over documents above zero" in found["note"]
+    assert verdicts("look", look(None), "gates")[0]["note"] == "the last words of phrases were not seen elsewhere"
     assert verdicts("look", {"against": None}, "gates")[0]["verdict"] == "not measured"
 
 
-@pytest.mark.parametrize(
-    ("changes", "verdict", "value"),
-    [
-        ({}, "agrees", 69),
-        ({"facts_off": 95, "reading_off": 50}, "disagrees", -46),
-        ({"facts_off": 89}, "cannot tell", 0),
-        ({"seeds": (0,)}, "cannot tell", 70),
-    ],
-)
-def test_facts_must_be_lost_and_reading_kept(changes, verdict, value):
+@pytest.mark.parametrize(("changes", "value"), [({}, 69), ({"facts_off": 95, "reading_off": 50}, -46), ({"seeds": (0,)}, 70)])
+def test_what_is_kept_with_the_memory_off_is_of_one_pretraining(changes, value):
     (found,) = verdicts("memory_off", made_up.memory_off(**changes), "memory_off")
-    assert (found["verdict"], found["value"]) == (verdict, pytest.approx(value))
-    assert "'together'" in found["note"]  # models that were pretrained with the memory and always read it
+    assert (found["verdict"], found["value"]) == ("cannot tell", pytest.approx(value))
+    assert "'together', facts taught after pretraining; kept of reading" in found["note"]  # and always read
+    assert "of known before 100 %; all seeds go on from one pretrained model" in found["note"]
 
 
 def test_a_share_of_nothing_is_no_evidence():
@@ -325,7 +336,8 @@ def test_a_share_of_nothing_is_no_evidence():
     for entry in result["entries"]:
         entry["memory_off"]["on"]["facts"]["port"][0] = 0
     (found,) = verdicts("memory_off", result, "memory_off")
-    assert found["verdict"] == "cannot tell"
+    assert (found["verdict"], found["value"]) == ("cannot tell", None)
+    assert "nothing was exact with the memory on" in found["note"]
 
 
 def test_without_results_nothing_is_claimed():

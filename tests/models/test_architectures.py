@@ -28,6 +28,9 @@ def batch():
 
 def test_every_architecture_has_a_tiny_model():
     assert set(TINY_CONFIGS) == set(ARCHITECTURES)
+    assert {model_type: tiny_model(model_type).config.model_type for model_type in ARCHITECTURES} == {
+        t: t for t in ARCHITECTURES
+    }
 
 
 def test_documents_count_the_architectures():

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import constants
 
 from engram import CheckpointError, ConfigError, EngramModel, MemoryEditor, TableConfig
-from engram.models.hub import local_folder
+from engram.models.hub import found_at
 from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS, make_editor
 from tests.models.hub_server import Hub, serving
@@ -44,6 +44,7 @@ def test_what_was_pushed_is_found_by_its_name(hub):
     assert len(hub.files("me/mine")) == 2  # the files of the first upload went with the second
     loaded = EngramModel.from_pretrained(tiny_model(), "me/mine", tiny_tokenizer())
     assert torch.equal(logits_of(loaded), changed)
+    assert loaded.folder == "me/mine"
     before = EngramModel.from_pretrained(tiny_model(), "me/mine", tiny_tokenizer(), revision=first)
     assert torch.equal(logits_of(before), expected)
     hub.asked.clear()
@@ -97,15 +98,29 @@ def test_what_is_not_there_is_said(hub, tmp_path):
     tiny_memory().push_to_hub("me/mine")
     with pytest.raises(CheckpointError, match="none of this name could be fetched"):
         EngramModel.from_pretrained(base, "me/mine", tokenizer, revision="never")
-    with pytest.raises(ConfigError, match=r"revision: got 'v1' of .*, a folder"):
+    with pytest.raises(ConfigError, match=r"revision: got 'v1' of .*, which is taken for a folder"):
         EngramModel.from_pretrained(base, tmp_path, tokenizer, revision="v1")
     EngramModel.from_pretrained(base, "me/mine", tokenizer)  # every refusal left the base free
 
 
 def test_what_was_fetched_is_there_without_a_network(hub, monkeypatch):
     tiny_memory().push_to_hub("me/mine")
-    fetched = local_folder("me/mine")
+    fetched = found_at("me/mine")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert local_folder("me/mine") == fetched
+    assert found_at("me/mine") == fetched
     with pytest.raises(CheckpointError, match="me/other"):
-        local_folder("me/other")
+        found_at("me/other")
+
+
+def test_a_network_that_fails_is_one_clear_error(hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody is there
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    with pytest.raises(CheckpointError, match="none of this name could be fetched from the hub"):
+        found_at("me/mine")
+
+
+def test_a_connection_that_is_cut_is_one_clear_error(hub, monkeypatch):
+    tiny_memory().push_to_hub("me/mine")
+    monkeypatch.setattr(hub, "files", lambda *_: 1 / 0)  # the handler dies in the midst of an answer
+    with pytest.raises(CheckpointError, match="none of this name could be fetched from the hub"):
+        found_at("me/mine")

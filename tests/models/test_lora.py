@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engram import MemoryEditor
+from engram.models import load_model
 from engram.models.identity import base_identity
 from engram.testing import tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS
@@ -35,6 +36,19 @@ def test_flags_of_adapters_that_came_after_the_memory_are_not_touched(merged):
         return
     memory.unload()
     assert all(p.requires_grad == ("lora_" in name) for name, p in adapted.named_parameters())
+
+
+@torch.no_grad()
+def test_a_folder_of_adapters_is_loaded_with_its_base(tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    adapted = with_lora(load_model(str(tmp_path / "base"))[0])
+    adapted.save_pretrained(tmp_path / "lora")
+    tiny_tokenizer().save_pretrained(tmp_path / "lora")
+    assert not (tmp_path / "lora" / "config.json").exists()
+    loaded, _ = load_model(str(tmp_path / "lora"))
+    ids = torch.arange(12)[None]
+    assert torch.equal(loaded(input_ids=ids).logits, adapted(input_ids=ids).logits)
 
 
 @torch.no_grad()

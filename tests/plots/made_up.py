@@ -263,8 +263,8 @@ def looks(seeds=(0, 1, 2), other=True):
     """As ``benchmarks/looks.py`` writes it: with a memory early blocks know more, are further on, and gates open where phrases end."""
 
     def layer(seed):
-        means = {"completes": 0.75, "begins": 0.5, "other": 0.5 + seed / 100}
-        means |= {f"completes_less_{name}": means["completes"] - means[name] for name in ("begins", "other")}
+        means = {"completes": 0.75, "begins": 0.5, "same_word": 0.5 + seed / 100, "other": 0.25}
+        means |= {f"completes_less_{name}": means["completes"] - means[name] for name in ("begins", "same_word", "other")}
         return {name: {"mean": mean, "low": mean - 0.1, "high": mean + 0.1} for name, mean in means.items()}
 
     def one(seed):
@@ -320,4 +320,4 @@ def memory_off(seeds=(0, 1, 2), facts_off=20, reading_off=90, **changes):
         for arm, start, dropout in (("together", "bundled", 0.0), ("dropout", "bundled", 0.3), ("new", "empty", 0.0))
     ]
     told = {"command": "python benchmarks/memory_off.py", "hardware": "a machine", "versions": {}}
-    return {**told, "before": found(0, 50, 3.5), "entries": entries}
+    return {**told, "chance": {"needle, 128 tokens": 0.25}, "before": found(0, 50, 3.5), "entries": entries}

@@ -364,9 +364,8 @@ def test_looks_are_told_over_seeds(tmp_path):
     assert "memory 4.0000 (seed 0), without 4.2500 (seed 0)" in told
     assert "| 1 | 0.990 | 2.500 | 1.500 | +0.510 [+0.485, +0.535] |" in told
     assert "| 1 | 2.01 | 1.50 | +0.51 [+0.49, +0.53] |" in told
-    assert (
-        "| 1 | 0.500 [0.500, 0.500] | 0.750 [0.750, 0.750] | 0.510 [0.485, 0.535] | +0.250 [+0.250, +0.250] | +0.240 [" in told
-    )
+    assert "| 1 | 0.500 [0.500, 0.500] | 0.750 [0.750, 0.750] | 0.510 [0.485, 0.535] | 0.250 [0.250, 0.250] |" in told
+    assert "| +0.250 [+0.250, +0.250] | +0.240 [+0.215, +0.265] | +0.500 [+0.500, +0.500] |" in told
     assert "regular expression, event loop" in told
     alone = section(report({"looks": made_up.looks((0,), other=False)}).markdown(str), "Looks inside, seed by seed")
     assert "(no interval)" in alone
@@ -381,11 +380,12 @@ def test_what_is_kept_with_the_memory_off_is_told_by_arm(tmp_path):
     assert "| together | facts | 100.0 | 21.0 | 21.0 [18.5, 23.5] |" in told
     assert "| new | reading | 100.0 | 90.0 | 90.0 [90.0, 90.0] |" in told
     assert "together 3.000 and 3.250 (off less on +0.250 [+0.250, +0.250])" in told
-    assert "| dropout | reading: needle, 128 tokens | 100 | 50.0 | 100.0 | 90.0 | 90.0 [90.0, 90.0] |" in told
+    assert "| dropout | reading: needle, 128 tokens | 100 | 25.0 | 50.0 | 100.0 | 90.0 | 90.0 [90.0, 90.0] |" in told
     (picture,) = draw_result(ResultFile("off", "memory_off", result), tmp_path)
     assert picture.path.stat().st_size > 5000
     for entry in result["entries"]:
         entry["memory_off"]["on"]["facts"]["port"][0] = 0
+        entry["curve"] = []
     told = section(report({"off": result}).markdown(str), "With the memory off")
     assert "| together | facts | 0.0 | 21.0 | – |" in told
     draw_result(ResultFile("off", "memory_off", result), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,9 +18,9 @@ from engram.errors import ConfigError, DataError
 
 __all__ = ["phrase_gates"]
 
-_WORD = re.compile(r"[^\W\d_]{2,}")
+_WORD = re.compile(r"(?<!\w)[^\W\d_]{2,}(?!\w)")
 _SHOWN = 40
-_PLACES = ("completes", "begins", "other")
+_PLACES = ("completes", "begins", "same_word", "other")
 
 
 @torch.no_grad()
@@ -29,35 +30,40 @@ def phrase_gates(
     """Gates where phrases are complete, layer by layer.
 
     A phrase *completes* at the token with which its last word ends, and *begins* at the one with which its first word does, if that is
-    another. *Other* are tokens with which a word of two letters and more ends outside of all phrases: ends of words are compared with ends of
-    words. Gates are means over residual streams, of positions that read something.
+    another. The *same word* is a phrase's last one where it stands outside of all phrases, and *other* are all other words of two letters and
+    more there, at the tokens they end with: ends of words are compared with ends of words. Gates are means over residual streams, of
+    positions that read something. A word that a token goes on beyond, or that the window's edge may have cut, counts nowhere.
 
     Args:
         memory: an ``EngramModel``.
         sample: the text.
         tokenizer: of the kind that knows where in a text its tokens stand.
-        phrases: names and phrases, in any case of letters.
+        phrases: names and phrases, in any case of letters, of a script that puts something between words (others are found only where
+            signs stand around them).
         progress: told of tokens done.
 
     Returns:
-        ``phrases`` (those found: ``{phrase: occurrences}``), ``occurrences``, ``documents`` with any, ``windows_left_out`` (text that makes
-        other tokens when it is cut there), ``layers: {layer: {completes, begins, other, completes_less_begins, completes_less_other}}`` (each
-        a mean with its 95 % interval over documents) and ``examples``: single occurrences, token by token, with gates by layer.
+        ``phrases`` (those found: ``{phrase: occurrences}``), ``occurrences``, ``documents`` with any, ``windows_left_out`` (whose text makes
+        other tokens), ``layers: {layer: {completes, begins, same_word, other, completes_less_begins, completes_less_same_word,
+        completes_less_other}}`` (each a mean with its 95 % interval over documents, None without; there is none where phrases occur in
+        fewer than about ten documents of many) and ``examples``: single occurrences, token by token, with gates by layer.
 
     Raises:
         ConfigError: no phrase is given.
         DataError: none of them occurs in the text, or the tokenizer does not know where tokens stand.
     """
+    phrases = [phrase for phrase in (" ".join(phrase.split()) for phrase in phrases) if phrase]
     if not phrases:
         raise ConfigError("phrases: got none, expected at least one to look for.")
     if not getattr(tokenizer, "is_fast", False):
         raise DataError("phrases: the tokenizer does not know where in a text its tokens stand; load its fast version.")
-    pattern = _pattern(phrases)
-    marked = [_mark(window, tokenizer, pattern) for window in sample.windows]
-    found = [phrase for marks in marked if marks for phrase in marks.phrases]
+    pattern, last_words = _pattern(phrases), _last_words(phrases)
+    marked = [_mark(window, tokenizer, pattern, last_words) for window in sample.windows]
+    found = Counter(phrase for marks in marked if marks for phrase in marks.phrases)
     if not found:
+        left = f" ({marked.count(None)} of {len(marked)} windows make other tokens than were read)" if None in marked else ""
         raise DataError(
-            f"phrases: none of {len(phrases):,} occurs in the text that was read; expected some that do, or more text."
+            f"phrases: none of {len(phrases):,} occurs in the text that was read{left}; expected some that do, or more text."
         )
     layers = memory.engram_config.layer_ids
     documents = sample.document_places()
@@ -83,11 +89,9 @@ def phrase_gates(
                 examples += _examples(sample.windows[place], marks, gates, layers, tokenizer)
     own = sorted(set(documents[[place for place, marks in enumerate(marked) if marks is not None]]))
     return {
-        "phrases": {
-            phrase: found.count(phrase) for phrase in sorted(set(found), key=lambda phrase: (-found.count(phrase), phrase))
-        },
-        "occurrences": len(found),
-        "documents": int((sums[0, :, 0, 1] > 0).sum()),
+        "phrases": dict(sorted(found.items(), key=lambda entry: (-entry[1], entry[0]))),
+        "occurrences": found.total(),
+        "documents": len({documents[place] for place, marks in enumerate(marked) if marks and marks.phrases}),
         "windows_left_out": sum(marks is None for marks in marked),
         "layers": {str(layer): _means(of_layer[own]) for layer, of_layer in zip(layers, sums)},
         "examples": examples[:_SHOWN],
@@ -104,14 +108,14 @@ class _Marks:
 
 
 def _pattern(phrases: Sequence[str]) -> re.Pattern[str]:
-    """Any of the phrases between ends of words; of two that begin alike the longer one. White space may be of any kind."""
-    longest_first = sorted({phrase.strip().lower() for phrase in phrases if phrase.strip()}, key=len, reverse=True)
+    """Any of the phrases between ends of words, wherever one begins; of two that begin alike the longer one. White space may be of any kind."""
+    longest_first = sorted(set(phrases), key=len, reverse=True)
     told = (r"\s+".join(map(re.escape, phrase.split())) for phrase in longest_first)
-    return re.compile(rf"(?<!\w)(?:{'|'.join(told)})(?!\w)", re.IGNORECASE)
+    return re.compile(rf"(?<!\w)(?=({'|'.join(told)})(?!\w))", re.IGNORECASE)
 
 
-def _mark(window: Window, tokenizer: Any, pattern: re.Pattern[str]) -> _Marks | None:
-    """None where the window's text makes other tokens than the window has: text cut in the midst of a word."""
+def _mark(window: Window, tokenizer: Any, pattern: re.Pattern[str], last_words: frozenset[str]) -> _Marks | None:
+    """None where the window's text makes other tokens than the window has."""
     text = tokenizer.decode(list(window.ids[1:]), clean_up_tokenization_spaces=False)
     encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False)
     if tuple(encoded["input_ids"]) != window.ids[1:]:
@@ -119,27 +123,39 @@ def _mark(window: Window, tokenizer: Any, pattern: re.Pattern[str]) -> _Marks | 
     # The leading token is no part of the text.
     ends = {end: place for place, (_, end) in enumerate(encoded["offset_mapping"], start=1)}
     first_at = [start for start, _ in encoded["offset_mapping"]]
-    marks, inside = _Marks(), np.zeros(len(text) + 1, dtype=bool)
-    for match in pattern.finditer(text):
-        inside[match.start() : match.end() + 1] = True
-        if match.end() not in ends:  # a token goes on beyond the phrase
+    marks, inside = _Marks(), np.zeros(len(text), dtype=bool)
+    for match in pattern.finditer(text):  # matches are empty, what they look at may overlap
+        start, end = match.span(1)
+        inside[start:end] = True
+        if end not in ends or _may_be_cut(start, end, text, window):
             continue
-        last, first_word = ends[match.end()], _WORD.match(text, match.start())
+        first_word = _WORD.match(text, start)
         begins = ends.get(first_word.end()) if first_word else None
-        marks.places["completes"].append(last)
-        if begins is not None and begins != last:
+        marks.places["completes"].append(ends[end])
+        if begins is not None and begins != ends[end]:
             marks.places["begins"].append(begins)
-        first = int(np.searchsorted(first_at, match.start(), side="right"))
-        marks.phrases.append(" ".join(match.group().lower().split()))
-        marks.spans.append((max(first, 1), last))
+        marks.phrases.append(" ".join(match[1].lower().split()))
+        marks.spans.append((max(1, int(np.searchsorted(first_at, start, side="right"))), ends[end]))
     for word in _WORD.finditer(text):
-        if not inside[word.start() : word.end()].any() and word.end() in ends:
-            marks.places["other"].append(ends[word.end()])
+        if inside[word.start() : word.end()].any() or word.end() not in ends or _may_be_cut(*word.span(), text, window):
+            continue
+        marks.places["same_word" if word[0].lower() in last_words else "other"].append(ends[word.end()])
     return marks
 
 
+def _may_be_cut(start: int, end: int, text: str, window: Window) -> bool:
+    """Whether more of a word may have stood beyond the window's edge."""
+    return end == len(text) or (start == 0 and not window.is_beginning)
+
+
+def _last_words(phrases: Sequence[str]) -> frozenset[str]:
+    """The last words of the phrases, in lower case."""
+    found = (_WORD.findall(phrase.lower()) for phrase in phrases)
+    return frozenset(words[-1] for words in found if words)
+
+
 def _means(sums: np.ndarray) -> dict[str, Any]:
-    """Means and their differences, from sums and numbers of positions per document and place, ``[D, 3, 2]``."""
+    """Means and their differences, from sums and numbers of positions per document and place, ``[D, 4, 2]``."""
 
     def mean(place: int) -> Any:
         return lambda totals: totals[:, place, 0] / totals[:, place, 1]

@@ -14,8 +14,8 @@ from engram.errors import ConfigError, DataError
 
 __all__ = ["find_phrases", "read_phrases"]
 
-_WORDS = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]{2,})*")
-"""A run of words of two letters and more with one space between them."""
+_WORDS = re.compile(r"(?<!\w)[^\W\d_]{2,}(?!\w)(?: [^\W\d_]{2,}(?!\w))*")
+"""A run of words of two letters and more with one space between them; a piece of an identifier is no word."""
 
 
 def find_phrases(texts: Iterable[str], count: int = 20, documents: int = 5, bits: float = 6.0) -> list[str]:
@@ -25,7 +25,7 @@ def find_phrases(texts: Iterable[str], count: int = 20, documents: int = 5, bits
     counts words.
 
     Args:
-        texts: documents, what a memory was trained on for instance.
+        texts: documents, what a memory was trained on for instance, in a script that puts spaces between words.
         count: how often a pair must occur at least.
         documents: in how many documents at least; a pair of one document is its author's, not the language's.
         bits: pointwise mutual information that it must have at least.

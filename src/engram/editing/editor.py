@@ -27,7 +27,7 @@ from engram.editing.teaching import Progress, Teaching
 from engram.errors import CheckpointError, ConfigError, TeachError
 from engram.evaluation.generation import padding_id
 from engram.models import EngramModel, find_decoder, get_engram_model
-from engram.models.hub import local_folder, unplaced
+from engram.models.hub import found_at
 from engram.models.identity import attached_identity, identity_mismatch
 from engram.tables import VerifiedTable
 
@@ -126,13 +126,13 @@ class MemoryEditor:
         Raises:
             CheckpointError, FingerprintError, ConfigError, AttachError: as ``EngramModel.from_pretrained``.
         """
-        fetched = local_folder(path, revision, token)
-        placement = None if fetched is None else unplaced(fetched)
-        path = path if fetched is None else fetched
-        memory = EngramModel.from_pretrained(model, path, tokenizer, placement, allow_other_base=allow_other_base)
+        folder, _ = found_at(path, revision, token)
+        memory = EngramModel.from_pretrained(
+            model, path, tokenizer, allow_other_base=allow_other_base, revision=revision, token=token
+        )
         try:
             editor = cls(memory, tokenizer)
-            editor._checked_on = read_description(path).get("base_model") or {}
+            editor._checked_on = read_description(folder).get("base_model") or {}
             return editor
         except BaseException:
             memory.unload()

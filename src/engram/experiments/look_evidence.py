@@ -57,16 +57,19 @@ def alignment(results: Results) -> Iterator[Evidence]:
 
 
 def phrase_gates(results: Results) -> Iterator[Evidence]:
-    """Gates at ends of phrases less those at ends of other words, layer by layer of one model."""
+    """Gates at ends of phrases less those at the same words elsewhere, layer by layer of one model."""
     for where, result in results.get("look", {}).items():
         found = (result.get("phrases") or {}).get("layers", {})
-        differences = [layer["completes_less_other"] for layer in found.values()]
-        if not differences or any(difference["mean"] is None for difference in differences):
+        differences = [layer["completes_less_same_word"] for layer in found.values()]
+        if not differences:
+            continue
+        if any(difference["mean"] is None for difference in differences):
+            yield Evidence(CANNOT_TELL, where, unit="of a gate", note="the last words of phrases were not seen elsewhere")
             continue
         verdicts = [sign_verdict(d["low"], d["high"], 1) for d in differences]
         mean = math.fsum(d["mean"] for d in differences) / len(differences)
         note = (
-            f"ends of {result['phrases']['occurrences']:,} phrases less ends of other words; {len(verdicts)} layers: "
+            f"ends of {result['phrases']['occurrences']:,} phrases less the same words elsewhere; {len(verdicts)} layers: "
             f"{verdicts.count(AGREES)} with an interval over documents above zero, {verdicts.count(DISAGREES)} below; one model, and seeds "
             "were not varied"
         )

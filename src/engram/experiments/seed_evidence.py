@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from engram.experiments.evidence import Evidence, Results, sign_verdict
+from engram.experiments.evidence import CANNOT_TELL, Evidence, Results, sign_verdict
 from engram.experiments.statistics import mean_interval
 
 __all__ = [
     "LOOKS",
     "MEMORY_OFF",
     "alignment",
+    "arms_of",
     "early_blocks",
     "kept",
     "logit_lens",
@@ -38,7 +40,9 @@ def logit_lens(results: Results) -> Iterator[Evidence]:
 
 
 def alignment(results: Results) -> Iterator[Evidence]:
-    """How many blocks further the soft alignment index of early blocks is than that of another seed's model without a memory."""
+    """How many blocks further the soft alignment index of early blocks is than that of a model without a memory of the same seed, both beside
+    another seed's model without.
+    """
     for where, looks in _looks(results):
         found = [look["cka"] for look in looks]
         if any("without" not in alike for alike in found):
@@ -46,50 +50,68 @@ def alignment(results: Results) -> Iterator[Evidence]:
         early = early_blocks(looks[0])
         ahead = [[alike[kind]["soft_alignment"] for kind in ("memory", "without")] for alike in found]
         values = [_mean(memory[block] - without[block] for block in early) for memory, without in ahead]
-        note = f"mean of {_blocks(early)}; less the index of another seed's model without a memory, both beside the same model without"
+        note = f"mean of {_blocks(early)}; less the index without a memory, both beside another seed's model without; values share models"
         yield _over_seeds(where, values, "blocks ahead", note)
 
 
 def phrase_gates(results: Results) -> Iterator[Evidence]:
-    """Gates at ends of phrases less those at ends of other words, mean over layers with a memory."""
+    """Gates at ends of phrases less those at the same words elsewhere, mean over layers with a memory."""
     for where, looks in _looks(results):
         found = [look["phrases"]["layers"] for look in looks]
-        if any(layer["completes_less_other"]["mean"] is None for layers in found for layer in layers.values()):
+        told = {place: _over_layers(found, f"completes_less_{place}") for place in ("same_word", "begins", "other")}
+        same = told["same_word"]
+        if same is None:
+            yield Evidence(
+                CANNOT_TELL, where, unit="of a gate", note="the last words of phrases were not seen elsewhere in every look"
+            )
             continue
-        values, begins = (
-            [_mean(layer[name]["mean"] or 0.0 for layer in layers.values()) for layers in found]
-            for name in ("completes_less_other", "completes_less_begins")
-        )
-        note = f"ends of phrases less ends of other words; less ends of their own first words {_told(begins)}"
-        yield _over_seeds(where, values, "of a gate", note)
+        beside = [f"less {name} {_told(told[place])}" for place, name in _BESIDE.items()]
+        yield _over_seeds(where, same, "of a gate", f"ends of phrases less the same words elsewhere; {', '.join(beside)}")
+
+
+_BESIDE = {"begins": "ends of their own first words", "other": "ends of other words"}
 
 
 def memory_off(results: Results) -> Iterator[Evidence]:
     """Share of exact answers that is kept with the memory off: of reading less of facts, for models that were pretrained with their memory and
-    always read it.
+    always read it. All seeds go on from one pretraining, which is told and keeps the verdict back.
     """
     for where, result in results.get("memory_off", {}).items():
-        arms: dict[str, list[Mapping[str, Any]]] = {}
-        for entry in result["entries"]:
-            if entry["start"] != "empty" and not entry["memory_dropout"]:
-                arms.setdefault(entry["arm"], []).append(entry[MEMORY_OFF])
-        for arm, found in arms.items():
-            facts, reading = ([kept(entry, group) for entry in found] for group in ("facts", "reading"))
-            values = [100 * (read - fact) for read, fact in zip(reading, facts)]
-            note = f"{arm!r}: kept of reading {_percent(reading)}, less kept of facts {_percent(facts)}"
-            yield _over_seeds(where, values, "percentage points", note)
+        for arm, found in arms_of(result).items():
+            entry = next(entry for entry in result["entries"] if entry["arm"] == arm)
+            if entry["start"] == "empty" or entry["memory_dropout"]:
+                continue
+            shares = {group: kept(found, group) for group in ("reading", "facts", "known before")}
+            if shares["reading"] is None or shares["facts"] is None:
+                yield Evidence(
+                    CANNOT_TELL, where, unit="percentage points", note=f"{arm!r}: nothing was exact with the memory on"
+                )
+                continue
+            values = [100 * (read - fact) for read, fact in zip(shares["reading"], shares["facts"])]
+            parts = [f"{name} {_percent(values)}" for name, values in shares.items() if values]
+            note = f"{arm!r}, facts taught after pretraining; kept of {', of '.join(parts)}; all seeds go on from one pretrained model"
+            told = _over_seeds(where, values, "percentage points", note)
+            yield replace(told, verdict=CANNOT_TELL)
+
+
+def arms_of(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """What was found with the memory on and off, for each seed of each arm."""
+    arms: dict[str, list[Mapping[str, Any]]] = {entry["arm"]: [] for entry in result["entries"]}
+    for entry in sorted(result["entries"], key=lambda entry: entry["seed"]):
+        arms[entry["arm"]].append(entry[MEMORY_OFF])
+    return arms
+
+
+def kept(found: Sequence[Mapping[str, Any]], group: str) -> list[float] | None:
+    """Exact answers with the memory off as a share of those with it on, seed by seed; None where a seed has none to keep."""
+    exact = [[total(entry[state], group)[0] for state in ("on", "off")] for entry in found]
+    return [off / on for on, off in exact] if all(on for on, _ in exact) else None
 
 
 def total(found: Mapping[str, Any], group: str) -> tuple[int, int]:
     """Exact answers and all of a group of questions, ``{question: [exact, asked]}``."""
     exact, asked = (sum(numbers) for numbers in zip(*found[group].values()))
     return exact, asked
-
-
-def kept(found: Mapping[str, Any], group: str) -> float:
-    """Exact answers with the memory off as a share of those with it on; NaN where there are none."""
-    on, off = (total(found[state], group)[0] for state in ("on", "off"))
-    return off / on if on else math.nan
 
 
 def early_blocks(look: Mapping[str, Any]) -> range:
@@ -110,7 +132,15 @@ def _over_seeds(where: str, values: Sequence[float], unit: str, note: str) -> Ev
     return Evidence(sign_verdict(found["low"], found["high"], 1), where, found["mean"], found["low"], found["high"], unit, note)
 
 
-def _told(values: Sequence[float]) -> str:
+def _over_layers(looks: Sequence[Mapping[str, Any]], name: str) -> list[float] | None:
+    """Means over layers, seed by seed; None where one is not known."""
+    values = [[layer[name]["mean"] for layer in layers.values()] for layers in looks]
+    return None if any(value is None for of_seed in values for value in of_seed) else [_mean(of_seed) for of_seed in values]
+
+
+def _told(values: Sequence[float] | None) -> str:
+    if values is None:
+        return "not known"
     found = mean_interval(values)
     ends = "" if found["low"] is None else f" [{found['low']:+.3f}, {found['high']:+.3f}]"
     return f"{found['mean']:+.3f}{ends}"
@@ -125,6 +155,6 @@ def _blocks(blocks: range) -> str:
     return f"blocks {blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"
 
 
-def _mean(values: Iterator[float]) -> float:
+def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return math.fsum(found) / len(found)

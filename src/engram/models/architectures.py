@@ -161,7 +161,6 @@ ARCHITECTURES: dict[str, DecoderLayout] = {
     "gpt_neox": DecoderLayout("gpt_neox", "layers"),
     "gpt_neox_japanese": DecoderLayout("gpt_neox_japanese", "layers"),
     "idefics3": DecoderLayout("model", "text_model.layers"),
-    "llama4": DecoderLayout("language_model.model", "layers"),
     "opt": DecoderLayout("model.decoder", "layers"),
     "smolvlm": DecoderLayout("model", "text_model.layers"),
 }

@@ -9,7 +9,6 @@ from typing import Any, Literal, overload
 
 import torch
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -63,7 +62,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
     """
     with _readable_errors(name):
         path = _place(name)
-        model = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=dtype)
+        model = _class_for(path).from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
     if name == BUNDLED_NAME:
         model.config._name_or_path = BUNDLED_NAME  # the same identity wherever the package is installed
@@ -71,13 +70,20 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
 
 
 def auto_class(config: Any) -> Any:
-    """What of transformers makes a model that generates text: ``AutoModelForCausalLM``, or ``AutoModelForImageTextToText`` for models that are
-    made by that alone.
+    """What of transformers makes a model that generates text: ``AutoModelForImageTextToText`` of one that takes pictures too, whole, for
+    ``AutoModelForCausalLM`` makes the text part of some; else that.
     """
-    only_with_pictures = (
-        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    )
-    return AutoModelForImageTextToText if only_with_pictures else AutoModelForCausalLM
+    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+
+
+def _class_for(path: str) -> Any:
+    """As ``auto_class``, of what lies there. A folder of adapters (peft) has no config of a model: that of their base is found by
+    ``AutoModelForCausalLM``, which also says best what else is amiss.
+    """
+    try:
+        return auto_class(AutoConfig.from_pretrained(path))
+    except (OSError, ValueError):
+        return AutoModelForCausalLM
 
 
 def load_tokenizer(name: str) -> Any:

@@ -418,13 +418,14 @@ class EngramModel(nn.Module):
             CheckpointError, FingerprintError, ConfigError, AttachError: see ``load_memory`` and ``get_engram_model``; the model is
                 left as it was.
         """
-        from engram.models.hub import local_folder, unplaced
+        from engram.models.hub import found_at
 
-        fetched = local_folder(path, revision, token)
-        if fetched is not None:
-            path, table_config = fetched, table_config or unplaced(fetched)
-        options = (rollback_window, allow_other_base, mapping, layer_class)
-        return again_if_saved(path, lambda: cls._load(model, path, tokenizer, table_config, *options))
+        folder, placement = found_at(path, revision, token)
+        options = (table_config or placement, rollback_window, allow_other_base, mapping, layer_class)
+        memory = again_if_saved(folder, lambda: cls._load(model, folder, tokenizer, *options))
+        if folder is not path:  # a cache's folder is of this machine alone, and may be gone tomorrow
+            memory.folder = os.fspath(path)
+        return memory
 
     @classmethod
     def _load(

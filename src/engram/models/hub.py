@@ -18,7 +18,7 @@ from engram.tables import is_sharded
 if TYPE_CHECKING:
     from engram.models.engram_model import EngramModel
 
-__all__ = ["local_folder", "push_memory", "unplaced"]
+__all__ = ["found_at", "push_memory"]
 
 _EACH_SAVE = ["engram-*.safetensors", "engram-*.ledger.json"]
 """Files of a saved memory whose names every save makes anew."""
@@ -45,10 +45,14 @@ def push_memory(memory: EngramModel, repo_id: str, commit_message: str, private:
     return commit.commit_url
 
 
-def local_folder(path: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None) -> Path | None:
-    """Where a memory named by its repository on the hub (``owner/name``) lies on this machine, fetched if need be; None for a folder.
+def found_at(
+    path: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None
+) -> tuple[str | os.PathLike[str], TableConfig | None]:
+    """The folder of a memory, and where its rows shall be if nobody says: of a folder, itself and as it was placed (None).
 
-    What is here comes first: a name is one of the hub only if there is no such folder, and it does not begin with one that there is.
+    Of a name on the hub (``owner/name``) it is what was fetched, and rows go to the model's device in their own format, for what somebody
+    else's memory says of paths is not for this machine. What is here comes first: a name is one of the hub only if there is no such folder, and
+    it does not begin with one that there is.
 
     Args:
         path: what was given in the place of a folder; only a text may be a name.
@@ -59,33 +63,28 @@ def local_folder(path: str | os.PathLike[str], revision: str | None = None, toke
         CheckpointError: there is no such memory, or it cannot be fetched.
         ConfigError: a revision of a folder was asked for.
     """
-    if not isinstance(path, str) or os.path.isdir(path) or path.count("/") != 1 or is_path(path):
+    is_name = isinstance(path, str) and path.count("/") == 1 and not os.path.isdir(path) and not is_path(path)
+    if not is_name:
         if revision is not None:
             raise ConfigError(
-                f"revision: got {revision!r} of {os.fspath(path)}, a folder; only a name on the hub has revisions."
+                f"revision: got {revision!r} of {os.fspath(path)!r}, which is taken for a folder; expected it with a name on the hub: "
+                "owner/name, where there is no folder here that is called so or like the owner."
             )
-        return None
+        return path, None
     try:
-        found = HfApi(token=token).snapshot_download(
-            path, revision=revision, allow_patterns=[DESCRIPTION_NAME, *_EACH_SAVE], token=token
+        found = Path(
+            HfApi(token=token).snapshot_download(
+                os.fspath(path), revision=revision, allow_patterns=[DESCRIPTION_NAME, *_EACH_SAVE]
+            )
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a network the client passes on many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"no memory in {path}, and none of this name could be fetched from the hub: {reason.rstrip('.')}. Expected a folder of a saved "
             "memory, or the name of a repository that has one."
         ) from error
-    if not (Path(found) / DESCRIPTION_NAME).is_file():
+    if not (found / DESCRIPTION_NAME).is_file():
         raise CheckpointError(
             f"{path} on the hub holds no memory: {DESCRIPTION_NAME} is missing; expected what push_to_hub uploaded."
         )
-    return Path(found)
-
-
-def unplaced(folder: Path) -> TableConfig:
-    """Rows on the model's device in the format they were saved in: what somebody else's memory says of paths is not for this machine.
-
-    Raises:
-        CheckpointError: the folder's description cannot be read.
-    """
-    return TableConfig(dtype=read_description(folder).get("table_dtype", "float32"))
+    return found, TableConfig(dtype=read_description(found).get("table_dtype", "float32"))

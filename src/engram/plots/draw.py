@@ -19,7 +19,7 @@ __all__ = ["draw_result", "plot_copying", "plot_recall", "plot_throughput"]
 
 _LOOKS = {
     "gates": "How far the memory is let in, by token and layer, and how often how far by kind of text. White: closed. Dark red: open.",
-    "phrases": "Gates where the phrases that were named begin and end, and where other words end.",
+    "phrases": "Gates where the phrases that were named begin and end, at their last words elsewhere, and where other words end.",
     "logit_lens": "Divergence of what the model would say after each block from what it says in the end, with 95 % intervals over documents.",
     "cka": "Similarity of layers (linear CKA, unbiased); dashed: the soft alignment index.",
     "memory_off": "Losses with the trained memory on and off, and what is kept, by kind of text and of token.",

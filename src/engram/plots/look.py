@@ -9,10 +9,22 @@ from typing import Any
 
 from engram.plots.figure import COLOURS, new_figure, save_figure
 
-__all__ = ["PHRASE_PLACES", "named_subjects", "plot_look"]
+__all__ = ["PHRASE_COLUMNS", "PHRASE_PLACES", "named_subjects", "plot_look"]
 
-PHRASE_PLACES = {"begins": "end of a phrase's first word", "completes": "end of a phrase", "other": "end of another word"}
+PHRASE_PLACES = {
+    "begins": "end of a phrase's first word",
+    "completes": "end of a phrase",
+    "same_word": "its last word elsewhere",
+    "other": "end of another word",
+}
 """What the places of ``phrase_gates`` are called."""
+PHRASE_COLUMNS = {
+    **PHRASE_PLACES,
+    "completes_less_begins": "end less first word",
+    "completes_less_same_word": "end less same word elsewhere",
+    "completes_less_other": "end less other words",
+}
+"""The same with their differences."""
 
 _LABEL_LENGTH = 34
 _BARS = 12
@@ -90,7 +102,7 @@ def _phrases(result: Mapping[str, Any], folder: Path) -> list[Path]:
     figure, (axis,) = new_figure(1, width=6.0, height=1.4 + 0.5 * len(result["layers"]))
     for number, (place, label) in enumerate(PHRASE_PLACES.items()):
         entries = [layer[place] for layer in result["layers"].values()]
-        _intervals(axis, [row + 0.2 * (number - 1) for row in range(len(entries))], entries, label, number)
+        _intervals(axis, [row + 0.2 * (number - 1.5) for row in range(len(entries))], entries, label, number)
     axis.set_yticks(range(len(result["layers"])), [f"layer {layer}" for layer in result["layers"]])
     axis.set(xlabel="gate", xlim=(0, 1), ylim=(len(result["layers"]) - 0.5, -0.5))
     axis.legend(frameon=False, fontsize=8)

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from engram.plots.look import PHRASE_PLACES, named_subjects
+from engram.plots.look import PHRASE_COLUMNS, named_subjects
 from engram.plots.report import heat_map, html_page
 
 __all__ = ["render_look"]
@@ -17,8 +17,8 @@ _HEADINGS = {
     "gates": ("Gates", "How far the memory is let in, by token and layer. White: closed. Dark red: open."),
     "phrases": (
         "Ends of phrases",
-        "Mean gate at the last token of the phrases that were named, beside the end of their first word and the ends of other words. 95 % "
-        "intervals over documents.",
+        "Mean gate at the last token of the phrases that were named, beside the end of their first word, their last word where it stands "
+        "elsewhere, and the ends of other words. 95 % intervals over documents.",
     ),
     "logit_lens": (
         "Logit lens",
@@ -126,7 +126,7 @@ def _phrases(result: Mapping[str, Any]) -> str:
         f"frequent: {escape(', '.join(list(result['phrases'])[:_SHOWN_PHRASES]))}.</p>"
     )
     rows = [
-        (f"layer {layer}", *(_interval(entry[name]) for name in _PHRASE_COLUMNS)) for layer, entry in result["layers"].items()
+        (f"layer {layer}", *(_interval(entry[name]) for name in PHRASE_COLUMNS)) for layer, entry in result["layers"].items()
     ]
     examples = [
         (
@@ -135,17 +135,10 @@ def _phrases(result: Mapping[str, Any]) -> str:
         )
         for e in result["examples"][:_SHOWN_PHRASES]
     ]
-    return (
-        told + _table(("mean gate", *_PHRASE_COLUMNS.values()), rows) + _table(("phrase", "tokens and their gates"), examples)
-    )
+    return told + _table(("mean gate", *PHRASE_COLUMNS.values()), rows) + _table(("phrase", "tokens and their gates"), examples)
 
 
 _SHOWN_PHRASES = 12
-_PHRASE_COLUMNS = {
-    **PHRASE_PLACES,
-    "completes_less_begins": "end less first word",
-    "completes_less_other": "end less other words",
-}
 
 
 def _logit_lens(result: Mapping[str, Any]) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engram.experiments.seed_evidence import LOOKS, MEMORY_OFF, total
+from engram.experiments.seed_evidence import LOOKS, arms_of, kept, total
 from engram.experiments.statistics import mean_interval
-from engram.plots.look import PHRASE_PLACES
+from engram.plots.look import PHRASE_COLUMNS
 from engram.plots.markdown import count, interval, literal_text, plural, table
 
-__all__ = ["KEPT_GROUPS", "arms_of", "kept_interval", "looks_by_seed", "memory_off"]
+__all__ = ["KEPT_GROUPS", "kept_interval", "looks_by_seed", "memory_off"]
 
-KEPT_GROUPS = {"facts": "facts", "reading": "reading", "known before": "known before"}
-"""Groups of questions in a result on memories switched off, and what they are called."""
+KEPT_GROUPS = ("facts", "reading", "known before")
+"""Groups of questions in a result on memories switched off."""
 
 _PHRASES = 12
 
@@ -26,7 +26,7 @@ def looks_by_seed(result: Mapping[str, Any]) -> list[str]:
     documents = sum(kind["documents"] for kind in texts[0]["kinds"].values())
     modules = ", ".join(map(str, looks[0]["layer_ids"]))
     return [
-        f"{plural(len(looks), 'training')} of either kind, equal in parameters, operations, text and order of text; memory at blocks "
+        f"{plural(len(looks), 'training')} of either kind on the same text; memory at blocks "
         f"{modules}, counted from 0. Looked at: {tokens} tokens of {plural(documents, 'held-out document')}.",
         *_runs(result),
         _lens(looks),
@@ -70,19 +70,18 @@ def _alignment(looks: Sequence[Mapping[str, Any]]) -> list[str]:
         rows.append((str(block), *means, interval(ahead, 2, signed=True)))
     top, blocks = found[0]["memory"]["top"], len(found[0]["memory"]["map"][0])
     return [
-        table(("block", "index, with memory", "index, another seed without", "blocks ahead"), rows, right=range(4)),
-        f"Soft alignment index: the mean place of the {top} of {blocks} blocks of the model without a memory that are most similar to this "
-        "one. It is pulled to the middle whatever is compared; what a memory does is its difference to a model without one of another seed.",
+        table(("block", "index, with memory", "index, without", "blocks ahead"), rows, right=range(4)),
+        f"Soft alignment index: the mean place of the {top} of {blocks} blocks of another seed's model without a memory that are most similar "
+        "to this one. It is pulled to the middle whatever is compared, so a model without one stands beside it, compared with the very same.",
     ]
 
 
 def _phrases(looks: Sequence[Mapping[str, Any]]) -> list[str]:
     found = [look["phrases"] for look in looks]
-    columns = {**PHRASE_PLACES, "completes_less_begins": "end less first word", "completes_less_other": "end less other words"}
     rows = []
     for layer in found[0]["layers"]:
         cells = []
-        for name in columns:
+        for name in PHRASE_COLUMNS:
             values = [phrases["layers"][layer][name]["mean"] for phrases in found]
             known = None if None in values else mean_interval(values)
             cells.append(interval(known, 3, signed=name.startswith("completes_less")))
@@ -90,7 +89,7 @@ def _phrases(looks: Sequence[Mapping[str, Any]]) -> list[str]:
     occurrences = ", ".join(count(phrases["occurrences"]) for phrases in found)
     frequent = ", ".join(list(found[0]["phrases"])[:_PHRASES])
     return [
-        table(("layer", *columns.values()), rows, right=range(6)),
+        table(("layer", *PHRASE_COLUMNS.values()), rows, right=range(8)),
         f"Gates where phrases end: pairs of words that stand together in the text each run was trained on (`find_phrases`), {occurrences} "
         f"occurrences by seed in what was looked at. The most frequent: {literal_text(frequent)}.",
     ]
@@ -101,8 +100,10 @@ def memory_off(result: Mapping[str, Any]) -> list[str]:
     before, parts = result["before"], []
     rows, details = [], []
     for arm, found in arms_of(result).items():
-        for group, name in KEPT_GROUPS.items():
-            rows.append((literal_text(arm), name, *_states(found, group), interval(kept_interval(found, group), 1, factor=100)))
+        for group in KEPT_GROUPS:
+            rows.append(
+                (literal_text(arm), group, *_states(found, group), interval(kept_interval(found, group), 1, factor=100))
+            )
         losses = [mean_interval([entry[state]["held_out_loss"] for entry in found]) for state in ("on", "off")]
         lost = mean_interval([entry["off"]["held_out_loss"] - entry["on"]["held_out_loss"] for entry in found])
         told = " and ".join(f"{loss['mean']:.3f}" for loss in losses)
@@ -113,7 +114,15 @@ def memory_off(result: Mapping[str, Any]) -> list[str]:
                     {state: {group: {question: entry[state][group][question]}} for state in ("on", "off")} for entry in found
                 ]
                 exact, asked = before[group][question]
-                cells = (literal_text(arm), literal_text(f"{group}: {question}"), count(asked), f"{100 * exact / asked:.1f}")
+                chance = result.get("chance", {}).get(question)
+                at_random = "–" if chance is None else f"{100 * chance:.1f}"
+                cells = (
+                    literal_text(arm),
+                    literal_text(f"{group}: {question}"),
+                    count(asked),
+                    at_random,
+                    f"{100 * exact / asked:.1f}",
+                )
                 details.append((*cells, *_states(own, group), interval(kept_interval(own, group), 1, factor=100)))
     seeds = len({entry["seed"] for entry in result["entries"]})
     return [
@@ -124,23 +133,17 @@ def memory_off(result: Mapping[str, Any]) -> list[str]:
         f"Held-out loss on ordinary text with the memory on and off, nats per token: {'; '.join(parts)}; before "
         f"{before['held_out_loss']:.3f} (the model alone).",
         table(
-            ("arm", "question", "asked", "before, %", "memory on, %", "memory off, %", "kept, %"), details, right=range(2, 7)
+            ("arm", "question", "asked", "copying at random, %", "before, %", "memory on, %", "memory off, %", "kept, %"),
+            details,
+            right=range(2, 8),
         ),
     ]
 
 
-def arms_of(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """What was found with the memory on and off, for each seed of each arm."""
-    arms: dict[str, list[Mapping[str, Any]]] = {}
-    for entry in sorted(result["entries"], key=lambda entry: entry["seed"]):
-        arms.setdefault(entry["arm"], []).append(entry[MEMORY_OFF])
-    return {entry["arm"]: arms[entry["arm"]] for entry in result["entries"]}
-
-
 def kept_interval(found: Sequence[Mapping[str, Any]], group: str) -> dict[str, Any] | None:
     """Share kept with the memory off, mean over seeds with its interval; None where a seed has no exact answer to keep."""
-    exact = [[total(entry[state], group)[0] for state in ("on", "off")] for entry in found]
-    return mean_interval([off / on for on, off in exact]) if all(on for on, _ in exact) else None
+    shares = kept(found, group)
+    return None if shares is None else mean_interval(shares)
 
 
 def _states(found: Sequence[Mapping[str, Any]], group: str) -> tuple[str, str]:

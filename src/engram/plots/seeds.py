@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engram.experiments.seed_evidence import LOOKS
+from engram.experiments.seed_evidence import LOOKS, arms_of
 from engram.experiments.statistics import mean_interval
 from engram.plots.figure import COLOURS, Picture, new_figure, save_figure
 from engram.plots.look import PHRASE_PLACES
 from engram.plots.marks import colour_of, draw_mean, literal
-from engram.plots.report_seeds import KEPT_GROUPS, arms_of, kept_interval
+from engram.plots.report_seeds import KEPT_GROUPS, kept_interval
 
 __all__ = ["plot_looks_by_seed", "plot_memory_off"]
 
@@ -42,8 +42,8 @@ def plot_looks_by_seed(entries: Sequence[Mapping[str, Any]], path: Path) -> Pict
     for axis in axes:
         axis.legend(frameon=False, fontsize=8)
     caption = (
-        "By seed: divergence of what the model would say after each block from what it says in the end; where the blocks of a model without a "
-        "memory stand that are most similar (grey: to another seed's model without one); gates where phrases end, with 95 % intervals "
+        "By seed: divergence of what the model would say after each block from what it says in the end; where the blocks of another seed's "
+        "model without a memory stand that are most similar (grey: to a model without one); gates where phrases end, with 95 % intervals "
         "over seeds."
     )
     return Picture(save_figure(figure, path), caption)
@@ -56,7 +56,7 @@ def _draw_phrases(axis: Any, looks: Sequence[Mapping[str, Any]]) -> None:
             values = [look["phrases"]["layers"][layer][place]["mean"] for look in looks]
             if None not in values:
                 named = None if row else label
-                draw_mean(axis, row + 0.15 * (number - 1), mean_interval(values), colour_of(number), flat=True, label=named)
+                draw_mean(axis, row + 0.15 * (number - 1.5), mean_interval(values), colour_of(number), flat=True, label=named)
     axis.set_yticks(range(len(layers)), [f"layer {layer}" for layer in layers])
     axis.set(xlabel="gate", xlim=(0, 1), ylim=(len(layers) - 0.5, -0.5), title="gates where words end")
 
@@ -81,11 +81,11 @@ def plot_memory_off(result: Mapping[str, Any], path: Path) -> Picture:
                 draw_mean(axes[0], row + 0.2 * (number - 1), in_percent, colour_of(number), flat=True)
         axes[1].plot([], [], color=colour_of(number), label=literal(arm))
         for entry in result["entries"]:
-            if entry["arm"] == arm:
+            if entry["arm"] == arm and entry["curve"]:
                 for state, style in (("on", "-"), ("off", "--")):
                     points = [(point["step"], 100 * point[state]["facts"]) for point in entry["curve"]]
                     axes[1].plot(*zip(*points), style, lw=1, color=colour_of(number))
-    axes[0].set_yticks(range(len(KEPT_GROUPS)), list(KEPT_GROUPS.values()))
+    axes[0].set_yticks(range(len(KEPT_GROUPS)), list(KEPT_GROUPS))
     axes[0].set(xlabel="exact answers kept with the memory off, %", ylim=(len(KEPT_GROUPS) - 0.5, -0.5))
     axes[0].axvline(100, color="#333333", lw=0.6)
     axes[1].legend(frameon=False, fontsize=8)

@@ -351,11 +351,6 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "idefics3": _with_pictures("llama", _COMMON),
     "internvl": _with_pictures("qwen2", _COMMON, {**_VISION, "image_size": [28, 28], "patch_size": [14, 14]}),
     "lfm2_vl": _with_pictures("lfm2", {**_COMMON, **_SHORT_CONV}),
-    "llama4": _with_pictures(
-        "llama4_text",
-        {**_COMMON, **_HEAD, "num_local_experts": 2, "intermediate_size_mlp": 48},
-        {**_VISION, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
-    ),
     "llava": _with_pictures("llama", _COMMON, {"model_type": "clip_vision_model", **_VISION}),
     "llava_next": _with_pictures("llama", _COMMON, {"model_type": "clip_vision_model", **_VISION}),
     "mistral3": _with_pictures("mistral", {**_COMMON, **_HEAD}, {"model_type": "pixtral", **_VISION, "image_size": 56}),

@@ -114,6 +114,7 @@ def test_the_readmes_tables_are_those_of_the_results():
         "copying",
         "looks",
         "memory_off",
+        "own_tables",
     ],
 )
 def test_every_benchmark_runs(name, tmp_path):

@@ -30,6 +30,8 @@ def read(path):
         "gpu --quick",
         "train_step --quick",
         "processes --quick",
+        "own_tables --quick",
+        "own_tables --gigabytes 1",
         "train_step --kinds sparse",
         "baselines --every 40",
         "baselines --epochs 1",

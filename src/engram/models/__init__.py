@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from engram.models.architectures import ARCHITECTURES, DecoderLayout, find_decoder, register_architecture
     from engram.models.bundled import load_bundled, load_model
     from engram.models.engram_model import EngramModel, get_engram_model
+    from engram.models.placed import PlacedEmbedding, load_placed, place_embeddings
     from engram.models.router import EngramRouter, LearnedRouter, Router, RouteRule
     from engram.models.static_decoding import StaticDecoder
 
@@ -17,6 +18,7 @@ _HOMES = {
     "EngramModel": "engram.models.engram_model",
     "EngramRouter": "engram.models.router",
     "LearnedRouter": "engram.models.router",
+    "PlacedEmbedding": "engram.models.placed",
     "RouteRule": "engram.models.router",
     "Router": "engram.models.router",
     "StaticDecoder": "engram.models.static_decoding",
@@ -24,6 +26,8 @@ _HOMES = {
     "get_engram_model": "engram.models.engram_model",
     "load_bundled": "engram.models.bundled",
     "load_model": "engram.models.bundled",
+    "load_placed": "engram.models.placed",
+    "place_embeddings": "engram.models.placed",
     "register_architecture": "engram.models.architectures",
 }
 
@@ -33,6 +37,7 @@ __all__ = [
     "EngramModel",
     "EngramRouter",
     "LearnedRouter",
+    "PlacedEmbedding",
     "RouteRule",
     "Router",
     "StaticDecoder",
@@ -40,6 +45,8 @@ __all__ = [
     "get_engram_model",
     "load_bundled",
     "load_model",
+    "load_placed",
+    "place_embeddings",
     "register_architecture",
 ]
 

@@ -2,9 +2,9 @@
 
 Training goes on, of all weights, on blocks of three kinds in equal shares: facts that the model does not know (`facts.yaml`, every phrasing as
 a line of its own), questions about what was noted earlier in a text (`long_context_mix`; names and numbers are drawn by chance, so that
-nothing but reading answers them), and its own training text. Then the same prompts are asked with the memory on and off: the facts, notes
-with names and numbers that training never used, and capitals, which the model knew before. Nobody says what goes where: weights alone can
-learn all of these facts (full fine-tuning in results/baselines.json), and so could they here.
+nothing but reading answers them), and the standard library's part of its training text. Then the same prompts are asked with the memory on and
+off: the facts, notes with names and numbers that training never used, and capitals, which the model knew before and which stand in none of
+these blocks. Nobody says what goes where: weights alone can learn all of these facts (full fine-tuning in results/baselines.json).
 
 Arms: the bundled model with the memory that it was pretrained with (three sequences in ten without it), which from here on is always read, as
 in the paper, or is not by three sequences in ten (`memory_dropout`); and the bundled model with a new, empty memory, always read. Steps and

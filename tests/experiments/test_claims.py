@@ -327,8 +327,8 @@ def test_gates_of_one_model_tell_nothing_of_others():
 def test_what_is_kept_with_the_memory_off_is_of_one_pretraining(changes, value):
     (found,) = verdicts("memory_off", made_up.memory_off(**changes), "memory_off")
     assert (found["verdict"], found["value"]) == ("cannot tell", pytest.approx(value))
-    assert "'together', facts taught after pretraining; kept of reading" in found["note"]  # and always read
-    assert "of known before 100 %; all seeds go on from one pretrained model" in found["note"]
+    assert "'together', facts taught after pretraining: kept of reading" in found["note"]  # and always read
+    assert "all seeds go on from one pretrained model" in found["note"]
 
 
 def test_a_share_of_nothing_is_no_evidence():

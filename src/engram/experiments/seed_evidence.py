@@ -81,17 +81,16 @@ def memory_off(results: Results) -> Iterator[Evidence]:
             entry = next(entry for entry in result["entries"] if entry["arm"] == arm)
             if entry["start"] == "empty" or entry["memory_dropout"]:
                 continue
-            shares = {group: kept(found, group) for group in ("reading", "facts", "known before")}
+            shares = {group: kept(found, group) for group in ("reading", "facts")}
             if shares["reading"] is None or shares["facts"] is None:
                 yield Evidence(
                     CANNOT_TELL, where, unit="percentage points", note=f"{arm!r}: nothing was exact with the memory on"
                 )
                 continue
             values = [100 * (read - fact) for read, fact in zip(shares["reading"], shares["facts"])]
-            parts = [f"{name} {_percent(values)}" for name, values in shares.items() if values]
-            note = f"{arm!r}, facts taught after pretraining; kept of {', of '.join(parts)}; all seeds go on from one pretrained model"
-            told = _over_seeds(where, values, "percentage points", note)
-            yield replace(told, verdict=CANNOT_TELL)
+            parts = ", ".join(f"of {group} {_percent(of_seeds)}" for group, of_seeds in shares.items() if of_seeds)
+            note = f"{arm!r}, facts taught after pretraining: kept {parts}; all seeds go on from one pretrained model"
+            yield replace(_over_seeds(where, values, "percentage points", note), verdict=CANNOT_TELL)
 
 
 def arms_of(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:

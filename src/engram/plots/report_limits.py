@@ -11,7 +11,7 @@ __all__ = ["limits"]
 
 _ALWAYS = (
     "**Tasks.** There are no downstream tasks: knowledge, reasoning and reading comprehension are out of reach of such models. Loss on "
-    "held-out text is what is compared, and answers to made-up questions where long text is asked about.",
+    "held-out text is what is compared, and answers to made-up questions where long text, or a memory switched off, is asked about.",
     "**Settings.** One optimiser, schedule and batch size serve all arms of a sweep; only learning rates were chosen, and for some groups "
     "of arms together.",
     "**Speed.** Times are of this implementation on the hardware named, not of the paper's system.",

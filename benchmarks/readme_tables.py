@@ -411,24 +411,25 @@ def processes():
 
 def own_tables():
     result = load("own_tables")
-    names = {"transformers": "transformers, `nn.Embedding`"}
+    size, tokens = result["table_bytes"] / 1e9, result["sizes"]["tokens"]
     rows = []
     for name, measured in result["variants"].items():
-        same = "to the last bit" if measured["same_logits"] else "the same tokens" if measured["same_tokens"] else "others"
+        same = "to the last bit" if measured["same_logits"] else f"{measured['same_tokens']} of {tokens} tokens the same"
         ratio = "" if name == "transformers" else _ratio(measured["times_transformers"])
         peak = f"{measured['peak_bytes']['median'] / 1e6:,.0f} MB"
-        rows.append((names.get(name, name), peak, f"{1000 * measured['seconds_per_token']['median']:.1f} ms", ratio, same))
-    header = ("rows in", "most memory held", "per token", "of transformers'", "answers")
+        shown = "transformers, `nn.Embedding`" if name == "transformers" else name
+        rows.append((shown, peak, f"{1000 * measured['seconds_per_token']['median']:.1f} ms", ratio, same))
+    header = ("rows in", "most memory held", "per token", "of transformers' time", "answers")
+    note = f"\n\nA table of {size:.1f} GB in float32, random weights, {tokens} tokens decoded; medians, in brackets the range over rounds."
     tight = result["in_half_of_the_memory"]
-    size, tokens = result["table_bytes"] / 1e9, result["sizes"]["tokens"]
-    note = f"\n\nA table of {size:.1f} GB in float32, random weights, {tokens} tokens decoded; medians."
     if tight["memory_limit_bytes"]:
-        told = [
-            f"{name} {'was killed' if tight[name] is None else 'gave the same tokens' if tight[name]['same_tokens'] else 'gave others'}"
-            for name in ("transformers", "file")
-        ]
+        told = [f"{name} {_in_little_memory(tight[name], tokens)}" for name in ("transformers", "file")]
         note += f" In a control group of {tight['memory_limit_bytes'] / 1e9:.1f} GB: {', '.join(told)}."
     return table(header, rows) + note + source(result)
+
+
+def _in_little_memory(found, tokens):
+    return "was killed" if found is None else f"gave {found['same_tokens']} of {tokens} tokens as before"
 
 
 def _ratio(values):

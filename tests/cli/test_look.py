@@ -72,6 +72,7 @@ def test_a_second_model_and_text_from_a_file(monkeypatch, capsys, run, tmp_path)
         (["--texts", "none.yaml"], 2, "cannot read texts none.yaml"),
         (["run", "--phrases", "none.txt"], 2, "cannot read phrases none.txt"),
         (["run", "--phrases", "file"], 2, "holds no phrase"),
+        (["run", "--phrases", "file", "--what", "gates"], 2, "expected 'phrases' in it"),
         (["run", "--what", "phrases"], 2, "no phrases were named (--phrases FILE)"),
         (["--out", "file"], 2, "expected a folder that can be made"),
         (["--what", "rows", "--model", "run/model"], 2, "none was given"),

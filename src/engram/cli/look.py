@@ -70,6 +70,8 @@ def look_command(
     unknown = [name for name in names or () if name not in ANALYSES]
     if unknown or names == []:
         raise typer.BadParameter(f"got {', '.join(unknown) or 'nothing'}, expected some of {_WHAT}", param_hint="--what")
+    if phrases is not None and names is not None and "phrases" not in names:
+        raise typer.BadParameter("got a file that --what does not ask for, expected 'phrases' in it", param_hint="--phrases")
     wanted = None if phrases is None else read_phrases(phrases)
     read, source = _read(texts, (memory, model), max(tokens, row_tokens), length)
     running = Running(device, model_dtype)

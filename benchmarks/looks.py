@@ -84,6 +84,7 @@ def look(joint, plain, other, sizes):
     phrases = phrases_of(joint, sizes)
     gates = phrase_gates(memory.model, sample, data.tokenizer, phrases)
     gates["phrases"] = dict(list(gates["phrases"].items())[:40])  # the most frequent; all of them are a long list
+    del gates["not_found"]
     gates["examples"] = gates["examples"][:12]
     return {
         "seed": recipe_of(joint).seed,

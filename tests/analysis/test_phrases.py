@@ -51,6 +51,8 @@ def test_gates_are_means_over_the_places(model_type):
     result = phrase_gates(memory, sample, tokenizer, PHRASES)
     assert result["phrases"] == {"the memory": 3, "last tokens": 1, "self.table": 1}
     assert (result["occurrences"], result["documents"], result["windows_left_out"]) == (5, 2, 0)
+    assert result["not_found"] == ["nowhere at all"]
+    assert {example["phrase"] for example in result["examples"][:3]} == {"the memory", "last tokens", "self.table"}
     for layer in memory.engram_config.layer_ids:
         sums = {name: [] for name in ("completes", "begins", "same_word", "other")}
         for window in sample.windows:
@@ -112,6 +114,16 @@ def test_phrases_may_overlap_and_words_at_the_edge_may_be_cut():
     assert found_in("\u0130stanbul \u00dcniversitesi.", ["\u0130stanbul \u00dcniversitesi"])
 
 
+def test_a_phrase_of_one_word_has_no_first_word_to_be_compared_with():
+    memory, tokenizer = tiny_memory(), tiny_tokenizer()
+    sample = sample_texts(tokenizer, TEXT, 400, 200)
+    with_one = phrase_gates(memory, sample, tokenizer, ["last tokens", "addressed"])["layers"]
+    alone = phrase_gates(memory, sample, tokenizer, ["last tokens"])["layers"]
+    for layer, found in with_one.items():
+        assert found["completes_less_begins"] == alone[layer]["completes_less_begins"]
+        assert found["completes"] != alone[layer]["completes"]
+
+
 def test_a_memory_that_reads_nothing_has_no_gates_and_tells_where_phrases_are():
     editor = make_editor()
     editor.teach(FACTS)
@@ -143,6 +155,8 @@ def test_phrases_stand_together_more_often_than_by_chance():
     assert find_phrases(["\n".join(fond)], count=20, documents=2, bits=3) == []  # all in one document
     assert find_phrases(["foo_bar baz, 3rd party"] * 30, count=1, documents=1, bits=0.1) == []  # pieces of other words
     assert find_phrases(["regular. expression"] * 30, count=1, documents=1, bits=0.1) == []
+    with pytest.raises(ConfigError, match="got one text"):
+        find_phrases("one text")
     with pytest.raises(ConfigError, match="bits: got 0"):
         find_phrases(texts, bits=0)
 

@@ -14,10 +14,14 @@ TEMPLATE = (
 )
 
 
-def chat_tokenizer():
+def tiny_tokenizer_with(template):
     tokenizer = copy.deepcopy(tiny_tokenizer())
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = template
     return tokenizer
+
+
+def chat_tokenizer():
+    return tiny_tokenizer_with(TEMPLATE)
 
 
 def test_a_chat_prompt_is_tokenised_as_the_template_says():
@@ -58,3 +62,18 @@ def test_facts_are_exact_as_plain_prompts_and_as_chat_turns():
 def test_a_tokenizer_without_a_template_is_refused():
     with pytest.raises(DataError, match="no chat template"):
         chat_prompt(tiny_tokenizer(), "Hello")
+
+
+def test_a_template_that_reads_parts_alone_is_given_parts():
+    """As of models that take pictures: text that is no list of parts leaves nothing behind."""
+    tokenizer = tiny_tokenizer_with(
+        "{% for m in messages %}<{{ m.role }}> {% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}"
+        "{% endfor %}<assistant>"
+    )
+    assert chat_prompt(tokenizer, "Where is Rome?") == "<user> Where is Rome?<assistant>"
+
+
+@pytest.mark.parametrize("template", ["<user> <assistant>", "{{ raise_exception('no users here') }}"])
+def test_a_template_that_leaves_the_prompt_out_is_refused(template):
+    with pytest.raises(DataError, match=r"leaves the prompt 'Where is Rome\?' out"):
+        chat_prompt(tiny_tokenizer_with(template), "Where is Rome?")

@@ -83,6 +83,7 @@ def test_rows_are_placed_on_this_machine_as_this_machine_says(hub, tmp_path):
 def test_what_is_not_there_is_said(hub, tmp_path):
     hub.repositories["me/model"] = [{"config.json": b"{}"}]
     base, tokenizer = tiny_model(), tiny_tokenizer()
+    (tmp_path / "here").mkdir()
     for name, message in (
         (
             "me/nothing",
@@ -90,6 +91,7 @@ def test_what_is_not_there_is_said(hub, tmp_path):
         ),
         ("me/model", "me/model on the hub holds no memory: engram.json is missing"),
         ("no/such/folder", "no memory in no/such/folder: engram.json is missing"),
+        ("here/nothing", "taken for a folder, because there is a folder 'here' here"),
         ("nowhere", "no memory in nowhere: engram.json is missing"),
         ("./nowhere", "no memory in ./nowhere: engram.json is missing"),
     ):
@@ -117,6 +119,9 @@ def test_a_network_that_fails_is_one_clear_error(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     with pytest.raises(CheckpointError, match="none of this name could be fetched from the hub"):
         found_at("me/mine")
+    for name in ("me/mine", "not a name"):
+        with pytest.raises(CheckpointError, match=f"push_to_hub: cannot upload to '{name}': "):
+            tiny_memory().push_to_hub(name)
 
 
 def test_a_connection_that_is_cut_is_one_clear_error(hub, monkeypatch):

@@ -1,6 +1,8 @@
 """Models that have n-gram tables of their own, with these in host memory, in files and in fewer bits."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -55,7 +57,6 @@ PLACES = [
     TableConfig(tier="mmap", path="rows"),
     TableConfig(tier="mmap", path="rows", dtype="int8"),
     TableConfig(tier="host", dtype="bfloat16"),
-    TableConfig(tier="hybrid", hot_rows=16),
 ]
 
 
@@ -112,11 +113,26 @@ def test_rows_go_from_the_files_into_row_files_and_are_found_there_again(saved, 
     del first
     assert torch.equal(logits(load_placed(saved, config).eval()), reference)
     assert [file.stat().st_mtime_ns for file in files] == times  # read as they were
+    placed = AutoModelForCausalLM.from_pretrained(saved).eval()
+    place_embeddings(placed, config)  # the same rows from elsewhere
+    assert torch.equal(logits(placed), reference)
+    assert [file.stat().st_mtime_ns for file in files] == times
+    del placed
     other = AutoModelForCausalLM.from_pretrained(saved).eval()
     other.get_submodule(NAME).weight.data.mul_(2)
     with pytest.raises(TableError, match="holds other rows than those of"):
         place_embeddings(other, config)
     assert type(other.get_submodule(NAME)) is torch.nn.Embedding
+    place_embeddings(other, TableConfig(tier="mmap", path="rows", changed_rows="refill"))
+    assert not torch.equal(logits(other), reference)
+
+
+def test_several_models_read_one_set_of_files(saved, here, tmp_path):
+    config = TableConfig(tier="mmap", path="rows", dtype="int8")
+    models = [load_placed(saved, config).eval() for _ in range(3)]
+    assert [model.get_submodule(NAME).table.mode for model in models] == ["r+", "r", "r"]
+    first, *others = map(logits, models)
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_changes_of_type_reach_what_is_given_and_not_what_is_stored(saved):
@@ -134,10 +150,29 @@ def test_the_rest_is_trained_and_nothing_is_saved_without_its_rows(saved, tmp_pa
     model = load_placed(saved, TableConfig(tier="host"))
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert model.model.layers[1].ple.value_proj.weight.grad.abs().sum() > 0
-    for call in (lambda: model.save_pretrained(tmp_path), model.state_dict):
-        with pytest.raises(TableError, match="would write it without them"):
-            call()
-    assert not list(tmp_path.glob("*.safetensors"))
+    with pytest.raises(TableError, match="would be written without them"):
+        model.save_pretrained(tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+    assert set(model.state_dict()) == {
+        name for name in AutoModelForCausalLM.from_pretrained(saved).state_dict() if not name.endswith("ngram_embedding.weight")
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+def test_adapters_on_a_placed_model_are_saved(saved, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(load_placed(saved, TableConfig(tier="host")), config).eval()
+    adapted.save_pretrained(tmp_path / "lora")
+    again = peft.PeftModel.from_pretrained(load_placed(saved, TableConfig(tier="host")), tmp_path / "lora").eval()
+    assert torch.equal(logits(again), logits(adapted))
+
+
+def test_a_placed_model_is_of_its_own_class_and_can_be_copied(saved):
+    model = load_placed(saved, TableConfig(tier="host")).eval()
+    assert type(model) is type(AutoModelForCausalLM.from_pretrained(saved))
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
 
 
 def test_other_embeddings_are_named(here):
@@ -147,22 +182,50 @@ def test_other_embeddings_are_named(here):
     assert placed.table.rows == 256
     with pytest.raises(ConfigError, match=r"names: got 'nothing', which fits no embedding; expected one of transformer.wte"):
         place_embeddings(model, names="nothing")
-    with pytest.raises(ConfigError, match=r"of type 'gpt2', of which nobody knows n-gram embeddings .*|names: got none"):
+    with pytest.raises(ConfigError, match=r"names: got none for a model of type 'gpt2', of which nobody knows"):
         place_embeddings(model)
+    for kind, names, message in (
+        ("gpt2", "wte", "the embeddings of the model's tokens"),
+        ("gemma2", "embed_tokens", "the embeddings of the model's tokens"),
+        ("opt", "embed_positions", "OPTLearnedPositionalEmbedding, which does more than to give rows"),
+        ("gpt2", "", "names: got ''"),
+        ("gpt2", ["wpe"], "names: got \\['wpe'\\]"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            place_embeddings(tiny_model(kind), names=names)
+    with pytest.raises(ConfigError, match=r"transformer\.wpe: got an embedding that is placed already"):
+        place_embeddings(model, names="wpe")
 
 
 def test_what_cannot_be_placed_is_said_and_the_model_stays(saved, here, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(saved).eval()
-    with pytest.raises(ConfigError, match="tables of one process, in files with a path"):
-        place_embeddings(model, TableConfig(tier="mmap", path=None))
-    before = logits(model)
-    assert torch.equal(logits(model), before)
+    for placement, message in (
+        (TableConfig(tier="mmap"), "got tier 'mmap' without a path"),
+        (TableConfig(tier="hybrid", hot_rows=4), "got 'hybrid'"),
+        (TableConfig(sharded=True), "TableConfig.sharded: got True"),
+        ({"tier": "host"}, "table_config: got dict"),
+    ):
+        for call in (place_embeddings, lambda _, placement: load_placed(saved, placement)):
+            with pytest.raises(ConfigError, match=message):
+                call(model, placement)
+    assert type(model.get_submodule(NAME)) is torch.nn.Embedding
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(saved))
     with pytest.raises(ConfigError, match="weights on the meta device"):
         place_embeddings(empty)
-    with pytest.raises(CheckpointError, match=r"cannot load model .\./nowhere"):
-        load_placed("./nowhere", TableConfig())
+    (tmp_path / "bin").mkdir()
+    (saved / "config.json").read_bytes()
+    (tmp_path / "bin" / "config.json").write_bytes((saved / "config.json").read_bytes())
+    (tmp_path / "none").mkdir()
+    for name, message in (
+        ("./nowhere", "there is no such folder"),
+        ("bin", "got no model.safetensors and no model.safetensors.index.json"),
+        ("none", "cannot load model 'none': "),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_placed(name, TableConfig())
+    with pytest.raises(ConfigError, match="output_loading_info"):
+        load_placed(saved, TableConfig(), output_loading_info=True)
 
 
 def test_files_that_lack_rows_are_refused(saved, tmp_path):

@@ -20,7 +20,8 @@ __all__ = ["phrase_gates"]
 
 _WORD = re.compile(r"(?<!\w)[^\W\d_]{2,}(?!\w)")
 _SHOWN = 40
-_PLACES = ("completes", "begins", "same_word", "other")
+_PLACES = ("completes", "begins", "same_word", "other", "completes_begun")
+"""The last: ends of phrases that have another first word."""
 
 
 @torch.no_grad()
@@ -43,10 +44,10 @@ def phrase_gates(
         progress: told of tokens done.
 
     Returns:
-        ``phrases`` (those found: ``{phrase: occurrences}``), ``occurrences``, ``documents`` with any, ``windows_left_out`` (whose text makes
-        other tokens), ``layers: {layer: {completes, begins, same_word, other, completes_less_begins, completes_less_same_word,
-        completes_less_other}}`` (each a mean with its 95 % interval over documents, None without; there is none where phrases occur in
-        fewer than about ten documents of many) and ``examples``: single occurrences, token by token, with gates by layer.
+        ``phrases`` (those found: ``{phrase: occurrences}``), ``not_found`` (the others), ``occurrences``, ``documents`` with any,
+        ``windows_left_out`` (whose text makes other tokens), ``layers: {layer: {completes, begins, same_word, other, completes_less_begins,
+        completes_less_same_word, completes_less_other}}`` (each a mean with its 95 % interval over documents, None without; there is none where
+        phrases occur in fewer than about ten documents of many) and ``examples``: single occurrences, token by token, with gates by layer.
 
     Raises:
         ConfigError: no phrase is given.
@@ -69,6 +70,7 @@ def phrase_gates(
     documents = sample.document_places()
     sums = np.zeros((len(layers), len(sample.documents), len(_PLACES), 2))
     examples: list[dict[str, Any]] = []
+    shown: dict[str, int] = {}
     subject = Subject("memory", memory)
     for batch in iter_batches(sample, subject.vocab_size, progress):
         with memory.record() as recorded:
@@ -85,16 +87,18 @@ def phrase_gates(
                 counted = reads[:, at]
                 sums[:, documents[place], group, 0] += (gates[:, at] * counted).sum(-1)
                 sums[:, documents[place], group, 1] += counted.sum(-1)
-            if len(examples) < _SHOWN:
-                examples += _examples(sample.windows[place], marks, gates, layers, tokenizer)
+            for example in _examples(sample.windows[place], marks, gates, layers, tokenizer):
+                turn = shown[example["phrase"]] = shown.get(example["phrase"], 0) + 1
+                examples.append({**example, "turn": turn})  # every phrase once before any a second time
     own = sorted(set(documents[[place for place, marks in enumerate(marked) if marks is not None]]))
     return {
         "phrases": dict(sorted(found.items(), key=lambda entry: (-entry[1], entry[0]))),
+        "not_found": [phrase for phrase in phrases if " ".join(phrase.lower().split()) not in found],
         "occurrences": found.total(),
         "documents": len({documents[place] for place, marks in enumerate(marked) if marks and marks.phrases}),
         "windows_left_out": sum(marks is None for marks in marked),
         "layers": {str(layer): _means(of_layer[own]) for layer, of_layer in zip(layers, sums)},
-        "examples": examples[:_SHOWN],
+        "examples": sorted(examples, key=lambda example: example["turn"])[:_SHOWN],
     }
 
 
@@ -134,6 +138,7 @@ def _mark(window: Window, tokenizer: Any, pattern: re.Pattern[str], last_words: 
         marks.places["completes"].append(ends[end])
         if begins is not None and begins != ends[end]:
             marks.places["begins"].append(begins)
+            marks.places["completes_begun"].append(ends[end])
         marks.phrases.append(" ".join(match[1].lower().split()))
         marks.spans.append((max(1, int(np.searchsorted(first_at, start, side="right"))), ends[end]))
     for word in _WORD.finditer(text):
@@ -155,16 +160,20 @@ def _last_words(phrases: Sequence[str]) -> frozenset[str]:
 
 
 def _means(sums: np.ndarray) -> dict[str, Any]:
-    """Means and their differences, from sums and numbers of positions per document and place, ``[D, 4, 2]``."""
+    """Means and their differences, from sums and numbers of positions per document and place, ``[D, 5, 2]``."""
+    numbers = {name: number for number, name in enumerate(_PLACES)}
 
-    def mean(place: int) -> Any:
-        return lambda totals: totals[:, place, 0] / totals[:, place, 1]
+    def mean(place: str) -> Any:
+        return lambda totals: totals[:, numbers[place], 0] / totals[:, numbers[place], 1]
 
-    def less(other: int) -> Any:
-        return lambda totals: mean(0)(totals) - mean(other)(totals)
+    def less(place: str, other: str) -> Any:
+        return lambda totals: mean(place)(totals) - mean(other)(totals)
 
-    wanted = {name: mean(place) for place, name in enumerate(_PLACES)}
-    wanted |= {f"completes_less_{name}": less(place) for place, name in enumerate(_PLACES) if place}
+    wanted = {name: mean(name) for name in ("completes", "begins", "same_word", "other")}
+    wanted["completes_less_begins"] = less(
+        "completes_begun", "begins"
+    )  # a phrase of one word has no first word to compare with
+    wanted |= {f"completes_less_{name}": less("completes", name) for name in ("same_word", "other")}
     return {name: as_interval("mean", *document_statistic(sums, statistic)) for name, statistic in wanted.items()}
 
 

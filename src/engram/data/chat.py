@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from engram.data.facts import Fact
+from engram.data.facts import Fact, quoted
 from engram.errors import DataError
 
 __all__ = ["chat_prompt", "with_chat_prompts"]
@@ -16,14 +16,32 @@ def chat_prompt(tokenizer: Any, prompt: str) -> str:
     """The text a model sees when a user says ``prompt`` as the first turn, up to where its answer begins.
 
     Raises:
-        DataError: the tokenizer has no chat template.
+        DataError: the tokenizer has no chat template, or one that leaves the prompt out.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("this tokenizer has no chat template; teach and ask plain prompts, or use a chat model's tokenizer.")
-    text: str = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    # Templates of models that take pictures may read content in parts alone, and leave plain text out without a word.
+    forms: list[Any] = [prompt, [{"type": "text", "text": prompt}]]
+    rendered = (_rendered(tokenizer, content) for content in forms)
+    text = next((found for found in rendered if found is not None and prompt.strip() in found), None)
+    if text is None:
+        raise DataError(
+            f"the tokenizer's chat template leaves the prompt {quoted(prompt)} out of what the model reads, or changes it; expected one that "
+            "has the user's text in it. Teach and ask the rendered text as plain prompts."
+        )
     opening = tokenizer.bos_token
     adds_it = opening is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     return text.removeprefix(opening) if adds_it else text  # prompts are tokenised with the opening token in front
+
+
+def _rendered(tokenizer: Any, content: Any) -> str | None:
+    """A first turn of the user's; None where the template cannot make it of such content."""
+    try:
+        return str(
+            tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        )
+    except Exception:  # whatever a template's own code makes of content that it was not written for
+        return None
 
 
 def with_chat_prompts(tokenizer: Any, facts: Sequence[Fact]) -> list[Fact]:

@@ -31,11 +31,13 @@ def find_phrases(texts: Iterable[str], count: int = 20, documents: int = 5, bits
         bits: pointwise mutual information that it must have at least.
 
     Raises:
-        ConfigError: a number is not positive.
+        ConfigError: a number is not positive, or one text was given for documents.
     """
     for name, value in (("count", count), ("documents", documents), ("bits", bits)):
         if value <= 0:
             raise ConfigError(f"find_phrases: {name}: got {value}, expected more than 0.")
+    if isinstance(texts, str | bytes):
+        raise ConfigError("find_phrases: got one text, expected a list of documents; put it into a list.")
     words: Counter[str] = Counter()
     pairs: Counter[tuple[str, str]] = Counter()
     spread: Counter[tuple[str, str]] = Counter()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -80,10 +81,25 @@ def _class_for(path: str) -> Any:
     """As ``auto_class``, of what lies there. A folder of adapters (peft) has no config of a model: that of their base is found by
     ``AutoModelForCausalLM``, which also says best what else is amiss.
     """
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        return AutoModelForCausalLM
     try:
         return auto_class(AutoConfig.from_pretrained(path))
-    except (OSError, ValueError):
+    except ValueError:
         return AutoModelForCausalLM
+    except OSError as error:
+        if _is_missing_there(error):
+            return AutoModelForCausalLM
+        raise  # without a network: to ask again would take as long again
+
+
+def _is_missing_there(error: BaseException | None) -> bool:
+    """Whether a repository on the hub was found, and the file is not in it."""
+    while error is not None:
+        if isinstance(error, EntryNotFoundError):
+            return not isinstance(error, LocalEntryNotFoundError)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def load_tokenizer(name: str) -> Any:

@@ -358,6 +358,7 @@ class EngramModel(nn.Module):
 
         Raises:
             ConfigError: its tables are divided between processes.
+            CheckpointError: it cannot be uploaded; the message carries the hub's reason.
         """
         from engram.models.hub import push_memory
 

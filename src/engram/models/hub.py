@@ -34,15 +34,25 @@ def push_memory(memory: EngramModel, repo_id: str, commit_message: str, private:
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         memory.save_pretrained(folder)
-        found = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        commit = api.upload_folder(
-            repo_id=found,
-            folder_path=folder,
-            commit_message=commit_message,
-            allow_patterns=[DESCRIPTION_NAME, *_EACH_SAVE],
-            delete_patterns=_EACH_SAVE,
-        )
+        try:
+            found = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            commit = api.upload_folder(
+                repo_id=found,
+                folder_path=folder,
+                commit_message=commit_message,
+                allow_patterns=[DESCRIPTION_NAME, *_EACH_SAVE],
+                delete_patterns=_EACH_SAVE,
+            )
+        except Exception as error:  # of a network the client passes on many kinds
+            raise CheckpointError(
+                f"push_to_hub: cannot upload to {repo_id!r}: {_reason(error)}. Nothing here was changed."
+            ) from error
     return commit.commit_url
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def found_at(
@@ -63,8 +73,15 @@ def found_at(
         CheckpointError: there is no such memory, or it cannot be fetched.
         ConfigError: a revision of a folder was asked for.
     """
-    is_name = isinstance(path, str) and path.count("/") == 1 and not os.path.isdir(path) and not is_path(path)
-    if not is_name:
+    could_be = (
+        isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~")) and not os.path.exists(path)
+    )
+    if not could_be or is_path(os.fspath(path)):
+        if could_be:
+            raise CheckpointError(
+                f"no memory in {path}: it is taken for a folder, because there is a folder {str(path).split('/')[0]!r} here, and none of this "
+                "name is in it. Expected the folder of a saved memory; to have one of this name from the hub, run where no such folder is."
+            )
         if revision is not None:
             raise ConfigError(
                 f"revision: got {revision!r} of {os.fspath(path)!r}, which is taken for a folder; expected it with a name on the hub: "
@@ -78,9 +95,8 @@ def found_at(
             )
         )
     except Exception as error:  # of a network the client passes on many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"no memory in {path}, and none of this name could be fetched from the hub: {reason.rstrip('.')}. Expected a folder of a saved "
+            f"no memory in {path}, and none of this name could be fetched from the hub: {_reason(error)}. Expected a folder of a saved "
             "memory, or the name of a repository that has one."
         ) from error
     if not (found / DESCRIPTION_NAME).is_file():

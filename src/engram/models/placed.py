@@ -12,8 +12,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,9 +28,10 @@ from engram.checkpoint import TensorReader
 from engram.config import TableConfig
 from engram.errors import CheckpointError, ConfigError, TableError
 from engram.models.bundled import auto_class
+from engram.models.bundled_files import is_path
 from engram.models.positions import text_config
 from engram.models.saved_rows import cold_table, row_stamp
-from engram.tables import EmbeddingTable, MappedRows, build_table, check_room, rows_are
+from engram.tables import EmbeddingTable, MappedRows, build_table, check_room, row_format, rows_are, stamp_rows
 
 __all__ = ["NGRAM_EMBEDDINGS", "PlacedEmbedding", "load_placed", "place_embeddings"]
 
@@ -40,7 +43,6 @@ NGRAM_EMBEDDINGS = {
 
 _ROWS_AT_ONCE = 1 << 16
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_PATTERN_STAR = ".*"
 _PART = re.compile(r"shard_(\d+)\.weight")
 
 
@@ -48,7 +50,7 @@ class PlacedEmbedding(nn.Module):
     """Stands in the place of an ``nn.Embedding`` ``[rows, dim]``; its rows are a table's, and are not trained.
 
     Attributes:
-        table: where the rows are; no submodule, whose rows would be weights of the model.
+        table: where the rows are; no submodule: they are no weights of the model, and ``state_dict`` leaves them out.
         weight: empty, on the meta device; of the shape and type that rows come in.
     """
 
@@ -71,15 +73,18 @@ class PlacedEmbedding(nn.Module):
         self.table._apply(_moving_only(fn), recurse)
         return self
 
-    def _save_to_state_dict(self, *_: Any) -> NoReturn:
-        raise TableError(
-            "a model whose embeddings were placed (place_embeddings, load_placed): got a call of save_pretrained or state_dict, which would "
-            "write it without them; expected none. It lies as it was where it was loaded from; a memory that is attached to it saves itself."
-        )
-
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""
         return self.table.extra_repr()
+
+
+def _refuse_saving(*_: Any, **__: Any) -> NoReturn:
+    """What ``save_pretrained`` of a model is whose embeddings were placed."""
+    raise TableError(
+        "save_pretrained: got a model whose embeddings were placed (place_embeddings, load_placed), which would be written without them; "
+        "expected one that has them. It lies where it was loaded from; adapters (peft) on it are saved as always, other weights by "
+        "state_dict()."
+    )
 
 
 def _moving_only(fn: Any) -> Any:
@@ -104,20 +109,21 @@ def place_embeddings(
         ConfigError: no embedding is called so, or the tables cannot be placed so.
         TableError: there is no room, or files there hold other rows; the model is as it was.
     """
-    config = table_config or TableConfig()
+    config = _checked(table_config)
     found = _embeddings(model, names)
     for name, embedding in found.items():
         if embedding.weight.is_meta:
             raise ConfigError(
                 f"{name}: got weights on the meta device, expected them in memory; load_placed fills tables from files."
             )
-    tables = _tables({name: embedding.weight for name, embedding in found.items()}, config)
-    for name, embedding in found.items():
-        weight = embedding.weight.detach()
-        # Who looks into the file later finds the rows of this very tensor, by a sample of them.
-        source = hashlib.sha256(weight[:: max(1, len(weight) // 256)].float().cpu().numpy().tobytes()).hexdigest()
-        _fill(tables[name], name, source, weight.split(_ROWS_AT_ONCE))
-    return {name: _put(model, name, tables[name], embedding.weight.dtype) for name, embedding in found.items()}
+    weights = {name: embedding.weight.detach() for name, embedding in found.items()}
+    # Files are known again by a sample of the rows, and looked at as a whole where that differs.
+    samples = {name: weight[:: max(1, len(weight) // 256)].float().cpu().numpy() for name, weight in weights.items()}
+    sources = {name: hashlib.sha256(sample.tobytes()).hexdigest() for name, sample in samples.items()}
+    tables = _tables(weights, config, sources)
+    for name, weight in weights.items():
+        _fill(tables[name], name, sources[name], partial(_blocks_of, weight), config.changed_rows)
+    return {name: _put(model, name, tables[name], weights[name].dtype) for name in found}
 
 
 def load_placed(
@@ -136,20 +142,59 @@ def load_placed(
         CheckpointError: the model, or an embedding in its files, is not there.
         ConfigError, TableError: as for ``place_embeddings``.
     """
+    placement = _checked(table_config)
+    if options.get("output_loading_info"):
+        raise ConfigError("output_loading_info: got True, expected to be left out: what was not loaded here is in the tables.")
     folder = _folder_of(os.fspath(name))
-    config = AutoConfig.from_pretrained(folder)
-    pattern = names or _pattern_of(config)
-    waiting: dict[str, Tensor] = {}
-    model = _without_embeddings(config, pattern, waiting).from_pretrained(folder, **options)
+    config = _config_of(folder)
+    pattern, files = names or _pattern_of(config), _files_of(folder)
+    kind, waiting = auto_class(config)._model_mapping[type(config)], dict[str, Tensor]()
+    model = _without_embeddings(kind, pattern, waiting).from_pretrained(folder, **options)
+    model.__class__ = kind
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    files = _files_of(folder)
     parts = {name: _parts_of(name, weight, files) for name, weight in waiting.items()}  # all are found before the first is read
-    tables = _tables(waiting, table_config)
+    sources = {name: _source_of(places) for name, places in parts.items()}
+    tables = _tables(waiting, placement, sources)
     for name, places in parts.items():
-        source = ", ".join(f"{key} {file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for key, file in places)
-        _fill(tables[name], name, hashlib.sha256(source.encode()).hexdigest(), _blocks(places))
+        _fill(tables[name], name, sources[name], partial(_blocks, places), placement.changed_rows)
         _put(model, name, tables[name], dtype)
     return model
+
+
+def _checked(table_config: TableConfig | None) -> TableConfig:
+    """Refuse what is no placement, and those that are none for rows that nobody trains.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    config = TableConfig() if table_config is None else table_config
+    if not isinstance(config, TableConfig):
+        raise ConfigError(f"table_config: got {type(config).__name__}, expected a TableConfig.")
+    if config.sharded:
+        raise ConfigError("TableConfig.sharded: got True, expected tables that each process has whole.")
+    if config.tier == "hybrid":
+        raise ConfigError(
+            "TableConfig.tier: got 'hybrid', expected 'device', 'host' or 'mmap': nobody counts which rows are hot here."
+        )
+    if config.tier == "mmap" and config.path is None:
+        raise ConfigError("TableConfig: got tier 'mmap' without a path, expected a folder for the files of the rows.")
+    return config
+
+
+def _config_of(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise CheckpointError(
+            f"cannot load model {str(folder)!r}: {reason}. Expected a folder with config.json and safetensors."
+        ) from error
+
+
+def _source_of(places: list[tuple[str, Path]]) -> str:
+    """A name of these tensors in these files as they are now."""
+    told = ", ".join(f"{key} {file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for key, file in places)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _pattern_of(config: Any) -> str:
@@ -164,21 +209,37 @@ def _pattern_of(config: Any) -> str:
     return known
 
 
-def _embeddings(model: nn.Module, names: str | None) -> dict[str, nn.Embedding]:
-    """Embeddings by name whose names end as the pattern says."""
+def _embeddings(model: Any, names: str | None) -> dict[str, nn.Embedding]:
+    """Embeddings by name whose names end as the pattern says.
+
+    Raises:
+        ConfigError: there is none, or one that is more than rows by number.
+    """
+    if names is not None and (not isinstance(names, str) or not names):
+        raise ConfigError(f"names: got {names!r}, expected a pattern of the embeddings' names, or to be left out.")
     pattern = names or _pattern_of(model.config)
-    every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding | PlacedEmbedding)}
     found = {name: module for name, module in every.items() if fnmatch.fnmatchcase(name, f"*{pattern}")}
     if not found:
         raise ConfigError(
             f"names: got {pattern!r}, which fits no embedding; expected one of {', '.join(every) or 'none there is'}."
         )
-    return found
+    spoken = {id(part) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for name, module in found.items():
+        if isinstance(module, PlacedEmbedding):
+            raise ConfigError(f"{name}: got an embedding that is placed already; load the model again to place it otherwise.")
+        if id(module) in spoken:
+            raise ConfigError(f"{name}: got the embeddings of the model's tokens, which its head may share; expected others.")
+        if type(module) is not nn.Embedding or module.max_norm is not None:
+            kind = type(module).__name__
+            raise ConfigError(
+                f"{name}: got {kind}, which does more than to give rows by number; expected a plain nn.Embedding."
+            )
+    return found  # type: ignore[return-value]
 
 
-def _without_embeddings(config: Any, pattern: str, waiting: dict[str, Tensor]) -> Any:
-    """The model's class, which makes it with nothing where the embeddings would be, and notes their shapes."""
-    kind = auto_class(config)._model_mapping[type(config)]
+def _without_embeddings(kind: Any, pattern: str, waiting: dict[str, Tensor]) -> Any:
+    """A model's class that makes it with nothing where the embeddings would be, and notes their shapes."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, *args, **kwargs)
@@ -186,10 +247,7 @@ def _without_embeddings(config: Any, pattern: str, waiting: dict[str, Tensor]) -
             waiting[name] = torch.empty(embedding.weight.shape, device="meta")
             _exchange(self, name, nn.Module())
 
-    ignored = [
-        *(getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or []),
-        rf".*{_PATTERN_STAR.join(map(re.escape, pattern.split('*')))}\..*",
-    ]
+    ignored = [*(getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or []), fnmatch.translate(f"*{pattern}.*")]
     return type(kind.__name__, (kind,), {"__init__": __init__, "_keys_to_ignore_on_load_unexpected": ignored})
 
 
@@ -201,60 +259,89 @@ def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
 def _put(model: nn.Module, name: str, table: EmbeddingTable, dtype: torch.dtype) -> PlacedEmbedding:
     placed = PlacedEmbedding(table, dtype)
     _exchange(model, name, placed)
+    model.__dict__["save_pretrained"] = _refuse_saving
     return placed
 
 
-def _tables(weights: dict[str, Tensor], config: TableConfig) -> dict[str, EmbeddingTable]:
-    """Tables for all weights ``[rows, dim]``, refused together if they do not fit."""
-    if config.sharded or (config.tier == "mmap" and config.path is None):
-        raise ConfigError(
-            f"TableConfig: got tier {config.tier!r}{', sharded' * config.sharded} and path {config.path!r}, expected tables of one process, in "
-            "files with a path."
-        )
+def _tables(weights: dict[str, Tensor], config: TableConfig, sources: dict[str, str]) -> dict[str, EmbeddingTable]:
+    """Tables for all weights ``[rows, dim]``, refused together if they do not fit. Files that are known to hold the rows already are read by
+    any number of processes.
+    """
     devices = {weight.device if not weight.is_meta else torch.device("cpu") for weight in weights.values()}
     device = devices.pop()
     for dim in {weight.shape[1] for weight in weights.values()}:
         check_room([len(w) for w in weights.values() if w.shape[1] == dim], dim, config, device=device)
+    stamps = {number: row_stamp(sources[name], name, config.dtype) for number, name in enumerate(weights)}
+    config = replace(config, stamps=stamps) if config.path is not None else config
     return {
         name: build_table(weight.shape[0], weight.shape[1], config, device=device, layer_id=number)
         for number, (name, weight) in enumerate(weights.items())
     }
 
 
-def _fill(table: EmbeddingTable, name: str, source: str, blocks: Any) -> None:
-    """Put blocks ``[n, dim]`` into a table one after another, unless its file holds them already."""
+def _fill(table: EmbeddingTable, name: str, source: str, blocks: Callable[[], Iterator[Tensor]], changed_rows: str) -> None:
+    """Put blocks ``[n, dim]`` into a table one after another, unless its file holds them already.
+
+    Raises:
+        TableError: it holds others.
+    """
     cold, stamp = cold_table(table), row_stamp(source, name, table.format_name)
     if isinstance(cold, MappedRows):
         cold.flush()
-        if rows_are(cold.path, stamp):
+        if rows_are(cold.path, stamp) or (changed_rows == "keep" and not cold.is_new):
             return
-        if not cold.is_new:
-            raise TableError(
-                f"{cold.path} holds other rows than those of {name}: of another model, or placed otherwise. Delete it if nobody needs it, or "
-                "choose another path."
-            )
+        if not cold.is_new and changed_rows != "refill":
+            if not _holds(cold, blocks()):
+                raise TableError(
+                    f"{cold.path} holds other rows than those of {name}: of another model, or changed since. Delete it if nobody needs "
+                    "it, choose another path, or have it written anew by TableConfig(changed_rows='refill')."
+                )
+            stamp_rows(cold.path, stamp)
+            return
     start = 0
     with cold.filled_with(stamp) if isinstance(cold, MappedRows) else nullcontext():
-        for block in blocks:
+        for block in blocks():
             table.load_rows(start, block)
             start += len(block)
+
+
+def _holds(cold: MappedRows, blocks: Iterator[Tensor]) -> bool:
+    """Whether a file has all these rows, as its format stores them: a copy, whose times are others, or the same weights in other files."""
+    form, start = row_format(cold.format_name), 0
+    for block in blocks:
+        numbers = torch.arange(start, start + len(block))
+        wanted = form.encode(block.float()) if form.quantised else (block.to(form.dtype), None)
+        for stored, value in zip(cold.read_stored(numbers), wanted):
+            if value is not None and (stored is None or not torch.equal(stored.float(), value.float())):
+                return False
+        start += len(block)
+    return True
 
 
 def _folder_of(name: str) -> Path:
     """A model's folder; of a hub name what was fetched."""
     if os.path.isdir(name):
         return Path(name)
+    if is_path(name):
+        raise CheckpointError(
+            f"cannot load model {name!r}: there is no such folder. Expected one with config.json and safetensors."
+        )
     try:
         return Path(HfApi().snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a network the client passes on many kinds
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"cannot load model {name!r}: {str(error).strip().splitlines()[0].rstrip('.')}. Expected a folder with config.json and "
+            f"cannot load model {name!r}: there is no such folder, and from the hub: {reason}. Expected a folder with config.json and "
             "safetensors, or a hub name."
         ) from error
 
 
 def _files_of(folder: Path) -> dict[str, Path]:
     """Files of a saved model by the names of their tensors."""
+    if not (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():
+        raise CheckpointError(
+            f"{folder}: got no {_SINGLE} and no {_INDEX}, expected a model that save_pretrained wrote as safetensors."
+        )
     try:
         if (folder / _INDEX).is_file():
             names = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -298,6 +385,10 @@ def _parts_of(name: str, weight: Tensor, files: dict[str, Path]) -> list[tuple[s
             f"{len(weight)} rows of {weight.shape[1]} in all."
         )
     return [(key, files[key]) for key in ordered]
+
+
+def _blocks_of(weight: Tensor) -> Iterator[Tensor]:
+    yield from weight.split(_ROWS_AT_ONCE)
 
 
 def _blocks(places: list[tuple[str, Path]]) -> Iterator[Tensor]:

@@ -123,7 +123,8 @@ def _gates(result: Mapping[str, Any]) -> str:
 def _phrases(result: Mapping[str, Any]) -> str:
     told = (
         f"<p>{result['occurrences']:,} occurrences of {len(result['phrases']):,} phrases in {result['documents']:,} documents; the most "
-        f"frequent: {escape(', '.join(list(result['phrases'])[:_SHOWN_PHRASES]))}.</p>"
+        f"frequent: {escape(', '.join(list(result['phrases'])[:_SHOWN_PHRASES]))}. Not found: {len(result['not_found']):,}"
+        f"{escape(': ' + ', '.join(result['not_found'][:_SHOWN_PHRASES])) if result['not_found'] else ''}.</p>"
     )
     rows = [
         (f"layer {layer}", *(_interval(entry[name]) for name in PHRASE_COLUMNS)) for layer, entry in result["layers"].items()

@@ -119,12 +119,13 @@ def test_rows_go_from_the_files_into_row_files_and_are_found_there_again(saved, 
     assert [file.stat().st_mtime_ns for file in files] == times
     del placed
     other = AutoModelForCausalLM.from_pretrained(saved).eval()
-    other.get_submodule(NAME).weight.data.mul_(2)
+    other.get_submodule(NAME).weight.data[7] *= 2  # a single row
+    changed = other.get_submodule(NAME).weight[7].clone()
     with pytest.raises(TableError, match="holds other rows than those of"):
         place_embeddings(other, config)
     assert type(other.get_submodule(NAME)) is torch.nn.Embedding
     place_embeddings(other, TableConfig(tier="mmap", path="rows", changed_rows="refill"))
-    assert not torch.equal(logits(other), reference)
+    assert torch.equal(other.get_submodule(NAME)(torch.tensor(7)), changed)
 
 
 def test_several_models_read_one_set_of_files(saved, here, tmp_path):
@@ -224,6 +225,9 @@ def test_what_cannot_be_placed_is_said_and_the_model_stays(saved, here, tmp_path
     ):
         with pytest.raises(CheckpointError, match=message):
             load_placed(name, TableConfig())
+    for names in ("", ["wpe"]):
+        with pytest.raises(ConfigError, match="names: got "):
+            load_placed(saved, TableConfig(), names=names)
     with pytest.raises(ConfigError, match="output_loading_info"):
         load_placed(saved, TableConfig(), output_loading_info=True)
 

@@ -117,9 +117,9 @@ def place_embeddings(
                 f"{name}: got weights on the meta device, expected them in memory; load_placed fills tables from files."
             )
     weights = {name: embedding.weight.detach() for name, embedding in found.items()}
-    # Files are known again by a sample of the rows, and looked at as a whole where that differs.
-    samples = {name: weight[:: max(1, len(weight) // 256)].float().cpu().numpy() for name, weight in weights.items()}
-    sources = {name: hashlib.sha256(sample.tobytes()).hexdigest() for name, sample in samples.items()}
+    sources = (
+        {name: _digest(weight) for name, weight in weights.items()} if config.path is not None else dict.fromkeys(weights, "")
+    )
     tables = _tables(weights, config, sources)
     for name, weight in weights.items():
         _fill(tables[name], name, sources[name], partial(_blocks_of, weight), config.changed_rows)
@@ -147,17 +147,19 @@ def load_placed(
         raise ConfigError("output_loading_info: got True, expected to be left out: what was not loaded here is in the tables.")
     folder = _folder_of(os.fspath(name))
     config = _config_of(folder)
-    pattern, files = names or _pattern_of(config), _files_of(folder)
+    pattern, files = _pattern_of(config, names), _files_of(folder)
     kind, waiting = auto_class(config)._model_mapping[type(config)], dict[str, Tensor]()
     model = _without_embeddings(kind, pattern, waiting).from_pretrained(folder, **options)
     model.__class__ = kind
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    parts = {name: _parts_of(name, weight, files) for name, weight in waiting.items()}  # all are found before the first is read
-    sources = {name: _source_of(places) for name, places in parts.items()}
+    parts = {
+        place: _parts_of(place, weight, files) for place, weight in waiting.items()
+    }  # all are found before the first is read
+    sources = {place: _source_of(saved) for place, saved in parts.items()}
     tables = _tables(waiting, placement, sources)
-    for name, places in parts.items():
-        _fill(tables[name], name, sources[name], partial(_blocks, places), placement.changed_rows)
-        _put(model, name, tables[name], dtype)
+    for place, saved in parts.items():
+        _fill(tables[place], place, sources[place], partial(_blocks, saved), placement.changed_rows)
+        _put(model, place, tables[place], dtype)
     return model
 
 
@@ -191,16 +193,32 @@ def _config_of(folder: Path) -> Any:
         ) from error
 
 
+def _digest(weight: Tensor) -> str:
+    """Of all rows."""
+    digest = hashlib.sha256()
+    for block in _blocks_of(weight):
+        digest.update(block.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _source_of(places: list[tuple[str, Path]]) -> str:
     """A name of these tensors in these files as they are now."""
     told = ", ".join(f"{key} {file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for key, file in places)
     return hashlib.sha256(told.encode()).hexdigest()
 
 
-def _pattern_of(config: Any) -> str:
-    known = next(
-        (NGRAM_EMBEDDINGS[c.model_type] for c in (config, text_config(config)) if c.model_type in NGRAM_EMBEDDINGS), None
-    )
+def _pattern_of(config: Any, names: str | None) -> str:
+    """How the names of the embeddings end: as was said, or as is known.
+
+    Raises:
+        ConfigError: it is no pattern, or nothing is known.
+    """
+    if names is not None:
+        if not isinstance(names, str) or not names:
+            raise ConfigError(f"names: got {names!r}, expected a pattern of the embeddings' names, or to be left out.")
+        return names
+    kinds = [c.model_type for c in (config, text_config(config))]
+    known = next((NGRAM_EMBEDDINGS[kind] for kind in kinds if kind in NGRAM_EMBEDDINGS), None)
     if known is None:
         raise ConfigError(
             f"names: got none for a model of type {config.model_type!r}, of which nobody knows n-gram embeddings; expected a pattern of their "
@@ -215,9 +233,7 @@ def _embeddings(model: Any, names: str | None) -> dict[str, nn.Embedding]:
     Raises:
         ConfigError: there is none, or one that is more than rows by number.
     """
-    if names is not None and (not isinstance(names, str) or not names):
-        raise ConfigError(f"names: got {names!r}, expected a pattern of the embeddings' names, or to be left out.")
-    pattern = names or _pattern_of(model.config)
+    pattern = _pattern_of(model.config, names)
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding | PlacedEmbedding)}
     found = {name: module for name, module in every.items() if fnmatch.fnmatchcase(name, f"*{pattern}")}
     if not found:

@@ -421,6 +421,7 @@ def own_tables():
         rows.append((shown, peak, f"{1000 * measured['seconds_per_token']['median']:.1f} ms", ratio, same))
     header = ("rows in", "most memory held", "per token", "of transformers' time", "answers")
     note = f"\n\nA table of {size:.1f} GB in float32, random weights, {tokens} tokens decoded; medians, in brackets the range over rounds."
+    note += " Where weights are random many tokens are nearly as likely, and fewer bits soon choose others."
     tight = result["in_half_of_the_memory"]
     if tight["memory_limit_bytes"]:
         told = [f"{name} {_in_little_memory(tight[name], tokens)}" for name in ("transformers", "file")]

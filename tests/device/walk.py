@@ -102,13 +102,9 @@ def looking():
     model, tokenizer = model_elsewhere()
     memory = EngramModel.from_pretrained(model, BUNDLED_MEMORY, tokenizer).eval()
     texts = {kind: list(found)[:2] for kind, found in standard_texts().items()}
+    options = {"tokens": 200, "row_tokens": 400, "length": 64, "phrases": ["the"]}
     for name in ANALYSES:
-        yield (
-            f"look {name}",
-            lambda name=name: (
-                name in look(Subject("bundled", memory), tokenizer, texts, [name], tokens=200, row_tokens=400, length=64)
-            ),
-        )
+        yield f"look {name}", lambda name=name: name in look(Subject("bundled", memory), tokenizer, texts, [name], **options)
     library = [text for found in texts.values() for text in found]
     yield "recall", lambda: len(measure_recall(memory, tokenizer, library, ["needle"], [96], 2, 0).scores)
 

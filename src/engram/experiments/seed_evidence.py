@@ -30,6 +30,10 @@ MEMORY_OFF = "memory_off"
 """What entries of ``benchmarks/memory_off.py`` are told by."""
 
 
+_LEAST = 0.05
+"""Of the questions a model must answer with the memory on, so that a share of these says something."""
+
+
 def logit_lens(results: Results) -> Iterator[Evidence]:
     """KL of the lens in early blocks, without a memory less with one: above zero, the model with a memory knows more."""
     for where, looks in _looks(results):
@@ -84,7 +88,7 @@ def memory_off(results: Results) -> Iterator[Evidence]:
             shares = {group: kept(found, group) for group in ("reading", "facts")}
             if shares["reading"] is None or shares["facts"] is None:
                 yield Evidence(
-                    CANNOT_TELL, where, unit="percentage points", note=f"{arm!r}: nothing was exact with the memory on"
+                    CANNOT_TELL, where, unit="percentage points", note=f"{arm!r}: hardly anything was exact with the memory on"
                 )
                 continue
             values = [100 * (read - fact) for read, fact in zip(shares["reading"], shares["facts"])]
@@ -102,9 +106,11 @@ def arms_of(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def kept(found: Sequence[Mapping[str, Any]], group: str) -> list[float] | None:
-    """Exact answers with the memory off as a share of those with it on, seed by seed; None where a seed has none to keep."""
-    exact = [[total(entry[state], group)[0] for state in ("on", "off")] for entry in found]
-    return [off / on for on, off in exact] if all(on for on, _ in exact) else None
+    """Exact answers with the memory off as a share of those with it on, seed by seed; None where a seed has hardly any to keep."""
+    on, off = ([total(entry[state], group) for entry in found] for state in ("on", "off"))
+    if any(exact < _LEAST * asked for exact, asked in on):
+        return None
+    return [left / exact for (exact, _), (left, _) in zip(on, off)]
 
 
 def total(found: Mapping[str, Any], group: str) -> tuple[int, int]:

@@ -127,9 +127,9 @@ def memory_off(result: Mapping[str, Any]) -> list[str]:
     seeds = len({entry["seed"] for entry in result["entries"]})
     return [
         table(("arm", "questions", "exact, memory on, %", "memory off, %", "kept, %"), rows, right=(2, 3, 4)),
-        f"Kept: exact answers with the memory off as a share of those with it on, seed by seed; {plural(seeds, 'seed')}, intervals of 95 % by "
-        "Student's t over them. *Known before*: capitals, which the model knew before this training, whose text does not have "
-        "them. In all arms facts and reading were trained together, by all weights.",
+        f"Kept: exact answers with the memory off as a share of those with it on (a dash where these are hardly any), seed by seed; "
+        f"{plural(seeds, 'seed')}, intervals of 95 % by Student's t over them. *Known before*: capitals, which the model knew before this "
+        "training, whose text does not have them. In all arms facts and reading were trained together, by all weights.",
         f"Held-out loss on ordinary text with the memory on and off, nats per token: {'; '.join(parts)}; before "
         f"{before['held_out_loss']:.3f} (the model alone).",
         table(

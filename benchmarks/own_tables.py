@@ -145,18 +145,19 @@ def run(folder, name, rows, tokens, join=None):
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
-def measure(sizes):
+def measure(sizes, variants):
     with tempfile.TemporaryDirectory() as place:
         folder = f"{place}/model"
         table_bytes = saved_model(folder, sizes)
-        found = {name: [] for name in VARIANTS}
+        found = {name: [] for name in variants}
         for number in range(sizes["rounds"]):
-            for name in VARIANTS:
+            for name in variants:
                 found[name].append(run(folder, name, f"{place}/{name}", sizes["tokens"]))
                 print(name, number, {k: v for k, v in found[name][-1].items() if k not in ("said", "seconds")}, flush=True)
         limit = max(table_bytes // 2, 512 << 20)  # PyTorch alone takes half of that
         with group_of(limit) as join:
-            tight = {n: run(folder, n, f"{place}/{n}", sizes["tokens"], join) for n in ("transformers", "file")} if join else {}
+            told = ("transformers", "file") if join and "file" in variants else ()
+            tight = {name: run(folder, name, f"{place}/{name}", sizes["tokens"], join) for name in told}
     own = found["transformers"]
     entries = {}
     for name, rounds in found.items():
@@ -196,7 +197,8 @@ def main():
         return
     out = result_file(parser, args, "own_tables.json", "quick", "gigabytes", "tokens")
     sizes = QUICK if args.quick else {**SIZES, "gigabytes": args.gigabytes, "tokens": args.tokens}
-    write(out, {**provenance(0), **measure(sizes)})
+    variants = ("transformers", "file, int8") if args.quick else tuple(VARIANTS)
+    write(out, {**provenance(0), **measure(sizes, variants)})
 
 
 if __name__ == "__main__":

@@ -28,9 +28,6 @@ def batch():
 
 def test_every_architecture_has_a_tiny_model():
     assert set(TINY_CONFIGS) == set(ARCHITECTURES)
-    assert {model_type: tiny_model(model_type).config.model_type for model_type in ARCHITECTURES} == {
-        t: t for t in ARCHITECTURES
-    }
 
 
 def test_documents_count_the_architectures():
@@ -41,7 +38,9 @@ def test_documents_count_the_architectures():
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_attach_speak_and_leave(model_type):
-    attach_speak_and_leave(tiny_model(model_type), 4 if model_type == "deepseek_v4" else 1)
+    model = tiny_model(model_type)
+    assert model.config.model_type == model_type  # the whole model, and not its text part
+    attach_speak_and_leave(model, 4 if model_type == "deepseek_v4" else 1)
 
 
 def in_two(memory, ids):

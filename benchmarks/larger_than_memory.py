@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -94,23 +95,28 @@ def child(path, size, budget, seconds):
     print(json.dumps(found))
 
 
-def run(size, limit, budget, seconds):
+@contextmanager
+def group_of(limit):
+    """What a process does to join a control group of so much memory; None where there are no groups."""
     group = GROUPS / f"engram-bench-{os.getpid()}"
     try:
         group.mkdir()
         (group / "memory.limit_in_bytes").write_text(str(limit))
     except OSError:
-        group = None
-    arguments = ["--child", "--seconds", str(seconds), "--gigabytes", str(size / (1 << 30)), "--budget", str(budget or 0)]
+        yield None
+        return
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, __file__, *arguments, "--file", f"{folder}/rows"]
-            join = (lambda: (group / "cgroup.procs").write_text(str(os.getpid()))) if group else None
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=join)
+        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
     finally:
-        if group is not None:
-            group.rmdir()
-    return {"memory_limit_bytes": limit if group else None, **json.loads(done.stdout)}
+        group.rmdir()
+
+
+def run(size, limit, budget, seconds):
+    arguments = ["--child", "--seconds", str(seconds), "--gigabytes", str(size / (1 << 30)), "--budget", str(budget or 0)]
+    with group_of(limit) as join, tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, *arguments, "--file", f"{folder}/rows"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=join)
+    return {"memory_limit_bytes": limit if join else None, **json.loads(done.stdout)}
 
 
 def main():

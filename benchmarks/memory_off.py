@@ -16,6 +16,7 @@ import functools
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from common import add_workers, provenance, result_file, side_by_side, write_so_far
 from joint_training import held_out_loss
@@ -37,7 +38,7 @@ from engram.data.corpus import build_corpus, held_out_standard_library
 from engram.data.facts import encode_fact
 from engram.data.long_context import RecallTask
 from engram.data.long_context_mix import long_context_mix
-from engram.data.packing import pack
+from engram.data.packing import PackedDataset, pack
 from engram.evaluation import check_facts, measure_recall, score_by_category
 from engram.models.bundled_files import BUNDLED_MEMORY
 
@@ -82,23 +83,14 @@ QUICK = {
 }
 
 
-class FactBlocks(Dataset):
-    """Blocks ``[length]`` of prompts with their answers, epoch after epoch in seeded orders; every token is learnt, as in any text."""
-
-    def __init__(self, facts, tokenizer, length, blocks, seed):
-        rows = [torch.tensor(row.ids) for number, fact in enumerate(facts) for row in encode_fact(tokenizer, fact, number)]
-        generator, pieces, total = torch.Generator().manual_seed(seed), [], 0
-        while total < blocks * length:
-            for place in torch.randperm(len(rows), generator=generator).tolist():
-                pieces.append(rows[place])
-                total += len(rows[place])
-        self.blocks = torch.cat(pieces)[: blocks * length].view(blocks, length)
-
-    def __len__(self):
-        return len(self.blocks)
-
-    def __getitem__(self, index):
-        return {"input_ids": self.blocks[index], "labels": self.blocks[index].clone()}
+def fact_blocks(facts, tokenizer, length, blocks, seed):
+    """Blocks of prompts with their answers, epoch after epoch in seeded orders; every token is learnt, as in any text."""
+    rows = [row.ids for number, fact in enumerate(facts) for row in encode_fact(tokenizer, fact, number)]
+    generator, stream = torch.Generator().manual_seed(seed), []
+    while len(stream) < blocks * length:
+        for place in torch.randperm(len(rows), generator=generator).tolist():
+            stream += rows[place]
+    return PackedDataset(np.array(stream[: blocks * length]), length)
 
 
 class Recall(Dataset):
@@ -151,7 +143,7 @@ class Task:
         text = pack(self.documents, self.tokenizer, length, blocks, seed)
         documents = [document.text for document in self.documents]
         mix = long_context_mix(text, self.tokenizer, documents, repeats=0.5, seed=seed, kinds=self.sizes["kinds"])
-        return InTurn(FactBlocks(self.facts, self.tokenizer, length, blocks, seed), Recall(mix, blocks), text)
+        return InTurn(fact_blocks(self.facts, self.tokenizer, length, blocks, seed), Recall(mix, blocks), text)
 
     def look(self, model, seed):
         """A part of the questions, while training goes on: shares of facts and of needles."""

@@ -7,17 +7,15 @@ one whose limit is half of the table: transformers', which is to be killed, and 
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from statistics import median
 
 import torch
 from common import provenance, result_file, spread, write
-from larger_than_memory import GROUPS, Peak
+from larger_than_memory import Peak, group_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engram import TableConfig
@@ -109,40 +107,16 @@ def child(folder, name, rows, tokens):
     print(json.dumps({**found, "loaded": loaded, "peak_bytes": peak.most, "peak_bytes_of_files": peak.most_files}))
 
 
-@contextmanager
-def group_of(limit):
-    """What a process does to join a control group of so much memory; None where there are no groups."""
-    group = GROUPS / f"engram-own-tables-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(limit))
-    except OSError:
-        yield None
-        return
-    try:
-        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
-    finally:
-        group.rmdir()
-
-
 def run(folder, name, rows, tokens, join=None):
     """A variant's figures; None if it was killed."""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        __file__,
-        "--child",
-        name,
-        "--folder",
-        folder,
-        "--rows",
-        rows,
-        "--tokens",
-        str(tokens),
-    ]
+    options = {"--child": name, "--folder": folder, "--rows": rows, "--tokens": str(tokens)}
+    command = [sys.executable, "-W", "ignore", __file__, *(word for option in options.items() for word in option)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=join, check=False)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def same_tokens(one, other):
+    return sum(a == b for a, b in zip(one["said"], other["said"]))
 
 
 def measure(sizes, variants):
@@ -168,15 +142,12 @@ def measure(sizes, variants):
             "seconds_per_token": spread([t for r in rounds for t in r["seconds"]]),
             "times_transformers": spread(ratios),
             "load_seconds": [r["loaded"] for r in rounds],
-            "same_tokens": sum(a == b for a, b in zip(rounds[0]["said"], own[0]["said"])),
+            "same_tokens": same_tokens(rounds[0], own[0]),
             "same_logits": all(r["logits"] == own[0]["logits"] for r in rounds),
         }
     limited = {
         "memory_limit_bytes": limit if tight else None,
-        **{
-            name: None if r is None else {"same_tokens": sum(a == b for a, b in zip(r["said"], own[0]["said"]))}
-            for name, r in tight.items()
-        },
+        **{name: None if r is None else {"same_tokens": same_tokens(r, own[0])} for name, r in tight.items()},
     }
     return {"sizes": sizes, "table_bytes": table_bytes, "variants": entries, "in_half_of_the_memory": limited}
 

@@ -16,6 +16,7 @@ __all__ = [
     "TableError",
     "TeachError",
     "TrainingError",
+    "reason_of",
 ]
 
 
@@ -61,3 +62,8 @@ class TrainingError(EngramError, RuntimeError):
 
 class BenchError(EngramError, RuntimeError):
     """What was to be timed gives wrong results."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What somebody else's error says, for a message of ours: its first line, without the full stop, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -66,40 +66,48 @@ def phrase_gates(
         raise DataError(
             f"phrases: none of {len(phrases):,} occurs in the text that was read{left}; expected some that do, or more text."
         )
-    layers = memory.engram_config.layer_ids
-    documents = sample.document_places()
-    sums = np.zeros((len(layers), len(sample.documents), len(_PLACES), 2))
-    examples: list[dict[str, Any]] = []
-    shown: dict[str, int] = {}
-    subject = Subject("memory", memory)
-    for batch in iter_batches(sample, subject.vocab_size, progress):
-        with memory.record() as recorded:
-            subject.run(batch.ids, batch.mask)
-        read = {layer: gates_and_reads(recorded[layer]) for layer in layers}
-        for row, place in enumerate(batch.places):
-            marks = marked[place]
-            if marks is None:
-                continue
-            gates = np.stack([gate[row].mean(-1) for gate, _ in read.values()])
-            reads = np.stack([does_read[row] for _, does_read in read.values()])
-            for group, name in enumerate(_PLACES):
-                at = np.array(marks.places[name], dtype=int)
-                counted = reads[:, at]
-                sums[:, documents[place], group, 0] += (gates[:, at] * counted).sum(-1)
-                sums[:, documents[place], group, 1] += counted.sum(-1)
-            for example in _examples(sample.windows[place], marks, gates, layers, tokenizer):
-                turn = shown[example["phrase"]] = shown.get(example["phrase"], 0) + 1
-                examples.append({**example, "turn": turn})  # every phrase once before any a second time
-    own = sorted(set(documents[[place for place, marks in enumerate(marked) if marks is not None]]))
+    layers, documents = memory.engram_config.layer_ids, sample.document_places()
+    sums, examples = _read_gates(memory, sample, tokenizer, marked, progress)
+    own = sorted({documents[place] for place, marks in enumerate(marked) if marks is not None})
     return {
         "phrases": dict(sorted(found.items(), key=lambda entry: (-entry[1], entry[0]))),
-        "not_found": [phrase for phrase in phrases if " ".join(phrase.lower().split()) not in found],
+        "not_found": [phrase for phrase in phrases if phrase.lower() not in found],
         "occurrences": found.total(),
         "documents": len({documents[place] for place, marks in enumerate(marked) if marks and marks.phrases}),
         "windows_left_out": sum(marks is None for marks in marked),
         "layers": {str(layer): _means(of_layer[own]) for layer, of_layer in zip(layers, sums)},
         "examples": sorted(examples, key=lambda example: example["turn"])[:_SHOWN],
     }
+
+
+def _read_gates(
+    memory: Any, sample: Sample, tokenizer: Any, marked: Sequence[_Marks | None], progress: Progress | None
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Sums and numbers of gates ``[L, D, 5, 2]`` by layer, document and place, and all occurrences as examples."""
+    layers, documents = memory.engram_config.layer_ids, sample.document_places()
+    sums = np.zeros((len(layers), len(sample.documents), len(_PLACES), 2))
+    examples: list[dict[str, Any]] = []
+    shown: Counter[str] = Counter()
+    subject = Subject("memory", memory)
+    for batch in iter_batches(sample, subject.vocab_size, progress):
+        with memory.record() as recorded:
+            subject.run(batch.ids, batch.mask)
+        read = [gates_and_reads(recorded[layer]) for layer in layers]
+        for row, place in enumerate(batch.places):
+            marks = marked[place]
+            if marks is None:
+                continue
+            gates = np.stack([gate[row].mean(-1) for gate, _ in read])
+            reads = np.stack([does_read[row] for _, does_read in read])
+            for group, name in enumerate(_PLACES):
+                at = np.array(marks.places[name], dtype=int)
+                counted = reads[:, at]
+                sums[:, documents[place], group, 0] += (gates[:, at] * counted).sum(-1)
+                sums[:, documents[place], group, 1] += counted.sum(-1)
+            for example in _examples(sample.windows[place], marks, gates, layers, tokenizer):
+                shown[example["phrase"]] += 1
+                examples.append({**example, "turn": shown[example["phrase"]]})  # every phrase once before any a second time
+    return sums, examples
 
 
 class _Marks:

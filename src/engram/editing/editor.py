@@ -27,7 +27,7 @@ from engram.editing.teaching import Progress, Teaching
 from engram.errors import CheckpointError, ConfigError, TeachError
 from engram.evaluation.generation import padding_id
 from engram.models import EngramModel, find_decoder, get_engram_model
-from engram.models.hub import found_at
+from engram.models.hub import found_at, remember_name
 from engram.models.identity import attached_identity, identity_mismatch
 from engram.tables import VerifiedTable
 
@@ -126,10 +126,9 @@ class MemoryEditor:
         Raises:
             CheckpointError, FingerprintError, ConfigError, AttachError: as ``EngramModel.from_pretrained``.
         """
-        folder, _ = found_at(path, revision, token)
-        memory = EngramModel.from_pretrained(
-            model, path, tokenizer, allow_other_base=allow_other_base, revision=revision, token=token
-        )
+        folder, placement = found_at(path, revision, token)  # here, so that the hub is asked once
+        memory = EngramModel.from_pretrained(model, folder, tokenizer, placement, allow_other_base=allow_other_base)
+        remember_name(memory, path, folder)
         try:
             editor = cls(memory, tokenizer)
             editor._checked_on = read_description(folder).get("base_model") or {}

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from engram.errors import CheckpointError
+from engram.errors import CheckpointError, reason_of
 from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_MODEL, BUNDLED_NAME, is_path
 from engram.models.engram_model import EngramModel
 
@@ -121,9 +121,8 @@ def _readable_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"cannot load model {name!r}: {reason.rstrip('.')}. Expected a folder with config.json and weights, or a hub name."
+            f"cannot load model {name!r}: {reason_of(error)}. Expected a folder with config.json and weights, or a hub name."
         ) from error
 
 

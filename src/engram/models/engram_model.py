@@ -419,13 +419,12 @@ class EngramModel(nn.Module):
             CheckpointError, FingerprintError, ConfigError, AttachError: see ``load_memory`` and ``get_engram_model``; the model is
                 left as it was.
         """
-        from engram.models.hub import found_at
+        from engram.models.hub import found_at, remember_name
 
         folder, placement = found_at(path, revision, token)
         options = (table_config or placement, rollback_window, allow_other_base, mapping, layer_class)
         memory = again_if_saved(folder, lambda: cls._load(model, folder, tokenizer, *options))
-        if folder is not path:  # a cache's folder is of this machine alone, and may be gone tomorrow
-            memory.folder = os.fspath(path)
+        remember_name(memory, path, folder)
         return memory
 
     @classmethod

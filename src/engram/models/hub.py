@@ -11,14 +11,14 @@ from huggingface_hub import HfApi
 
 from engram.checkpoint import DESCRIPTION_NAME, read_description
 from engram.config import TableConfig
-from engram.errors import CheckpointError, ConfigError
+from engram.errors import CheckpointError, ConfigError, reason_of
 from engram.models.bundled_files import is_path
 from engram.tables import is_sharded
 
 if TYPE_CHECKING:
     from engram.models.engram_model import EngramModel
 
-__all__ = ["found_at", "push_memory"]
+__all__ = ["found_at", "push_memory", "remember_name"]
 
 _EACH_SAVE = ["engram-*.safetensors", "engram-*.ledger.json"]
 """Files of a saved memory whose names every save makes anew."""
@@ -45,14 +45,9 @@ def push_memory(memory: EngramModel, repo_id: str, commit_message: str, private:
             )
         except Exception as error:  # of a network the client passes on many kinds
             raise CheckpointError(
-                f"push_to_hub: cannot upload to {repo_id!r}: {_reason(error)}. Nothing here was changed."
+                f"push_to_hub: cannot upload to {repo_id!r}: {reason_of(error)}. Nothing here was changed."
             ) from error
     return commit.commit_url
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what went wrong."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def found_at(
@@ -76,12 +71,12 @@ def found_at(
     could_be = (
         isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~")) and not os.path.exists(path)
     )
-    if not could_be or is_path(os.fspath(path)):
-        if could_be:
-            raise CheckpointError(
-                f"no memory in {path}: it is taken for a folder, because there is a folder {str(path).split('/')[0]!r} here, and none of this "
-                "name is in it. Expected the folder of a saved memory; to have one of this name from the hub, run where no such folder is."
-            )
+    if could_be and is_path(os.fspath(path)):
+        raise CheckpointError(
+            f"no memory in {path}: it is taken for a folder, because there is a folder {str(path).split('/')[0]!r} here, and none of this "
+            "name is in it. Expected the folder of a saved memory; to have one of this name from the hub, run where no such folder is."
+        )
+    if not could_be:
         if revision is not None:
             raise ConfigError(
                 f"revision: got {revision!r} of {os.fspath(path)!r}, which is taken for a folder; expected it with a name on the hub: "
@@ -96,7 +91,7 @@ def found_at(
         )
     except Exception as error:  # of a network the client passes on many kinds
         raise CheckpointError(
-            f"no memory in {path}, and none of this name could be fetched from the hub: {_reason(error)}. Expected a folder of a saved "
+            f"no memory in {path}, and none of this name could be fetched from the hub: {reason_of(error)}. Expected a folder of a saved "
             "memory, or the name of a repository that has one."
         ) from error
     if not (found / DESCRIPTION_NAME).is_file():
@@ -104,3 +99,11 @@ def found_at(
             f"{path} on the hub holds no memory: {DESCRIPTION_NAME} is missing; expected what push_to_hub uploaded."
         )
     return found, TableConfig(dtype=read_description(found).get("table_dtype", "float32"))
+
+
+def remember_name(memory: EngramModel, path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Have a memory that was fetched into ``folder`` known by the name it was asked for: a cache is of this machine alone, and may be gone
+    tomorrow.
+    """
+    if folder is not path:
+        memory.folder = os.fspath(path)

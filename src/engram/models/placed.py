@@ -26,11 +26,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 from engram.checkpoint import TensorReader
 from engram.config import TableConfig
-from engram.errors import CheckpointError, ConfigError, TableError
+from engram.errors import CheckpointError, ConfigError, TableError, reason_of
 from engram.models.bundled import auto_class
 from engram.models.bundled_files import is_path
 from engram.models.positions import text_config
-from engram.models.saved_rows import cold_table, row_stamp
+from engram.models.saved_rows import row_stamp
 from engram.tables import EmbeddingTable, MappedRows, build_table, check_room, row_format, rows_are, stamp_rows
 
 __all__ = ["NGRAM_EMBEDDINGS", "PlacedEmbedding", "load_placed", "place_embeddings"]
@@ -187,9 +187,8 @@ def _config_of(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise CheckpointError(
-            f"cannot load model {str(folder)!r}: {reason}. Expected a folder with config.json and safetensors."
+            f"cannot load model {str(folder)!r}: {reason_of(error)}. Expected a folder with config.json and safetensors."
         ) from error
 
 
@@ -301,33 +300,33 @@ def _fill(table: EmbeddingTable, name: str, source: str, blocks: Callable[[], It
     Raises:
         TableError: it holds others.
     """
-    cold, stamp = cold_table(table), row_stamp(source, name, table.format_name)
-    if isinstance(cold, MappedRows):
-        cold.flush()
-        if rows_are(cold.path, stamp) or (changed_rows == "keep" and not cold.is_new):
+    stamp = row_stamp(source, name, table.format_name)
+    if isinstance(table, MappedRows):
+        table.flush()
+        if rows_are(table.path, stamp) or (changed_rows == "keep" and not table.is_new):
             return
-        if not cold.is_new and changed_rows != "refill":
-            if not _holds(cold, blocks()):
+        if not table.is_new and changed_rows != "refill":
+            if not _holds(table, blocks()):
                 raise TableError(
-                    f"{cold.path} holds other rows than those of {name}: of another model, or changed since. Delete it if nobody needs "
+                    f"{table.path} holds other rows than those of {name}: of another model, or changed since. Delete it if nobody needs "
                     "it, choose another path, or have it written anew by TableConfig(changed_rows='refill')."
                 )
-            stamp_rows(cold.path, stamp)
+            stamp_rows(table.path, stamp)
             return
     start = 0
-    with cold.filled_with(stamp) if isinstance(cold, MappedRows) else nullcontext():
+    with table.filled_with(stamp) if isinstance(table, MappedRows) else nullcontext():
         for block in blocks():
             table.load_rows(start, block)
             start += len(block)
 
 
-def _holds(cold: MappedRows, blocks: Iterator[Tensor]) -> bool:
+def _holds(table: MappedRows, blocks: Iterator[Tensor]) -> bool:
     """Whether a file has all these rows, as its format stores them: a copy, whose times are others, or the same weights in other files."""
-    form, start = row_format(cold.format_name), 0
+    form, start = row_format(table.format_name), 0
     for block in blocks:
         numbers = torch.arange(start, start + len(block))
         wanted = form.encode(block.float()) if form.quantised else (block.to(form.dtype), None)
-        for stored, value in zip(cold.read_stored(numbers), wanted):
+        for stored, value in zip(table.read_stored(numbers), wanted):
             if value is not None and (stored is None or not torch.equal(stored.float(), value.float())):
                 return False
         start += len(block)
@@ -345,10 +344,9 @@ def _folder_of(name: str) -> Path:
     try:
         return Path(HfApi().snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # of a network the client passes on many kinds
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"cannot load model {name!r}: there is no such folder, and from the hub: {reason}. Expected a folder with config.json and "
-            "safetensors, or a hub name."
+            f"cannot load model {name!r}: there is no such folder, and from the hub: {reason_of(error)}. Expected a folder with config.json "
+            "and safetensors, or a hub name."
         ) from error
 
 

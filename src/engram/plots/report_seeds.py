@@ -141,7 +141,7 @@ def memory_off(result: Mapping[str, Any]) -> list[str]:
 
 
 def kept_interval(found: Sequence[Mapping[str, Any]], group: str) -> dict[str, Any] | None:
-    """Share kept with the memory off, mean over seeds with its interval; None where a seed has no exact answer to keep."""
+    """Share kept with the memory off, mean over seeds with its interval; None as for ``kept``."""
     shares = kept(found, group)
     return None if shares is None else mean_interval(shares)
 

@@ -11,6 +11,7 @@ from engram.cli.main import app
 from engram.data.corpus import held_out_standard_library
 from engram.evaluation import check_facts
 from engram.evaluation.bits_per_byte import bits_per_byte
+from engram.models.bundled import load_model
 from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_MODEL, memory_folder
 
 
@@ -78,3 +79,8 @@ def test_facts_are_taught_to_the_model_alone():
     editor = MemoryEditor.create(model, tokenizer)
     facts = load_facts(BUNDLED_MODEL.parent / "facts.yaml")[::60]
     assert editor.teach(facts).not_exact == {}
+
+
+def test_a_model_loads_from_a_path():
+    model, tokenizer = load_model(BUNDLED_MODEL)
+    assert len(tokenizer) == model.config.vocab_size

@@ -26,6 +26,7 @@ from engram import (
     replicate_tables,
 )
 from engram.distributed import process_count, process_rank
+from engram.models import shard_model
 from engram.optim import build_param_groups, clip_grad_norm_
 from engram.tables import ShardedTable
 from engram.testing import assert_close, play_scenarios, run_processes, tiny_config, tiny_model, tiny_tokenizer
@@ -51,7 +52,7 @@ class Rows(Dataset):
         return {"input_ids": self.ids[i], "labels": labels}
 
 
-def trainer_for(folder, table=None, config=None, callbacks=(), memory=None, **changes):
+def trainer_for(folder, table=None, config=None, callbacks=(), memory=None, shard=False, **changes):
     """Eight steps of eight texts, however many processes there are."""
     batch = 8 // process_count_ahead() // changes.get("gradient_accumulation_steps", 1)
     fields = {
@@ -71,6 +72,8 @@ def trainer_for(folder, table=None, config=None, callbacks=(), memory=None, **ch
         model = tiny_model()
         torch.manual_seed(process_rank())  # the first one's reader is everybody's
         memory = get_engram_model(model, tiny_config(**config or {}), tiny_tokenizer(), table_config=TableConfig(**table or {}))
+    if shard and process_count() > 1:
+        shard_model(memory)
     return EngramTrainer(memory, args, train_dataset=Rows(), eval_dataset=Rows(16, masked=False), callbacks=list(callbacks))
 
 

@@ -1,5 +1,6 @@
 """Floor 1: what several processes of one training run tell each other."""
 
+from engram.distributed.divided import is_divided, is_fully_sharded, own_part, part_from, part_of, put_apart, whole
 from engram.distributed.processes import (
     Group,
     agreed_number,
@@ -34,10 +35,16 @@ __all__ = [
     "from_first",
     "group_apart",
     "group_for",
+    "is_divided",
+    "is_fully_sharded",
     "leave_at_exit",
+    "own_part",
     "own_rows",
+    "part_from",
+    "part_of",
     "process_count",
     "process_rank",
+    "put_apart",
     "rows_from_all",
     "rows_of_each",
     "shard_group",
@@ -47,4 +54,5 @@ __all__ = [
     "unshare_parameter",
     "wait_for_all",
     "warn_of_own_steps",
+    "whole",
 ]

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from engram.models.architectures import ARCHITECTURES, DecoderLayout, find_decoder, register_architecture
     from engram.models.bundled import load_bundled, load_model
     from engram.models.engram_model import EngramModel, get_engram_model
+    from engram.models.fsdp import shard_model
     from engram.models.placed import PlacedEmbedding, load_placed, place_embeddings
     from engram.models.router import EngramRouter, LearnedRouter, Router, RouteRule
     from engram.models.static_decoding import StaticDecoder
@@ -29,6 +30,7 @@ _HOMES = {
     "load_placed": "engram.models.placed",
     "place_embeddings": "engram.models.placed",
     "register_architecture": "engram.models.architectures",
+    "shard_model": "engram.models.fsdp",
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "load_placed",
     "place_embeddings",
     "register_architecture",
+    "shard_model",
 ]
 
 __getattr__ = loaded_on_use(__name__, _HOMES)

@@ -19,7 +19,16 @@ from engram.tables import check_room
 if TYPE_CHECKING:
     from engram.models.engram_model import EngramModel
 
-__all__ = ["ATTACHED", "check_fit", "check_free", "check_tables_fit", "device_of", "freeze", "trainable_flags"]
+__all__ = [
+    "ATTACHED",
+    "check_fit",
+    "check_free",
+    "check_tables_fit",
+    "check_topmost",
+    "device_of",
+    "freeze",
+    "trainable_flags",
+]
 
 ATTACHED = "_engram_memory"
 """Under this name a decoder keeps the token of the memory that was attached last."""
@@ -40,6 +49,17 @@ def check_free(decoder: Decoder, beneath: EngramModel | None) -> None:
         "this model has a memory already; call unload() on that one first. Or give the memory in place of the model, to have one on top of "
         "the other: get_engram_model(memory, ...), MemoryEditor.create(memory, ...), EngramModel.from_pretrained(memory, ...)."
     )
+
+
+def check_topmost(decoder: Decoder, memory: EngramModel) -> None:
+    """Refuse a memory that is not the one that was attached last.
+
+    Raises:
+        AttachError: it is refused.
+    """
+    memory._check_attached()
+    if decoder.module.__dict__.get(ATTACHED) != memory.owner_token:
+        raise AttachError("another memory was attached on top of this one; call unload() on that one first.")
 
 
 def check_fit(model: PreTrainedModel, decoder: Decoder, config: EngramConfig, tokenizer: Any) -> None:

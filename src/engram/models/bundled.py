@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,13 +55,14 @@ def load_bundled(memory: bool = False) -> tuple[PreTrainedModel | EngramModel, A
     return EngramModel.from_pretrained(model, BUNDLED_MEMORY, tokenizer).eval(), tokenizer
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+def load_model(name: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
     """A causal language model (it may take pictures too) and its tokenizer from a local folder (a model's, or a run's with ``model`` in it), a
     hub name or ``bundled``.
 
     Raises:
         CheckpointError: it cannot be loaded; the message carries the loader's own reason.
     """
+    name = os.fspath(name)
     with _readable_errors(name):
         path = _place(name)
         model = _class_for(path).from_pretrained(path, dtype=dtype)

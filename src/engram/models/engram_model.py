@@ -16,11 +16,21 @@ from transformers import PreTrainedModel
 
 from engram.checkpoint import again_if_saved
 from engram.config import EngramConfig, TableConfig
+from engram.distributed import is_fully_sharded
 from engram.errors import AttachError
 from engram.hashing import NgramHashMapping, build_mapping
 from engram.layers import Engram, layer_classes
 from engram.models.architectures import accepts, find_decoder
-from engram.models.attaching import ATTACHED, check_fit, check_free, check_tables_fit, device_of, freeze, trainable_flags
+from engram.models.attaching import (
+    ATTACHED,
+    check_fit,
+    check_free,
+    check_tables_fit,
+    check_topmost,
+    device_of,
+    freeze,
+    trainable_flags,
+)
 from engram.models.cache import cache_argument
 from engram.models.hooks import DecoderHooks
 from engram.models.identity import adapter_parameters
@@ -288,13 +298,17 @@ class EngramModel(nn.Module):
         If parameters came, went or were renamed since (an adapter was added, say), flags stay as they are: they are somebody else's now.
 
         Raises:
-            AttachError: it was unloaded before, or another memory is attached on top of it.
+            AttachError: it was unloaded before, another memory is attached on top of it, or it is divided between processes
+                (``shard_model``).
         """
-        self._check_attached()
+        decoder = find_decoder(self.base_model)
+        check_topmost(decoder, self)
+        if is_fully_sharded(self):
+            raise AttachError(
+                "unload: got a memory and a model that FSDP has divided together, expected whole ones; save both and load them anew."
+            )
         assert self._hooks is not None
-        marks = find_decoder(self.base_model).module.__dict__
-        if marks.get(ATTACHED) != self.owner_token:
-            raise AttachError("another memory was attached on top of this one; call unload() on that one first.")
+        marks = decoder.module.__dict__
         self._hooks.remove()
         self._hooks = None
         marks.pop(ATTACHED)

@@ -26,6 +26,7 @@ from engram.checkpoint import (
 )
 from engram.checkpoint.stream import TensorSpec, as_parts, type_code
 from engram.config import EngramConfig, TableConfig
+from engram.distributed import own_part, part_of, put_apart, whole
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram, layer_classes
@@ -68,7 +69,7 @@ _READER = ("value_proj.", "key_projs.", "norm1.", "norm2.")
 def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
     """Write ``engram.json`` (what it is), one safetensors file (its tensors) and its ledger if it has one, all or nothing.
 
-    Where tables are divided between processes, all save together: the first writes, the others send it their rows.
+    Where tables or weights are divided between processes, all save together: the first writes, the others send it what they have.
 
     Raises:
         CheckpointError: the folder cannot be written, or a seeded reader was trained.
@@ -86,15 +87,15 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
     if memory.engram_config.reader == "seeded":
         _check_unmoved(memory)
         description["reader_sha256"] = _reader_digest(memory)
+    tensors = {name: whole(tensor) for name, tensor in _tensors(memory).items()}
     if sends_rows_only(memory):  # by now it has told who is beneath, which takes all processes if that is divided
         for table in gathered_tables(memory).values():
             deque(table.stored_blocks(), maxlen=0)
         return
-    tensors = _tensors(memory)
-    whole = {f"{prefix}weight": table.rows for prefix, table in gathered_tables(memory).items()}
+    rows = {f"{prefix}weight": table.rows for prefix, table in gathered_tables(memory).items()}
     stream_store(
         path,
-        {name: _spec(tensor, whole.get(name)) for name, tensor in tensors.items()},
+        {name: _spec(tensor, rows.get(name)) for name, tensor in tensors.items()},
         _parts(memory, tensors),
         description,
         memory.ledger,
@@ -233,6 +234,7 @@ def load_memory(
     """Fill ``memory`` from the folder ``path``; every check comes before the first write. ``changed_rows``: see ``TableConfig``.
     ``just_checked``: what ``check_memory`` warned of is not told again; everything is checked again, as others may have saved since.
     """
+    put_apart(memory)
     description = read_description(path)
     saved = EngramConfig.from_dict(description["engram_config"])
     if saved != memory.engram_config:
@@ -265,7 +267,7 @@ def load_memory(
                     fill_tables(memory, reader, saved_dtype, changed_rows)
                 promote_rows(memory, tensors)
             for name, tensor in own.items():
-                tensor.copy_(tensors.get_tensor(name))
+                own_part(tensor).copy_(own_part(part_of(tensors.get_tensor(name).to(tensor.device), tensor)))
     memory.ledger = ledger
     memory.known_versions.add(description["weights"]["file"])
     memory.folder = folder_name(path)
@@ -322,7 +324,7 @@ def _check_unmoved(memory: EngramModel) -> None:
     """Refuse to save a seeded reader that was trained by hand: what is loaded again follows from the seed."""
     for layer_id, engram in memory.engrams.items():
         for projection in (engram.value_proj, *engram.key_projs):
-            size = projection.weight.detach().abs()
+            size = whole(projection.weight.detach()).abs()
             if not bool((size == size.flatten()[:1]).all()):
                 raise CheckpointError(
                     f"layer {layer_id}: got a trained reader with EngramConfig.reader='seeded', which is not saved; nothing was written. "
@@ -334,7 +336,7 @@ def _reader_digest(memory: EngramModel) -> str:
     digest = hashlib.sha256()
     for engram in memory.engrams.values():
         for projection in (engram.value_proj, *engram.key_projs):
-            weight: Tensor = projection.weight.detach()
+            weight: Tensor = whole(projection.weight.detach())
             digest.update(torch.signbit(weight).cpu().numpy().tobytes() + str(list(weight.shape)).encode())
     return digest.hexdigest()
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engram.distributed import whole
 from engram.models.bundled_files import BUNDLED_NAME
 from engram.models.devices import input_device
 from engram.models.positions import text_config
@@ -26,7 +27,8 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
     """Name, sizes, a checksum of a corner of the input embeddings and one of a sample of every weight.
 
     Checksums are taken in bfloat16, so that the same weights loaded as float32 or bfloat16 have the same identity; those of float16 weights
-    say nothing about the others, which they round otherwise. Adapters of peft on the model do not count: they come and go.
+    say nothing about the others, which they round otherwise. Adapters of peft on the model do not count: they come and go. Of a model that
+    FSDP has divided all processes ask.
     """
     config: Any = model.config
     text = text_config(config)
@@ -73,7 +75,7 @@ def memory_identity(memory: Any) -> dict[str, Any]:
         own = {id(parameter) for parameter in table.parameters()}
         for parameter in engram.parameters():
             if id(parameter) not in own:
-                reader.update(_bits(parameter.detach()))
+                reader.update(_bits(whole(parameter.detach())))
         if memory.engram_config.verify_rows:
             for part in (table.row_ids, table.tags):
                 rows.update(part.cpu().numpy().tobytes())
@@ -121,7 +123,7 @@ def _embedding_digest(model: nn.Module) -> str | None:
     weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     if weight.is_meta:
         return None
-    return hashlib.sha256(_bits(weight.detach()[:_SAMPLE_ROWS, :_SAMPLE_COLUMNS])).hexdigest()
+    return hashlib.sha256(_bits(whole(weight.detach())[:_SAMPLE_ROWS, :_SAMPLE_COLUMNS])).hexdigest()
 
 
 def _weights_digest(model: nn.Module) -> str | None:
@@ -130,7 +132,7 @@ def _weights_digest(model: nn.Module) -> str | None:
     for parameter in _own_parameters(model):
         if parameter.is_meta:
             return None
-        flat = parameter.detach().reshape(-1)
+        flat = whole(parameter.detach()).reshape(-1)
         digest.update(_bits(flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS]))
     return digest.hexdigest()
 

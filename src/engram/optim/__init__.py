@@ -1,6 +1,7 @@
 """Floor 3: optimisers for tables and what stands around them."""
 
 from engram.optim.clip import clip_grad_norm_
+from engram.optim.divided_state import load_own_state, own_state
 from engram.optim.groups import BACKBONE_OPTIMIZERS, build_param_groups
 from engram.optim.matrices import matrices_per_parameter
 from engram.optim.muon import EngramMuon
@@ -15,5 +16,7 @@ __all__ = [
     "RowMoments",
     "build_param_groups",
     "clip_grad_norm_",
+    "load_own_state",
     "matrices_per_parameter",
+    "own_state",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from engram.distributed import shard_group, sum_everywhere
+from engram.distributed import own_part, shard_group, sum_everywhere, whole
 from engram.native.rows import sum_duplicates
 
 __all__ = ["clip_grad_norm_"]
@@ -19,7 +20,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
 
     The norm equals that of the densified gradients: duplicate rows of a sparse gradient are summed first. They stay summed, unless they have
     16 bits: those are summed in float32, which a gradient of theirs could not hold. Tables that are divided between processes count as
-    whole ones; all processes clip together then.
+    whole ones, and so do parameters that FSDP has divided; all processes clip together then.
 
     Args:
         parameters: one tensor or several; those without a gradient are passed over.
@@ -35,7 +36,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for p in holders:
         assert p.grad is not None
-        values = p.grad._values() if p.grad.is_sparse else p.grad
+        values = p.grad._values() if p.grad.is_sparse else own_part(p.grad)
         values.mul_(scale.to(values.device))
     return total
 
@@ -47,11 +48,13 @@ def _norm(parameter: Tensor) -> Tensor:
 
 
 def _joint_norm(norms: list[Tensor]) -> Tensor:
-    """The norm of all, on the device of the first; each device sums up its own and sends one number, which is one wait."""
-    by_device: dict[torch.device, list[Tensor]] = {}
+    """The norm of all, on the device of the first; each device sums up its own and sends one number, which is one wait. So do processes that
+    FSDP has divided parameters between.
+    """
+    together: dict[Any, list[Tensor]] = {}
     for norm in norms:
-        by_device.setdefault(norm.device, []).append(norm)
-    parts = [torch.linalg.vector_norm(torch.stack(part)) for part in by_device.values()]
+        together.setdefault((norm.device, getattr(norm, "device_mesh", None)), []).append(norm)
+    parts = [whole(torch.linalg.vector_norm(torch.stack(part))) for part in together.values()]
     return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack([part.to(norms[0].device) for part in parts]))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram.distributed import part_of, whole
 from engram.errors import ConfigError
 from engram.optim.sparse_adam import EngramAdamW
 
@@ -116,7 +117,7 @@ class EngramMuon(EngramAdamW):
                 steps = orthogonalize(whole, group["ns_steps"], dtype)
                 for (p, _), step in zip(part, steps.split([u.shape[0] for _, u in part])):
                     p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(step.reshape(p.shape), alpha=scale if group["maximize"] else -scale)
+                    p.add_(part_of(step.reshape(p.shape), p), alpha=scale if group["maximize"] else -scale)
 
     def _momentum_update(self, group: dict[str, Any], p: Tensor) -> Tensor:
         """Advance the momentum; what is to be orthogonalised, as matrices ``[n, rows, columns]``."""
@@ -132,7 +133,7 @@ class EngramMuon(EngramAdamW):
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
         state["step"] = state["step"] + 1
         momentum = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
-        update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        update = whole(grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum)
         stack = update.shape[0] if update.dim() == 3 else 1
         return update.reshape(stack * group["parts"], update.shape[-2] // group["parts"], update.shape[-1])
 

@@ -12,7 +12,7 @@ from engram.tables.measure import rows_per_second
 from engram.tables.memory import available_memory, check_fits
 from engram.tables.prefetch import RowHandle, RowPrefetcher
 from engram.tables.quantised import QuantisedTable
-from engram.tables.replicas import Replicas, replicate_tables
+from engram.tables.replicas import Replicas, copy_all_but_tables, replicate_tables
 from engram.tables.rowfile import new_row_file
 from engram.tables.rownotes import (
     is_being_filled,
@@ -51,6 +51,7 @@ __all__ = [
     "build_table",
     "check_fits",
     "check_room",
+    "copy_all_but_tables",
     "is_being_filled",
     "is_sharded",
     "is_untouched",

@@ -21,10 +21,10 @@ from engram.distributed import (
     unshare_parameter,
 )
 from engram.errors import TableError
-from engram.tables.base import EmbeddingTable
+from engram.tables.base import EmbeddingTable, row_parameters
 from engram.tables.sharded import ShardedTable
 
-__all__ = ["Replicas", "replicate_tables"]
+__all__ = ["Replicas", "copy_all_but_tables", "replicate_tables"]
 
 _SAMPLED = 4096
 """Rows by which copies are compared."""
@@ -121,6 +121,15 @@ def replicate_tables(model: nn.Module, group: Group = None) -> Replicas:
     replicas._listen()
     _hide_from_ddp(model, found)
     return replicas
+
+
+@torch.no_grad()
+def copy_all_but_tables(model: nn.Module, group: Group = None) -> None:
+    """Every process gets the first one's parameters, as DDP would have it, but for those of tables."""
+    rows = row_parameters(model)
+    for parameter in model.parameters():
+        if id(parameter) not in rows:
+            parameter.copy_(from_first(parameter, group))
 
 
 def _trained(tables: dict[str, EmbeddingTable]) -> dict[str, EmbeddingTable]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
+from engram.distributed import anywhere, is_divided, own_part
 from engram.errors import CheckpointError, ConfigError, TrainingError
 from engram.tables import row_parameters
 
@@ -59,10 +60,13 @@ def no_number(what: str, value: float, step: int, lr: float, output_dir: str) ->
 
 
 def weights_are_finite(model: nn.Module) -> bool:
-    """Whether all weights that are trained are numbers. Tables are passed over: reading one may cost more than the whole save."""
+    """Whether all weights that are trained are numbers; of divided ones all processes ask. Tables are passed over: reading one may cost more
+    than the whole save.
+    """
     tables = row_parameters(model)
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in tables]
-    return all(bool(torch.isfinite(p).all()) for p in trained)
+    broken = any(not bool(torch.isfinite(own_part(p)).all()) for p in trained)
+    return not (anywhere(broken) if any(map(is_divided, trained)) else broken)
 
 
 @contextmanager

@@ -26,8 +26,9 @@ from transformers.utils import logging as hf_logging
 
 from engram.checkpoint import load_tree, save_tree, write_json_atomically
 from engram.checkpoint.store import sync_to_disk
-from engram.distributed import anywhere, leave_at_exit, process_rank, wait_for_all
+from engram.distributed import anywhere, is_fully_sharded, leave_at_exit, process_rank, wait_for_all
 from engram.errors import CheckpointError, ConfigError, TrainingError
+from engram.optim import load_own_state, own_state
 from engram.tables import is_sharded
 from engram.training.cpu_types import warning_of_slow_bfloat16
 from engram.training.examples import OneLength, check_not_empty
@@ -155,7 +156,7 @@ class SafeTrainer(Trainer):
         if self.args.world_size > 1:
             # An evaluation before has left a note by which accelerate would take the model for one that DDP has.
             vars(self.model).pop("_is_accelerate_prepared", None)
-            if self._is_sharded and self.args.save_strategy != SaveStrategy.NO:
+            if self._is_divided and self.args.save_strategy != SaveStrategy.NO:
                 check_shared_folder(Path(self.args.output_dir or "."))
         self.throughput.reset()
         self._started, self._seconds_before = time.monotonic(), 0.0
@@ -194,7 +195,7 @@ class SafeTrainer(Trainer):
         if self.args.world_size > 1 and not self._is_parallel(model):
             raise ConfigError(
                 f"training: got a {type(model).__name__} in several processes, expected DistributedDataParallel, which keeps weights equal; "
-                "other ways to train in parallel (FSDP, DeepSpeed) are not supported."
+                "or a memory that shard_model divided; FSDP by accelerate, which would divide tables too, and DeepSpeed are not supported."
             )
         self.throughput.start()
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -214,7 +215,8 @@ class SafeTrainer(Trainer):
 
     def _is_parallel(self, model: Any) -> bool:
         """Whether gradients of ``model``, as it was prepared for training, are averaged over the processes."""
-        return isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel)
+        inner = getattr(model, "_orig_mod", model)
+        return isinstance(inner, DistributedDataParallel) or is_fully_sharded(inner)
 
     def _no_number(self, what: str, value: float, step: int | None = None) -> TrainingError:
         step = self.state.global_step + 1 if step is None else step
@@ -261,9 +263,9 @@ class SafeTrainer(Trainer):
             self.args.save_total_limit, self._limit = self._limit["save_total_limit"], {}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.args.should_save or self._is_sharded:
-            own = self._own_file(_OPTIMIZER) if self._is_sharded else _OPTIMIZER
-            save_tree(os.path.join(output_dir, own), self.optimizer.state_dict())
+        if self.args.should_save or self._is_divided:
+            own = self._own_file(_OPTIMIZER) if self._is_divided else _OPTIMIZER
+            save_tree(os.path.join(output_dir, own), own_state(self.optimizer))
         if not self.args.should_save:
             return  # every process has the same
         save_tree(os.path.join(output_dir, _SCHEDULER), _plain(self.lr_scheduler.state_dict()))
@@ -272,8 +274,8 @@ class SafeTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self._check_parts(checkpoint)
-            own = self._own_file(_OPTIMIZER) if self._is_sharded else _OPTIMIZER
-            self.optimizer.load_state_dict(load_tree(os.path.join(checkpoint, own)))
+            own = self._own_file(_OPTIMIZER) if self._is_divided else _OPTIMIZER
+            load_own_state(self.optimizer, load_tree(os.path.join(checkpoint, own)))
             self.lr_scheduler.load_state_dict(load_tree(os.path.join(checkpoint, _SCHEDULER)))
             file = Path(checkpoint, _TIME)
             if file.is_file():  # checkpoints of earlier versions have none
@@ -288,27 +290,27 @@ class SafeTrainer(Trainer):
         wait_for_all()  # the first process says next that the checkpoint is complete
 
     @property
-    def _is_sharded(self) -> bool:
-        """Whether each process holds a part of some table: a checkpoint needs all of them."""
+    def _is_divided(self) -> bool:
+        """Whether each process holds a part of some table, or of the weights: a checkpoint needs all of them."""
         assert self.model is not None
-        return is_sharded(self.model)
+        return is_sharded(self.model) or is_fully_sharded(self.model)
 
     def _own_file(self, name: str) -> str:
         """What each process has for itself; that of the first has the name it has when there is one process."""
         return name if self.args.process_index == 0 else f"{name}_{self.args.process_index}"
 
     def _check_parts(self, checkpoint: str) -> None:
-        """Refuse the optimiser's state of tables that were divided between another number of processes."""
-        saved, wanted = len(list(Path(checkpoint).glob(f"{_OPTIMIZER}*.json"))), self.args.world_size if self._is_sharded else 1
+        """Refuse the optimiser's state of tables or weights that were divided between another number of processes."""
+        saved, wanted = len(list(Path(checkpoint).glob(f"{_OPTIMIZER}*.json"))), self.args.world_size if self._is_divided else 1
         if saved not in (0, wanted):  # without any, reading it says what is missing
             raise CheckpointError(
-                f"{checkpoint} holds the optimiser's state of tables in {saved} part(s), expected {wanted}: sharded tables are resumed by as "
+                f"{checkpoint} holds the optimiser's state in {saved} part(s), expected {wanted}: sharded tables and weights are resumed by as "
                 "many processes as trained them. Start so many, or load the memory (from_pretrained) and train it anew."
             )
 
     def _remove_other_parts(self, folder: Path) -> None:
         """What an earlier run of more processes left in the folder of a checkpoint."""
-        for name, parts in ((_OPTIMIZER, self.args.world_size if self._is_sharded else 1), (_RANDOM, self.args.world_size)):
+        for name, parts in ((_OPTIMIZER, self.args.world_size if self._is_divided else 1), (_RANDOM, self.args.world_size)):
             for file in folder.glob(f"{name}_*"):
                 number = file.stem.rpartition("_")[2]
                 if number.isdecimal() and int(number) >= parts:
@@ -339,7 +341,7 @@ class SafeTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
-            if self._is_sharded:
+            if self._is_divided:
                 self._save_weights(Path(output_dir or self.args.output_dir or "."))  # sends its part to the first
             return
         folder = Path(output_dir or self.args.output_dir or ".")

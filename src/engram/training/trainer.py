@@ -11,23 +11,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
-from engram.distributed import from_first, process_count, sum_everywhere
-from engram.errors import CheckpointError, ConfigError
+from engram.distributed import is_fully_sharded, process_count, put_apart, sum_everywhere
+from engram.errors import ConfigError
 from engram.models import EngramModel
 from engram.models.identity import adapter_parameters
 from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES, EngramAdamW, EngramMuon, build_param_groups, clip_grad_norm_
-from engram.tables import Replicas, replicate_tables, row_parameters
+from engram.tables import Replicas, copy_all_but_tables, replicate_tables, row_parameters
 from engram.training.safe_trainer import SafeTrainer
+from engram.training.weight_files import BACKBONE_WEIGHTS, load_adapters, load_backbone, save_adapters, save_backbone
 
 __all__ = ["EngramTrainer", "EngramTrainingArguments"]
 
 _BACKBONE = "backbone"
-_WEIGHTS = "model.safetensors"
 _ADAPTERS = "engram_adapters.safetensors"
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 
@@ -93,7 +91,8 @@ class EngramTrainer(SafeTrainer):
 
     Several processes divide every batch between them (``torchrun --nproc-per-node N train.py``): the step is that of one process with
     N times the batch. Each holds a copy of the tables, and what travels between them are the gradients of the rows that were read
-    (``replicate_tables``). Tables in row files (``tier="mmap"``) need a file for each process.
+    (``replicate_tables``). Tables in row files (``tier="mmap"``) need a file for each process. Base models of which not every device can hold
+    a copy are divided first (``shard_model``).
 
     Raises:
         ConfigError: the model is neither, the arguments are not ``EngramTrainingArguments`` or contradict each other, or nothing would be
@@ -116,14 +115,15 @@ class EngramTrainer(SafeTrainer):
                 False  # a memory uses all that it has; DDP would search every pass for what it does not
             )
         super().__init__(model=model, args=args, **kwargs)
-        if args.save_on_each_node and self._is_sharded:
+        if args.save_on_each_node and self._is_divided:
             raise ConfigError(
-                "EngramTrainingArguments.save_on_each_node: got True with sharded tables, expected False: the first process writes them all."
+                "EngramTrainingArguments.save_on_each_node: got True with sharded tables or weights, expected False: the first process "
+                "writes them all."
             )
-        if args.fp16 and self._is_sharded:
+        if args.fp16 and self._is_divided:
             raise ConfigError(
-                "EngramTrainingArguments.fp16: got True with sharded tables, expected bf16 or float32: each process would decide for itself "
-                "which steps overflow."
+                "EngramTrainingArguments.fp16: got True with sharded tables or weights, expected bf16 or float32: each process would decide "
+                "for itself which steps overflow."
             )
         self._introspect_base(self.backbone)
 
@@ -169,19 +169,19 @@ class EngramTrainer(SafeTrainer):
         """As ``SafeTrainer.train``; several processes keep their copies of the tables equal."""
         if process_count() == 1 or not isinstance(self.model, EngramModel):
             return super().train(*args, **kwargs)
+        divided = is_fully_sharded(self.model)
         self._replicas = replicate_tables(self.model)
         self._tables_alone = _trains_nothing_but_tables(self.model)
-        if self._tables_alone:  # DDP, which would make the rest equal, is not there
-            _copy_all_but_tables(self.model)
+        if self._tables_alone and not divided:  # DDP, which would make the rest equal, is not there
+            copy_all_but_tables(self.model)
+        if self._tables_alone or divided:
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         try:
             return super().train(*args, **kwargs)
         finally:
             self._replicas.remove()
-            self._replicas = None
-            if self._tables_alone:
-                del self.accelerator.prepare_model
-                self._tables_alone = False
+            self._replicas, self._tables_alone = None, False
+            vars(self.accelerator).pop("prepare_model", None)
 
     def _is_parallel(self, model: Any) -> bool:
         return self._tables_alone or super()._is_parallel(model)
@@ -201,6 +201,7 @@ class EngramTrainer(SafeTrainer):
             ConfigError: the arguments ask for another optimiser than AdamW.
         """
         if self.optimizer is None:
+            put_apart(cast(torch.nn.Module, self.model))
             args: Any = self.args
             asked = getattr(args.optim, "value", args.optim)
             if asked not in _ADAMW:
@@ -283,22 +284,23 @@ class EngramTrainer(SafeTrainer):
     def _save_weights(self, folder: Path) -> None:
         if isinstance(self.model, EngramModel):
             self.model.save_pretrained(folder)
-        if not self.args.should_save:
+        if not self.args.should_save and not is_fully_sharded(cast(torch.nn.Module, self.model)):
             return
         if self.args.train_backbone:  # type: ignore[attr-defined]
-            _save_backbone(self.backbone, self._backbone_folder(folder))
+            save_backbone(self.backbone, self._backbone_folder(folder))
         else:
-            _save_adapters(_trained_adapters(self.model), folder / _ADAPTERS)
+            save_adapters(_trained_adapters(self.model), folder / _ADAPTERS)
 
     def _backbone_folder(self, checkpoint: Path) -> Path:
         return checkpoint / _BACKBONE if isinstance(self.model, EngramModel) else checkpoint
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
+        put_apart(cast(torch.nn.Module, self.model))
         if self.args.train_backbone:  # type: ignore[attr-defined]
-            _load_backbone(self.backbone, self._backbone_folder(folder) / _WEIGHTS)
+            load_backbone(self.backbone, self._backbone_folder(folder) / BACKBONE_WEIGHTS)
         else:
-            _load_adapters(_trained_adapters(self.model), folder / _ADAPTERS)
+            load_adapters(_trained_adapters(self.model), folder / _ADAPTERS)
         if isinstance(self.model, EngramModel):
             self.model.load_memory(folder, changed_rows="refill")
 
@@ -310,15 +312,6 @@ class EngramTrainer(SafeTrainer):
 def _trains_nothing_but_tables(model: EngramModel) -> bool:
     rows = row_parameters(model)
     return all(id(p) in rows for p in model.parameters() if p.requires_grad)
-
-
-@torch.no_grad()
-def _copy_all_but_tables(model: EngramModel) -> None:
-    """Every process gets the first one's reader and base model, as DDP would have it."""
-    rows = row_parameters(model)
-    for parameter in model.parameters():
-        if id(parameter) not in rows:
-            parameter.copy_(from_first(parameter))
 
 
 def _check_arguments(args: EngramTrainingArguments, has_adapters: bool) -> None:
@@ -396,57 +389,3 @@ def _refuse_untrainable(model: EngramModel) -> None:
                 "which are only read; expected float32, bfloat16 or float16 rows that may be written (tier 'mmap' needs a path), or "
                 "train_tables=False."
             )
-
-
-def _save_backbone(base: Any, folder: Path) -> None:
-    """One file under the module's own names, so that load_model finds them again.
-
-    Raises:
-        CheckpointError: transformers wrote no such file.
-    """
-    weights = folder / _WEIGHTS
-    if getattr(base, "_hf_peft_config_loaded", False):  # of a model with adapters save_pretrained writes those alone
-        base.config.save_pretrained(folder)
-        save_model(base, str(weights), metadata={"format": "pt"})
-    else:  # from_pretrained reads it as well; the original format renames and splits the experts of MoE models
-        base.save_pretrained(folder, save_original_format=False, max_shard_size="1000TB")
-    if not weights.is_file():
-        raise CheckpointError(
-            f"{weights} was not written by {type(base).__name__}.save_pretrained; the checkpoint could not be resumed."
-        )
-
-
-def _load_backbone(base: Any, weights: Path) -> None:
-    if not weights.is_file():
-        raise CheckpointError(
-            f"{weights} is missing; the checkpoint was made without train_backbone. Resume with the same arguments."
-        )
-    try:
-        load_model(base, weights)
-    except (RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{weights} does not fit this base model: {' '.join(str(error).split())[:300]}") from error
-
-
-def _save_adapters(adapters: dict[str, torch.nn.Parameter], file: Path) -> None:
-    if adapters:
-        save_file({name: parameter.detach().clone().contiguous() for name, parameter in adapters.items()}, file)
-    else:
-        file.unlink(missing_ok=True)  # of an earlier run in this folder
-
-
-def _load_adapters(adapters: dict[str, torch.nn.Parameter], file: Path) -> None:
-    try:
-        saved = load_file(file) if file.is_file() else {}
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; resume from an earlier checkpoint.") from error
-    wanted = {name: list(parameter.shape) for name, parameter in adapters.items()}
-    found = {name: list(values.shape) for name, values in saved.items()}
-    if wanted != found:
-        differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise CheckpointError(
-            f"{file.parent} was made with other trainable adapters: {len(found)} tensors there, {len(wanted)} here, first {differing[0]}. Put "
-            "the same adapters on the base model, trainable, before the trainer is made."
-        )
-    with torch.no_grad():
-        for name, parameter in adapters.items():
-            parameter.copy_(saved[name])

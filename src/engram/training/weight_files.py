@@ -1,0 +1,122 @@
+"""Files of a checkpoint that hold what is trained beside the memory: the base model, or adapters on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+
+from engram.distributed import is_divided, own_part, part_of, process_rank, whole
+from engram.errors import CheckpointError, ConfigError
+
+__all__ = ["BACKBONE_WEIGHTS", "load_adapters", "load_backbone", "save_adapters", "save_backbone"]
+
+BACKBONE_WEIGHTS = "model.safetensors"
+
+
+def save_backbone(base: Any, folder: Path) -> None:
+    """One file under the module's own names, so that ``load_backbone`` finds them again. Where the weights are divided between processes all
+    save together, and the first writes.
+
+    Raises:
+        CheckpointError: transformers wrote no such file.
+        ConfigError: the weights are divided and there are adapters among them.
+    """
+    file, divided, adapted = folder / BACKBONE_WEIGHTS, _is_any_divided(base), getattr(base, "_hf_peft_config_loaded", False)
+    if divided and adapted:
+        raise ConfigError("train_backbone: got adapters on a base model that FSDP has divided, expected one or the other.")
+    state = {name: _gathered(tensor) for name, tensor in base.state_dict().items()} if divided else None
+    if divided and process_rank() > 0:
+        return
+    if adapted:  # of a model with adapters save_pretrained writes those alone
+        base.config.save_pretrained(folder)
+        save_model(base, str(file), metadata={"format": "pt"})
+    else:  # from_pretrained reads it as well; the original format renames and splits the experts of MoE models
+        base.save_pretrained(folder, state_dict=state, save_original_format=False, max_shard_size="1000TB")
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} was not written by {type(base).__name__}.save_pretrained; the checkpoint could not be resumed."
+        )
+
+
+def _is_any_divided(model: nn.Module) -> bool:
+    return any(is_divided(parameter) for parameter in model.parameters())
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """The whole tensor in the first process's host memory; elsewhere it is put together and let go."""
+    together = whole(tensor.detach())
+    return together.cpu() if process_rank() == 0 else together.new_empty(0)
+
+
+def load_backbone(base: Any, file: Path) -> None:
+    """Read what ``save_backbone`` wrote into the same model, divided or not.
+
+    Raises:
+        CheckpointError: the file is missing or another model's.
+    """
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} is missing; the checkpoint was made without train_backbone. Resume with the same arguments."
+        )
+    try:
+        if _is_any_divided(base):
+            _fill(base, load_file(file))
+        else:
+            load_model(base, file)
+    except (RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{file} does not fit this base model: {' '.join(str(error).split())[:300]}") from error
+
+
+@torch.no_grad()
+def _fill(base: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Parts of saved tensors into the parts of parameters; of tied ones one name is saved."""
+    names: dict[int, list[str]] = {}
+    state = base.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    for alike in names.values():
+        found = next((saved[name] for name in alike if name in saved), None)
+        if found is None or found.shape != state[alike[0]].shape:
+            raise RuntimeError(f"{alike[0]}: missing or of another shape")
+        tensor = state[alike[0]]
+        own_part(tensor).copy_(own_part(part_of(found.to(tensor.device), tensor)))
+
+
+def save_adapters(adapters: Mapping[str, nn.Parameter], file: Path) -> None:
+    """Parameters of adapters by name; without any, the file is removed. Divided ones are saved by all processes together."""
+    tensors = {name: _gathered(parameter).clone().contiguous() for name, parameter in adapters.items()}
+    if process_rank() > 0:
+        return
+    if tensors:
+        save_file(tensors, file)
+    else:
+        file.unlink(missing_ok=True)  # of an earlier run in this folder
+
+
+def load_adapters(adapters: Mapping[str, nn.Parameter], file: Path) -> None:
+    """Read what ``save_adapters`` wrote.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is of other adapters.
+    """
+    try:
+        saved = load_file(file) if file.is_file() else {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; resume from an earlier checkpoint.") from error
+    wanted = {name: list(parameter.shape) for name, parameter in adapters.items()}
+    found = {name: list(values.shape) for name, values in saved.items()}
+    if wanted != found:
+        differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise CheckpointError(
+            f"{file.parent} was made with other trainable adapters: {len(found)} tensors there, {len(wanted)} here, first {differing[0]}. Put "
+            "the same adapters on the base model, trainable, before the trainer is made."
+        )
+    with torch.no_grad():
+        for name, parameter in adapters.items():
+            own_part(parameter).copy_(own_part(part_of(saved[name].to(parameter.device), parameter)))

@@ -214,6 +214,72 @@ def _exact(systems, part, patterns, field="exact"):
     return _range(counts)
 
 
+def peers():
+    """What the other tables say beside other implementations, in a line each."""
+    hashed = [load(file)["benchmarks"]["hash"]["settings"] for file in ("bench", "bench_avx2")]
+    many, one = (
+        "x" + _range(round(s[index]["variants"]["engram, arrays"]["speedup"]["median"]) for s in hashed).replace("-", " to x")
+        for index in (-1, 0)
+    )
+    largest = max(load("train_step_peer")["entries"], key=lambda e: (e["rows_per_layer"], e["mode"] == "trainer"))
+    ours, theirs = largest["engram"], largest["peer"]
+    decoding = {name: 100 * entry["overhead_paired"] for name, entry in load("decode")["variants"].items()}
+    several = load("processes")
+    systems = [run["systems"] for run in load("baselines")["runs"]]
+    kl = {
+        n: "-".join(f"{worst(s[n]['harm']['kl'] for s in systems):.2f}" for worst in (min, max))
+        for n in ("full fine-tuning", "LoRA")
+    }
+    known = systems[0]["base"]["capitals"]["still_right"]
+    kept = _range(s["Engram"]["capitals"]["still_right"] for s in systems)
+    facts = _exact([s["Engram"] for s in systems], "categories", False)
+    rows = [
+        ("hash of 16,384 tokens; of one", f"{many}; {one}", "1 (the paper's demo, NumPy)", "speed.md#addresses"),
+        (
+            f"training step, two layers of {largest['rows_per_layer'] / 1e6:.0f}M rows of 64 floats",
+            f"{ours['seconds']['median']:.2f} s, {ours['peak_bytes'] / 1e9:.1f} GB",
+            f"{theirs['seconds']['median']:.2f} s, {theirs['peak_bytes'] / 1e9:.1f} GB (engram-peft)",
+            "speed.md#a-training-step",
+        ),
+        (
+            f"the step in {several['processes']} processes, of one",
+            f"x{several['ways']['copies']['of_one']['median']:.2f}",
+            f"x{several['engram_peft']['of_one']['median']:.2f} (engram-peft)",
+            "speed.md#several-processes",
+        ),
+        (
+            "decoding, what two layers add to a token",
+            f"{decoding['Engram, 2 layers']:+.1f} %",
+            f"{decoding['engram-peft, 2 layers, M = 1']:+.1f} % (engram-peft)",
+            "speed.md#a-decoding-step",
+        ),
+        (
+            "taught facts answered exactly",
+            f"{facts} of {_exact([systems[0]['base']], 'categories', False, 'prompts')}",
+            "0 to 75 % by kind (engram-poc)",
+            "taught_memories.md#against-other-ways-of-teaching-the-same-facts",
+        ),
+        (
+            "what the base knew, still right",
+            f"{kept} of {known}",
+            "83 -> 67 % (engram-poc)",
+            "taught_memories.md#against-other-ways-of-teaching-the-same-facts",
+        ),
+        (
+            "drift on other text (KL, nats per token)",
+            "0, bit for bit",
+            f"{kl['LoRA']} (LoRA), {kl['full fine-tuning']} (fine-tuning)",
+            "taught_memories.md#against-other-ways-of-teaching-the-same-facts",
+        ),
+    ]
+    cells = [
+        (what, f"**{engram}**", others, f"[docs/{link.partition('#')[0]}](docs/{link})") for what, engram, others, link in rows
+    ]
+    note = "\n\nOf what the linked tables hold, with the commands that regenerate them; each measured side by side in one run, engram-peft "
+    note += "1.2.7 for instance; engram-poc's are its published figures, of another base."
+    return table(("", "engram", "beside it", "measured in"), cells) + note
+
+
 def capacity():
     result = load("capacity")
     points = result["points"]

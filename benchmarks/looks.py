@@ -2,7 +2,7 @@
 
 Takes runs of `engram train` of equal budget and text, one of either kind for each seed:
 
-    for seed in 0 1 2; do
+    for seed in 3 4 5 6 7 8; do
       engram train recipes/train_looks.yaml --seed $seed --out runs/looks/memory_$seed
       engram train recipes/train_looks_experts.yaml --seed $seed --out runs/looks/experts_$seed
     done

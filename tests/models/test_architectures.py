@@ -40,15 +40,17 @@ def test_documents_count_the_architectures():
 def test_attach_speak_and_leave(model_type):
     model = tiny_model(model_type)
     assert model.config.model_type == model_type  # the whole model, and not its text part
-    attach_speak_and_leave(model, 4 if model_type == "deepseek_v4" else 1)
+    attach_speak_and_leave(model, 4 if model_type in ("deepseek_v4", "hy_v4_vl") else 1)
 
 
 def in_two(memory, ids):
     """Logits of the first tokens, and of the others on the cache that these leave; one of recurrent states alone takes a single token."""
     count = -1 if memory.config.model_type in ("mamba", "mamba2") else 4
     first = memory(input_ids=ids[:, :count], use_cache=True)
-    cache = {name: first[name] for name in ("past_key_values", "cache_params") if name in first}
-    rest = memory(input_ids=ids[:, count:], use_cache=True, **cache)
+    names = [name for name in ("past_key_values", "cache_params") if name in first][
+        :1
+    ]  # recurrent_gemma keeps its states itself
+    rest = memory(input_ids=ids[:, count:], use_cache=True, **{name: first[name] for name in names})
     return torch.cat([first.logits, rest.logits], dim=1)
 
 

@@ -17,6 +17,16 @@ pytestmark = [
 SAVING = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
 
 
+def add_adapter(model, config):
+    """By transformers itself, which takes a peft that is new enough for it only."""
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"this transformers does not take peft {peft.__version__}: {error}")
+
+
 def adapted_memory(way="get_peft_model", **changes):
     """A memory whose base got an adapter after it."""
     memory = tiny_memory(speak=False)
@@ -26,7 +36,7 @@ def adapted_memory(way="get_peft_model", **changes):
     if way == "get_peft_model":
         peft.get_peft_model(memory.base_model, config)
     else:
-        memory.base_model.add_adapter(config)
+        add_adapter(memory.base_model, config)
     return memory
 
 

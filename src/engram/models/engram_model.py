@@ -496,6 +496,6 @@ class EngramModel(nn.Module):
 
 def _rename_cache(model: nn.Module, given: dict[str, Any]) -> None:
     """Let a cache that was given have the name that this model, in this version of transformers, has for it."""
-    for name in ("cache", "past_key_values"):
+    for name in ("cache", "past_key_values", "cache_params"):
         if name in given:
             given.setdefault(cache_argument(model), given.pop(name))

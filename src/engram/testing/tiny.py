@@ -374,6 +374,44 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         {**_PATCHES, "deepstack_visual_indexes": [0]},
     ),
     "smolvlm": _with_pictures("llama", _COMMON),
+    "apertus1p5_text": {**_COMMON, "rope_parameters": _ROPE},
+    "apertus1p5": {
+        **_with_pictures(
+            "apertus1p5_text",
+            {**_COMMON, "rope_parameters": _ROPE},
+            {"codebook_size": 4, "embed_dim": 8, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1},
+        ),
+        "audio_config": {
+            "model_type": "wavtokenizer_encoder",
+            "num_filters": 4,
+            "hidden_size": 16,
+            "codebook_size": 4,
+            "codebook_dim": 16,
+        },
+        "image_token_offset": 360,
+        "audio_token_offset": 364,
+    },
+    "exaone": _COMMON,
+    "hy_v4_vl": _with_pictures(
+        "hy_v4_vl_text",
+        {
+            **_DEEPSEEK,
+            **_INDEXER,
+            "indexer_types": ["full", "shared", "full"],
+            "qk_rope_head_dim": 8,
+            "rope_parameters": {**_ROPE, **_THREE_AXES},
+        },
+    ),
+    "lara_mini": {
+        **_COMMON,
+        **_MOE,
+        **_DELTA,
+        "shared_expert_intermediate_size": 24,
+        "sliding_window": 64,
+        "layer_types": ["linear_attention", "sliding_attention", "full_attention"],
+    },
+    "sarvam_mla": _DEEPSEEK,
+    "sarvam_moe": {**_COMMON, **_HEAD, **_ROUTED_MOE},
 }
 
 _PAGE = (

@@ -74,7 +74,8 @@ def divided(folder):
         "identity": attached_identity(memory),
         "expected": expected,
     }
-    for call in (memory.unload, lambda: shard_model(memory)):
+    on_top = tiny_config(layer_ids=[0], seed=1)
+    for call in (memory.unload, lambda: shard_model(memory), lambda: get_engram_model(memory, on_top, tiny_tokenizer())):
         with pytest.raises((AttachError, ConfigError)) as error:
             call()
         found.setdefault("refused", []).append(str(error.value))
@@ -167,11 +168,12 @@ def test_the_first_process_says_what_the_weights_are(seen):
     assert seen[0]["divided"]["identity"] == seen[1]["divided"]["identity"] == seen[0]["divided"]["expected"]
 
 
-def test_a_divided_memory_is_not_taken_off_nor_divided_again(seen):
+def test_a_divided_memory_is_not_taken_off_nor_divided_again_nor_built_on(seen):
     for result in seen:
-        taken_off, again = result["divided"]["refused"]
+        taken_off, again, built_on = result["divided"]["refused"]
         assert "save both and load them anew" in taken_off
         assert "divided already" in again
+        assert "before shard_model" in built_on
 
 
 @pytest.mark.parametrize("name", ["copies", "parts"])

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from engram.config import EngramConfig, TableConfig
+from engram.distributed import is_fully_sharded
 from engram.errors import AttachError, ConfigError
 from engram.hashing import NgramHashMapping, count_ids
 from engram.models.architectures import Decoder
@@ -35,13 +36,17 @@ ATTACHED = "_engram_memory"
 
 
 def check_free(decoder: Decoder, beneath: EngramModel | None) -> None:
-    """Refuse a second memory that does not say what it comes on top of, and one on top of a memory that was unloaded.
+    """Refuse a second memory that does not say what it comes on top of, and one on top of a memory that was unloaded or divided.
 
     Raises:
         AttachError: it is refused.
     """
     if beneath is not None:
         beneath._check_attached()
+        if is_fully_sharded(beneath):
+            raise AttachError(
+                "got a memory that FSDP has divided, expected a whole one: attach all memories before shard_model."
+            )
     attached = decoder.module.__dict__.get(ATTACHED)
     if attached is None or (beneath is not None and attached == beneath.owner_token):
         return

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engram import ConfigError, TableConfig
+from engram import ConfigError, EngramModel, TableConfig
 from engram.checkpoint import read_description
 from engram.data.recipe import read_yaml
 from engram.experiments import point as points
 from engram.experiments import prepare_data, read_point, run_point
+from engram.experiments.held_out import measure
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MIXTURE = """
@@ -27,11 +29,11 @@ batch_size: 4
 """
 
 
-def recipe_of(folder):
+def recipe_of(folder, *more):
     data = read_yaml(RECIPES / "train_tiny.yaml")["data"]
     data["corpus"]["texts"] = [str(RECIPES / text) for text in data["corpus"]["texts"]]
     file = folder / "recipe.yaml"
-    file.write_text(f"data: {json.dumps(data)}\n{MIXTURE}")
+    file.write_text("\n".join([f"data: {json.dumps(data)}", MIXTURE, *more]))
     return file
 
 
@@ -44,8 +46,9 @@ def launched(*command, count=2):
 
 
 @pytest.mark.slow
-def test_two_processes_train_a_mixture_with_a_divided_memory_as_one_does(tmp_path):
-    file, run = recipe_of(tmp_path), tmp_path / "two"
+@pytest.mark.parametrize("more", [(), ("shard_model: true", "keep_model: true", "curve_points: 2")], ids=["copies", "divided"])
+def test_two_processes_train_a_mixture_with_a_divided_memory_as_one_does(tmp_path, more):
+    file, run = recipe_of(tmp_path, *more), tmp_path / "two"
     done = launched("train", file, "--out", run)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written: ") == 1
@@ -63,6 +66,11 @@ def test_two_processes_train_a_mixture_with_a_divided_memory_as_one_does(tmp_pat
     assert two["held_out"]["test"]["loss"] == pytest.approx(one["held_out"]["test"]["loss"], rel=2e-3)
     assert read_description(run / "memory")["table_dtype"] == "float32"
     assert not (run / "checkpoints").exists()
+    if more:
+        base = AutoModelForCausalLM.from_pretrained(run / "model")
+        saved = EngramModel.from_pretrained(base, run / "memory", AutoTokenizer.from_pretrained(run / "model"))
+        test = prepare_data(recipe.data, tmp_path, tmp_path / "data").held_out["test"]
+        assert measure(saved.eval(), test)["loss"] == pytest.approx(two["held_out"]["test"]["loss"], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -81,3 +89,10 @@ def test_a_batch_that_cannot_be_divided_and_rows_in_files_are_refused(tmp_path, 
     mapped = dataclasses.replace(recipe, table=TableConfig(tier="mmap")).solved()
     with pytest.raises(ConfigError, match="got tier 'mmap' with several processes"):
         points._attach_memory(mapped, None, type("Tokenizer", (), {"pad_token_id": None}), tmp_path)
+
+
+def test_a_model_without_a_memory_is_not_divided(tmp_path):
+    with pytest.raises(ConfigError, match="shard_model: got true without a memory"):
+        dataclasses.replace(read_point(recipe_of(tmp_path)), engram=None, shard_model=True)
+    with pytest.raises(ConfigError, match="shard_model: got 1, expected true or false"):
+        read_point(recipe_of(tmp_path, "shard_model: 1"))

@@ -8,14 +8,14 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from engram.checkpoint import write_json_atomically
-from engram.distributed import process_count, process_rank, wait_for_all
+from engram.distributed import is_fully_sharded, process_count, process_rank, wait_for_all
 from engram.errors import CheckpointError, ConfigError, TrainingError
 from engram.evaluation.versions import made_with
 from engram.experiments.backbone import build_backbone
@@ -23,7 +23,7 @@ from engram.experiments.counts import count_model, predict_flops
 from engram.experiments.data import PreparedData
 from engram.experiments.held_out import measure
 from engram.experiments.recipe import PointRecipe
-from engram.models import EngramModel, get_engram_model, load_model
+from engram.models import EngramModel, get_engram_model, load_model, shard_model
 from engram.models.identity import base_identity
 from engram.models.positions import context_length
 from engram.tables import is_sharded
@@ -31,6 +31,7 @@ from engram.training import EngramTrainer, EngramTrainingArguments
 from engram.training.balance import BalanceCallback, find_routers
 from engram.training.safe_trainer import InOrder, SafeTrainer, last_checkpoint
 from engram.training.several import first_process_first
+from engram.training.weight_files import gathered_state
 
 __all__ = ["RESULT", "run_point"]
 
@@ -117,10 +118,13 @@ def run_point(
     if base is None:
         base = _build_base(solved, data.tokenizer)
     model = _attach_memory(solved, base, data.tokenizer, out)
+    divided = solved.shard_model and process_count() > 1
+    if divided:
+        shard_model(cast(EngramModel, model))
     # A new memory is empty: this is what the model was without it.
     before = None
     if solved.model is not None:
-        if torch.cuda.is_available():  # where the trainer takes it: both are measured alike
+        if torch.cuda.is_available() and not divided:  # where the trainer takes it: both are measured alike
             nn.Module.to(model, "cuda")
         before = _measure_all(model, data, solved.bf16)
     curve = _Curve(solved, data)
@@ -295,10 +299,11 @@ def _backbone_counts(recipe: PointRecipe, tokens: int) -> dict[str, Any]:
 
 def _keep(model: Any, data: PreparedData, out: Path, train_backbone: bool) -> None:
     """``out/model`` with its tokenizer, if it was trained, and ``out/memory``, if there is one."""
-    first = process_rank() == 0
-    if train_backbone and first:
-        base = model.base_model if isinstance(model, EngramModel) else model
-        base.save_pretrained(out / "model")
-        data.tokenizer.save_pretrained(out / "model")
-    if isinstance(model, EngramModel) and (first or is_sharded(model)):
+    first, base = process_rank() == 0, model.base_model if isinstance(model, EngramModel) else model
+    if train_backbone:
+        state = gathered_state(base)
+        if first:
+            base.save_pretrained(out / "model", state_dict=state)
+            data.tokenizer.save_pretrained(out / "model")
+    if isinstance(model, EngramModel) and (first or is_sharded(model) or is_fully_sharded(model)):
         model.save_pretrained(out / "memory")

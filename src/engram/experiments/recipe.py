@@ -106,6 +106,8 @@ class PointRecipe:
     """What the optimiser remembers per table row: ``adam``, ``rowwise_adam`` (half of it) or ``rowwise_adagrad`` (one number)."""
     table_stochastic_rounding: bool = False
     """Whether rows of 16 bits are rounded by chance, so that small steps count."""
+    shard_model: bool = False
+    """Whether several processes divide the weights between them too (``engram.models.shard_model``), for a model too large for each."""
     memory_dropout: float = 0.0
     """Share of training sequences that do not read the memory; with one, held-out losses are told with the memory off too."""
     weight_decay: float = 0.1
@@ -134,7 +136,7 @@ class PointRecipe:
             _number(self, name)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"PointRecipe.seed: got {self.seed!r}, expected a whole number of at least 0.")
-        for name in ("bf16", "keep_model", "keep_checkpoints", "train_backbone", "table_stochastic_rounding"):
+        for name in ("bf16", "keep_model", "keep_checkpoints", "train_backbone", "table_stochastic_rounding", "shard_model"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"PointRecipe.{name}: got {getattr(self, name)!r}, expected true or false.")
         if self.optimizer not in BACKBONE_OPTIMIZERS:
@@ -152,6 +154,8 @@ class PointRecipe:
         _number(self, "memory_dropout")
         if self.memory_dropout >= 1:
             raise ConfigError(f"PointRecipe.memory_dropout: got {self.memory_dropout!r}, expected a share below 1.")
+        if self.shard_model and self.engram is None:
+            raise ConfigError("PointRecipe.shard_model: got true without a memory, expected one in 'engram'.")
         self._check_table()
         self._check_engram()
         if self.steps < 1:
@@ -244,7 +248,7 @@ class PointRecipe:
 _LATER = ("model", "train_backbone", "memory_dropout", "table", "table_row_state", "table_stochastic_rounding")
 _TRAINED_TYPES = ("float32", "bfloat16", "float16")
 _AS_IN_THE_DEMO = EngramConfig()
-_WITHOUT_EFFECT = ("keep_model", "keep_checkpoints", "curve_points", "save_steps")
+_WITHOUT_EFFECT = ("keep_model", "keep_checkpoints", "curve_points", "save_steps", "shard_model")
 
 
 def _identity(value: Any) -> Any:

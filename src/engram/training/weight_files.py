@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from engram.distributed import is_divided, own_part, part_of, process_rank, whole
 from engram.errors import CheckpointError, ConfigError
 
-__all__ = ["BACKBONE_WEIGHTS", "load_adapters", "load_backbone", "save_adapters", "save_backbone"]
+__all__ = ["BACKBONE_WEIGHTS", "gathered_state", "load_adapters", "load_backbone", "save_adapters", "save_backbone"]
 
 BACKBONE_WEIGHTS = "model.safetensors"
 
@@ -30,7 +30,7 @@ def save_backbone(base: Any, folder: Path) -> None:
     file, divided, adapted = folder / BACKBONE_WEIGHTS, _is_any_divided(base), getattr(base, "_hf_peft_config_loaded", False)
     if divided and adapted:
         raise ConfigError("train_backbone: got adapters on a base model that FSDP has divided, expected one or the other.")
-    state = {name: _gathered(tensor) for name, tensor in base.state_dict().items()} if divided else None
+    state = gathered_state(base)
     if divided and process_rank() > 0:
         return
     if adapted:  # of a model with adapters save_pretrained writes those alone
@@ -42,6 +42,13 @@ def save_backbone(base: Any, folder: Path) -> None:
         raise CheckpointError(
             f"{file} was not written by {type(base).__name__}.save_pretrained; the checkpoint could not be resumed."
         )
+
+
+def gathered_state(base: nn.Module) -> dict[str, Tensor] | None:
+    """Whole weights of a model that is divided between processes, in the first one's host memory, as ``save_pretrained`` takes them; None for
+    a model that is not divided. All ask.
+    """
+    return {name: _gathered(tensor) for name, tensor in base.state_dict().items()} if _is_any_divided(base) else None
 
 
 def _is_any_divided(model: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """One memory trained by several processes: copies of its tables, tables divided between them, and what DDP alone would do.
 
 All ways take a step in turn, in one run: ``one`` is a single process with the whole batch (the others wait), ``copies`` and ``divided`` are
-``replicate_tables`` and ``TableConfig(sharded=True)`` in every process with its part of the batch, ``ddp`` leaves tables to
+``replicate_tables`` and ``TableConfig(sharded=True)`` in every process with its part of the batch, ``model`` divides the weights too
+(``shard_model``), ``ddp`` leaves tables to
 DistributedDataParallel, whose gradients are dense, and to torch's AdamW. Before anything is timed the losses of all ways must agree.
 Processes have one thread each and talk by gloo over the loopback device; compare ratios.
 
@@ -29,11 +30,13 @@ from torch.nn.parallel import DistributedDataParallel
 from train_step import build_model
 
 from engram import EngramAdamW, TableConfig, replicate_tables
-from engram.distributed import leave_at_exit, process_count, process_rank, sum_everywhere, wait_for_all
+from engram.distributed import leave_at_exit, own_part, process_count, process_rank, put_apart, sum_everywhere, wait_for_all
+from engram.models import shard_model
 from engram.optim import build_param_groups
+from engram.tables import row_parameters
 
 WARM_UP = 2
-WAYS = ("one", "copies", "divided", "ddp")
+WAYS = ("one", "copies", "divided", "model", "ddp")
 
 
 class Way:
@@ -42,8 +45,10 @@ class Way:
     def __init__(self, name, rows, sizes):
         self.name, count = name, process_count()
         torch.manual_seed(SEED)
-        self.memory = build_model(rows, sizes, TableConfig(sharded=name == "divided"), "zero")
+        self.memory = build_model(rows, sizes, TableConfig(sharded=name in ("divided", "model")), "zero")
         self.tables = [engram.multi_head_embedding.embedding for engram in self.memory.engrams.values()]
+        if name == "model":
+            shard_model(self.memory)
         groups = build_param_groups(self.memory, self.memory.engrams, lr=1e-3)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3) if name == "ddp" else EngramAdamW(groups, lr=1e-3)
         if name == "ddp":
@@ -51,7 +56,7 @@ class Way:
                 table.lookup = partial(_dense_lookup, table.weight)
         elif name != "one":
             replicate_tables(self.memory)
-        self.model = self.memory if name == "one" else DistributedDataParallel(self.memory)
+        self.model = self.memory if name in ("one", "model") else DistributedDataParallel(self.memory)
         self.works = name != "one" or process_rank() == 0
         self.part = slice(None) if name == "one" else slice(process_rank(), None, count)
 
@@ -71,9 +76,14 @@ class Way:
         return seconds, float(sum_everywhere(loss.detach())) / shared
 
     def bytes(self):
-        """Of rows, and of what the optimiser remembers about them, in the first process."""
-        states = [self.optimizer.state[table.weight] for table in self.tables]
-        return {"rows": sum(table.nbytes for table in self.tables), "states": sum(map(_state_bytes, states))}
+        """Of rows, of what the optimiser remembers about them, and of all other weights, in the first process."""
+        states, rows = [self.optimizer.state[table.weight] for table in self.tables], row_parameters(self.memory)
+        put_apart(self.memory)
+        return {
+            "rows": sum(table.nbytes for table in self.tables),
+            "states": sum(map(_state_bytes, states)),
+            "weights": sum(own_part(p).nbytes for p in self.memory.parameters() if id(p) not in rows),
+        }
 
 
 def _dense_lookup(weight, row_ids, dtype=None):

@@ -458,15 +458,16 @@ def processes():
         "one": "one process with the whole batch",
         "copies": "copies (`replicate_tables`)",
         "divided": "parts (`sharded=True`)",
+        "model": "parts, the model in parts too (`shard_model`)",
         "ddp": "DistributedDataParallel alone: dense gradients, torch's AdamW",
     }
     rows = []
     for way, name in names.items():
         measured = result["ways"][way]
-        sizes = [f"{measured['bytes'][kind] / 1e6:,.0f} MB" for kind in ("rows", "states")]
+        sizes = [f"{measured['bytes'][kind] / 1e6:,.0f} MB" for kind in ("rows", "states", "weights")]
         of_one = "" if way == "one" else _ratio(measured["of_one"])
         rows.append((name, f"{measured['seconds']['median']:.2f} s", of_one, *sizes))
-    header = ("", "step", "of one process", "rows, in each process", "what the optimiser remembers of them")
+    header = ("", "step", "of one process", "rows, in each process", "what the optimiser remembers of them", "other weights")
     peer, count = result["engram_peft"], result["processes"]
     note = f"\n\n{count} processes of one thread on one machine, gloo; {result['rows'][0]:,} rows of 64 floats in each of two layers."
     note += " Medians; all ways take turns step by step, with the same losses; in brackets the least and the most."

@@ -100,6 +100,23 @@ def resumed(folder):
     return results
 
 
+def adapted(folder):
+    """With adapters on the base model, evaluated on the way, the best taken in the end; and the same from the middle on."""
+    import peft
+
+    def trainer():
+        memory = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer())
+        torch.manual_seed(7)
+        peft.get_peft_model(memory.base_model, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        often = {"save_steps": 4, "eval_steps": 4, "eval_strategy": "steps", "load_best_model_at_end": True}
+        return trainer_for(folder / "run", memory=memory, shard=True, **often)
+
+    first, second = trainer(), trainer()
+    first.train()
+    second.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-4"))
+    return {"whole": curve(first), "resumed": curve(second), "best": first.state.best_model_checkpoint}
+
+
 def own_loop(folder):
     """Without a trainer, in mixed precision."""
     torch.manual_seed(0)
@@ -123,7 +140,7 @@ def own_loop(folder):
     return {"losses": losses, "generated": memory.generate(prompt, max_new_tokens=6, do_sample=False)}
 
 
-SCENARIOS = {f.__name__: f for f in (runs, divided, resumed, own_loop)}
+SCENARIOS = {f.__name__: f for f in (runs, divided, resumed, adapted, own_loop)}
 
 # What comes of it ---------------------------------------------------------------------------------------------------------------------
 
@@ -191,6 +208,17 @@ def test_what_is_saved_is_whole(seen, folder):
     expected = seen[0]["resumed"]["parts"]["weights"]
     for name, weight in weights_of(memory).items():
         assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+def test_adapters_on_a_divided_model_are_trained_as_on_a_whole_one(seen, tmp_path):
+    alone = adapted(tmp_path)
+    for result in (part["adapted"] for part in seen):
+        assert result["resumed"] == result["whole"]
+        assert Path(result["best"]).name == Path(alone["best"]).name
+        for (loss, norm), (expected_loss, expected_norm) in zip(result["whole"], alone["whole"], strict=True):
+            assert loss == pytest.approx(expected_loss, rel=1e-3)
+            assert norm == pytest.approx(expected_norm, rel=2e-2)
 
 
 def test_a_checkpoint_is_resumed_by_as_many_processes(seen, folder):

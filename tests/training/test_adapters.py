@@ -5,7 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 from engram import CheckpointError, ConfigError, MemoryEditor, get_engram_model
+from engram.models.identity import adapter_parameters
 from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
+from engram.training import weight_files
 from tests.training.test_trainer import Rows, losses, make
 
 peft = pytest.importorskip("peft")
@@ -165,3 +167,10 @@ def test_a_backbone_file_that_was_not_written_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(type(trainer.backbone), "save_pretrained", lambda *args, **kwargs: None)
     with pytest.raises(CheckpointError, match="was not written"):
         trainer.train()
+
+
+def test_the_first_process_of_every_node_writes_whole_adapters(tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_files, "process_rank", lambda: 8)
+    adapters = adapter_parameters(adapted_memory().base_model)
+    weight_files.save_adapters(adapters, tmp_path / "adapters.safetensors")
+    assert load_file(tmp_path / "adapters.safetensors").keys() == adapters.keys()

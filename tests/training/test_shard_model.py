@@ -75,7 +75,12 @@ def divided(folder):
         "expected": expected,
     }
     on_top = tiny_config(layer_ids=[0], seed=1)
-    for call in (memory.unload, lambda: shard_model(memory), lambda: get_engram_model(memory, on_top, tiny_tokenizer())):
+    for call in (
+        memory.unload,
+        lambda: shard_model(memory),
+        lambda: get_engram_model(memory, on_top, tiny_tokenizer()),
+        lambda: memory.push_to_hub("me/mine"),
+    ):
         with pytest.raises((AttachError, ConfigError)) as error:
             call()
         found.setdefault("refused", []).append(str(error.value))
@@ -185,12 +190,13 @@ def test_the_first_process_says_what_the_weights_are(seen):
     assert seen[0]["divided"]["identity"] == seen[1]["divided"]["identity"] == seen[0]["divided"]["expected"]
 
 
-def test_a_divided_memory_is_not_taken_off_nor_divided_again_nor_built_on(seen):
+def test_a_divided_memory_is_not_taken_off_nor_divided_again_nor_built_on_nor_pushed(seen):
     for result in seen:
-        taken_off, again, built_on = result["divided"]["refused"]
+        taken_off, again, built_on, pushed = result["divided"]["refused"]
         assert "save both and load them anew" in taken_off
         assert "divided already" in again
         assert "before shard_model" in built_on
+        assert "push_to_hub: got tables or weights that are divided" in pushed
 
 
 @pytest.mark.parametrize("name", ["copies", "parts"])

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 
 from engram.checkpoint import DESCRIPTION_NAME, read_description
 from engram.config import TableConfig
+from engram.distributed import is_fully_sharded
 from engram.errors import CheckpointError, ConfigError, reason_of
 from engram.models.bundled_files import is_path
 from engram.tables import is_sharded
@@ -26,10 +27,10 @@ _EACH_SAVE = ["engram-*.safetensors", "engram-*.ledger.json"]
 
 def push_memory(memory: EngramModel, repo_id: str, commit_message: str, private: bool | None, token: str | bool | None) -> str:
     """As ``EngramModel.push_to_hub``."""
-    if is_sharded(memory):
+    if is_sharded(memory) or is_fully_sharded(memory):
         raise ConfigError(
-            "push_to_hub: got tables that are divided between processes, expected whole ones; save the memory in all processes, load it in "
-            "one and push that."
+            "push_to_hub: got tables or weights that are divided between processes, expected whole ones; save the memory in all processes, "
+            "load it in one and push that."
         )
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:

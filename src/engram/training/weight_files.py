@@ -97,8 +97,9 @@ def _fill(base: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
 def save_adapters(adapters: Mapping[str, nn.Parameter], file: Path) -> None:
     """Parameters of adapters by name; without any, the file is removed. Divided ones are saved by all processes together."""
-    tensors = {name: _gathered(parameter).clone().contiguous() for name, parameter in adapters.items()}
-    if process_rank() > 0:
+    divided = any(map(is_divided, adapters.values()))
+    tensors = {name: (_gathered(p) if divided else p.detach()).clone().contiguous() for name, p in adapters.items()}
+    if divided and process_rank() > 0:
         return
     if tensors:
         save_file(tensors, file)

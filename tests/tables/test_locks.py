@@ -9,7 +9,7 @@ from engram.tables import locks
 WITHOUT = """
 import sys
 import filelock
-from transformers import PreTrainedModel  # these know Windows by its name
+from transformers import PreTrainedModel, TrainerCallback  # these know Windows by its name
 sys.modules["fcntl"] = sys.modules["resource"] = None  # as there
 from engram import EngramModel, TableConfig, TableError
 from engram.testing import tiny_memory, tiny_model, tiny_tokenizer

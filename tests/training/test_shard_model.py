@@ -122,6 +122,20 @@ def adapted(folder):
     return {"whole": curve(first), "resumed": curve(second), "best": first.state.best_model_checkpoint}
 
 
+def looked_at_before(folder):
+    """Weights of the base model, frozen and asked something before, that a trainer made after that leaves as they were."""
+    torch.manual_seed(0)
+    memory = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer())
+    shard_model(memory)
+    with torch.no_grad():
+        memory(input_ids=torch.arange(5, 17)[None])
+    trainer = trainer_for(folder / "run", memory=memory, train_backbone=True, save_strategy="no", max_steps=2)
+    before = weights_of(memory)
+    trainer.train()
+    after = weights_of(memory)
+    return [name for name in after if name.startswith("base_model") and torch.equal(after[name], before[name])]
+
+
 def own_loop(folder):
     """Without a trainer, in mixed precision."""
     torch.manual_seed(0)
@@ -145,7 +159,7 @@ def own_loop(folder):
     return {"losses": losses, "generated": memory.generate(prompt, max_new_tokens=6, do_sample=False)}
 
 
-SCENARIOS = {f.__name__: f for f in (runs, divided, resumed, adapted, own_loop)}
+SCENARIOS = {f.__name__: f for f in (runs, divided, resumed, adapted, looked_at_before, own_loop)}
 
 # What comes of it ---------------------------------------------------------------------------------------------------------------------
 
@@ -225,6 +239,10 @@ def test_adapters_on_a_divided_model_are_trained_as_on_a_whole_one(seen, tmp_pat
         for (loss, norm), (expected_loss, expected_norm) in zip(result["whole"], alone["whole"], strict=True):
             assert loss == pytest.approx(expected_loss, rel=1e-3)
             assert norm == pytest.approx(expected_norm, rel=2e-2)
+
+
+def test_what_is_set_after_a_forward_pass_holds(seen):
+    assert seen[0]["looked_at_before"] == seen[1]["looked_at_before"] == []
 
 
 def test_a_checkpoint_is_resumed_by_as_many_processes(seen, folder):

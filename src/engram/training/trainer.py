@@ -109,6 +109,7 @@ class EngramTrainer(SafeTrainer):
                 "with train_backbone=True."
             )
         _check_arguments(args, bool(_trained_adapters(model)))
+        put_apart(model)  # what is set for parameters that FSDP left together would be lost with them
         _set_trainable(model, args)
         if args.world_size > 1 and args.ddp_find_unused_parameters is None and not args.train_backbone:
             args.ddp_find_unused_parameters = (

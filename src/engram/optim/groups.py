@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from engram.distributed import put_apart
 from engram.errors import ConfigError
 from engram.optim.matrices import matrices_per_parameter
 from engram.tables import EmbeddingTable
@@ -52,6 +53,7 @@ def build_param_groups(
     """
     if backbone_optimizer not in BACKBONE_OPTIMIZERS:
         raise ConfigError(f"backbone_optimizer: got {backbone_optimizer!r}, expected one of {', '.join(BACKBONE_OPTIMIZERS)}.")
+    put_apart(model)  # an optimiser of parameters that FSDP left together would step copies
     memory = getattr(memory, "engrams", memory)  # of the whole all parameters would be the reader's
     kinds = _kinds_of_parameters(model, memory)
     base_lr = lr if backbone_lr is None else backbone_lr

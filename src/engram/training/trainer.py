@@ -202,7 +202,6 @@ class EngramTrainer(SafeTrainer):
             ConfigError: the arguments ask for another optimiser than AdamW.
         """
         if self.optimizer is None:
-            put_apart(cast(torch.nn.Module, self.model))
             args: Any = self.args
             asked = getattr(args.optim, "value", args.optim)
             if asked not in _ADAMW:

@@ -136,6 +136,21 @@ def looked_at_before(folder):
     return [name for name in after if name.startswith("base_model") and torch.equal(after[name], before[name])]
 
 
+def stacked(folder):
+    """Two memories divided together: the topmost is saved, the one beneath was before."""
+    below = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer())
+    top = shard_model(get_engram_model(below, tiny_config(layer_ids=[0], seed=1), tiny_tokenizer()))
+    with torch.no_grad():
+        top(input_ids=torch.arange(5, 17)[None])
+    top.save_pretrained(folder / "top")
+    refused = []
+    for call in (below.save_pretrained, below.load_memory):
+        with pytest.raises(AttachError) as error:
+            call(folder / "below")
+        refused.append(str(error.value))
+    return refused
+
+
 def own_loop(folder):
     """Without a trainer, in mixed precision."""
     torch.manual_seed(0)
@@ -159,7 +174,7 @@ def own_loop(folder):
     return {"losses": losses, "generated": memory.generate(prompt, max_new_tokens=6, do_sample=False)}
 
 
-SCENARIOS = {f.__name__: f for f in (runs, divided, resumed, adapted, looked_at_before, own_loop)}
+SCENARIOS = {f.__name__: f for f in (runs, divided, resumed, adapted, looked_at_before, stacked, own_loop)}
 
 # What comes of it ---------------------------------------------------------------------------------------------------------------------
 
@@ -243,6 +258,13 @@ def test_adapters_on_a_divided_model_are_trained_as_on_a_whole_one(seen, tmp_pat
 
 def test_what_is_set_after_a_forward_pass_holds(seen):
     assert seen[0]["looked_at_before"] == seen[1]["looked_at_before"] == []
+
+
+def test_of_a_divided_stack_the_topmost_is_saved(seen, folder):
+    for result in seen:
+        assert all("expected the topmost" in said for said in result["stacked"])
+    assert (folder / "stacked" / "top" / "engram.json").is_file()
+    assert not (folder / "stacked" / "below").exists()
 
 
 def test_a_checkpoint_is_resumed_by_as_many_processes(seen, folder):

@@ -26,8 +26,8 @@ from engram.checkpoint import (
 )
 from engram.checkpoint.stream import TensorSpec, as_parts, type_code
 from engram.config import EngramConfig, TableConfig
-from engram.distributed import own_part, part_of, put_apart, whole
-from engram.errors import CheckpointError, ConfigError, FingerprintError
+from engram.distributed import is_divided, is_fully_sharded, own_part, part_of, put_apart, whole
+from engram.errors import AttachError, CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram, layer_classes
 from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_NAME
@@ -73,7 +73,9 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
 
     Raises:
         CheckpointError: the folder cannot be written, or a seeded reader was trained.
+        AttachError: the memory lies beneath one that was divided.
     """
+    _refuse_beneath_divided(memory)
     description = {
         "library_version": __version__,
         "engram_config": memory.engram_config.to_dict(),
@@ -109,6 +111,14 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
         if isinstance(cold, MappedRows) and cold.mode == "r+":
             cold.flush()
             stamp_rows(cold.path, row_stamp(str(version), layer_id, table.format_name))
+
+
+def _refuse_beneath_divided(memory: EngramModel) -> None:
+    """FSDP divides a stack through the topmost memory, and only that one knows when its parts lie together."""
+    if not is_fully_sharded(memory) and any(is_divided(p) for p in memory.base_model.parameters()):
+        raise AttachError(
+            "got a memory beneath one that shard_model divided, expected the topmost; save and load it before they are divided."
+        )
 
 
 def _spec(tensor: Tensor, rows: int | None) -> TensorSpec:
@@ -234,6 +244,7 @@ def load_memory(
     """Fill ``memory`` from the folder ``path``; every check comes before the first write. ``changed_rows``: see ``TableConfig``.
     ``just_checked``: what ``check_memory`` warned of is not told again; everything is checked again, as others may have saved since.
     """
+    _refuse_beneath_divided(memory)
     put_apart(memory)
     description = read_description(path)
     saved = EngramConfig.from_dict(description["engram_config"])

@@ -47,10 +47,9 @@ def in_two(memory, ids):
     """Logits of the first tokens, and of the others on the cache that these leave; one of recurrent states alone takes a single token."""
     count = -1 if memory.config.model_type in ("mamba", "mamba2") else 4
     first = memory(input_ids=ids[:, :count], use_cache=True)
-    names = [name for name in ("past_key_values", "cache_params") if name in first][
-        :1
-    ]  # recurrent_gemma keeps its states itself
-    rest = memory(input_ids=ids[:, count:], use_cache=True, **{name: first[name] for name in names})
+    name = next((name for name in ("past_key_values", "cache_params") if name in first), None)
+    cache = {} if name is None else {name: first[name]}  # recurrent_gemma keeps its states itself
+    rest = memory(input_ids=ids[:, count:], use_cache=True, **cache)
     return torch.cat([first.logits, rest.logits], dim=1)
 
 

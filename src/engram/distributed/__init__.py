@@ -1,6 +1,6 @@
 """Floor 1: what several processes of one training run tell each other."""
 
-from engram.distributed.divided import is_divided, is_fully_sharded, own_part, part_from, part_of, put_apart, whole
+from engram.distributed.divided import is_divided, is_fully_sharded, own_part, part_from, part_of, put_apart, whole, write_whole
 from engram.distributed.processes import (
     Group,
     agreed_number,
@@ -55,4 +55,5 @@ __all__ = [
     "wait_for_all",
     "warn_of_own_steps",
     "whole",
+    "write_whole",
 ]

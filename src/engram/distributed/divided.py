@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_divided", "is_fully_sharded", "own_part", "part_from", "part_of", "put_apart", "whole"]
+__all__ = ["is_divided", "is_fully_sharded", "own_part", "part_from", "part_of", "put_apart", "whole", "write_whole"]
 
 
 def is_divided(tensor: Tensor) -> bool:
@@ -30,10 +30,15 @@ def part_of(tensor: Tensor, like: Any) -> Tensor:
     """``tensor``, which every process holds whole, divided as ``like`` is; given back as it is if that is whole. Nothing is sent."""
     if not is_divided(like):
         return tensor
-    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
-    replicated = distribute_tensor(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, src_data_rank=None)
-    return replicated.redistribute(placements=like.placements)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def write_whole(tensor: Any, values: Tensor) -> None:
+    """Write ``values``, which every process holds whole, into a tensor of that shape, divided or not."""
+    own_part(tensor).copy_(own_part(part_of(values.to(tensor.device), tensor)))
 
 
 def part_from(part: Tensor, like: Any) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from engram.checkpoint import write_json_atomically
-from engram.distributed import is_fully_sharded, process_count, process_rank, wait_for_all
+from engram.distributed import process_count, process_rank, wait_for_all
 from engram.errors import CheckpointError, ConfigError, TrainingError
 from engram.evaluation.versions import made_with
 from engram.experiments.backbone import build_backbone
@@ -26,7 +26,7 @@ from engram.experiments.recipe import PointRecipe
 from engram.models import EngramModel, get_engram_model, load_model, shard_model
 from engram.models.identity import base_identity
 from engram.models.positions import context_length
-from engram.tables import is_sharded
+from engram.tables import is_in_parts
 from engram.training import EngramTrainer, EngramTrainingArguments
 from engram.training.balance import BalanceCallback, find_routers
 from engram.training.safe_trainer import InOrder, SafeTrainer, last_checkpoint
@@ -305,5 +305,5 @@ def _keep(model: Any, data: PreparedData, out: Path, train_backbone: bool) -> No
         if first:
             base.save_pretrained(out / "model", state_dict=state)
             data.tokenizer.save_pretrained(out / "model")
-    if isinstance(model, EngramModel) and (first or is_sharded(model) or is_fully_sharded(model)):
+    if isinstance(model, EngramModel) and (first or is_in_parts(model)):
         model.save_pretrained(out / "memory")

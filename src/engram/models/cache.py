@@ -18,7 +18,17 @@ from transformers.cache_utils import Cache
 from engram.errors import AttachError
 from engram.layers import RollingTail
 
-__all__ = ["CACHE_NAMES", "CacheState", "bind_state", "bound_state", "cache_argument", "cache_in", "forget_state", "state_of"]
+__all__ = [
+    "CACHE_NAMES",
+    "CacheState",
+    "bind_state",
+    "bound_state",
+    "cache_argument",
+    "cache_in",
+    "forget_state",
+    "rename_cache",
+    "state_of",
+]
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states", "layer_past")
 """What models call the argument and the output that hold what they keep of the past; transformers 5.24 renamed the second to the first."""
@@ -28,6 +38,13 @@ def cache_argument(model: nn.Module) -> str:
     """What a causal language model calls the cache it is given."""
     accepted = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_NAMES if name in accepted), CACHE_NAMES[0])
+
+
+def rename_cache(model: nn.Module, given: dict[str, Any]) -> None:
+    """Let a cache that was given have the name that this model, in this version of transformers, has for it."""
+    for name in ("cache", "past_key_values", "cache_params"):
+        if name in given:
+            given.setdefault(cache_argument(model), given.pop(name))
 
 
 def cache_in(output: Any) -> Any:

@@ -31,7 +31,7 @@ from engram.models.attaching import (
     freeze,
     trainable_flags,
 )
-from engram.models.cache import cache_argument
+from engram.models.cache import rename_cache
 from engram.models.hooks import DecoderHooks
 from engram.models.identity import adapter_parameters
 from engram.models.packing import Packing
@@ -199,7 +199,7 @@ class EngramModel(nn.Module):
             **kwargs: as for the base model; the cache may go by its older name, ``past_key_values``, or its newer one, ``cache``.
         """
         self._check_attached()
-        _rename_cache(self.base_model, kwargs)
+        rename_cache(self.base_model, kwargs)
         if kwargs.get("use_cache") is False and not accepts(self.base_model, "use_cache"):
             del kwargs["use_cache"]  # a model that knows no cache keeps none
         with nullcontext() if torch.compiler.is_compiling() else self.turns:
@@ -227,7 +227,7 @@ class EngramModel(nn.Module):
             elif "disable_compile" not in kwargs:  # transformers warns of arguments beside a configuration
                 kwargs["generation_config"] = copy.copy(config)
                 kwargs["generation_config"].disable_compile = True
-        _rename_cache(self.base_model, kwargs)
+        rename_cache(self.base_model, kwargs)
         with self.turns:
             return self.base_model.generate(*args, **kwargs)
 
@@ -492,10 +492,3 @@ class EngramModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
-
-
-def _rename_cache(model: nn.Module, given: dict[str, Any]) -> None:
-    """Let a cache that was given have the name that this model, in this version of transformers, has for it."""
-    for name in ("cache", "past_key_values", "cache_params"):
-        if name in given:
-            given.setdefault(cache_argument(model), given.pop(name))

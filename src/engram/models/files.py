@@ -26,7 +26,7 @@ from engram.checkpoint import (
 )
 from engram.checkpoint.stream import TensorSpec, as_parts, type_code
 from engram.config import EngramConfig, TableConfig
-from engram.distributed import is_divided, is_fully_sharded, own_part, part_of, put_apart, whole
+from engram.distributed import is_divided, is_fully_sharded, put_apart, whole, write_whole
 from engram.errors import AttachError, CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram, layer_classes
@@ -278,7 +278,7 @@ def load_memory(
                     fill_tables(memory, reader, saved_dtype, changed_rows)
                 promote_rows(memory, tensors)
             for name, tensor in own.items():
-                own_part(tensor).copy_(own_part(part_of(tensors.get_tensor(name).to(tensor.device), tensor)))
+                write_whole(tensor, tensors.get_tensor(name))
     memory.ledger = ledger
     memory.known_versions.add(description["weights"]["file"])
     memory.folder = folder_name(path)

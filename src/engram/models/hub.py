@@ -11,10 +11,9 @@ from huggingface_hub import HfApi
 
 from engram.checkpoint import DESCRIPTION_NAME, read_description
 from engram.config import TableConfig
-from engram.distributed import is_fully_sharded
 from engram.errors import CheckpointError, ConfigError, reason_of
 from engram.models.bundled_files import is_path
-from engram.tables import is_sharded
+from engram.tables import is_in_parts
 
 if TYPE_CHECKING:
     from engram.models.engram_model import EngramModel
@@ -27,7 +26,7 @@ _EACH_SAVE = ["engram-*.safetensors", "engram-*.ledger.json"]
 
 def push_memory(memory: EngramModel, repo_id: str, commit_message: str, private: bool | None, token: str | bool | None) -> str:
     """As ``EngramModel.push_to_hub``."""
-    if is_sharded(memory) or is_fully_sharded(memory):
+    if is_in_parts(memory):
         raise ConfigError(
             "push_to_hub: got tables or weights that are divided between processes, expected whole ones; save the memory in all processes, "
             "load it in one and push that."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engram.checkpoint import TensorReader
-from engram.distributed import is_fully_sharded, process_rank
+from engram.distributed import process_rank
 from engram.errors import CheckpointError
 from engram.tables import (
     HybridTable,
@@ -21,7 +21,7 @@ from engram.tables import (
     StoredRows,
     VerifiedTable,
     is_being_filled,
-    is_sharded,
+    is_in_parts,
     row_format,
     rows_are,
     stamp_rows,
@@ -63,7 +63,7 @@ def sends_rows_only(memory: EngramModel) -> bool:
     """Whether another process writes this memory's file, with rows of this one: where any table, of those beneath too, or the weights are
     divided, the first writes.
     """
-    return (is_sharded(memory) or is_fully_sharded(memory)) and process_rank() > 0
+    return is_in_parts(memory) and process_rank() > 0
 
 
 def table_shapes(memory: EngramModel, saved_dtype: str) -> dict[str, tuple[int, ...]]:

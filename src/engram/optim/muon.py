@@ -107,20 +107,20 @@ class EngramMuon(EngramAdamW):
         for p in group["params"]:
             if p.grad is not None:
                 update = self._momentum_update(group, p)
-                stacks[(*update.shape[1:], update.dtype, update.device)].append((p, update))
+                stacks[(update.shape[-2] // group["parts"], update.shape[-1], update.dtype, update.device)].append((p, update))
         lr = float(group["lr"])
         for (rows, columns, _, device), members in stacks.items():
             scale = lr * update_scale(rows, columns)
             dtype = _DTYPES[group["ns_dtype"]] or (torch.bfloat16 if _native_bfloat16(device) else torch.float32)
             for part in _in_portions(members):
-                whole = torch.cat([update.to(dtype) for _, update in part])
-                steps = orthogonalize(whole, group["ns_steps"], dtype)
-                for (p, _), step in zip(part, steps.split([u.shape[0] for _, u in part])):
+                matrices = [whole(update).reshape(-1, rows, columns).to(dtype) for _, update in part]
+                steps = orthogonalize(torch.cat(matrices), group["ns_steps"], dtype)
+                for (p, _), step in zip(part, steps.split([len(own) for own in matrices])):
                     p.mul_(1 - lr * group["weight_decay"])
                     p.add_(part_of(step.reshape(p.shape), p), alpha=scale if group["maximize"] else -scale)
 
     def _momentum_update(self, group: dict[str, Any], p: Tensor) -> Tensor:
-        """Advance the momentum; what is to be orthogonalised, as matrices ``[n, rows, columns]``."""
+        """Advance the momentum; what is to be orthogonalised, of the parameter's shape and divided as it is."""
         grad = p.grad
         assert grad is not None
         if grad.is_sparse:
@@ -133,9 +133,7 @@ class EngramMuon(EngramAdamW):
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
         state["step"] = state["step"] + 1
         momentum = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
-        update = whole(grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum)
-        stack = update.shape[0] if update.dim() == 3 else 1
-        return update.reshape(stack * group["parts"], update.shape[-2] // group["parts"], update.shape[-1])
+        return grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
 
 
 def update_scale(rows: int, columns: int) -> float:
@@ -175,7 +173,7 @@ def _native_bfloat16(device: torch.device) -> bool:
 
 
 def _in_portions(members: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Cut a list of (parameter, matrices) so that no portion is much larger than can be copied without a thought."""
+    """Cut a list of (parameter, update) so that no portion is much larger than can be copied without a thought."""
     portion: list[tuple[Tensor, Tensor]] = []
     for member in members:
         if portion and _size([*portion, member]) > _LARGEST_STACK:

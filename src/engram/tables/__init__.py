@@ -23,7 +23,7 @@ from engram.tables.rownotes import (
     rows_are,
     stamp_rows,
 )
-from engram.tables.sharded import ShardedTable, is_sharded
+from engram.tables.sharded import ShardedTable, is_in_parts, is_sharded
 from engram.tables.stored import StoredRows
 from engram.tables.verified import ABSENT, DraftTable, VerifiedTable
 
@@ -53,6 +53,7 @@ __all__ = [
     "check_room",
     "copy_all_but_tables",
     "is_being_filled",
+    "is_in_parts",
     "is_sharded",
     "is_untouched",
     "left_by_placing",

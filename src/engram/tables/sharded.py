@@ -12,6 +12,7 @@ from engram.distributed import (
     Group,
     RowRequests,
     group_apart,
+    is_fully_sharded,
     own_rows,
     process_count,
     process_rank,
@@ -24,7 +25,7 @@ from engram.ops import gradient_at
 from engram.tables.base import EmbeddingTable, check_place, check_row_ids, replaced
 from engram.tables.device import DeviceTable
 
-__all__ = ["ShardedTable", "is_sharded"]
+__all__ = ["ShardedTable", "is_in_parts", "is_sharded"]
 
 _BLOCK = 1 << 16
 
@@ -157,6 +158,11 @@ class ShardedTable(EmbeddingTable):
 def is_sharded(model: nn.Module) -> bool:
     """Whether this process holds only a part of some table of ``model``."""
     return any(isinstance(module, ShardedTable) for module in model.modules())
+
+
+def is_in_parts(model: nn.Module) -> bool:
+    """Whether this process holds only a part of some table of ``model``, or of its weights (FSDP): all save it together."""
+    return is_sharded(model) or is_fully_sharded(model)
 
 
 class _Lookup(torch.autograd.Function):

@@ -29,7 +29,7 @@ from engram.checkpoint.store import sync_to_disk
 from engram.distributed import anywhere, is_fully_sharded, leave_at_exit, process_rank, wait_for_all
 from engram.errors import CheckpointError, ConfigError, TrainingError
 from engram.optim import load_own_state, own_state
-from engram.tables import is_sharded
+from engram.tables import is_in_parts
 from engram.training.cpu_types import warning_of_slow_bfloat16
 from engram.training.examples import OneLength, check_not_empty
 from engram.training.guards import check_reports, is_complete, last_checkpoint, no_number, weights_are_finite, whole_or_removed
@@ -293,7 +293,7 @@ class SafeTrainer(Trainer):
     def _is_divided(self) -> bool:
         """Whether each process holds a part of some table, or of the weights: a checkpoint needs all of them."""
         assert self.model is not None
-        return is_sharded(self.model) or is_fully_sharded(self.model)
+        return is_in_parts(self.model)
 
     def _own_file(self, name: str) -> str:
         """What each process has for itself; that of the first has the name it has when there is one process."""

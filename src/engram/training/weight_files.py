@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from engram.distributed import is_divided, own_part, part_of, process_rank, whole
+from engram.distributed import is_divided, process_rank, whole, write_whole
 from engram.errors import CheckpointError, ConfigError
 
 __all__ = ["BACKBONE_WEIGHTS", "gathered_state", "load_adapters", "load_backbone", "save_adapters", "save_backbone"]
@@ -27,11 +26,11 @@ def save_backbone(base: Any, folder: Path) -> None:
         CheckpointError: transformers wrote no such file.
         ConfigError: the weights are divided and there are adapters among them.
     """
-    file, divided, adapted = folder / BACKBONE_WEIGHTS, _is_any_divided(base), getattr(base, "_hf_peft_config_loaded", False)
-    if divided and adapted:
+    file, adapted = folder / BACKBONE_WEIGHTS, getattr(base, "_hf_peft_config_loaded", False)
+    if adapted and _is_any_divided(base):
         raise ConfigError("train_backbone: got adapters on a base model that FSDP has divided, expected one or the other.")
     state = gathered_state(base)
-    if divided and process_rank() > 0:
+    if state is not None and process_rank() > 0:
         return
     if adapted:  # of a model with adapters save_pretrained writes those alone
         base.config.save_pretrained(folder)
@@ -80,7 +79,6 @@ def load_backbone(base: Any, file: Path) -> None:
         raise CheckpointError(f"{file} does not fit this base model: {' '.join(str(error).split())[:300]}") from error
 
 
-@torch.no_grad()
 def _fill(base: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Parts of saved tensors into the parts of parameters; of tied ones one name is saved."""
     names: dict[int, list[str]] = {}
@@ -91,8 +89,7 @@ def _fill(base: nn.Module, saved: Mapping[str, Tensor]) -> None:
         found = next((saved[name] for name in alike if name in saved), None)
         if found is None or found.shape != state[alike[0]].shape:
             raise RuntimeError(f"{alike[0]}: missing or of another shape")
-        tensor = state[alike[0]]
-        own_part(tensor).copy_(own_part(part_of(found.to(tensor.device), tensor)))
+        write_whole(state[alike[0]], found)
 
 
 def save_adapters(adapters: Mapping[str, nn.Parameter], file: Path) -> None:
@@ -125,6 +122,5 @@ def load_adapters(adapters: Mapping[str, nn.Parameter], file: Path) -> None:
             f"{file.parent} was made with other trainable adapters: {len(found)} tensors there, {len(wanted)} here, first {differing[0]}. Put "
             "the same adapters on the base model, trainable, before the trainer is made."
         )
-    with torch.no_grad():
-        for name, parameter in adapters.items():
-            own_part(parameter).copy_(own_part(part_of(saved[name].to(parameter.device), parameter)))
+    for name, parameter in adapters.items():
+        write_whole(parameter, saved[name])

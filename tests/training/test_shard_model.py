@@ -12,6 +12,7 @@ from engram import (
     AttachError,
     CheckpointError,
     ConfigError,
+    EngramAdamW,
     EngramModel,
     EngramMuon,
     TableConfig,
@@ -136,6 +137,33 @@ def looked_at_before(folder):
     return [name for name in after if name.startswith("base_model") and torch.equal(after[name], before[name])]
 
 
+def looked_at_between(folder):
+    """The model is asked before flags are set, between forward and backward pass, and between that and the step."""
+    torch.manual_seed(0)
+    memory = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer())
+    replicate_tables(memory)
+    if process_count() > 1:
+        shard_model(memory)
+    prompt, data, count, losses = torch.arange(5, 15)[None], Rows(), process_count(), []
+
+    def look():
+        with torch.no_grad():
+            return float(memory(input_ids=prompt, labels=prompt).loss)
+
+    memory.generate(prompt, max_new_tokens=2, do_sample=False)
+    optimizer = EngramAdamW(build_param_groups(memory.requires_grad_(True), memory, lr=1e-2))
+    for step in range(3):
+        ids = torch.stack([data[8 * step + 8 // count * process_rank() + i]["input_ids"] for i in range(8 // count)])
+        loss = memory(input_ids=ids, labels=ids, use_cache=False).loss
+        look()
+        loss.backward()
+        look()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(look())
+    return {"losses": losses, "trained": sum(len(group["params"]) for group in optimizer.param_groups)}
+
+
 def stacked(folder):
     """Two memories divided together: the topmost is saved, the one beneath was before."""
     below = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer())
@@ -174,7 +202,7 @@ def own_loop(folder):
     return {"losses": losses, "generated": memory.generate(prompt, max_new_tokens=6, do_sample=False)}
 
 
-SCENARIOS = {f.__name__: f for f in (runs, divided, resumed, adapted, looked_at_before, stacked, own_loop)}
+SCENARIOS = {f.__name__: f for f in (runs, divided, resumed, adapted, looked_at_before, looked_at_between, stacked, own_loop)}
 
 # What comes of it ---------------------------------------------------------------------------------------------------------------------
 
@@ -258,6 +286,13 @@ def test_adapters_on_a_divided_model_are_trained_as_on_a_whole_one(seen, tmp_pat
 
 def test_what_is_set_after_a_forward_pass_holds(seen):
     assert seen[0]["looked_at_before"] == seen[1]["looked_at_before"] == []
+
+
+def test_a_model_may_be_asked_at_any_time(seen, tmp_path):
+    alone = looked_at_between(tmp_path)
+    for result in (part["looked_at_between"] for part in seen):
+        assert result["trained"] == alone["trained"]
+        assert_close(torch.tensor(result["losses"]), torch.tensor(alone["losses"]), 1e-3)
 
 
 def test_of_a_divided_stack_the_topmost_is_saved(seen, folder):

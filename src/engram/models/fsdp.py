@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from engram.distributed import everywhere_equal, is_fully_sharded, process_count
+import torch
+from torch import nn
+
+from engram.distributed import everywhere_equal, is_fully_sharded, process_count, put_apart
 from engram.errors import AttachError, ConfigError
 from engram.models.architectures import find_decoder
 from engram.models.attaching import check_topmost
@@ -61,13 +66,34 @@ def shard_model(memory: EngramModel, **options: Any) -> EngramModel:
     for block in decoder.blocks:
         fully_shard(block, **options)
     fully_shard(memory, ignored_params=tables, **options)
+    memory.register_forward_hook(_apart_unless_trained)
     for name in _CALLED:
         register_fsdp_forward_method(memory, name)
+        setattr(memory, name, _apart_after(memory, getattr(memory, name)))
     device = next(iter(decoder.blocks.parameters())).device  # FSDP has taken its parts there
     for module in memory.modules():
         if isinstance(module, EmbeddingTable):
             module.to(device)  # one that lives elsewhere stays there
     return memory
+
+
+def _apart_unless_trained(memory: nn.Module, _: Any, output: Any) -> None:
+    """FSDP leaves the root's parameters together for a backward pass. After a pass without gradients none comes, and what is set for the
+    copies, or read from them once the parts were stepped, would be lost, or old.
+    """
+    if not torch.is_grad_enabled():
+        put_apart(memory)
+
+
+def _apart_after(memory: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        finally:
+            put_apart(memory)
+
+    return called
 
 
 def _corner(memory: EngramModel) -> str:

@@ -52,7 +52,7 @@ class Rows(Dataset):
         return {"input_ids": self.ids[i], "labels": labels}
 
 
-def trainer_for(folder, table=None, config=None, callbacks=(), memory=None, shard=False, **changes):
+def trainer_for(folder, table=None, config=None, callbacks=(), memory=None, shard=False, model_type="llama", **changes):
     """Eight steps of eight texts, however many processes there are."""
     batch = 8 // process_count_ahead() // changes.get("gradient_accumulation_steps", 1)
     fields = {
@@ -69,7 +69,7 @@ def trainer_for(folder, table=None, config=None, callbacks=(), memory=None, shar
     }
     args = EngramTrainingArguments(output_dir=str(folder), **{**fields, **changes})
     if memory is None:
-        model = tiny_model()
+        model = tiny_model(model_type)
         torch.manual_seed(process_rank())  # the first one's reader is everybody's
         memory = get_engram_model(model, tiny_config(**config or {}), tiny_tokenizer(), table_config=TableConfig(**table or {}))
     if shard and process_count() > 1:

@@ -36,6 +36,7 @@ RUNS = {
     "backbone by Muon": {"train_backbone": True, "backbone_optimizer": "muon"},
     "backbone, checkpointed": {"train_backbone": True, "activation_checkpointing": True},
     "evaluated before": {"train_backbone": True, "first": "evaluate"},
+    "several streams": {"train_backbone": True, "model_type": "deepseek_v4"},
 }
 
 # What the processes do ----------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engram.distributed import is_divided
+
 __all__ = ["are_plain", "join_projections", "project_all", "project_together"]
 
 
@@ -27,11 +29,15 @@ def are_plain(modules: Sequence[nn.Module], kind: type[nn.Module]) -> bool:
 def join_projections(projections: Sequence[nn.Linear]) -> None:
     """Move the weights, and the biases, of several projections into one piece of memory each; they stay parameters of their own.
 
-    Nothing is done where they lie so already.
+    Nothing is done where they lie so already, or where FSDP has divided them: there each lies by itself.
     """
     for name in ("weight", "bias"):
         parts = [getattr(projection, name) for projection in projections]
-        if any(part is None for part in parts) or len({part.dtype for part in parts}) > 1 or _side_by_side(parts) is not None:
+        if (
+            any(part is None or is_divided(part) for part in parts)
+            or len({part.dtype for part in parts}) > 1
+            or _side_by_side(parts) is not None
+        ):
             continue
         joined = torch.cat([part.detach() for part in parts])
         for part, place in zip(parts, joined.split([len(part) for part in parts])):

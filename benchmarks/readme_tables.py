@@ -277,7 +277,10 @@ def peers():
     ]
     note = "\n\nOf what the linked tables hold, with the commands that regenerate them; each measured side by side in one run, engram-peft "
     note += "1.2.7 for instance; engram-poc's are its published figures, of another base."
-    return table(("", "engram", "beside it", "measured in"), cells) + note
+    behind = [load(name) for name in ("bench", "bench_avx2", "train_step_peer", "processes", "decode", "baselines")]
+    commands = ", ".join(f"`{result['command']}`" for result in behind)
+    hardware = ", ".join(dict.fromkeys(result["hardware"].rpartition(",")[0] for result in behind))
+    return table(("", "engram", "beside it", "measured in"), cells) + f"{note}\n\nRegenerate: {commands} ({hardware})."
 
 
 def capacity():

@@ -24,7 +24,7 @@ from engram.models import shard_model
 from engram.models.identity import attached_identity
 from engram.optim import build_param_groups, clip_grad_norm_
 from engram.testing import assert_close, play_scenarios, run_processes, tiny_config, tiny_model, tiny_tokenizer
-from tests.training.test_several_processes import Rows, curve, rows_of, run, trainer_for
+from tests.training.test_several_processes import Rows, assert_curves_agree, curve, rows_of, run, trainer_for
 
 pytestmark = pytest.mark.slow
 
@@ -223,9 +223,7 @@ def test_a_run_is_that_of_one_process_with_all_of_the_model(seen, tmp_path, name
     trainer = run(tmp_path, **RUNS[name])
     first, second = (result["runs"][name] for result in seen)
     assert first["curve"] == second["curve"]
-    for (loss, norm), (expected_loss, expected_norm) in zip(first["curve"], curve(trainer), strict=True):
-        assert loss == pytest.approx(expected_loss, rel=1e-3)
-        assert norm == pytest.approx(expected_norm, rel=2e-2)
+    assert_curves_agree(first["curve"], curve(trainer), 1e-3, 2e-2)
     expected = weights_of(trainer.memory)
     assert first["weights"].keys() == expected.keys()
     for weight, weights in expected.items():
@@ -280,9 +278,7 @@ def test_adapters_on_a_divided_model_are_trained_as_on_a_whole_one(seen, tmp_pat
     for result in (part["adapted"] for part in seen):
         assert result["resumed"] == result["whole"]
         assert Path(result["best"]).name == Path(alone["best"]).name
-        for (loss, norm), (expected_loss, expected_norm) in zip(result["whole"], alone["whole"], strict=True):
-            assert loss == pytest.approx(expected_loss, rel=1e-3)
-            assert norm == pytest.approx(expected_norm, rel=2e-2)
+        assert_curves_agree(result["whole"], alone["whole"], 1e-3, 2e-2)
 
 
 def test_what_is_set_after_a_forward_pass_holds(seen):

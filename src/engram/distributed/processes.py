@@ -9,11 +9,15 @@ import atexit
 import functools
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from engram.errors import CheckpointError
 
 __all__ = [
     "Group",
@@ -28,6 +32,7 @@ __all__ = [
     "leave_at_exit",
     "process_count",
     "process_rank",
+    "saving_together",
     "shard_group",
     "shard_parameter",
     "share_parameter",
@@ -91,6 +96,26 @@ def anywhere(flag: bool, group: Group = None) -> bool:
     told = torch.tensor(int(flag), device=device_of(group, torch.device("cpu")))
     dist.all_reduce(told, op=dist.ReduceOp.MAX, group=group)
     return bool(told)
+
+
+@contextmanager
+def saving_together(together: bool) -> Iterator[None]:
+    """What is saved inside is saved when any process leaves; where one fails all do, and none waits for it.
+
+    Args:
+        together: whether this is asked of all processes; otherwise each is for itself.
+
+    Raises:
+        CheckpointError: in the others, if one failed.
+    """
+    try:
+        yield
+    except BaseException:
+        if together:
+            anywhere(True)
+        raise
+    if together and anywhere(False):
+        raise CheckpointError("another process could not save its part; it says why.")
 
 
 def everywhere_equal(value: Any, group: Group = None) -> bool:

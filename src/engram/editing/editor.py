@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from engram.checkpoint import lock_store, read_description, saved_version
 from engram.config import EngramConfig, TableConfig
 from engram.data.facts import Fact, check_conflicts
+from engram.distributed import is_fully_sharded
 from engram.editing.asking import at_start_only, not_given_back, out_of_reach
 from engram.editing.entries import make_entries
 from engram.editing.holdings import Holdings
@@ -24,7 +25,7 @@ from engram.editing.reports import ForgetReport, RowConflict, TeachReport
 from engram.editing.sorting import in_parts, sort_out
 from engram.editing.spelling import Speller
 from engram.editing.teaching import Progress, Teaching
-from engram.errors import CheckpointError, ConfigError, TeachError
+from engram.errors import AttachError, CheckpointError, ConfigError, TeachError
 from engram.evaluation.generation import padding_id
 from engram.models import EngramModel, find_decoder, get_engram_model
 from engram.models.hub import found_at, remember_name
@@ -63,11 +64,16 @@ class MemoryEditor:
 
     Raises:
         ConfigError: the memory's rows are not verified, or it has a convolution (whose reach would carry a fact past its owner's rows).
+        AttachError: the memory is divided between processes (``shard_model``).
     """
 
     def __init__(self, memory: EngramModel, tokenizer: Any) -> None:
         config = memory.engram_config
         refuse_trained(config)
+        if is_fully_sharded(memory):
+            raise AttachError(
+                "facts: got a memory that shard_model divided, expected a whole one: facts are taught by one process."
+            )
         if memory.mapping.spec.ids != "raw":
             raise ConfigError(
                 f"facts: hash_spec {config.hash_spec!r} merges tokens that differ in case or accents, so that `mW` and `MW` would be "

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from engram.checkpoint import write_json_atomically
-from engram.distributed import process_count, process_rank, wait_for_all
+from engram.distributed import is_fully_sharded, process_count, process_rank, saving_together, wait_for_all
 from engram.errors import CheckpointError, ConfigError, TrainingError
 from engram.evaluation.versions import made_with
 from engram.experiments.backbone import build_backbone
@@ -301,9 +301,10 @@ def _keep(model: Any, data: PreparedData, out: Path, train_backbone: bool) -> No
     """``out/model`` with its tokenizer, if it was trained, and ``out/memory``, if there is one."""
     first, base = process_rank() == 0, model.base_model if isinstance(model, EngramModel) else model
     if train_backbone:
-        state = gathered_state(base)
-        if first:
-            base.save_pretrained(out / "model", state_dict=state)
-            data.tokenizer.save_pretrained(out / "model")
+        with saving_together(is_fully_sharded(base)):
+            state = gathered_state(base)
+            if first:
+                base.save_pretrained(out / "model", state_dict=state)
+                data.tokenizer.save_pretrained(out / "model")
     if isinstance(model, EngramModel) and (first or is_in_parts(model)):
         model.save_pretrained(out / "memory")

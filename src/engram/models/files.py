@@ -26,7 +26,7 @@ from engram.checkpoint import (
 )
 from engram.checkpoint.stream import TensorSpec, as_parts, type_code
 from engram.config import EngramConfig, TableConfig
-from engram.distributed import is_divided, is_fully_sharded, put_apart, whole, write_whole
+from engram.distributed import is_fully_sharded, process_rank, put_apart, saving_together, whole, write_whole
 from engram.errors import AttachError, CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram, layer_classes
@@ -41,12 +41,12 @@ from engram.models.saved_rows import (
     gathered_tables,
     promote_rows,
     row_stamp,
-    sends_rows_only,
     table_shapes,
 )
 from engram.tables import (
     MappedRows,
     is_being_filled,
+    is_in_parts,
     is_untouched,
     row_file,
     row_file_layout,
@@ -76,6 +76,12 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
         AttachError: the memory lies beneath one that was divided.
     """
     _refuse_beneath_divided(memory)
+    together = is_in_parts(memory)
+    with saving_together(together):
+        _save(memory, path, together)
+
+
+def _save(memory: EngramModel, path: str | os.PathLike[str], together: bool) -> None:
     description = {
         "library_version": __version__,
         "engram_config": memory.engram_config.to_dict(),
@@ -90,18 +96,17 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
         _check_unmoved(memory)
         description["reader_sha256"] = _reader_digest(memory)
     tensors = {name: whole(tensor) for name, tensor in _tensors(memory).items()}
-    if sends_rows_only(memory):  # by now it has told who is beneath, which takes all processes if that is divided
-        for table in gathered_tables(memory).values():
-            deque(table.stored_blocks(), maxlen=0)
+    parts = _parts(memory, tensors)
+    if together and process_rank() > 0:  # the first writes, with rows of this one
+        deque(parts, maxlen=0)
         return
     rows = {f"{prefix}weight": table.rows for prefix, table in gathered_tables(memory).items()}
-    stream_store(
-        path,
-        {name: _spec(tensor, rows.get(name)) for name, tensor in tensors.items()},
-        _parts(memory, tensors),
-        description,
-        memory.ledger,
-    )
+    try:
+        specs = {name: _spec(tensor, rows.get(name)) for name, tensor in tensors.items()}
+        stream_store(path, specs, parts, description, memory.ledger)
+    finally:
+        if together:
+            deque(parts, maxlen=0)  # what is left if it failed: the others are sending it
     version = saved_version(path)
     memory.known_versions.add(version)
     memory.folder = memory.folder or folder_name(path)
@@ -115,7 +120,7 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
 
 def _refuse_beneath_divided(memory: EngramModel) -> None:
     """FSDP divides a stack through the topmost memory, and only that one knows when its parts lie together."""
-    if not is_fully_sharded(memory) and any(is_divided(p) for p in memory.base_model.parameters()):
+    if is_fully_sharded(memory.base_model) and not is_fully_sharded(memory):
         raise AttachError(
             "got a memory beneath one that shard_model divided, expected the topmost; save and load it before they are divided."
         )

@@ -150,4 +150,5 @@ def _own_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _bits(values: torch.Tensor) -> bytes:
-    return values.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+    # A copy: NumPy would hold on to the memory, and FSDP takes that of weights away and gives it back.
+    return values.to("cpu", torch.bfloat16, copy=True).contiguous().view(torch.int16).numpy().tobytes()

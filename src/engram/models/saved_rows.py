@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from engram.checkpoint import TensorReader
-from engram.distributed import process_rank
 from engram.errors import CheckpointError
 from engram.tables import (
     HybridTable,
@@ -21,7 +20,6 @@ from engram.tables import (
     StoredRows,
     VerifiedTable,
     is_being_filled,
-    is_in_parts,
     row_format,
     rows_are,
     stamp_rows,
@@ -39,7 +37,6 @@ __all__ = [
     "gathered_tables",
     "promote_rows",
     "row_stamp",
-    "sends_rows_only",
     "table_shapes",
 ]
 
@@ -57,13 +54,6 @@ def gathered_tables(memory: EngramModel) -> dict[str, MappedRows | ShardedTable]
         for layer_id, engram in memory.engrams.items()
         if isinstance(cold := cold_table(engram.multi_head_embedding.embedding), MappedRows | ShardedTable)
     }
-
-
-def sends_rows_only(memory: EngramModel) -> bool:
-    """Whether another process writes this memory's file, with rows of this one: where any table, of those beneath too, or the weights are
-    divided, the first writes.
-    """
-    return is_in_parts(memory) and process_rank() > 0
 
 
 def table_shapes(memory: EngramModel, saved_dtype: str) -> dict[str, tuple[int, ...]]:

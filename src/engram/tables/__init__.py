@@ -12,7 +12,7 @@ from engram.tables.measure import rows_per_second
 from engram.tables.memory import available_memory, check_fits
 from engram.tables.prefetch import RowHandle, RowPrefetcher
 from engram.tables.quantised import QuantisedTable
-from engram.tables.replicas import Replicas, copy_all_but_tables, replicate_tables
+from engram.tables.replicas import Replicas, are_equal_but_tables, copy_all_but_tables, replicate_tables
 from engram.tables.rowfile import new_row_file
 from engram.tables.rownotes import (
     is_being_filled,
@@ -47,6 +47,7 @@ __all__ = [
     "ShardedTable",
     "StoredRows",
     "VerifiedTable",
+    "are_equal_but_tables",
     "available_memory",
     "build_table",
     "check_fits",

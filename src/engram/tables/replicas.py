@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,14 +22,16 @@ from engram.distributed import (
     unshare_parameter,
 )
 from engram.errors import TableError
-from engram.tables.base import EmbeddingTable, row_parameters
+from engram.tables.base import EmbeddingTable
 from engram.tables.sharded import ShardedTable
 
-__all__ = ["Replicas", "copy_all_but_tables", "replicate_tables"]
+__all__ = ["Replicas", "are_equal_but_tables", "copy_all_but_tables", "replicate_tables"]
 
 _SAMPLED = 4096
 """Rows by which copies are compared."""
 _BLOCK = 1 << 16
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers by their bytes."""
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -125,11 +128,28 @@ def replicate_tables(model: nn.Module, group: Group = None) -> Replicas:
 
 @torch.no_grad()
 def copy_all_but_tables(model: nn.Module, group: Group = None) -> None:
-    """Every process gets the first one's parameters, as DDP would have it, but for those of tables."""
-    rows = row_parameters(model)
-    for parameter in model.parameters():
-        if id(parameter) not in rows:
-            parameter.copy_(from_first(parameter, group))
+    """Every process gets the first one's parameters and buffers, as DDP would have it, but for those of tables."""
+    for tensor in _all_but_tables(model):
+        tensor.copy_(from_first(tensor, group))
+
+
+@torch.no_grad()
+def are_equal_but_tables(model: nn.Module, group: Group = None) -> bool:
+    """Whether parameters and buffers, but for those of tables, are the same in all processes, by a sum of their bits; all must ask."""
+    return everywhere_equal([_sum_of_bits(tensor) for tensor in _all_but_tables(model)], group)
+
+
+def _all_but_tables(model: nn.Module) -> Iterator[Tensor]:
+    tables = [module for module in model.modules() if isinstance(module, EmbeddingTable)]
+    passed = {id(tensor) for table in tables for tensor in (*table.parameters(), *table.buffers())}
+    return (tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in passed)
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """A sum of whole numbers is exact in any order, and the same on every device."""
+    values = tensor.detach().contiguous()
+    numbers = torch.view_as_real(values) if values.is_complex() else values
+    return int(numbers.view(_WHOLE[numbers.element_size()]).sum(dtype=torch.int64))
 
 
 def _trained(tables: dict[str, EmbeddingTable]) -> dict[str, EmbeddingTable]:

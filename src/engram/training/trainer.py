@@ -21,7 +21,14 @@ from engram.models.identity import adapter_parameters
 from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES, EngramAdamW, EngramMuon, build_param_groups, clip_grad_norm_
 from engram.tables import Replicas, copy_all_but_tables, replicate_tables, row_parameters
 from engram.training.safe_trainer import SafeTrainer
-from engram.training.weight_files import BACKBONE_WEIGHTS, load_adapters, load_backbone, save_adapters, save_backbone
+from engram.training.weight_files import (
+    BACKBONE_WEIGHTS,
+    check_saved_whole,
+    load_adapters,
+    load_backbone,
+    save_adapters,
+    save_backbone,
+)
 
 __all__ = ["EngramTrainer", "EngramTrainingArguments"]
 
@@ -109,6 +116,8 @@ class EngramTrainer(SafeTrainer):
                 "with train_backbone=True."
             )
         _check_arguments(args, bool(_trained_adapters(model)))
+        if args.train_backbone and isinstance(model, EngramModel):
+            check_saved_whole(model.base_model)
         put_apart(model)  # what is set for parameters that FSDP left together would be lost with them
         _set_trainable(model, args)
         if args.world_size > 1 and args.ddp_find_unused_parameters is None and not args.train_backbone:
@@ -183,6 +192,10 @@ class EngramTrainer(SafeTrainer):
             self._replicas.remove()
             self._replicas, self._tables_alone = None, False
             vars(self.accelerator).pop("prepare_model", None)
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not is_fully_sharded(model):  # of a divided one the parts lie where they shall
+            super()._move_model_to_device(model, device)
 
     def _is_parallel(self, model: Any) -> bool:
         return self._tables_alone or super()._is_parallel(model)
@@ -284,12 +297,13 @@ class EngramTrainer(SafeTrainer):
     def _save_weights(self, folder: Path) -> None:
         if isinstance(self.model, EngramModel):
             self.model.save_pretrained(folder)
-        if not self.args.should_save and not is_fully_sharded(cast(torch.nn.Module, self.model)):
+        divided = is_fully_sharded(cast(torch.nn.Module, self.model))
+        if not self.args.should_save and not divided:
             return
         if self.args.train_backbone:  # type: ignore[attr-defined]
             save_backbone(self.backbone, self._backbone_folder(folder))
         else:
-            save_adapters(_trained_adapters(self.model), folder / _ADAPTERS)
+            save_adapters(_trained_adapters(self.model), folder / _ADAPTERS, together=divided)
 
     def _backbone_folder(self, checkpoint: Path) -> Path:
         return checkpoint / _BACKBONE if isinstance(self.model, EngramModel) else checkpoint

@@ -10,10 +10,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from engram.distributed import is_divided, process_rank, whole, write_whole
+from engram.distributed import is_fully_sharded, process_rank, saving_together, whole, write_whole
 from engram.errors import CheckpointError, ConfigError
 
-__all__ = ["BACKBONE_WEIGHTS", "gathered_state", "load_adapters", "load_backbone", "save_adapters", "save_backbone"]
+__all__ = [
+    "BACKBONE_WEIGHTS",
+    "check_saved_whole",
+    "gathered_state",
+    "load_adapters",
+    "load_backbone",
+    "save_adapters",
+    "save_backbone",
+]
 
 BACKBONE_WEIGHTS = "model.safetensors"
 
@@ -24,15 +32,34 @@ def save_backbone(base: Any, folder: Path) -> None:
 
     Raises:
         CheckpointError: transformers wrote no such file.
-        ConfigError: the weights are divided and there are adapters among them.
+        ConfigError: as ``check_saved_whole``.
     """
-    file, adapted = folder / BACKBONE_WEIGHTS, getattr(base, "_hf_peft_config_loaded", False)
-    if adapted and _is_any_divided(base):
+    check_saved_whole(base)
+    together = is_fully_sharded(base)
+    with saving_together(together):
+        state = gathered_state(base)
+        if not together or process_rank() == 0:
+            _write_backbone(base, folder, state)
+
+
+def check_saved_whole(base: Any) -> None:
+    """Refuse a trained base model that ``save_backbone`` could not save.
+
+    Raises:
+        ConfigError: FSDP has divided its weights, and there are adapters among them.
+    """
+    if is_fully_sharded(base) and _is_adapted(base):
         raise ConfigError("train_backbone: got adapters on a base model that FSDP has divided, expected one or the other.")
-    state = gathered_state(base)
-    if state is not None and process_rank() > 0:
-        return
-    if adapted:  # of a model with adapters save_pretrained writes those alone
+
+
+def _is_adapted(base: Any) -> bool:
+    """Whether transformers' ``add_adapter`` has put adapters on a model; ``save_pretrained`` writes those alone then."""
+    return bool(getattr(base, "_hf_peft_config_loaded", False))
+
+
+def _write_backbone(base: Any, folder: Path, state: dict[str, Tensor] | None) -> None:
+    file = folder / BACKBONE_WEIGHTS
+    if _is_adapted(base):
         base.config.save_pretrained(folder)
         save_model(base, str(file), metadata={"format": "pt"})
     else:  # from_pretrained reads it as well; the original format renames and splits the experts of MoE models
@@ -47,11 +74,13 @@ def gathered_state(base: nn.Module) -> dict[str, Tensor] | None:
     """Whole weights of a model that is divided between processes, in the first one's host memory, as ``save_pretrained`` takes them; None for
     a model that is not divided. All ask.
     """
-    return {name: _gathered(tensor) for name, tensor in base.state_dict().items()} if _is_any_divided(base) else None
-
-
-def _is_any_divided(model: nn.Module) -> bool:
-    return any(is_divided(parameter) for parameter in model.parameters())
+    if not is_fully_sharded(base):
+        return None
+    state, seen = base.state_dict(keep_vars=True), dict[int, Tensor]()
+    for tensor in state.values():  # a tied one has several names
+        if id(tensor) not in seen:
+            seen[id(tensor)] = _gathered(tensor)
+    return {name: seen[id(tensor)] for name, tensor in state.items()}
 
 
 def _gathered(tensor: Tensor) -> Tensor:
@@ -71,7 +100,7 @@ def load_backbone(base: Any, file: Path) -> None:
             f"{file} is missing; the checkpoint was made without train_backbone. Resume with the same arguments."
         )
     try:
-        if _is_any_divided(base):
+        if is_fully_sharded(base):
             _fill(base, load_file(file))
         else:
             load_model(base, file)
@@ -85,6 +114,8 @@ def _fill(base: nn.Module, saved: Mapping[str, Tensor]) -> None:
     state = base.state_dict(keep_vars=True)
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)
+    if unknown := sorted(saved.keys() - state.keys()):
+        raise RuntimeError(f"{len(unknown)} tensors that it has not, first {unknown[0]}")
     for alike in names.values():
         found = next((saved[name] for name in alike if name in saved), None)
         if found is None or found.shape != state[alike[0]].shape:
@@ -92,16 +123,18 @@ def _fill(base: nn.Module, saved: Mapping[str, Tensor]) -> None:
         write_whole(state[alike[0]], found)
 
 
-def save_adapters(adapters: Mapping[str, nn.Parameter], file: Path) -> None:
-    """Parameters of adapters by name; without any, the file is removed. Divided ones are saved by all processes together."""
-    divided = any(map(is_divided, adapters.values()))
-    tensors = {name: (_gathered(p) if divided else p.detach()).clone().contiguous() for name, p in adapters.items()}
-    if divided and process_rank() > 0:
-        return
-    if tensors:
-        save_file(tensors, file)
-    else:
-        file.unlink(missing_ok=True)  # of an earlier run in this folder
+def save_adapters(adapters: Mapping[str, nn.Parameter], file: Path, together: bool = False) -> None:
+    """Parameters of adapters by name; without any, the file is removed. ``together``: all processes save, each with its part of them, and the
+    first writes.
+    """
+    with saving_together(together):
+        tensors = {name: (_gathered(p) if together else p.detach()).clone().contiguous() for name, p in adapters.items()}
+        if together and process_rank() > 0:
+            return
+        if tensors:
+            save_file(tensors, file)
+        else:
+            file.unlink(missing_ok=True)  # of an earlier run in this folder
 
 
 def load_adapters(adapters: Mapping[str, nn.Parameter], file: Path) -> None:

@@ -1,0 +1,256 @@
+"""What a divided model puts up with (types, gradients that not all have, saves that fail), and what it refuses."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from engram import (
+    CheckpointError,
+    ConfigError,
+    EngramAdamW,
+    EngramConfig,
+    EngramError,
+    MemoryEditor,
+    TableConfig,
+    get_engram_model,
+    replicate_tables,
+)
+from engram.distributed import process_count, process_rank, whole
+from engram.models import find_decoder, fsdp, shard_model
+from engram.optim import build_param_groups
+from engram.tables import are_equal_but_tables
+from engram.testing import assert_close, play_scenarios, run_processes, tiny_config, tiny_model, tiny_tokenizer
+from engram.training.weight_files import load_backbone, save_backbone
+from tests.training.test_several_processes import Rows, assert_curves_agree, curve, run, trainer_for
+
+pytestmark = pytest.mark.slow
+
+PROMPT = torch.arange(5, 17)[None]
+
+
+def memory_on(model, **config):
+    torch.manual_seed(0)
+    return get_engram_model(model, tiny_config(**config), tiny_tokenizer())
+
+
+def errors_of(*calls):
+    """What each call that must fail says, with its type."""
+    said = []
+    for call in calls:
+        with pytest.raises(EngramError) as error:
+            call()
+        said.append((type(error.value).__name__, str(error.value)))
+    return said
+
+
+# What the processes do ----------------------------------------------------------------------------------------------------------------
+
+
+def in_bfloat16(folder):
+    """A base model in bfloat16 that is trained, beside readers in float32."""
+    trainer = run(folder, memory=memory_on(tiny_model().bfloat16()), shard=True, train_backbone=True, learning_rate=1e-3)
+    kinds = {str(parameter.dtype) for parameter in trainer.backbone.parameters()}
+    return {"curve": curve(trainer), "types": kinds, "readers": {str(p.dtype) for p in trainer.memory.engrams.parameters()}}
+
+
+def not_everywhere(folder):
+    """A weight of which the second process has no gradient."""
+    memory = memory_on(tiny_model()).requires_grad_(True)
+    norm = find_decoder(memory.base_model).blocks[1].input_layernorm
+    if process_count() > 1:
+        replicate_tables(memory)
+        shard_model(memory)
+    optimizer, data = EngramAdamW(build_param_groups(memory, memory, lr=1e-3)), Rows(masked=False)
+    for step in range(2):
+        loss = torch.zeros(())
+        for rank in [process_rank()] if process_count() > 1 else [0, 1]:
+            norm.weight.requires_grad_(True)
+            ids = data[2 * step + rank]["input_ids"][None]
+            handle = norm.register_forward_hook(lambda _, args, output: args[0]) if rank else None
+            loss = loss + memory(input_ids=ids, labels=ids, use_cache=False).loss / (2 // process_count())
+            if handle is not None:
+                handle.remove()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"norm": whole(norm.weight.detach()), "last": whole(memory.base_model.lm_head.weight.detach())}
+
+
+def came_with_others(folder):
+    """The second process comes with one value and one buffer of its own, late in the model."""
+    memory = memory_on(tiny_model())
+    memory.base_model.register_buffer("bias", torch.zeros(4, dtype=torch.bool))
+    equal = are_equal_but_tables(memory)
+    with torch.no_grad():
+        memory.base_model.lm_head.weight[-1, -1] += process_rank()
+        memory.base_model.bias[3] = process_rank() == 1
+    expected = memory.base_model.lm_head.weight.detach().clone()
+    differ = not are_equal_but_tables(memory)
+    shard_model(memory)
+    return {
+        "seen": (equal, differ),
+        "weight": whole(memory.base_model.lm_head.weight.detach()),
+        "first": expected if process_rank() == 0 else None,
+        "buffer": bool(memory.base_model.bias[3]),
+    }
+
+
+def saves(folder):
+    """Saves that the first process cannot make, and those that it can, in a loop of one's own."""
+    (folder / "file").write_text("in the way")
+    table = TableConfig(sharded=True)
+    memory = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer(), table)
+    shard_model(memory.requires_grad_(True))
+    memory(input_ids=PROMPT, labels=PROMPT).loss.backward()
+    blocked = folder / "file" / "memory"
+    said = errors_of(lambda: memory.save_pretrained(blocked))
+    with pytest.raises((CheckpointError, OSError)):
+        save_backbone(memory.base_model, blocked)
+    memory.save_pretrained(folder / "memory")
+    there = (folder / "memory" / "engram.json").is_file()  # in every process, as soon as it is back
+    save_backbone(memory.base_model, folder / "base")
+    there = there and (folder / "base" / "model.safetensors").is_file()
+    load_backbone(memory.base_model, folder / "base" / "model.safetensors")
+    (folder / "other").mkdir(exist_ok=True)
+    if process_rank() == 0:
+        save_backbone(tiny_model(num_hidden_layers=6), folder / "other")
+    torch.distributed.barrier()
+    said += errors_of(lambda: load_backbone(memory.base_model, folder / "other" / "model.safetensors"))
+    return {"said": said, "there": there}
+
+
+def refused(folder):
+    """Calls that would leave FSDP in no known state, or that it knows nothing of."""
+    plain, mixed = tiny_model(), memory_on(tiny_model())
+    find_decoder(mixed.base_model).blocks[1].input_layernorm.bfloat16()
+    shard_model(mixed.requires_grad_(True))
+    memory = shard_model(memory_on(tiny_model()))
+    facts = EngramConfig.for_teaching(layer_ids=(2,), pad_id=1, seed=0)
+    taught = shard_model(get_engram_model(tiny_model(), facts, tiny_tokenizer()))
+    adapted = memory_on(tiny_model())
+    adapted.base_model._hf_peft_config_loaded = True  # as add_adapter leaves it
+    shard_model(adapted)
+
+    def in_inference_mode():
+        with torch.inference_mode():
+            memory(input_ids=PROMPT)
+
+    def generate_in_inference_mode():
+        with torch.inference_mode():
+            memory.generate(PROMPT, max_new_tokens=2)
+
+    said = errors_of(
+        lambda: shard_model(plain),
+        lambda: mixed(input_ids=PROMPT, labels=PROMPT),
+        in_inference_mode,
+        generate_in_inference_mode,
+        lambda: memory.base_model(input_ids=PROMPT),
+        lambda: MemoryEditor(taught, tiny_tokenizer()),
+        lambda: trainer_for(folder, memory=adapted, train_backbone=True),
+    )
+    with torch.no_grad():  # none of it did harm
+        memory(input_ids=PROMPT)
+    memory.requires_grad_(True)(input_ids=PROMPT, labels=PROMPT).loss.backward()
+    return said
+
+
+def typed_output(folder):
+    """bfloat16 within, float32 out of the whole alone."""
+    seen, memory = [], memory_on(tiny_model())
+    for block in find_decoder(memory.base_model).blocks:
+        block.register_forward_hook(
+            lambda _, __, output: seen.append(output[0].dtype if isinstance(output, tuple) else output.dtype)
+        )
+    shard_model(memory, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32))
+    with torch.no_grad():
+        return {"logits": memory(input_ids=PROMPT).logits.dtype, "within": set(seen)}
+
+
+SCENARIOS = {f.__name__: f for f in (in_bfloat16, not_everywhere, came_with_others, saves, refused, typed_output)}
+
+# What comes of it ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    return run_processes("tests.training.test_shard_model_care", tmp_path_factory.mktemp("care"))
+
+
+def test_a_base_model_in_bfloat16_is_trained_beside_readers_in_float32(seen, tmp_path):
+    alone = in_bfloat16(tmp_path)
+    for result in (part["in_bfloat16"] for part in seen):
+        assert result["types"] == alone["types"] == {"torch.bfloat16"}
+        assert result["readers"] == {"torch.float32"}
+        assert_curves_agree(result["curve"], alone["curve"], 2e-2, 0.2)
+
+
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="FSDP fills in gradients from torch 2.13 on"
+)
+def test_a_weight_may_have_a_gradient_in_one_process_alone(seen, tmp_path):
+    alone = not_everywhere(tmp_path)
+    for result in (part["not_everywhere"] for part in seen):
+        for name, weights in alone.items():
+            assert_close(result[name], weights, 1e-4)
+            assert torch.equal(result[name], seen[0]["not_everywhere"][name])
+
+
+def test_a_late_difference_between_processes_is_seen(seen):
+    for result in (part["came_with_others"] for part in seen):
+        assert result["seen"] == (True, True)
+        assert torch.equal(result["weight"], seen[0]["came_with_others"]["first"])
+        assert result["buffer"] is False
+
+
+def test_a_save_that_fails_in_one_process_fails_in_all(seen):
+    for rank, result in enumerate(part["saves"] for part in seen):
+        (kind, failed), (_, unfit) = result["said"]
+        assert kind == "CheckpointError"
+        assert ("another process could not save its part" in failed) == (rank > 0)
+        assert "tensors that it has not, first model.layers." in unfit
+        assert result["there"]
+
+
+def test_what_would_do_harm_is_refused(seen):
+    for said in (part["refused"] for part in seen):
+        plain, mixed, inference, generated, alone, editor, adapted = said
+        assert plain == ("ConfigError", plain[1])
+        assert "expected an EngramModel" in plain[1]
+        assert "bfloat16 and float32 that are trained together (base_model." in mixed[1]
+        assert (
+            inference
+            == generated
+            == ("ConfigError", "a divided model: got a call in torch.inference_mode(), expected torch.no_grad().")
+        )
+        assert "a call of the base model of a divided memory" in alone[1]
+        assert editor[0] == "AttachError"
+        assert "got adapters on a base model that FSDP has divided" in adapted[1]
+
+
+def test_what_comes_out_has_a_type_of_its_own(seen):
+    for result in (part["typed_output"] for part in seen):
+        assert result == {"logits": torch.float32, "within": {torch.bfloat16}}
+
+
+def test_rows_that_are_buffers_are_out_of_sight_while_a_model_is_divided():
+    memory = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer(), TableConfig(dtype="int8", tier="host"))
+    tables = [engram.multi_head_embedding.embedding for engram in memory.engrams.values()]
+    before = [dict(table.named_buffers()) for table in tables]
+    assert all(before)
+    with fsdp._buffers_aside(tables):
+        assert not any(list(table.buffers()) for table in tables)
+    assert [dict(table.named_buffers()) for table in tables] == before
+
+
+def test_a_plain_model_is_not_divided():
+    with pytest.raises(ConfigError, match="got a Linear, expected an EngramModel"):
+        shard_model(nn.Linear(2, 2))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    play_scenarios(SCENARIOS, Path(sys.argv[1]))

@@ -35,13 +35,13 @@ from common import RESULTS, add_workers, entries_of, provenance, result_file, si
 
 from engram import EngramModel, TableConfig
 from engram.evaluation import NgramCounts, mixture_weight
-from engram.evaluation.mode import evaluation_mode
 from engram.experiments import PointRecipe, prepare_data, read_sweep, run_point
 from engram.experiments.data import load_data
 from engram.experiments.recipe import build_fields
 from engram.experiments.statistics import mean_interval
 from engram.experiments.sweep_recipe import Choice, Point
 from engram.models import load_model
+from engram.models.mode import evaluation_mode
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ORDERS = (1, 2, 3, 4, 5)

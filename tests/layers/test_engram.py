@@ -99,6 +99,15 @@ def test_state_can_go_back_and_be_reordered():
     assert_close(got, layer(hidden, ids)[order, 9:])
 
 
+def test_ids_that_are_written_over_stay_as_they_were_in_a_state():
+    layer, (hidden, ids) = randomise(make_layer()), inputs()
+    state, one, parts = EngramState(), torch.empty(2, 1, dtype=torch.int64), []
+    for place in range(ids.shape[1]):
+        one.copy_(ids[:, place : place + 1])
+        parts.append(layer(hidden[:, place : place + 1], one, state=state))
+    assert_close(torch.cat(parts, dim=1), layer(hidden, ids))
+
+
 def test_padding_neither_speaks_nor_is_heard():
     layer = randomise(make_layer())
     hidden, ids = inputs(length=11)

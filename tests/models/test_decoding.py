@@ -19,6 +19,7 @@ from engram import (
     get_engram_model,
     register_architecture,
 )
+from engram.layers import RollingTail
 from engram.models import ARCHITECTURES, DecoderLayout
 from engram.models.cache import cache_argument, cache_in
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
@@ -103,6 +104,36 @@ def test_four_dimensional_masks_tell_padding_too(memory):
         assert torch.count_nonzero(traces[0]["value"][~real]) == 0
     with pytest.raises(AttachError, match="padding cannot be told"):
         memory(input_ids=ids, attention_mask=torch.ones(3, 2))
+
+
+def test_a_tensor_of_ids_may_be_used_again(memory):
+    """The next ids written into the tensor that the last ones were given in."""
+    ids, _ = padded(TEXTS[:1])
+    cache, one, logits = DynamicCache(config=memory.base_model.config), torch.empty(1, 1, dtype=torch.int64), []
+    with torch.no_grad():
+        for place in range(ids.shape[1]):
+            one.copy_(ids[:, place : place + 1])
+            logits.append(memory(input_ids=one, past_key_values=cache, use_cache=True).logits)
+        assert_close(torch.cat(logits, dim=1), memory(input_ids=ids, use_cache=False).logits)
+
+
+def test_any_number_but_zero_is_a_real_position(memory):
+    ids, mask = padded()
+    with torch.no_grad():
+        got = memory(input_ids=ids, attention_mask=2 * mask, position_ids=positions(mask), use_cache=False).logits
+    assert_close(got[mask.bool()], full(memory, ids, mask)[mask.bool()])
+
+
+def test_a_mask_may_hold_biases(memory):
+    ids, length = torch.randint(2, 300, (1, 9)), 9
+    away = (torch.arange(length)[:, None] - torch.arange(length)).float()
+    closed = torch.zeros(length, length).masked_fill(away < 0, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        got, expected = (
+            memory(input_ids=ids, attention_mask=mask[None, None], use_cache=False).logits
+            for mask in (closed - 1e-7 * away, closed)
+        )
+    assert_close(got, expected, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +289,21 @@ def test_a_cache_the_memory_has_not_seen_is_refused(memory):
         memory(input_ids=ids[:, 7:8], past_key_values=own)
 
 
+def test_a_pass_that_failed_leaves_a_recurrent_cache_as_it_was():
+    memory, ids = tiny_memory(tiny_model("mamba"), max_ngram_size=4), torch.randint(2, 300, (2, 9))
+
+    def fail(*_):
+        raise RuntimeError("on the way")
+
+    with torch.no_grad():
+        cache = memory(input_ids=ids[:, :-1], use_cache=True).cache_params
+        handle = memory.base_model.backbone.layers[0].norm.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="on the way"):
+            memory(input_ids=ids[:, -1:], cache_params=cache)
+        handle.remove()
+        assert_close(memory(input_ids=ids[:, -1:], cache_params=cache).logits, memory(input_ids=ids).logits[:, -1:])
+
+
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])
 def test_caches_of_recurrent_states_alone(kind):
     """They go by another name and cannot say how much they hold."""
@@ -340,6 +386,15 @@ def test_rolling_back_further_than_kept_is_refused():
     cache.crop(-100)
     with pytest.raises(EngramError, match="rollback_window"):
         memory(input_ids=ids[:, :1], past_key_values=cache)
+
+
+def test_a_long_prompt_is_not_held_whole():
+    tail = RollingTail(window=16)
+    tail.append(torch.randn(1, 10_000, 4))
+    for _ in range(100):
+        tail.append(torch.randn(1, 1, 4))
+    assert 16 <= tail.kept <= 16 + 64 + 1
+    assert sum(chunk.untyped_storage().nbytes() for chunk in tail._chunks) == tail.kept * 4 * 4
 
 
 def test_embeddings_without_ids_are_refused_and_with_ids_work(memory):

@@ -30,15 +30,13 @@ def block_mask(positions):
     return ((number[:, :, None] == number[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
 
 
-@pytest.mark.parametrize("by", ["position_ids", "mask"])
+@pytest.mark.parametrize("by", ["position_ids", "mask", "masks"])
 def test_packed_texts_read_as_texts_on_their_own(by):
-    memory, parts = tiny_memory(), texts()
+    memory, parts = tiny_memory(tiny_model("qwen3" if by == "masks" else "llama")), texts()
     ids, positions = packed(parts)
-    given = (
-        {"position_ids": positions}
-        if by == "position_ids"
-        else {"position_ids": positions, "attention_mask": block_mask(positions)}
-    )
+    mask = block_mask(positions)
+    masks = {"position_ids": {}, "mask": {"attention_mask": mask}, "masks": {"attention_mask": {"full_attention": mask}}}
+    given = {"position_ids": positions, **masks[by]}
 
     def step(run):
         memory.zero_grad()
@@ -130,3 +128,14 @@ def test_generation_goes_by_the_configuration_that_was_set():
     memory.generation_config = config
     assert memory.base_model.generation_config is config
     assert memory.generate(input_ids=torch.ones(1, 4, dtype=torch.int64)).shape == (1, 7)
+
+
+def test_a_recording_of_packed_texts_outlasts_a_recomputation():
+    memory, (ids, positions) = tiny_memory(), packed(texts())
+    memory.train().engrams.requires_grad_(True)
+    memory.base_model.activation_checkpointing_enable()
+    with memory.record() as traces:
+        loss = memory(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss
+        before = {layer: trace["gate"].clone() for layer, trace in traces.items()}
+        loss.backward()
+    assert all(torch.equal(traces[layer]["gate"], gate) and gate.shape[:2] == ids.shape for layer, gate in before.items())

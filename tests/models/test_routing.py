@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from engram import AttachError, CheckpointError, ConfigError, EngramRouter, FingerprintError, LearnedRouter
+from engram import AttachError, CheckpointError, ConfigError, EngramRouter, FingerprintError, LearnedRouter, get_engram_model
 from engram.evaluation import ask
 from engram.models import RouteRule
-from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
+from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS, make_editor
 
 
@@ -122,3 +122,19 @@ def test_a_saved_router_judges_as_before_and_another_models_states_never(tmp_pat
     expected = router.scores(prompts)
     base = memory.unload()
     assert LearnedRouter.load(tmp_path / "new" / "router.safetensors", base, tokenizer).scores(prompts) == expected
+
+
+def test_a_learned_router_sees_the_base_model_at_rest():
+    """Whatever mode the model is in, and whatever memories are on it."""
+    base = tiny_model("gpt2", attn_pdrop=0.3, embd_pdrop=0.3, resid_pdrop=0.3)
+    prompts = [f"KEY:alpha {n}" for n in range(4)] + [f"The memory is in the text {n}." for n in range(4)]
+    alone = LearnedRouter.fit(base, tiny_tokenizer(), prompts[:4], prompts[4:])
+    expected = alone.scores(prompts)
+    below = tiny_memory(base)
+    top = get_engram_model(below, tiny_config(layer_ids=(1,)), tiny_tokenizer())
+    top.train()
+    router = LearnedRouter(top, tiny_tokenizer(), alone.mean, alone.scale, alone.weight, alone.bias, 0.5)
+    assert router.scores(prompts) == expected
+    assert top.training
+    assert base.transformer.drop.training
+    assert below.is_enabled

@@ -2,7 +2,10 @@
 
 import copy
 import io
+import os
+import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,7 +13,8 @@ import torch
 
 from engram import Fact
 from engram.evaluation import ask
-from engram.testing import tiny_tokenizer
+from engram.models import StaticDecoder
+from engram.testing import tiny_memory, tiny_tokenizer
 from tests.editing.helpers import make_editor
 
 WHO = {name: f"{number}{number}{number}" for number, name in enumerate("ABCDEF")}
@@ -86,3 +90,79 @@ def test_copies_and_pickles_have_turns_of_their_own(editor):
     with editor.memory.turns, ThreadPoolExecutor(1) as pool:
         assert pool.submit(generated, twin, "Password of user A?").result().startswith("000")
     torch.save(editor.memory.turns, io.BytesIO())
+
+
+def test_a_decoder_on_fixed_buffers_takes_turns_with_others(impatient):
+    memory = tiny_memory()
+    prompt, other = (tiny_tokenizer()(text, return_tensors="pt")["input_ids"] for text in (OTHER, "def lookup"))
+
+    def stepped(_=None):
+        decoder, tokens = StaticDecoder(memory, 64), []
+        logits = decoder.prefill(prompt.repeat(2, 1))
+        for _ in range(12):
+            tokens.append(logits.argmax(-1).clone())
+            logits = decoder.step(tokens[-1])
+        return torch.stack(tokens)
+
+    def said(_=None):
+        return memory.generate(input_ids=other, max_new_tokens=12, do_sample=False)
+
+    expected = [stepped(), said()]
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run) for run in (stepped, said) * 4]
+        assert all(torch.equal(run.result(), expected[number % 2]) for number, run in enumerate(runs))
+
+
+def test_a_memory_is_read_anew_between_the_answers_of_others(editor, impatient, tmp_path):
+    editor.memory.save_pretrained(tmp_path / "six")
+    editor.teach([Fact(("Password of the attic?",), "4499", id="attic")])
+    editor.memory.save_pretrained(tmp_path / "seven")
+
+    def load(_):
+        for name in ("six", "seven"):
+            editor.memory.load_memory(tmp_path / name)
+
+    with ThreadPoolExecutor(2) as pool:
+        loads = [pool.submit(load, n) for n in range(10)]
+        said = [pool.submit(generated, editor.memory, f"Password of user {name}?") for name in [*WHO] * 3]
+        assert [future.result()[:3] for future in said] == [*WHO.values()] * 3
+        for future in loads:
+            future.result()
+    editor.memory.load_memory(tmp_path / "six")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_does_not_wait_for_a_thread_that_had_its_turn():
+    memory, taken, done = tiny_memory(), threading.Event(), threading.Event()
+
+    def hold():
+        with memory.disable_engram():
+            taken.set()
+            done.wait()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(hold)
+        taken.wait()
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(20)
+                with memory.turns:
+                    os._exit(0)
+            finally:
+                os._exit(1)
+        done.set()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_keeps_the_turn_that_its_thread_had():
+    memory = tiny_memory()
+    with memory.disable_engram():
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(int(memory.is_enabled))
+            finally:
+                os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0

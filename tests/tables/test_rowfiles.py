@@ -11,7 +11,8 @@ import threading
 import pytest
 import torch
 
-from engram import TableConfig, TableError
+from engram import EngramAdamW, TableConfig, TableError, get_engram_model
+from engram.optim import build_param_groups
 from engram.tables import (
     HostTable,
     HybridTable,
@@ -27,6 +28,8 @@ from engram.tables import (
     stamp_rows,
 )
 from engram.tables.hidden import hidden_beside, left_beside
+from engram.tables.rownotes import note_beside
+from engram.testing import tiny_config, tiny_model, tiny_tokenizer
 
 ROWS, DIM = 300, 16
 
@@ -372,3 +375,32 @@ def test_a_hybrid_page_locks_when_it_is_moved(monkeypatch):
     monkeypatch.setattr(type(table._copies), "to", lambda copies, device: copies)
     table._apply(lambda tensor: Moved())
     assert asked == [torch.device("cuda", 0)]
+
+
+def test_a_step_after_a_save_withdraws_the_note_of_the_save(tmp_path):
+    """Not every file system's times tell of writes through a map, so the optimiser does."""
+    placed = TableConfig(tier="mmap", path=str(tmp_path / "rows"))
+    memory = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer(), placed).requires_grad_(True)
+    optimizer = EngramAdamW(build_param_groups(memory, memory, lr=1e-2))
+    ids = torch.randint(2, 300, (2, 12))
+
+    def noted():
+        return [note_beside(table.path).exists() for table in tables]
+
+    tables = [engram.multi_head_embedding.embedding for engram in memory.engrams.values()]
+    memory(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    memory.save_pretrained(tmp_path / "memory")
+    assert all(noted())
+    optimizer.step()
+    assert not any(noted())
+
+
+@pytest.mark.parametrize("tier", ["device", "host", "hybrid"])
+def test_a_memory_made_in_inference_mode_is_one_like_others(tier):
+    with torch.inference_mode():
+        options = {"hot_rows": 5} if tier == "hybrid" else {}
+        memory = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer(), TableConfig(tier=tier, **options))
+        memory(input_ids=torch.tensor([[5, 6, 7]]))
+    parameters = list(memory.engrams.parameters())
+    assert parameters
+    assert not any(parameter.is_inference() for parameter in parameters)

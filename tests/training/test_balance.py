@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engram import ConfigError, EngramTrainer, EngramTrainingArguments
-from engram.testing import tiny_model
+from engram.testing import tiny_memory, tiny_model
 from engram.training.balance import BalanceCallback, LoadBalancer, find_routers, step_bias
 
 
@@ -96,3 +96,43 @@ def test_models_without_such_routers_and_negative_rates_are_refused():
         LoadBalancer(tiny_model("llama"))
     with pytest.raises(ConfigError, match="rate"):
         LoadBalancer(tiny_model("deepseek_v3"), rate=-1.0)
+
+
+@pytest.mark.parametrize("model_type", ["ernie4_5_moe", "minimax_m2", "hy_v3", "longcat_flash"])
+def test_routers_of_other_makes_are_counted(model_type):
+    model = tiny_model(model_type).train()
+    balancer = LoadBalancer(model, rate=0.5)
+    model(input_ids=torch.randint(2, 300, (2, 16)), use_cache=False)
+    name, load = next(iter(balancer._loads.items()))
+    router = balancer.routers[name]
+    before = router.e_score_correction_bias.detach().clone()
+    assert int(load.sum()) % 32 == 0
+    assert len(load) == before.numel()
+    balancer.update()
+    assert torch.equal(router.e_score_correction_bias, step_bias(before, load.view_as(before).float(), 0.5))
+
+
+def test_a_router_that_does_not_say_what_it_chose_is_refused():
+    class Silent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e_score_correction_bias = torch.nn.Parameter(torch.zeros(4))
+
+        def forward(self, x):
+            return x, x
+
+    router = Silent().train()
+    LoadBalancer(router)
+    with pytest.raises(ConfigError, match=r"router \(Silent\) that does not give the numbers"):
+        router(torch.zeros(3))
+
+
+def test_routers_of_a_frozen_model_stay_as_they_are(tmp_path):
+    memory = tiny_memory(tiny_model("deepseek_v3"))
+    args = EngramTrainingArguments(
+        str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False
+    )
+    data = [{"input_ids": torch.arange(2, 18), "labels": torch.arange(2, 18)}] * 8
+    trainer = EngramTrainer(memory, args, train_dataset=data, callbacks=[BalanceCallback(memory)])
+    with pytest.raises(ConfigError, match="got a frozen base model"):
+        trainer.train()

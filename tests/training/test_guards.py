@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from engram import CheckpointError, ConfigError, EngramTrainingArguments
+from engram import CheckpointError, ConfigError, EngramTrainingArguments, TableConfig, get_engram_model
 from engram.errors import TrainingError
-from engram.testing import tiny_memory, tiny_model
+from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from engram.training import guards
 from engram.training.guards import last_checkpoint, weights_are_finite
 from engram.training.safe_trainer import SafeTrainer
@@ -215,3 +215,13 @@ def test_frozen_weights_are_not_looked_at():
     spoil(model)
     assert not weights_are_finite(model)
     assert weights_are_finite(model.requires_grad_(False))
+
+
+def test_a_checkpoint_whose_rows_are_gone_is_removed(tmp_path):
+    placed = TableConfig(tier="mmap", path=str(tmp_path / "rows"))
+    memory = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer(), placed)
+    gone = AtStep(4, lambda _: (tmp_path / "rows" / "layer-2.rows").unlink())
+    trainer = make(tmp_path, memory, [gone], save_strategy="steps", save_steps=2, max_steps=4)
+    with pytest.raises(CheckpointError, match=r"checkpoint-4: .*layer-2.rows.*go on from .*checkpoint-2"):
+        trainer.train()
+    assert checkpoints(tmp_path) == ["checkpoint-2"]

@@ -181,6 +181,16 @@ def test_resuming_gives_the_same_losses_to_the_last_digit(tmp_path, train_backbo
     assert not suffixes & {".pt", ".pth", ".bin", ".pkl"}
 
 
+def test_a_run_that_is_done_takes_no_step_more(tmp_path):
+    """Eight steps end in the middle of an epoch of twelve."""
+    first = make(tmp_path, save_strategy="steps", save_steps=8, lr_scheduler_type="constant")
+    first.train()
+    again = make(tmp_path, save_strategy="steps", save_steps=8, lr_scheduler_type="constant")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 8
+    assert all(map(torch.equal, again.memory.state_dict().values(), first.memory.state_dict().values()))
+
+
 def test_rows_with_compact_state_and_rounded_by_chance_resume_to_the_last_digit(tmp_path):
     def trainer(name):
         memory = tiny_memory(tiny_model(), speak=False)

@@ -14,8 +14,8 @@ from engram.editing.keys import PlannedRows, plan_rows
 from engram.editing.ledger import Ledger, LedgerFact
 from engram.editing.lesson import answers_exactly
 from engram.editing.reports import RowConflict
-from engram.evaluation.mode import evaluation_mode
 from engram.models import EngramModel
+from engram.models.mode import evaluation_mode
 from engram.tables import ABSENT, StoredRows, VerifiedTable
 
 __all__ = ["Holdings", "TaggedRows"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from engram.errors import ConfigError
-from engram.evaluation.mode import evaluation_mode
+from engram.models.mode import evaluation_mode
 from engram.models.positions import context_length
 
 __all__ = ["measure_copying"]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engram.data.blocks import IGNORED, HeldOutBlocks
-from engram.evaluation.mode import evaluation_mode
+from engram.models.mode import evaluation_mode
 
 __all__ = ["measure"]
 

@@ -177,6 +177,8 @@ class Engram(nn.Module):
             ConfigError: shapes do not fit, or neither ids are given.
         """
         streams = self._as_streams(hidden_states)
+        if attention_mask is not None and attention_mask.dtype != torch.bool:
+            attention_mask = attention_mask != 0  # values are multiplied by it
         if self.config.verify_rows:
             if slots is None:
                 slots = self._find_here(hidden_states, input_ids, state, attention_mask)
@@ -373,8 +375,9 @@ class Engram(nn.Module):
         if state is None:
             return input_ids, None
         history = state.ids.last(self.config.max_ngram_size - 1)
-        masked = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, self.config.pad_id)
-        state.ids.append(masked)
+        state.ids.append(
+            input_ids.clone() if attention_mask is None else input_ids.masked_fill(attention_mask == 0, self.config.pad_id)
+        )  # never the caller's own tensor, into which it may write the next ids
         return input_ids, history
 
     def _smooth(self, value: Tensor, state: EngramState | None) -> Tensor:

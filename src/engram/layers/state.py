@@ -99,10 +99,13 @@ class RollingTail:
             self._chunks = [fn(self._chunks[0])]
 
     def _consolidate(self) -> None:
-        whole = torch.cat(self._chunks, dim=1)
-        if self.window is not None:
-            whole = whole[:, max(whole.shape[1] - self.window, 0) :]
-        self._chunks = [whole]
+        self._drop_first(0 if self.window is None else max(self.kept - self.window, 0))
+        self._chunks = [torch.cat(self._chunks, dim=1)]  # a copy: a view would hold on to all that was cut off
+
+    def _drop_first(self, surplus: int) -> None:
+        while surplus > 0 and len(self._chunks) > 1 and self._chunks[0].shape[1] <= surplus:
+            surplus -= self._chunks.pop(0).shape[1]
+        self._chunks[0] = self._chunks[0][:, surplus:]
 
 
 class EngramState:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from engram.errors import AttachError
-from engram.models.packing import Packing, lets_through
+from engram.models.packing import Packing, lets_through, of_full_attention
 from engram.tables import RowHandle
 
 __all__ = ["ForwardContext", "token_mask"]
@@ -25,7 +25,7 @@ class ForwardContext:
     input_ids: Tensor
     """Raw ids ``[B, T]`` with ``pad_id`` at masked positions."""
     mask: Tensor | None
-    """``[B, T]``, zero at padding."""
+    """bool ``[B, T]``, False at padding."""
     state: Any
     """The ``CacheState`` to extend, or None when nothing will be continued."""
     route: Tensor | None = None
@@ -41,7 +41,7 @@ class ForwardContext:
 
 
 def token_mask(attention_mask: Any, past: int, input_ids: Tensor) -> Tensor | None:
-    """Which of the new positions are real, ``[B, T]``, from whatever mask a transformers model accepts.
+    """Which of the new positions are real, bool ``[B, T]``, from whatever mask a transformers model accepts.
 
     A 4-D mask is read on its diagonal: a real position may attend to itself, a padded one may not, whatever the window. One of fewer keys
     than there are positions is of a cache that holds a window alone, the newest last.
@@ -55,16 +55,14 @@ def token_mask(attention_mask: Any, past: int, input_ids: Tensor) -> Tensor | No
         AttachError: the mask is of another kind or size.
     """
     batch, length = input_ids.shape
+    attention_mask = of_full_attention(attention_mask)
     if attention_mask is None:
         return None
-    if isinstance(attention_mask, dict):
-        full = attention_mask.get("full_attention")
-        return token_mask(full if full is not None else next(iter(attention_mask.values())), past, input_ids)
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         if attention_mask.shape[1] >= past + length:  # a static cache may come with a mask of its full size
-            return attention_mask[:, past : past + length]
+            return attention_mask[:, past : past + length] != 0
         if attention_mask.shape[1] == length:
-            return attention_mask
+            return attention_mask != 0
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.shape[-1] >= length:
         first = min(past, attention_mask.shape[-1] - length)
         diagonal = attention_mask[:, 0, :, first : first + length].diagonal(dim1=-2, dim2=-1)

@@ -149,9 +149,12 @@ class EngramModel(nn.Module):
         mapping.accept_ids(embeddings.weight.shape[0])
         devices = {i: device_of(decoder.blocks[i], base, i) for i in config.layer_ids}
         check_tables_fit(mapping, devices, table_config or TableConfig())
-        engrams = nn.ModuleDict({str(i): classes[i](config, mapping, i, table_config, device) for i, device in devices.items()})
-        for layer_id, device in devices.items():
-            engrams[str(layer_id)].to(device)
+        with torch.inference_mode(False):  # tensors made in it cannot be trained, nor their changes seen
+            engrams = nn.ModuleDict(
+                {str(i): classes[i](config, mapping, i, table_config, device) for i, device in devices.items()}
+            )
+            for layer_id, device in devices.items():
+                engrams[str(layer_id)].to(device)
         # Everything is checked and built; the model is touched from here on only.
         self.base_model, self.beneath = base, beneath
         self.engrams = engrams
@@ -301,6 +304,10 @@ class EngramModel(nn.Module):
             AttachError: it was unloaded before, another memory is attached on top of it, or it is divided between processes
                 (``shard_model``).
         """
+        with self.turns:
+            return self._unload()
+
+    def _unload(self) -> Any:
         decoder = find_decoder(self.base_model)
         check_topmost(decoder, self)
         if is_fully_sharded(self):

@@ -249,6 +249,13 @@ def load_memory(
     """Fill ``memory`` from the folder ``path``; every check comes before the first write. ``changed_rows``: see ``TableConfig``.
     ``just_checked``: what ``check_memory`` warned of is not told again; everything is checked again, as others may have saved since.
     """
+    with memory.turns:
+        _load(memory, path, allow_other_base, changed_rows, just_checked)
+
+
+def _load(
+    memory: EngramModel, path: str | os.PathLike[str], allow_other_base: bool, changed_rows: str, just_checked: bool
+) -> None:
     _refuse_beneath_divided(memory)
     put_apart(memory)
     description = read_description(path)

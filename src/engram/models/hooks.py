@@ -108,7 +108,7 @@ class DecoderHooks:
         ids = self._known(input_ids)
         if packing is not None:
             ids = packing.apart(ids)
-            mask = packing.mask if mask is None else packing.mask & (packing.apart(mask) != 0)
+            mask = packing.mask if mask is None else packing.mask & packing.apart(mask)
             route = None if route is None else packing.of_rows(route)
         ids = ids if mask is None else ids.masked_fill(mask == 0, config.pad_id)
         history = None if state is None else state.ids.last(config.max_ngram_size - 1)
@@ -201,8 +201,11 @@ class DecoderHooks:
         layer_state = None if context.state is None else EngramState(conv=context.state.conv[layer_id])
         fetched, found = context.fetched.pop(layer_id, None), context.found.get(layer_id)
         if _is_recomputed(block):
-            arguments = (hidden_states, None, hash_ids, None, mask, trace, slots)  # a recomputation must not see a state grow
+            noted = None if trace is None else dict(trace)  # what a recomputation notes, nobody reads
+            arguments = (hidden_states, None, hash_ids, None, mask, noted, slots)  # nor must it see a state grow
             output = checkpoint(engram, *arguments, found=found, use_reentrant=False, preserve_rng_state=False)
+            if trace is not None and noted is not None:
+                trace.update(noted)
         else:
             output = engram(hidden_states, None, hash_ids, layer_state, mask, trace, slots, fetched, found)
         if context.route is not None and context.slots is None:
@@ -232,8 +235,11 @@ def _is_recomputed(block: nn.Module) -> bool:
 
 @torch.compiler.disable
 def _commit(cache: Cache, context: ForwardContext) -> None:
-    context.state.ids.append(context.input_ids)
-    if context.input_ids.device.type == "cuda":
+    on_cuda = context.input_ids.device.type == "cuda"
+    context.state.ids.append(
+        context.input_ids if on_cuda else context.input_ids.clone()
+    )  # the caller may write the next ids into its tensor
+    if on_cuda:
         context.state.own()
     bind_state(cache, context.state)
 
@@ -258,6 +264,7 @@ def _past_in(cache: Cache | None, owner: str) -> tuple[CacheState | None, int]:
             "the cache holds positions that this memory has not seen, or records them so that some can be taken back, which does not show in "
             "a cache of recurrent states. Start with an empty cache, or run the whole prompt with the memory on."
         )
+    state.trim(state.ids.length)  # a pass that failed on the way may have added to convolutions
     return state, state.ids.length
 
 

@@ -14,12 +14,23 @@ from torch import Tensor
 
 from engram.errors import AttachError
 
-__all__ = ["Packing", "find_packing", "lets_through"]
+__all__ = ["Packing", "find_packing", "lets_through", "of_full_attention"]
+
+_CLOSED = -1000.0
+"""What is added to a score where nothing may pass; a bias of nearby positions is far above, and masks are far below."""
 
 
 def lets_through(values: Tensor) -> Tensor:
-    """Where a mask of four dimensions, boolean or to be added, lets attention through; bool of the same shape."""
-    return values if values.dtype == torch.bool else values == 0
+    """Where a mask of four dimensions, boolean or to be added, lets attention through; bool of the same shape. It may hold biases too."""
+    return values if values.dtype == torch.bool else values > _CLOSED
+
+
+def of_full_attention(attention_mask: Any) -> Any:
+    """Of a dict of masks that of full attention, or the first if no block has such; others are given back as they are."""
+    if not isinstance(attention_mask, dict):
+        return attention_mask
+    full = attention_mask.get("full_attention")
+    return full if full is not None else next(iter(attention_mask.values()), None)
 
 
 class Packing:
@@ -63,16 +74,16 @@ def find_packing(position_ids: Any, attention_mask: Any, past: int, input_ids: T
 
     Args:
         position_ids: as the decoder got them. They count where no mask is given, as in transformers.
-        attention_mask: as the decoder got it. One of four dimensions keeps texts apart where a real position may not attend to a real one
-            just before it.
+        attention_mask: as the decoder got it, or a dict of such. One of four dimensions keeps texts apart where a real position may not attend
+            to a real one just before it.
         past: positions already in the cache.
         input_ids: ``[B, T]``.
-        mask: which positions are real (``token_mask``).
+        mask: bool ``[B, T]``, which positions are real (``token_mask``).
 
     Raises:
         AttachError: texts are packed behind what a cache holds.
     """
-    length = input_ids.shape[1]
+    length, attention_mask = input_ids.shape[1], of_full_attention(attention_mask)
     if length < 2:
         return None
     if attention_mask is None and isinstance(position_ids, Tensor) and position_ids.dim() == 2:
@@ -80,7 +91,7 @@ def find_packing(position_ids: Any, attention_mask: Any, past: int, input_ids: T
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.shape[-1] >= past + length:
         assert mask is not None
         before = attention_mask[:, 0, 1:, past : past + length - 1].diagonal(dim1=-2, dim2=-1)
-        return _packing(~lets_through(before) & (mask[:, 1:] != 0) & (mask[:, :-1] != 0), past, input_ids)
+        return _packing(~lets_through(before) & mask[:, 1:] & mask[:, :-1], past, input_ids)
     return None
 
 

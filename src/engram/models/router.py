@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -20,6 +20,7 @@ from torch import Tensor
 from engram.checkpoint import write_atomically
 from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.models.identity import base_identity, identity_mismatch
+from engram.models.mode import evaluation_mode
 from engram.models.positions import context_length, text_config
 
 __all__ = ["DEFAULT_RULES", "EngramRouter", "LearnedRouter", "RouteRule", "Router"]
@@ -298,7 +299,9 @@ def _gains_kept(states: Tensor, gains: Tensor, l2: float, folds: int) -> float:
 
 @torch.no_grad()
 def _mean_states(model: Any, tokenizer: Any, prompts: Sequence[str], first_tokens: int | None = None) -> Tensor:
-    """Mean over the (first) tokens of the last hidden state, float32 ``[prompts, d]``, computed without the memory; zero of no tokens."""
+    """Mean over the (first) tokens of the last hidden state, float32 ``[prompts, d]``, computed by the base model alone; zero of no
+    tokens.
+    """
     device = model.get_input_embeddings().weight.device
     context = context_length(model.config)
     longest = min((n for n in (first_tokens, context) if n is not None), default=None)
@@ -308,7 +311,9 @@ def _mean_states(model: Any, tokenizer: Any, prompts: Sequence[str], first_token
         if not ids:
             states.append(torch.zeros(text_config(model.config).hidden_size))
             continue
-        with model.disable_engram() if hasattr(model, "disable_engram") else nullcontext():
+        with ExitStack() as off, evaluation_mode(model):
+            for memory in model._and_beneath() if hasattr(model, "disable_engram") else ():
+                off.enter_context(memory.disable_engram())
             output = model(input_ids=torch.tensor([ids], device=device), use_cache=False, output_hidden_states=True)
         last = output.hidden_states[-1][0].float()
         states.append(last.reshape(last.shape[0], -1).mean(0).cpu())

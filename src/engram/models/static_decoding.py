@@ -110,6 +110,10 @@ class StaticDecoder:
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Read prompts ``[B, T]`` (padded on the left) and return the logits ``[B, vocabulary]`` of the token after them."""
+        with self._memory.turns:
+            return self._prefill(input_ids, attention_mask)
+
+    def _prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         self._graph = None
         self.prefetcher.close()
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -139,6 +143,11 @@ class StaticDecoder:
 
         The caller sees to it that no sequence becomes longer than ``max_length``: asking the device would be a wait.
         """
+        with self._memory.turns:
+            self._step(tokens)
+        return self.logits
+
+    def _step(self, tokens: Tensor) -> None:
         self.tokens.copy_(tokens.view(-1, 1))
         wanted = self.tokens.device.type == "cuda" if self._capture is None else self._capture
         if self._graph is not None and self._read_from != self._tables():
@@ -150,7 +159,6 @@ class StaticDecoder:
             self._forward()
         else:
             self._graph.replay()
-        return self.logits
 
     def _tables(self) -> list[tuple[int, int, int]]:
         """Where rows are: teaching, forgetting and moving put them elsewhere."""

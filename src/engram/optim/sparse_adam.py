@@ -15,6 +15,7 @@ from engram.optim.rounding import ROUNDED_DTYPES, draw_seed
 from engram.optim.row_rules import StepNumbers, step_rows
 from engram.optim.row_state import RowMoments, check_row_state
 from engram.optim.saved_state import check_optimizer_state
+from engram.tables import announce_step
 
 __all__ = ["EngramAdamW"]
 
@@ -127,6 +128,7 @@ class EngramAdamW(torch.optim.AdamW):
         state["step"] = state["step"] + 1
         if grad._nnz() == 0:
             return
+        announce_step(table)
         numbers = _step_numbers(group, float(state["step"]), table)
         values = grad._values()
         if "row_moments" in state and table.dim() == 2 and native_rows.serves(table, values):

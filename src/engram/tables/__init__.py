@@ -1,6 +1,6 @@
 """Floor 2: where rows live."""
 
-from engram.tables.base import EmbeddingTable, row_parameters
+from engram.tables.base import EmbeddingTable, announce_step, row_parameters
 from engram.tables.build import build_table, check_room, refuse_other_rows, row_file
 from engram.tables.counts import AccessCounts
 from engram.tables.device import DeviceTable
@@ -47,6 +47,7 @@ __all__ = [
     "ShardedTable",
     "StoredRows",
     "VerifiedTable",
+    "announce_step",
     "are_equal_but_tables",
     "available_memory",
     "build_table",

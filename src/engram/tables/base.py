@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from engram.errors import TableError
 from engram.tables.prefetch import RowPrefetcher
 
-__all__ = ["EmbeddingTable", "check_place", "check_row_ids", "replaced", "row_parameters"]
+__all__ = ["EmbeddingTable", "announce_step", "check_place", "check_row_ids", "replaced", "row_parameters", "tell_before_steps"]
+
+_TOLD = "_engram_before_step"
 
 
 class EmbeddingTable(nn.Module):
@@ -117,6 +119,20 @@ class EmbeddingTable(nn.Module):
 def row_parameters(model: nn.Module) -> set[int]:
     """Ids of the parameters of ``model`` that are rows of a table."""
     return {id(p) for module in model.modules() if isinstance(module, EmbeddingTable) for p in module.parameters()}
+
+
+def tell_before_steps(parameter: Tensor, told: Callable[[], None]) -> None:
+    """Have ``told`` called before an optimiser of ours writes rows of ``parameter``."""
+    setattr(parameter, _TOLD, told)
+
+
+def announce_step(parameter: Tensor) -> None:
+    """Tell whoever asked (``tell_before_steps``) that rows of ``parameter`` are about to be written."""
+    getattr(parameter, _TOLD, _nothing)()
+
+
+def _nothing() -> None:
+    pass
 
 
 def check_row_ids(row_ids: Tensor, count: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from engram.errors import TableError
 from engram.native import touch_rows
 from engram.ops import read_rows
-from engram.tables.base import EmbeddingTable
+from engram.tables.base import EmbeddingTable, tell_before_steps
 from engram.tables.formats import RowFormat, row_format
 from engram.tables.host import HostTable
 from engram.tables.pinned import through_host
@@ -359,8 +359,11 @@ class MmapTable(MappedRows, HostTable):
         super().__init__(rows, dim, "zero", dtype)
         self.weight.requires_grad_(mode == "r+")
         if mode == "r+":
-            file = self._file  # an optimiser's step follows, which would die of a truncated file
-            self.weight.register_post_accumulate_grad_hook(lambda _: file.changing())
+            file = self._file
+            self.weight.register_post_accumulate_grad_hook(
+                lambda _: file.changing()
+            )  # a step may follow, by anybody's optimiser
+            tell_before_steps(self.weight, file.changing)  # with a save between the two
 
     def _allocate(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         return self._tensor(0, dtype, (self.rows, self.dim))

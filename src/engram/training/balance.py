@@ -31,6 +31,27 @@ def find_routers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(getattr(module, _BIAS, None), Tensor)}
 
 
+def _chooser(model: nn.Module, name: str, router: nn.Module) -> nn.Module:
+    """Which module chooses experts by a router's bias: that itself, the gate that it hands it to (MiniMax-M2, Hunyuan 3), or, where it only
+    adds the bias, the one around it (Ernie 4.5).
+    """
+    gate = getattr(router, "gate", None)
+    if isinstance(gate, nn.Module):
+        return gate
+    return model.get_submodule(name.rpartition(".")[0]) if name.endswith("moe_statics") else router
+
+
+def _chosen(router: nn.Module, output: Any) -> Tensor:
+    """The experts' numbers in what a router gives."""
+    numbers = [x for x in output if isinstance(x, Tensor) and not x.is_floating_point()] if isinstance(output, tuple) else []
+    if len(numbers) != 1 or numbers[0].dtype not in (torch.int64, torch.int32):
+        raise ConfigError(
+            f"LoadBalancer: got a router ({type(router).__name__}) that does not give the numbers of the experts it chose, expected one that "
+            "gives (logits, weights, numbers) as DeepSeek-V3's does."
+        )
+    return numbers[0].flatten().long()
+
+
 class LoadBalancer:
     """Counts how many tokens each expert gets while ``model`` trains, and moves the routers' biases.
 
@@ -39,7 +60,7 @@ class LoadBalancer:
         rate: what a bias moves by per step (the papers: 0.001).
 
     Raises:
-        ConfigError: there is no such router, or the rate is negative.
+        ConfigError: there is no such router, or the rate is negative; or, at a forward pass, a router does not say which experts it chose.
     """
 
     def __init__(self, model: nn.Module, rate: float = 1e-3) -> None:
@@ -50,20 +71,23 @@ class LoadBalancer:
             raise ConfigError(
                 "LoadBalancer: the model has no router with an e_score_correction_bias; expected a mixture of experts."
             )
+        self._choosers = {name: _chooser(model, name, router) for name, router in self.routers.items()}
         self._loads: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self.listen()
 
     def listen(self) -> None:
         """Start counting."""
-        self._handles = [router.register_forward_hook(self._counter(name)) for name, router in self.routers.items()]
+        self._handles = [chooser.register_forward_hook(self._counter(name)) for name, chooser in self._choosers.items()]
 
     def _counter(self, name: str) -> Any:
-        def count(router: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            if router.training and torch.is_grad_enabled():
-                chosen = output[2].flatten()
+        experts = getattr(self.routers[name], _BIAS).numel()
+
+        def count(chooser: nn.Module, args: Any, output: Any) -> None:
+            if chooser.training and torch.is_grad_enabled():
+                chosen = _chosen(chooser, output)
                 # Not bincount, which makes the host wait for the largest number.
-                load = chosen.new_zeros(len(getattr(router, _BIAS))).scatter_add_(0, chosen, torch.ones_like(chosen))
+                load = chosen.new_zeros(experts).scatter_add_(0, chosen, torch.ones_like(chosen))
                 self._loads[name] = self._loads[name] + load if name in self._loads else load
 
         return count
@@ -80,7 +104,7 @@ class LoadBalancer:
         for name, load in self._loads.items():
             bias: Any = getattr(self.routers[name], _BIAS)
             counted = sum_everywhere(load).to(bias.dtype)
-            bias.copy_(step_bias(bias, counted, self.rate))
+            bias.copy_(step_bias(bias, counted.view_as(bias), self.rate))
             worst = torch.maximum(worst.to(counted.device), (counted.max() / counted.mean()).float())
         self._loads.clear()
         return worst
@@ -96,6 +120,9 @@ class BalanceCallback(TrainerCallback):
     """Loss-free balancing in a ``transformers.Trainer``; logs the largest load (``expert_load_max``, 1 is balanced).
 
     The biases are buffers of the model and travel with its checkpoints, so that a resumed run is exact.
+
+    Raises:
+        ConfigError: as ``LoadBalancer``; or, when training begins, the routers are frozen: nothing would keep their biases then.
     """
 
     def __init__(self, model: nn.Module, rate: float = 1e-3) -> None:
@@ -105,6 +132,11 @@ class BalanceCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Count from here on; training may begin more than once."""
+        if not any(p.requires_grad for chooser in self.balancer._choosers.values() for p in chooser.parameters()):
+            raise ConfigError(
+                "BalanceCallback: got a frozen base model, whose routers stay as they are, expected one that is trained (train_backbone); "
+                "leave the callback out."
+            )
         self.balancer.remove()
         self.balancer.listen()
 

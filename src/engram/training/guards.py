@@ -17,7 +17,7 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
 from engram.distributed import anywhere, is_divided, own_part
-from engram.errors import CheckpointError, ConfigError, TrainingError
+from engram.errors import CheckpointError, ConfigError, TableError, TrainingError
 from engram.tables import row_parameters
 
 __all__ = ["check_reports", "is_complete", "last_checkpoint", "no_number", "weights_are_finite", "whole_or_removed"]
@@ -78,7 +78,7 @@ def whole_or_removed(checkpoint: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TableError) as error:  # rows in files may be gone
         shutil.rmtree(checkpoint, ignore_errors=True)
         last = last_checkpoint(checkpoint.parent)
         rest = f"go on from {last}, which is whole" if last else "start again: there is no earlier checkpoint"

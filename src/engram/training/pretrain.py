@@ -31,7 +31,7 @@ from engram.data.packing import pack
 from engram.data.recipe import build_fields, parse_corpus, read_yaml
 from engram.errors import CheckpointError, ConfigError
 from engram.evaluation.bits_per_byte import bits_per_byte
-from engram.evaluation.mode import evaluation_mode
+from engram.models.mode import evaluation_mode
 from engram.training.progress import LiveProgress
 from engram.training.safe_trainer import InOrder, SafeTrainer, last_checkpoint
 from engram.training.tokenizer import SMALLEST_VOCABULARY, train_tokenizer

@@ -167,6 +167,14 @@ class SafeTrainer(Trainer):
             for display in self._displays():
                 display.close()
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed from the last checkpoint: transformers would take one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _warn_of_slow_types(self) -> None:
         warning = warning_of_slow_bfloat16("bf16: false") if self.args.bf16 and self.args.device.type == "cpu" else None
         if warning:

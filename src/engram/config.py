@@ -347,6 +347,8 @@ class TableConfig:
         tiers, types = ("device", "host", "mmap", "hybrid"), ("float32", "bfloat16", "float16", "int8", "float8", "int4")
         if self.tier not in tiers:
             raise ConfigError(f"TableConfig.tier: got {self.tier!r}, expected one of {', '.join(map(repr, tiers))}.")
+        if str(self.dtype).startswith("torch."):  # torch.bfloat16 says the same
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         if self.dtype not in types:
             raise ConfigError(f"TableConfig.dtype: got {self.dtype!r}, expected one of {', '.join(map(repr, types))}.")
         if isinstance(self.path, os.PathLike):

@@ -151,3 +151,35 @@ def test_the_memory_of_a_demo_is_found_by_the_demos_folder(engram, taught, tmp_p
     assert engram("forget", "gamma", "--memory", tmp_path / "demo")[0] == 0
     assert engram("diff", tmp_path / "demo", tmp_path / "demo")[0] == 0
     assert not (tmp_path / "demo" / DESCRIPTION_NAME).exists()
+
+
+@pytest.mark.parametrize("began_with", [None, "/began/with"])
+def test_a_memory_that_is_placed_or_converted_elsewhere_finds_the_model_of_its_run(
+    run, tmp_path, monkeypatch, capsys, began_with
+):
+    file = run / "memory" / DESCRIPTION_NAME
+    description = json.loads(file.read_text())
+    description["base_model"]["name_or_path"] = began_with or ""
+    file.write_text(json.dumps(description))
+    monkeypatch.chdir(tmp_path)
+    commands = (("place", run, "--tier", "mmap"), ("convert", run, "--dtype", "int8"))
+    for number, command in enumerate(commands):
+        assert invoke(monkeypatch, capsys, *command, "--out", f"there/{number}")[0] == 0
+        code, _, err = invoke(monkeypatch, capsys, "ask", "the memory", "--max-new-tokens", 2, "--memory", f"there/{number}")
+        assert code == 0, err
+        code, _, err = invoke(monkeypatch, capsys, *command, "--out", run)
+        assert code == 2
+        assert "the folder of a run, whose own memory would not be found any more" in err
+    assert not (run / DESCRIPTION_NAME).exists()
+
+
+def test_facts_over_a_memory_move_together_with_it(world, taught, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    top = tmp_path / "here" / "top"
+    code, _, err = invoke(monkeypatch, capsys, "teach", "two.yaml", "--memory", top, "--over", taught)
+    assert code == 0, err
+    shutil.copytree(taught, tmp_path / "there" / taught.name)
+    shutil.move(top, tmp_path / "there" / "top")
+    shutil.rmtree(taught)
+    code, out, err = invoke(monkeypatch, capsys, "ask", "KEY:beta 20", "--memory", tmp_path / "there" / "top")
+    assert (code, out) == (0, "7319\n"), err

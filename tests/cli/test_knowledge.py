@@ -10,6 +10,7 @@ from threading import Thread
 
 import pytest
 
+from engram import Fact
 from engram.checkpoint import lock_store
 from engram.errors import CheckpointError
 from engram.models import load_model
@@ -98,7 +99,7 @@ def test_facts_that_are_not_found_in_running_text_are_counted(engram, world, tmp
     facts.write_text('- {prompt: Phone, answer: "12"}\n- {prompt: "KEY:beta 20", answer: "7319"}')
     code, _, err = engram("teach", facts, "--memory", tmp_path / "m", "--model", world / "base")
     assert code == 0
-    assert "note: 1 of the taught facts speak at the start of an input or of a line only" in err
+    assert f"note: 1 of the taught facts ({Fact(('Phone',), '12').id}) speak at the start of an input or of a line only" in err
     assert "note:" not in engram("teach", facts, "--memory", tmp_path / "m")[2]  # known facts are not told of again
 
 

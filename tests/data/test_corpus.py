@@ -113,3 +113,17 @@ def test_windows_cover_every_token_once():
     windows = text_windows(tokenizer, [text], 50)
     assert all(w[0] == tokenizer.bos_token_id and len(w) <= 50 for w in windows)
     assert tokenizer.decode([i for w in windows for i in w[1:]]) == text
+
+
+@pytest.mark.parametrize(
+    ("texts", "changes", "words"),
+    [
+        (["some text"], {"blocks": 0}, "pack: got blocks=0, expected a whole number of at least 1"),
+        (["some text"], {"seq_len": True}, "pack: got seq_len=True"),
+        (["", " \n"], {}, "nothing but white space"),
+        (["fine", "half \ud800"], {}, "text 1 holds .* half of a character"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(texts, changes, words):
+    with pytest.raises((ConfigError, DataError), match=words):
+        pack(texts, tiny_tokenizer(), **{"seq_len": 8, "blocks": 2, "seed": 0, **changes})

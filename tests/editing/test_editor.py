@@ -441,7 +441,19 @@ def test_facts_that_become_one_are_named():
     assert report.joined == {"three": "one", "two": "one"}
     assert [fact.id for fact in editor.facts] == ["one"]
     replaced = editor.teach([Fact(one.prompts, "wood", id="one")], replace_answers=True).replaced
-    assert "'KEY:beta 20', 'KEY:gamma 4' would leave with it" in replaced[0]
+    assert "its other phrasings go too: 'KEY:beta 20', 'KEY:gamma 4'" in replaced[0]
+
+
+def test_another_answer_leaves_a_fact_its_name_and_its_category():
+    editor = make_editor()
+    editor.teach([Fact(("KEY:alpha 17", "What is the first key?"), "4711", "doors", id="door")])
+    editor.teach([Fact(("The key of the first door?", "KEY:alpha 17"), "4711", id="door")])  # a phrasing that names no category
+    assert [(fact.id, fact.category) for fact in editor.facts] == [("door", "doors")]
+    report = editor.teach([Fact(("KEY:alpha 17",), "1234")], replace_answers=True)
+    assert (report.taught, report.joined) == (["door"], {})
+    assert [(fact.id, fact.category, fact.answer, len(fact.prompts)) for fact in editor.facts] == [("door", "doors", "1234", 1)]
+    editor.teach([Fact(("KEY:alpha 17",), "99", "keys", id="key")], replace_answers=True)  # its own, where it names them
+    assert [(fact.id, fact.category) for fact in editor.facts] == [("key", "keys")]
 
 
 def test_one_text_cannot_go_on_in_two_ways():
@@ -648,3 +660,8 @@ def test_a_memory_over_another_is_saved_without_a_warning(tmp_path, caplog):
     over.teach(FACTS[1:])
     over.save(tmp_path / "over")
     assert caplog.messages == []
+
+
+def test_what_is_no_id_is_not_forgotten():
+    with pytest.raises(TeachError, match="forget: got None, expected the id of a fact"):
+        make_editor().forget(None)

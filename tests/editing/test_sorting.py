@@ -26,7 +26,13 @@ def test_a_fact_whose_holder_must_leave_is_not_known():
     new, found = outcome([held("A", "X", "p1", "p2")], fact("f", "X", "p1"), fact("g", "Y", "p2"))
     assert new == {"f": ("X", {"p1"}), "g": ("Y", {"p2"})}
     assert (found.already_known, found.leaving["g"]) == ([], ["A"])
-    assert "would leave" not in found.contradictions[0]
+    assert "go too" not in found.contradictions[0]
+
+
+def test_of_two_that_replace_one_the_first_has_its_name():
+    lesson = [Fact(("p1",), "Y"), Fact(("p2",), "Z")]
+    new, _ = outcome([held("A", "X", "p1", "p2")], *lesson)
+    assert new == {"A": ("Y", {"p1"}), lesson[1].id: ("Z", {"p2"})}
 
 
 def test_long_texts_are_cut_where_they_are_told():

@@ -11,6 +11,7 @@ from engram.editing.entries import make_entries
 from engram.editing.spelling import Speller
 from engram.evaluation import check_facts
 from engram.testing import tiny_model, tiny_tokenizer
+from tests.editing.helpers import FACTS
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +119,12 @@ def test_a_vocabulary_that_grew_is_looked_at_again():
         rows = model.get_output_embeddings().weight
         rows[5] = rows[6]
     assert speller.unsayable([5]) == [5]
+
+
+def test_a_model_that_cannot_end_an_answer_is_said_to_be_one():
+    """Embeddings that are tied, with a row of zeros for padding, which ends answers too."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[tiny_tokenizer().eos_token_id] = 0
+    report = MemoryEditor.create(model, tiny_tokenizer()).teach(FACTS[:1], TeachSettings(max_steps=4, retries=0))
+    assert "the model cannot end an answer" in report.not_exact[FACTS[0].id]

@@ -17,6 +17,7 @@ from filelock import FileLock
 from engram import CheckpointError, ConfigError, DataError
 from engram.checkpoint import sole_writer
 from engram.config import EngramConfig
+from engram.data.recipe import read_value
 from engram.experiments import BackboneConfig, read_base, read_point, read_sweep, run_point, run_sweep
 from engram.experiments import point as point_module
 from engram.experiments import sweep as sweep_module
@@ -367,6 +368,7 @@ def test_impossible_sweeps_are_refused_before_anything_runs(tmp_path, change, wo
         ({"data": {"corpus": None}}, "DataRecipe.corpus"),
         ({"backbone": None}, "wrong form"),
         ({"engram": {"layer_ids": 1}}, "layer_ids: got 1"),
+        ({"engram": {"layer_ids": [0, 9]}}, r"engram.layer_ids: got \[9\], expected 0..1: backbone.num_hidden_layers is 2"),
     ],
 )
 def test_impossible_runs_are_refused_too(tmp_path, change, words):
@@ -396,6 +398,23 @@ def test_impossible_bases_are_refused(tmp_path, change, words):
         read_base(tmp_path / "sweep.yaml")
 
 
+def test_what_a_recipe_lacks_is_named(tmp_path):
+    for fields, words in (
+        ({"tokens": 1000}, "missing key"),
+        ({"question": "slots"}, "missing key.* name, .*variants"),
+    ):
+        (tmp_path / "lacking.yaml").write_text(yaml.safe_dump(fields))
+        with pytest.raises(ConfigError, match=words):
+            (read_sweep if "question" in fields else read_point)(tmp_path / "lacking.yaml")
+
+
+def test_numbers_may_be_written_without_a_point(tmp_path):
+    text = (RECIPES / "train_tiny.yaml").read_text()
+    (tmp_path / "run.yaml").write_text(text.replace("../corpus", str(RECIPES.parent / "corpus")) + "\nlearning_rate: 1e-3\n")
+    assert read_point(tmp_path / "run.yaml").learning_rate == 1e-3
+    assert [read_value(x) for x in ("1E+2", "-2.5e3", ".5e-1", "e3", "1e", "12")] == [100.0, -2500.0, 0.05, "e3", "1e", 12]
+
+
 def test_measuring_takes_nothing_from_the_tokens_per_second_of_a_point(monkeypatch):
     measured, recipe = Paused({"loss": 3.0}), first_point(tiny())
     monkeypatch.setattr(point_module, "measure", measured)
@@ -417,7 +436,7 @@ def test_a_folder_of_another_point_is_refused(tmp_path):
     recipe = first_point(tiny())
     (tmp_path / "recipe.json").write_text("{}")
     data = SimpleNamespace(store=SimpleNamespace(fingerprint="0"))
-    with pytest.raises(CheckpointError, match="another recipe"):
+    with pytest.raises(CheckpointError, match=r"another recipe; nothing was trained there yet: delete .*recipe.json"):
         run_point(recipe, data, tmp_path)
     assert (tmp_path / "recipe.json").read_text() == "{}"
 

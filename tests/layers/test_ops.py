@@ -154,3 +154,21 @@ def test_rolling_tail_forgets_behind_its_window_and_says_so():
     other.append(torch.zeros(1, 1, 1))
     with pytest.raises(EngramError, match="batch of 2, expected 1"):
         other.append(torch.zeros(2, 1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method`:DeprecationWarning", "ignore:The .grad attribute:UserWarning"
+)  # torch's own
+def test_training_compiles():
+    """Inductor cannot hold the sparse gradient of a table within a graph."""
+    weight = torch.randn(50, 8, requires_grad=True)
+    ids = torch.randint(0, 50, (3, 7))
+
+    def loss(weight):
+        return (lookup_rows(weight, ids * 1) * torch.linspace(-1, 1, 8)).square().sum()
+
+    expected = torch.autograd.grad(loss(weight), weight)[0]
+    found = torch.autograd.grad(torch.compile(loss)(weight), weight)[0]
+    assert found.is_sparse
+    assert_close(found.to_dense(), expected.to_dense())

@@ -46,6 +46,13 @@ def test_examples_of_several_lengths_are_refused(tmp_path, kind, as_tensors, wit
         trainer(tmp_path, [kind(example) for example in examples(LENGTHS, as_tensors)], **options).train()
 
 
+def test_examples_that_are_no_mappings_or_have_no_labels_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"got str among the examples \('some text'\), expected mappings"):
+        trainer(tmp_path, ["some text"] * 4).train()
+    with pytest.raises(DataError, match="got examples of input_ids, from which the model computes no loss, expected labels"):
+        trainer(tmp_path, [{"input_ids": [2, 3, 4]}] * 4).train()
+
+
 def test_what_the_error_advises_trains(tmp_path):
     rows = [{"input_ids": example["input_ids"]} for example in examples(LENGTHS, False)]
     collator = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)

@@ -15,6 +15,7 @@ from engram._version import __version__
 from engram.checkpoint.store import (
     DESCRIPTION_NAME,
     again_if_saved,
+    base_name,
     read_description,
     read_ledger,
     read_tensors,
@@ -187,6 +188,8 @@ def convert_memory(
         dropped = ("format_version", "weights", "ledger", "placement")
         fields = {key: value for key, value in description.items() if key not in dropped}
         fields |= {"library_version": __version__, "table_dtype": form.name, **(extra or {})}
+        if name := base_name(source, description):  # from another folder a run's model would not be found
+            fields["base_model"] = {**(description.get("base_model") or {}), "name_or_path": name}
 
         def finished(weights: Path) -> None:
             if finish is not None:

@@ -85,7 +85,8 @@ def teach_command(
         editor = _open(memory, model, seed, over, Running(device, model_dtype))
         if chat:
             lessons = with_chat_prompts(editor.tokenizer, lessons)
-        taught = known = at_start = 0
+        taught = known = 0
+        at_start: list[str] = []
         failed: dict[str, str] = {}
         started = time.perf_counter()
         parts = editor.in_parts(lessons, _SAVE_EVERY, replace)  # a refusal comes before there is a bar
@@ -98,7 +99,7 @@ def teach_command(
                 done += sum(len(fact.prompts) for fact in part)
                 bar(done)
                 taught, known = taught + len(report.taught), known + len(report.already_known)
-                at_start += len(report.at_start_only)
+                at_start += report.at_start_only
                 failed.update(report.not_exact)
                 for line in report.replaced:
                     print(f"replaced: {line}", file=sys.stderr)
@@ -111,8 +112,9 @@ def teach_command(
     )
     if at_start:
         print(
-            f"note: {at_start} of the taught facts speak at the start of an input or of a line only, not within running text: their prompts "
-            "are so short that the first word is part of what is looked for; add a longer phrasing, if that matters",
+            f"note: {len(at_start)} of the taught facts ({_listed(at_start)}) speak at the start of an input or of a line only, not within "
+            "running text: their prompts are so short that the first word is part of what is looked for; add a longer phrasing, if that "
+            "matters",
             file=sys.stderr,
         )
     if failed:
@@ -318,6 +320,11 @@ def _require(memory: Path) -> None:
 
 def _size(memory: Path) -> int:
     return sum(file.stat().st_size for file in memory.iterdir() if file.is_file())
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def _report_conflicts(conflicts: list[RowConflict]) -> None:

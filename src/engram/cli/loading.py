@@ -104,12 +104,18 @@ def taught_folder(memory: Path, hint: str = "--memory") -> Path:
 
 
 def check_out(folder: Path) -> None:
-    """Refuse to write a memory where it would stand in the place of the bundled one."""
+    """Refuse to write a memory where it would stand in the place of the bundled one, or of the one that a run left."""
+    from engram.checkpoint import DESCRIPTION_NAME
     from engram.models.bundled_files import BUNDLED_NAME
 
     if str(folder) == BUNDLED_NAME:
         raise typer.BadParameter(
             "got 'bundled', which names the memory that ships with engram; expected another folder", param_hint="--out"
+        )
+    if (folder / "memory" / DESCRIPTION_NAME).exists():
+        raise typer.BadParameter(
+            f"got {folder}, the folder of a run, whose own memory would not be found any more; expected another folder",
+            param_hint="--out",
         )
 
 
@@ -146,10 +152,12 @@ def _attach_beneath(base: Any, tokenizer: Any, beneath: dict[str, Any], memory: 
     if beneath.get("memory"):
         base = _attach_beneath(base, tokenizer, beneath["memory"], memory)
     folder = memory_folder(Path(beneath.get("folder") or ""))
+    if beneath.get("folder") and not (folder / DESCRIPTION_NAME).exists():  # both may have moved together
+        folder = memory_folder(Path(os.path.abspath(memory)).parent / folder.name)
     if not beneath.get("folder") or not (folder / DESCRIPTION_NAME).exists():
         raise CheckpointError(
-            f"the memory in {memory} was made on top of another, which is not in {str(folder)!r} any more. Put it back there, or load both in "
-            "Python: EngramModel.from_pretrained(model, BENEATH, tokenizer), then MemoryEditor.load(that, ...)."
+            f"the memory in {memory} was made on top of another, which is not in {beneath.get('folder')!r} any more, nor beside it. Put it "
+            "back there, or load both in Python: EngramModel.from_pretrained(model, BENEATH, tokenizer), then MemoryEditor.load(that, ...)."
         )
     return EngramModel.from_pretrained(base, folder, tokenizer)
 
@@ -195,20 +203,15 @@ def _base_name(memory: Path, model: str | None) -> str:
     Raises:
         CheckpointError: it names none.
     """
-    from engram.checkpoint import read_description
+    from engram.checkpoint import base_name, read_description
 
     if model:
         return model
-    named = (read_description(memory).get("base_model") or {}).get("name_or_path")
-    folder = Path(os.path.abspath(memory))
-    beside = folder.parent / "model"
-    # A run that went on from a model has its own beside the memory, which names the one that it went on from.
-    if (folder.name == "memory" or not named) and (beside / "config.json").is_file():
-        return str(beside)
+    named = base_name(memory, read_description(memory))
     if not named:
         raise CheckpointError(
-            f"the memory in {memory} does not say what its base model is called, and there is no folder {beside} with one; "
-            "say where it is with --model."
+            f"the memory in {memory} does not say what its base model is called, and there is no folder "
+            f"{Path(os.path.abspath(memory)).parent / 'model'} with one; say where it is with --model."
         )
     return named
 

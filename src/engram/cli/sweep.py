@@ -105,13 +105,15 @@ def _workers() -> int:
 def _changes(given: list[str] | None) -> dict[str, Any]:
     import yaml
 
+    from engram.data.recipe import read_value
+
     changes = {}
     for text in given or []:
         key, equals, value = text.partition("=")
         if not key or not equals:
             raise typer.BadParameter(f"--set: got {text!r}, expected FIELD=VALUE, e.g. tokens=200000")
         try:
-            changes[key] = yaml.safe_load(value)
+            changes[key] = read_value(value)
         except yaml.YAMLError:
             raise typer.BadParameter(f"--set: got {text!r}, whose value is not YAML") from None
     return changes

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from engram.data.corpus import Document
 from engram.data.store import begin_token
-from engram.errors import DataError
+from engram.errors import ConfigError, DataError
 from engram.hashing import count_ids
 
 __all__ = ["PackedDataset", "pack"]
@@ -42,10 +42,13 @@ def pack(documents: Sequence[Document | str], tokenizer: Any, seq_len: int, bloc
     text that looks like one is text. The same arguments give the same blocks.
 
     Raises:
-        DataError: there are no documents, or they are something else.
-        ConfigError: the tokenizer has neither token.
+        DataError: there are no documents, they are something else, or all are white space.
+        ConfigError: the tokenizer has neither token, or a number is not positive.
     """
     own = _documents(documents)
+    for name, value in (("seq_len", seq_len), ("blocks", blocks)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"pack: got {name}={value!r}, expected a whole number of at least 1.")
     dtype = np.uint16 if count_ids(tokenizer) <= 1 << 16 else np.uint32
     begin = begin_token(tokenizer)
     texts = [doc.text for doc in own]
@@ -74,4 +77,13 @@ def _documents(given: Sequence[Document | str]) -> list[Document]:
         raise DataError(f"pack: got {type(other).__name__} among the documents, expected Document or text (str).")
     if not found:
         raise DataError("pack: got no documents.")
+    if not any(document.text.strip() for document in found):
+        raise DataError("pack: got nothing but white space, expected text.")
+    for document in found:
+        try:
+            document.text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"pack: {document.name} holds {document.text[error.start]!r}, half of a character; expected text."
+            ) from None
     return found

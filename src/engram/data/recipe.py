@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = [
     "build_fields",
     "parse_corpus",
     "read_corpus_recipe",
+    "read_value",
     "read_yaml",
 ]
 
@@ -191,6 +193,24 @@ def parse_corpus(fields: Mapping[str, Any], where: str) -> CorpusRecipe:
     return build_fields(CorpusRecipe, corpus, "corpus")
 
 
+class _Loader(yaml.SafeLoader):
+    """With numbers as YAML 1.2 has them: 1e-3 is one, which YAML 1.1 takes for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?|\d*\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_value(text: str) -> Any:
+    """The plain data that a YAML text says.
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
 def read_yaml(path: str | os.PathLike[str]) -> Any:
     """The plain data in a recipe file.
 
@@ -198,7 +218,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         DataError: the file is missing or not YAML.
     """
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return read_value(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"recipe {path} does not exist.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -215,9 +235,13 @@ def build_fields(cls: type, fields: Mapping[str, Any], where: str) -> Any:
     unknown = sorted(str(key) for key in set(fields) - known)
     if unknown:
         raise ConfigError(f"{where}: unknown key(s) {', '.join(unknown)}; expected some of {', '.join(sorted(known))}.")
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in needed if name not in fields]
+    if missing:
+        raise ConfigError(f"{where}: missing key(s) {', '.join(missing)}; it may have {', '.join(sorted(known))}.")
     try:
         return cls(**fields)
-    except TypeError as error:  # a missing key, or a value that cannot be compared
+    except TypeError as error:  # a value that cannot be compared
         raise ConfigError(f"{where}: {error}.") from None
 
 

@@ -253,6 +253,8 @@ class MemoryEditor:
         Raises:
             TeachError: an id is unknown; nothing is forgotten then.
         """
+        if not isinstance(fact_ids, Iterable):
+            raise TeachError(f"forget: got {fact_ids!r}, expected the id of a fact, or several.")
         fact_ids = [fact_ids] if isinstance(fact_ids, str) else list(fact_ids)
         unknown = [fact_id for fact_id in fact_ids if fact_id not in self._holdings.ledger]
         if unknown or not fact_ids:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from engram.data.facts import Fact, quoted
@@ -50,8 +50,9 @@ class SortedFacts:
 def sort_out(ledger: Ledger, facts: Sequence[Fact], stale: Collection[str] = ()) -> SortedFacts:
     """Compare a lesson with what a memory holds; what it holds under a ``stale`` id counts as forgotten in part, and is taught again.
 
-    A fact of the memory that any fact of the lesson contradicts leaves as a whole. Facts of one answer that share a prompt or an id, be it
-    by way of others, are one fact, under the id of the first that the memory holds.
+    A fact of the memory that any fact of the lesson contradicts leaves as a whole; what comes in its place has its id and its category, if it
+    names none. Facts of one answer that share a prompt or an id, be it by way of others, are one fact, under the id of the first that the
+    memory holds.
     """
     found, relatives = SortedFacts(), [_relatives(ledger, fact) for fact in facts]
     said = {prompt for fact in facts for prompt in fact.prompts}
@@ -69,10 +70,11 @@ def sort_out(ledger: Ledger, facts: Sequence[Fact], stale: Collection[str] = ())
             found.holding += holders
             continue
         joined = _joined([*(holder.to_fact() for holder in holders.values()), *members])
-        found.new[joined.id] = joined
-        found.given[joined.id] = [fact.id for fact in members]
-        found.leaving[joined.id] = [*making_way, *holders]
-        found.joined |= {name: joined.id for name in [*found.given[joined.id], *holders] if name != joined.id}
+        heir = _heir(joined, {holder.id: holder for number in group for holder in opposed[number]}, found.new)
+        found.new[heir.id] = heir
+        found.given[heir.id] = [fact.id for fact in members]
+        found.leaving[heir.id] = [*making_way, *holders]
+        found.joined |= {name: heir.id for name in [*found.given[heir.id], *holders] if name not in (joined.id, heir.id)}
     found.joined = {name: kept for name, kept in found.joined.items() if name not in found.new}
     return found
 
@@ -124,12 +126,26 @@ def _contradiction(held: LedgerFact, fact: Fact, said: set[str]) -> str:
     if shared is None:
         return f"the id {fact.id!r} names {quoted(texts[0])} -> {was} in the memory, {quoted(fact.prompts[0])} -> {now} now (ids must differ)"
     others = [repr(text) for text in texts if text not in said]
-    also = f"; {', '.join(others)} would leave with it" if others else ""
+    also = f"; its other phrasings go too: {', '.join(others)}" if others else ""
     return f"{quoted(shared)} is {was} in the memory (fact {held.id}), {now} now{also}"
 
 
 def _joined(facts: Sequence[Fact]) -> Fact:
-    """One fact with the prompts of all, under the id of the first."""
+    """One fact with the prompts of all, under the id of the first and in the category that was named last."""
     prompts = tuple(dict.fromkeys(prompt for fact in facts for prompt in fact.prompts))
     held_out = tuple(dict.fromkeys(p for fact in facts for p in fact.held_out if p not in prompts))
-    return replace(facts[-1], prompts=prompts, held_out=held_out, id=facts[0].id)
+    category = next((fact.category for fact in reversed(facts) if fact.category != Fact.category), Fact.category)
+    return replace(facts[-1], prompts=prompts, held_out=held_out, id=facts[0].id, category=category)
+
+
+def _heir(fact: Fact, making_way: Mapping[str, LedgerFact], taken: Collection[str]) -> Fact:
+    """A fact in the place of the one that makes way for it: unless it says otherwise, the same fact with another answer."""
+    if len(making_way) != 1:
+        return fact
+    [held] = making_way.values()
+    named = fact.id != Fact(fact.prompts, fact.answer).id
+    return replace(
+        fact,
+        id=fact.id if named or held.id in taken else held.id,
+        category=held.category if fact.category == Fact.category else fact.category,
+    )

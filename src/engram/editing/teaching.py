@@ -121,6 +121,11 @@ class Teaching:
                         f"its words and those of {other.text!r} are the same up to where one answer has begun and the other prompt ends; "
                         "one text cannot go on in two ways: reword one of them"
                     )
+        if self._cannot_end(end := entry.prompts[0].answer_ids[-1]):
+            return (
+                f"the model cannot end an answer: its head has nothing but zeros for the end-of-text token (id {end}), as tied embeddings "
+                "leave it that take it for padding: load the model with pad_token_id=None, or another one"
+            )
         longest = self.memory.engram_config.max_ngram_size
         if any(prompt.key_length == longest for prompt in entry.prompts):
             return f"its last {longest} tokens are those of another fact; ask with the distinctive words nearer to the end"
@@ -139,6 +144,11 @@ class Teaching:
             "its answer did not become greedy-exact: reword the prompt or shorten the answer "
             "(in Python also: TeachSettings with more max_steps, or another lr)"
         )
+
+    def _cannot_end(self, token: int) -> bool:
+        """Whether a token's logit is the same whatever the model computes."""
+        weight = getattr(self.memory.base_model.get_output_embeddings(), "weight", None)
+        return isinstance(weight, Tensor) and not weight.is_meta and not bool(weight[token].any())
 
     def _enter(self, before: dict[str, StoredRows], earlier: list[LedgerFact]) -> None:
         """Count, check the earlier facts that could notice, and write the ledger."""

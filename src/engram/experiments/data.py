@@ -76,6 +76,7 @@ def prepare_data(
     data = PreparedData(store, recipe.seq_len, recipe.held_out_tokens, recipe.held_out_by)
     if process_rank() == 0:
         _warn_of_files_left_out(recipe, store)
+        _warn_of_unused_ids(recipe, data, tokenizer is not None)
         _warn_of_few_texts(recipe, data)
     return data
 
@@ -84,6 +85,17 @@ def _warn_of_files_left_out(recipe: DataRecipe, store: TokenStore) -> None:
     """Of folders alone: a named file that cannot be used is an error, and nobody chose the files of the Python installation."""
     if recipe.corpus.folders and store.left_out:
         logging.getLogger("engram").warning("files left out of the text: %s", ", ".join(store.left_out))
+
+
+def _warn_of_unused_ids(recipe: DataRecipe, data: PreparedData, given: bool) -> None:
+    """Where the text was too short for a vocabulary of the size that was asked for: the model has embeddings that nothing uses."""
+    if not given and (made := len(data.tokenizer)) < recipe.vocab_size:
+        logging.getLogger("engram").warning(
+            "data.vocab_size: got %s, but the text gives a vocabulary of %s; the model's embeddings have the larger size. Lower it, or "
+            "add text.",
+            f"{recipe.vocab_size:,}",
+            f"{made:,}",
+        )
 
 
 def _warn_of_few_texts(recipe: DataRecipe, data: PreparedData) -> None:

@@ -156,7 +156,12 @@ def _claim(out: Path, recipe: dict[str, Any]) -> None:
         found = json.loads(file.read_text(encoding="utf-8"))
         for name, what in (("identity", "of another recipe"), ("text", "on other text"), ("model", "from another model")):
             if found.get(name) != recipe.get(name):
-                raise CheckpointError(f"{out} holds a run {what}; choose another folder (nothing was overwritten).")
+                instead = (
+                    "choose another folder"
+                    if _has_begun(out)
+                    else f"nothing was trained there yet: delete {file}, or choose another folder"
+                )
+                raise CheckpointError(f"{out} holds a run {what}; {instead} (nothing was overwritten).")
     if process_rank() > 0:
         return
     try:
@@ -164,6 +169,11 @@ def _claim(out: Path, recipe: dict[str, Any]) -> None:
         write_json_atomically(file, recipe)
     except OSError as error:
         raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from None
+
+
+def _has_begun(out: Path) -> bool:
+    """Whether something was trained in a run's folder."""
+    return any((out / name).exists() for name in ("checkpoints", _ROWS, RESULT, "model", "memory"))
 
 
 def _clear(out: Path, keep_checkpoints: bool) -> None:

@@ -192,6 +192,11 @@ class PointRecipe:
                 f"PointRecipe: got data.seq_len {self.data.seq_len}, expected at most backbone.max_position_embeddings = "
                 f"{self.backbone.max_position_embeddings}."
             )
+        blocks = self.backbone.num_hidden_layers
+        if self.engram is not None and (outside := [i for i in self.engram.layer_ids if i >= blocks]):
+            raise ConfigError(
+                f"PointRecipe.engram.layer_ids: got {outside}, expected 0..{blocks - 1}: backbone.num_hidden_layers is {blocks}."
+            )
 
     def _check_model(self) -> None:
         if not isinstance(self.model, str) or not self.model:

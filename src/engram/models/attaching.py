@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ __all__ = [
     "trainable_flags",
 ]
 
+_LEAST_USED = 0.5
 ATTACHED = "_engram_memory"
 """Under this name a decoder keeps the token of the memory that was attached last."""
 
@@ -93,6 +95,12 @@ def check_fit(model: PreTrainedModel, decoder: Decoder, config: EngramConfig, to
     if count_ids(tokenizer) > vocab:
         raise AttachError(
             f"the tokenizer has ids up to {count_ids(tokenizer) - 1}, the model's embeddings {vocab}; is it this model's tokenizer?"
+        )
+    if count_ids(tokenizer) < _LEAST_USED * vocab:  # some are always left over, to make the number a round one
+        logging.getLogger("engram").warning(
+            "the tokenizer has %s ids and the model embeddings for %s: is it this model's tokenizer?",
+            f"{count_ids(tokenizer):,}",
+            f"{vocab:,}",
         )
 
 

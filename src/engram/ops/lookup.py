@@ -30,11 +30,16 @@ def lookup_rows(weight: Tensor, row_ids: Tensor, dtype: torch.dtype | None = Non
         IndexError: a row number is out of range (CPU; on CUDA see ``engram.ops.gather``).
     """
     dtype = dtype or weight.dtype
+    if weight.requires_grad and torch.is_grad_enabled():
+        return _lookup_to_train(weight, row_ids, dtype, fetched)
+    return read_rows(weight, row_ids, dtype) if fetched is None else fetched
+
+
+@torch.compiler.disable  # Inductor cannot have sparse gradients within a graph
+def _lookup_to_train(weight: Tensor, row_ids: Tensor, dtype: torch.dtype, fetched: Tensor | None) -> Tensor:
     if fetched is None and not kernel_serves(weight, row_ids, dtype):
         return F.embedding(row_ids, weight, sparse=True).to(dtype)
-    if weight.requires_grad and torch.is_grad_enabled():
-        return _Lookup.apply(weight, row_ids, dtype, (fetched,))
-    return gather(weight, row_ids, dtype) if fetched is None else fetched
+    return _Lookup.apply(weight, row_ids, dtype, (fetched,))
 
 
 def read_rows(data: Tensor, row_ids: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

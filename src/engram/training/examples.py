@@ -31,8 +31,15 @@ class OneLength:
         """As the collator.
 
         Raises:
-            DataError: a column that it stacks has several lengths.
+            DataError: examples are no mappings, or a column that it stacks has several lengths.
         """
+        if strange := [
+            example for example in examples if not isinstance(example, Mapping) and not hasattr(example, "__dict__")
+        ]:
+            raise DataError(
+                f"got {type(strange[0]).__name__} among the examples ({str(strange[0])[:40]!r}), expected mappings such as {{'input_ids': ..., "
+                "'labels': ...}; engram.data.packing.pack makes them from texts."
+            )
         try:
             return self.collator(examples)
         except (ValueError, RuntimeError) as error:

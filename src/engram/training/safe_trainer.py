@@ -27,7 +27,7 @@ from transformers.utils import logging as hf_logging
 from engram.checkpoint import load_tree, save_tree, write_json_atomically
 from engram.checkpoint.store import sync_to_disk
 from engram.distributed import anywhere, is_fully_sharded, leave_at_exit, process_rank, wait_for_all
-from engram.errors import CheckpointError, ConfigError, TrainingError
+from engram.errors import CheckpointError, ConfigError, DataError, TrainingError
 from engram.optim import load_own_state, own_state
 from engram.tables import is_in_parts
 from engram.training.cpu_types import warning_of_slow_bfloat16
@@ -206,7 +206,15 @@ class SafeTrainer(Trainer):
                 "or a memory that shard_model divided; FSDP by accelerate, which would divide tables too, and DeepSpeed are not supported."
             )
         self.throughput.start()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except ValueError as error:
+            if "did not return a loss" not in str(error):
+                raise
+            raise DataError(
+                f"got examples of {', '.join(inputs)}, from which the model computes no loss, expected labels among them: the ids themselves, "
+                "-100 where nothing is to be learnt (engram.data.packing.pack makes them)."
+            ) from error
         ids = inputs.get("input_ids")
         if isinstance(ids, torch.Tensor):
             self.throughput.add(ids.numel())

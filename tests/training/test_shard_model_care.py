@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from engram import (
     CheckpointError,
@@ -170,7 +172,37 @@ def typed_output(folder):
         return {"logits": memory(input_ids=PROMPT).logits.dtype, "within": set(seen)}
 
 
-SCENARIOS = {f.__name__: f for f in (in_bfloat16, not_everywhere, came_with_others, saves, refused, typed_output)}
+def divided_at_load(folder):
+    """A base model that transformers divides while it loads it, beside one that is loaded whole; trained, and resumed."""
+    if process_rank() == 0:
+        tiny_model().save_pretrained(folder / "base")
+    torch.distributed.barrier()
+
+    def on(**options):
+        return memory_on(AutoModelForCausalLM.from_pretrained(folder / "base", **options))
+
+    def train(name, memory, resume=None):
+        trainer = trainer_for(folder / name, memory=memory, shard=True, train_backbone=True)
+        trainer.train(resume_from_checkpoint=resume)
+        return curve(trainer)
+
+    in_parts = {"distributed_config": DistributedConfig(fsdp_size=2)}
+    result = {"whole": train("whole", on()), "parts": train("parts", on(**in_parts))}
+    result["resumed"] = train("parts", on(**in_parts), str(folder / "parts" / "checkpoint-4"))
+    alone, called = on(**in_parts), on(**in_parts)
+    with torch.no_grad():
+        called.base_model(input_ids=PROMPT)
+    result["said"] = errors_of(
+        lambda: trainer_for(folder / "alone", memory=alone),
+        lambda: alone.save_pretrained(folder / "alone"),
+        lambda: shard_model(called),
+    )
+    return result
+
+
+SCENARIOS = {
+    f.__name__: f for f in (in_bfloat16, not_everywhere, came_with_others, saves, refused, typed_output, divided_at_load)
+}
 
 # What comes of it ---------------------------------------------------------------------------------------------------------------------
 
@@ -234,6 +266,16 @@ def test_what_would_do_harm_is_refused(seen):
 def test_what_comes_out_has_a_type_of_its_own(seen):
     for result in (part["typed_output"] for part in seen):
         assert result == {"logits": torch.float32, "within": {torch.bfloat16}}
+
+
+def test_a_base_model_that_was_divided_while_it_was_loaded(seen):
+    for result in (part["divided_at_load"] for part in seen):
+        assert result["parts"] == result["resumed"]
+        assert_curves_agree(result["parts"], result["whole"], 1e-5, 1e-4)
+        trained, saved, called = result["said"]
+        assert "expected shard_model(memory) first" in trained[1]
+        assert "expected shard_model(memory) first" in saved[1]
+        assert "a divided base model that was called before" in called[1]
 
 
 def test_rows_that_are_buffers_are_out_of_sight_while_a_model_is_divided():

@@ -123,6 +123,8 @@ class EngramModel(nn.Module):
     engram_config: EngramConfig
     turns: Turns
     engrams: Any  # an nn.ModuleDict, whose items torch types as bare modules
+    is_distributed_loading_by_transformers = False
+    """Whatever its base model says of itself: transformers' ``Trainer`` would neither divide readers nor save what is to be resumed."""
 
     def __init__(
         self,

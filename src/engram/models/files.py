@@ -119,10 +119,13 @@ def _save(memory: EngramModel, path: str | os.PathLike[str], together: bool) -> 
 
 
 def _refuse_beneath_divided(memory: EngramModel) -> None:
-    """FSDP divides a stack through the topmost memory, and only that one knows when its parts lie together."""
+    """FSDP divides a stack through the topmost memory, and only that one knows when its parts lie together; a base model that was divided while
+    it was loaded tells nobody.
+    """
     if is_fully_sharded(memory.base_model) and not is_fully_sharded(memory):
         raise AttachError(
-            "got a memory beneath one that shard_model divided, expected the topmost; save and load it before they are divided."
+            "got a memory beneath one that shard_model divided, expected the topmost (save and load this one before they are divided); or one "
+            "on a base model that was divided while it was loaded, expected shard_model(memory) first."
         )
 
 

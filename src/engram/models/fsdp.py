@@ -38,6 +38,9 @@ def shard_model(memory: EngramModel, **options: Any) -> EngramModel:
 
     Parameters that are trained together must be of one type in each block, in the rest of the base model, and in the readers.
 
+    A base model that transformers divided while it was loaded (``from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N))``,
+    which never has it whole anywhere) stays as it is; ``options`` are for the readers alone then.
+
     Args:
         memory: a memory on a model, the topmost if there are several; every process has its weights whole (on the CPU, if they are large) and
             keeps its part of them, on its device.
@@ -55,15 +58,21 @@ def shard_model(memory: EngramModel, **options: Any) -> EngramModel:
     check_topmost(decoder, memory)
     if is_fully_sharded(memory):
         raise AttachError("shard_model: this memory and its model are divided already.")
+    if getattr(getattr(memory.base_model, "_get_fsdp_state", dict)(), "_is_root", None) is not None:
+        raise AttachError(
+            "shard_model: got a divided base model that was called before, expected one that was just loaded: FSDP takes what is called first "
+            "for the outermost."
+        )
     tables = [module for module in memory.modules() if isinstance(module, EmbeddingTable)]
     if not are_equal_but_tables(memory):
         copy_all_but_tables(memory)
     inner = _within(options)
     with _buffers_aside(tables):
-        for block in decoder.blocks:
-            fully_shard(block, **inner)
-        # In a group of its own, as its type may be another than that of readers. It is put together once a pass, as they are.
-        fully_shard(memory.base_model, **{"reshard_after_forward": False, **inner})
+        if not is_fully_sharded(memory.base_model):
+            for block in decoder.blocks:
+                fully_shard(block, **inner)
+            # In a group of its own, as its type may be another than that of readers. It is put together once a pass, as they are.
+            fully_shard(memory.base_model, **{"reshard_after_forward": False, **inner})
         fully_shard(memory, ignored_params={p for table in tables for p in table.parameters()}, **options)
     _guard(memory)
     device = _device_of(memory)

@@ -16,6 +16,7 @@ from engram.distributed import (
     everywhere_equal,
     from_first,
     group_for,
+    is_divided,
     leave_at_exit,
     process_count,
     share_parameter,
@@ -128,7 +129,7 @@ def replicate_tables(model: nn.Module, group: Group = None) -> Replicas:
 
 @torch.no_grad()
 def copy_all_but_tables(model: nn.Module, group: Group = None) -> None:
-    """Every process gets the first one's parameters and buffers, as DDP would have it, but for those of tables."""
+    """Every process gets the first one's parameters and buffers, as DDP would have it, but for those of tables and what FSDP has divided."""
     for tensor in _all_but_tables(model):
         tensor.copy_(from_first(tensor, group))
 
@@ -142,7 +143,7 @@ def are_equal_but_tables(model: nn.Module, group: Group = None) -> bool:
 def _all_but_tables(model: nn.Module) -> Iterator[Tensor]:
     tables = [module for module in model.modules() if isinstance(module, EmbeddingTable)]
     passed = {id(tensor) for table in tables for tensor in (*table.parameters(), *table.buffers())}
-    return (tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in passed)
+    return (tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in passed and not is_divided(tensor))
 
 
 def _sum_of_bits(tensor: Tensor) -> int:

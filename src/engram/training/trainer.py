@@ -116,8 +116,8 @@ class EngramTrainer(SafeTrainer):
                 "with train_backbone=True."
             )
         _check_arguments(args, bool(_trained_adapters(model)))
-        if args.train_backbone and isinstance(model, EngramModel):
-            check_saved_whole(model.base_model)
+        if isinstance(model, EngramModel):
+            _check_divided(model, args)
         put_apart(model)  # what is set for parameters that FSDP left together would be lost with them
         _set_trainable(model, args)
         if args.world_size > 1 and args.ddp_find_unused_parameters is None and not args.train_backbone:
@@ -358,6 +358,16 @@ def _check_arguments(args: EngramTrainingArguments, has_adapters: bool) -> None:
             "EngramTrainingArguments.backbone_optimizer: got 'muon' with train_backbone=False; "
             "a frozen base model needs no optimiser: set train_backbone or leave this at 'adamw'."
         )
+
+
+def _check_divided(model: EngramModel, args: EngramTrainingArguments) -> None:
+    if is_fully_sharded(model.base_model) and not is_fully_sharded(model):
+        raise ConfigError(
+            "EngramTrainer: got a base model that was divided while it was loaded, and readers that each process would train by itself, "
+            "expected shard_model(memory) first."
+        )
+    if args.train_backbone:
+        check_saved_whole(model.base_model)
 
 
 def _set_trainable(model: EngramModel | PreTrainedModel, args: EngramTrainingArguments) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,23 @@ def _write_backbone(base: Any, folder: Path, state: dict[str, Tensor] | None) ->
         base.config.save_pretrained(folder)
         save_model(base, str(file), metadata={"format": "pt"})
     else:  # from_pretrained reads it as well; the original format renames and splits the experts of MoE models
-        base.save_pretrained(folder, state_dict=state, save_original_format=False, max_shard_size="1000TB")
+        with _said_to_be_whole(base.config):
+            base.save_pretrained(folder, state_dict=state, save_original_format=False, max_shard_size="1000TB")
     if not file.is_file():
         raise CheckpointError(
             f"{file} was not written by {type(base).__name__}.save_pretrained; the checkpoint could not be resumed."
         )
+
+
+@contextmanager
+def _said_to_be_whole(config: Any) -> Iterator[None]:
+    """A model that transformers divided while it loaded it would be gathered once more, by processes that are not here."""
+    noted = vars(config).pop("distributed_config", None)
+    try:
+        yield
+    finally:
+        if noted is not None:
+            config.distributed_config = noted
 
 
 def gathered_state(base: nn.Module) -> dict[str, Tensor] | None:

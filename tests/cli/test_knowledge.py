@@ -146,7 +146,7 @@ def test_evaluation_is_written(engram, taught, tmp_path):
     assert [(f["answer"], f["expected"], f["exact"]) for f in result["facts"]][2] == ("7319", "7319", True)
     assert "colour" in (tmp_path / "r.md").read_text()
     assert (tmp_path / "p" / "recall.png").is_file()
-    assert "engram eval" in result["provenance"]["command"]
+    assert result["provenance"]["command"] == f"engram eval --memory {taught} --facts one.yaml --texts {texts}"
 
 
 def test_a_demo_does_not_write_over_what_somebody_taught(engram, taught, world, tmp_path, monkeypatch):

@@ -103,3 +103,13 @@ def test_without_matplotlib_nothing_is_read(monkeypatch, capsys, tmp_path):
     code, _, err = invoke(monkeypatch, capsys, "plot")
     assert code == 2
     assert err == "engram: pictures need matplotlib; install it with: pip install 'engram-memory[plots]'\n"
+
+
+def test_pictures_of_one_name_are_not_drawn_over_each_other(monkeypatch, capsys, tmp_path):
+    result = made_up.allocation()
+    for name in ("s.json", "s_curves.json"):
+        (tmp_path / name).write_text(json.dumps(result))
+    monkeypatch.chdir(tmp_path)
+    code, _, err = invoke(monkeypatch, capsys, "plot", "s.json", "s_curves.json", "--out", "pictures")
+    assert code in (1, 2)
+    assert "a picture of s and of s_curves; rename one of the result files" in err

@@ -15,6 +15,7 @@ from engram.data.corpus import (
     split_of,
 )
 from engram.data.packing import pack
+from engram.data.recipe import FolderSource
 from engram.evaluation.bits_per_byte import text_windows
 from engram.testing import tiny_tokenizer
 
@@ -127,3 +128,17 @@ def test_windows_cover_every_token_once():
 def test_what_cannot_be_packed_is_refused(texts, changes, words):
     with pytest.raises((ConfigError, DataError), match=words):
         pack(texts, tiny_tokenizer(), **{"seq_len": 8, "blocks": 2, "seed": 0, **changes})
+
+
+def test_a_file_that_is_named_and_lies_in_a_folder_is_one_text(tmp_path):
+    """Empty lines at its end stay in one case and not in the other; else its copies could stand on both sides of the split."""
+    (tmp_path / "t").mkdir()
+    for number in range(20):
+        (tmp_path / "t" / f"{number}.txt").write_text(f"Text number {number} says that {number} is a number. " * 10 + "\n\n")
+    corpus = build_corpus(
+        CorpusRecipe(texts=(TextSource("t/*.txt"),), folders=(FolderSource("t"),), held_out_percent=30), tmp_path
+    )
+    held_out, train = ([doc.text.strip() for doc in side] for side in (corpus.held_out, corpus.train))
+    assert len(held_out) + len(train) == 20
+    assert held_out
+    assert not set(held_out) & set(train)

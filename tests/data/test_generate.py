@@ -107,3 +107,7 @@ def test_templates_are_filled(tmp_path):
         file.write_text(yaml.safe_dump({**good, **change}))
         with pytest.raises(DataError, match=message):
             load_facts(file)
+
+
+def test_a_kind_that_is_named_twice_is_made_once():
+    assert generate_facts(["signal", "signal"]) == generate_facts(["signal"])

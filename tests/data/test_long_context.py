@@ -250,6 +250,14 @@ def test_a_share_that_is_rounded_up_asks_for_no_block_too_many():
     assert [block for block in got if block is not None][-1] == 70
 
 
+@pytest.mark.parametrize(("blocks", "share"), [(71, 0.29), (399, 0.58), (10, 0.0), (100, 0.99)])
+def test_every_block_comes_once_whatever_the_share(blocks, share):
+    mix = RecallMix(range(blocks), SimpleNamespace(block=lambda number: None), share)
+    found = [mix[i] for i in range(len(mix))]
+    assert [block for block in found if block is not None] == list(range(blocks))
+    assert abs(found.count(None) - share * len(mix)) < 1
+
+
 def test_recall_blocks_use_training_words_alone(tokenizer):
     mix = long_context_mix(blocks(tokenizer, 256, 3), tokenizer, TEXTS, share=0.9, repeats=0, seed=0)
     names, numbers = set(), set()

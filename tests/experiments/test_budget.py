@@ -18,7 +18,7 @@ from engram.experiments import (
     predict_counts,
     predict_flops,
 )
-from engram.testing import tiny_tokenizer
+from engram.testing import tiny_model, tiny_tokenizer
 
 TINY = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 16}
 SMALL = {**TINY, "kv_lora_rank": 16, "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 6}
@@ -60,6 +60,28 @@ def test_predicted_counts_are_those_of_the_model_that_is_built(architecture, mem
     tables = sum(p.numel() for n, p in model.named_parameters() if "multi_head_embedding" in n)
     assert everything.total + everything.embedding == sum(p.numel() for p in model.parameters())
     assert everything.rows == tables
+
+
+@pytest.mark.parametrize(
+    ("model_type", "chosen"),
+    [("ernie4_5_moe", {"moe_k": 2}), ("hunyuan_v1_moe", {"moe_topk": [1, 3, 2]}), ("mixtral", {"num_experts_per_tok": 1})],
+)
+def test_experts_are_counted_whatever_a_config_calls_them(model_type, chosen):
+    model = tiny_model(model_type)
+    stacks = {n: p for n, p in model.named_parameters() if p.dim() == 3}
+    assert stacks
+    [told] = chosen.values()
+    layers = [int(name.split(".")[2]) for name in stacks]
+    each = [told[layer] if isinstance(told, list) else told for layer in layers]
+    for name, value in chosen.items():
+        setattr(model.config, name, value)
+    assert count_model(model).idle_experts == sum(p.numel() * (len(p) - k) // len(p) for p, k in zip(stacks.values(), each))
+    for name in (*chosen, "num_experts_per_tok"):
+        vars(model.config).pop(name, None)
+    if getattr(model.config, "num_experts_per_tok", None) is None:
+        with pytest.raises(ConfigError, match="expected experts_per_token"):
+            count_model(model)
+    assert count_model(model, 1).idle_experts == sum(p.numel() * (len(p) - 1) // len(p) for p in stacks.values())
 
 
 def test_idle_experts_are_those_that_a_token_does_not_choose():

@@ -111,3 +111,22 @@ def test_a_line_has_no_quadratic_term():
     found = cross_checks.curvature_per_decade(result)
     assert found["mean"] == pytest.approx(0.02)
     assert found["low"] == pytest.approx(0.02)
+
+
+def test_dimensions_of_any_name_are_kept_apart():
+    allocation, comparison = made_up.allocation(budgets=("small", "large")), made_up.comparison()
+    for point in allocation["points"]:
+        point["labels"] = {"size": point["labels"].pop("budget"), **point["labels"]}
+        if point["labels"]["size"] == "large":
+            point["counts"] = {**point["counts"], "active": 10 * point["counts"]["active"]}
+    comparison["points"] = [
+        {**point, "labels": {"width": width, **point["labels"]}, "digest": point["digest"] + width}
+        for point in comparison["points"]
+        for width in ("one", "two")
+    ]
+    found = list(cross_checks.against_experts_alone({"a": allocation, "c": comparison}))
+    assert {other for _, other, _, _ in found} == {"a, small"}
+    arms = [arm for arm, _, _, _ in found]
+    assert arms == list(dict.fromkeys(arms))
+    assert all(arm.startswith(("c, one, ", "c, two, ")) for arm in arms)
+    assert {difference["n"] for _, _, difference, _ in found} == {len({point["seed"] for point in comparison["points"]})}

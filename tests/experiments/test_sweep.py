@@ -398,6 +398,28 @@ def test_impossible_bases_are_refused(tmp_path, change, words):
         read_base(tmp_path / "sweep.yaml")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rho": {"1.0": {}, "0.6": {"budget.rho": 0.6, "data.seq_len": 16}}}, "changes 'data', which all points share"),
+        ({"rho": {"1.0": {"seed": 3}}}, "got 'seed', expected it in the sweep's 'seeds'"),
+    ],
+)
+def test_variants_share_their_text_and_have_no_seeds_of_their_own(tmp_path, change, words):
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**yaml.safe_load(TINY.read_text()), "variants": change, "tune": None}))
+    with pytest.raises(ConfigError, match=words):
+        read_sweep(tmp_path / "sweep.yaml")
+    with pytest.raises(ConfigError, match="--set: got 'seed'"):
+        read_sweep(TINY, {"seed": 3})
+
+
+def test_seeds_are_those_that_all_generators_take():
+    with pytest.raises(ConfigError, match=r"PointRecipe.seed: got 4294967296, expected .* below 2\*\*32"):
+        dataclasses.replace(first_point(tiny()), seed=1 << 32)
+    with pytest.raises(ConfigError, match=r"sweep.seeds: .* below 2\*\*32"):
+        dataclasses.replace(tiny(), seeds=(1 << 32,))
+
+
 def test_what_a_recipe_lacks_is_named(tmp_path):
     for fields, words in (
         ({"tokens": 1000}, "missing key"),

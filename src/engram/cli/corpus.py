@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,10 +60,16 @@ def corpus_command(
         }
         for name in ("installed", "skipped_names"):  # stores of earlier versions do not say
             fields[name] = store.description.get(name, {})
-        command = f"engram corpus {recipe} --out STORE" + (f" --vocab-size {vocab_size}" if vocab_size else "")
-        command += "".join(f" --contamination {n}" for n in contamination or ())
+        given = [
+            ("tokenizer", tokenizer),
+            ("vocab-size", vocab_size),
+            *(("contamination", n) for n in contamination or ()),
+            ("json", json_out),
+        ]
+        options = [part for name, value in given if value is not None for part in (f"--{name}", str(value))]
+        command = shlex.join(["engram", "corpus", str(recipe), "--out", "STORE", *options])
         counted = {"contamination": [entry.to_dict() for entry in found]}
-        write_json_atomically(json_out, {"command": f"{command} --json {json_out}", **made_with(), **fields, **counted})
+        write_json_atomically(json_out, {"command": command, **made_with(), **fields, **counted})
 
 
 def _store(

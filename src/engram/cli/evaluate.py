@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,7 +65,9 @@ def eval_command(
             EngramRouter.from_yaml() if route else None,
             answered,
         )
-    result.provenance = _provenance(memory, facts, route, running)
+    given = {"memory": memory, "facts": facts, "texts": texts, "model": model}
+    flags = {"route": route, "chat": chat}
+    result.provenance = {"command": _command(given, flags) + running.options(), **made_with()}
     fields = result.to_dict()
     console = Console()
     console.print(Markdown(markdown_table(fields)))
@@ -78,8 +81,7 @@ def eval_command(
         plot_evaluation({memory.name: fields}, plots)
 
 
-def _provenance(memory: Path, facts: Path, route: bool, running: Running) -> dict[str, Any]:
-    return {
-        "command": f"engram eval --memory {memory} --facts {facts}{' --route' if route else ''}{running.options()}",
-        **made_with(),
-    }
+def _command(given: dict[str, Any], flags: dict[str, bool]) -> str:
+    """What makes the result again."""
+    options = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
+    return shlex.join(["engram", "eval", *options, *(f"--{name}" for name, is_set in flags.items() if is_set)])

@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,6 +36,7 @@ def plot_command(
     markdown: Annotated[Path | None, typer.Option(help="File for the report in Markdown, which links the pictures.")] = None,
 ) -> None:
     """Draw results in the manner of the paper's figures, and write the report with a verdict on each of its claims."""
+    from engram.errors import DataError
     from engram.plots import draw_result
     from engram.plots.figure import new_figure
 
@@ -47,9 +48,15 @@ def plot_command(
     for folder in (out, *(file.parent for file in (html, markdown) if file is not None)):
         check_folder(folder)
     paper = _paper()
-    pictures = {file.name: draw_result(file, out, paper) for file in files}
-    for drawn in pictures.values():
-        for picture in drawn:
+    pictures: dict[str, Any] = {}
+    for file in files:
+        before = {picture.path: name for name, drawn in pictures.items() for picture in drawn}
+        pictures[file.name] = draw_result(file, out, paper)
+        for picture in pictures[file.name]:
+            if picture.path in before:
+                raise DataError(
+                    f"{picture.path}: a picture of {before[picture.path]} and of {file.name}; rename one of the result files."
+                )
             print(picture.path)
     for file in files:
         if file.is_sweep and not file.data["points"]:

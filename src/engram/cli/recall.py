@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,9 +130,12 @@ def _provenance(
     seed: int,
     running: Running,
 ) -> dict[str, Any]:
-    given = {"model": model, "memory": memory, "texts": texts}
-    where = "".join(f" --{name} {value}" for name, value in given.items() if value)
-    return {
-        "command": f"engram recall{where} --tasks {tasks} --lengths {lengths} --examples {examples} --seed {seed}{running.options()}",
-        **made_with(),
+    given: dict[str, Any] = {"model": model, "memory": memory, "texts": texts}
+    given = {name: value for name, value in given.items() if value} | {
+        "tasks": tasks,
+        "lengths": lengths,
+        "examples": examples,
+        "seed": seed,
     }
+    options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    return {"command": shlex.join(["engram", "recall", *options]) + running.options(), **made_with()}

@@ -161,7 +161,8 @@ def _weights_by_text(recipe: CorpusRecipe, folder: Path) -> dict[bytes, int]:
 
 
 def _digest(document: Document) -> bytes:
-    return hashlib.sha256(document.text.encode()).digest()
+    """Of a text without empty lines around it: which of them stay depends on how a recipe names the file."""
+    return hashlib.sha256(document.text.strip("\n").encode()).digest()
 
 
 def build_corpus(recipe: CorpusRecipe, folder: Path) -> Corpus:

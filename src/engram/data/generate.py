@@ -111,7 +111,7 @@ def generate_facts(kinds: Sequence[str] | None = None, limit: int | None = None,
     Raises:
         DataError: a kind is unknown.
     """
-    chosen = list(GENERATED_KINDS) if kinds is None else list(kinds)
+    chosen = list(dict.fromkeys(GENERATED_KINDS if kinds is None else kinds))
     unknown = [kind for kind in chosen if kind not in GENERATED_KINDS]
     if unknown or not chosen:
         raise DataError(f"kinds: got {', '.join(unknown) or 'none'}, expected some of {', '.join(GENERATED_KINDS)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -33,17 +34,19 @@ class RecallMix(Dataset[dict[str, Tensor]]):
     def __init__(self, blocks: Any, maker: _BlockMaker, share: float) -> None:
         self.blocks, self.maker, self.share = blocks, maker, share
 
+    @property
+    def _share(self) -> Fraction:
+        """As it was written: 0.29 is no binary number, and what falls short of it adds up to a block."""
+        return Fraction(str(self.share))
+
     def __len__(self) -> int:
-        return int(len(self.blocks) / (1 - self.share))
+        return int(len(self.blocks) / (1 - self._share))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
-        before = int(index * self.share)
-        if int((index + 1) * self.share) > before:
-            return self.maker.block(before)
-        # Shares such as 0.29 are rounded up to one block too many.
-        return self.blocks[min(index - before, len(self.blocks) - 1)]
+        before = int(index * self._share)
+        return self.maker.block(before) if int((index + 1) * self._share) > before else self.blocks[index - before]
 
 
 def long_context_mix(

@@ -77,7 +77,11 @@ class Distraction:
 
     def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
         self.tokenizer = tokenizer
-        rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        rows = (
+            tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+            if texts
+            else []
+        )
         self.ids = [i for row in rows for i in row]
         if not self.ids:
             raise DataError("distraction: got no text; give some texts to hide notes in.")

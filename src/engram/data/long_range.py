@@ -24,7 +24,8 @@ def after_distraction(tokenizer: Any, facts: Sequence[Fact], texts: Sequence[str
     Raises:
         DataError: the texts together are shorter than that.
     """
-    ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    ids = [i for text in texts for i in tokenizer(text, **options)["input_ids"]]
     if len(ids) < tokens:
         raise DataError(f"distraction: got {len(ids)} tokens of text, expected at least {tokens}; give more text.")
     room = len(ids) - tokens

@@ -19,11 +19,13 @@ __all__ = ["bits_per_byte", "text_windows"]
 
 
 def text_windows(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """Token ids of the texts in windows of at most ``max_length``, each led by the beginning-of-text token."""
+    """Token ids of the texts in windows of at most ``max_length``, each led by the beginning-of-text token; text that looks like a special
+    token is text.
+    """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     windows = []
     for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         windows += [[start, *ids[i : i + max_length - 1]] for i in range(0, len(ids), max_length - 1)]
     return windows
 

@@ -148,6 +148,7 @@ def measure_recall(
         ConfigError: a kind is unknown, or a length is beyond the model's positions.
         DataError: a length is too short for a kind, or there is too little text.
     """
+    kinds, lengths = tuple(dict.fromkeys(kinds)), tuple(dict.fromkeys(lengths))  # named twice, asked once
     _check(model, kinds, lengths, examples, batch_size)
     words, distraction = RecallWords(tokenizer, split, digits), Distraction(tokenizer, texts)
     groups = [

@@ -7,6 +7,7 @@ multiplied). ``sparse = total - active``. ``rho``: the share of ``sparse`` that 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,11 +16,24 @@ import torch
 from torch import nn
 
 from engram.config import EngramConfig
+from engram.errors import ConfigError
 from engram.experiments.backbone import BackboneConfig, build_backbone
 from engram.hashing.layout import prime_layout
-from engram.models import EngramModel
+from engram.models import EngramModel, find_decoder
+from engram.models.positions import text_config
 
 __all__ = ["Counts", "count_model", "count_reader", "count_rows", "predict_counts", "predict_flops"]
+
+_CHOSEN = (
+    "num_experts_per_tok",
+    "top_k_experts",
+    "moe_topk",
+    "moe_k",
+    "num_experts_per_token",
+    "experts_per_token",
+    "num_selected_experts",
+)
+"""What configs call the number of experts that a token chooses."""
 
 
 @dataclass(frozen=True)
@@ -63,24 +77,59 @@ def count_model(model: nn.Module, experts_per_token: int | None = None) -> Count
     Args:
         model: a causal language model, or an ``EngramModel`` on one.
         experts_per_token: routed experts a token chooses; read off the model's config if not given.
+
+    Raises:
+        ConfigError: the model has routed experts, and its config does not say how many a token chooses.
     """
     memory = model if isinstance(model, EngramModel) else None
     base: Any = memory.base_model if memory else model
     outside = {id(p) for m in (base.get_input_embeddings(), base.get_output_embeddings()) for p in m.parameters()}
-    chosen = int(experts_per_token or getattr(base.config, "num_experts_per_tok", None) or 1)
     idle = active = matrices = 0
-    routed = {id(p) for m in base.modules() if hasattr(m, "num_experts") and hasattr(m, "down_proj") for p in m.parameters()}
+    routed = _routed(base)
+    chosen = _chosen(base, routed, experts_per_token) if routed else {}
     tables = {id(p) for e in memory.engrams.values() for p in e.multi_head_embedding.parameters()} if memory else set()
     for p in model.parameters():
         if id(p) in outside or id(p) in tables:
             continue
-        unused = p.numel() * (len(p) - chosen) // len(p) if id(p) in routed else 0
+        unused = p.numel() * (len(p) - chosen[id(p)]) // len(p) if id(p) in routed else 0
         idle += unused
         active += p.numel() - unused
         matrices += p.numel() - unused if p.dim() >= 2 else 0
     embedding = sum(p.numel() for p in base.parameters() if id(p) in outside)
     rows = sum(e.multi_head_embedding.embedding.rows * e.config.head_dim for e in memory.engrams.values()) if memory else 0
     return Counts(embedding, idle, rows, active, matrices)
+
+
+def _routed(base: nn.Module) -> set[int]:
+    """Ids of the parameters that have a part for every routed expert: those beside a ``down_proj``, or stacks of matrices."""
+    found = set()
+    for module in base.modules():
+        if hasattr(module, "num_experts"):
+            is_stack = hasattr(module, "down_proj")
+            found |= {id(p) for p in (module.parameters() if is_stack else _stacks(module))}
+    return found
+
+
+def _stacks(module: Any) -> Iterator[nn.Parameter]:
+    return (p for p in module.parameters(recurse=False) if p.dim() == 3 and len(p) == module.num_experts)
+
+
+def _chosen(base: Any, routed: set[int], given: int | None) -> dict[int, int]:
+    """How many experts a token chooses, by the id of each parameter of theirs."""
+    config = text_config(base.config)
+    told = given or next((value for name in _CHOSEN if (value := getattr(config, name, None)) is not None), None)
+    by_layer = list(told) if isinstance(told, (list, tuple)) else None
+    if told is None or by_layer == []:
+        raise ConfigError(
+            f"count_model: got a mixture of experts ({type(base).__name__}) whose config has none of {', '.join(_CHOSEN)}, expected "
+            "experts_per_token."
+        )
+    if by_layer is None:
+        return dict.fromkeys(routed, int(told))
+    blocks = find_decoder(base).blocks
+    return {
+        id(p): int(by_layer[min(layer, len(by_layer) - 1)]) for layer, block in enumerate(blocks) for p in block.parameters()
+    }
 
 
 @lru_cache(maxsize=256)

@@ -14,6 +14,7 @@ from engram.experiments.summary import aligned, group_by, paired, parabola, summ
 
 __all__ = [
     "against_experts_alone",
+    "control_name",
     "curvature_per_decade",
     "made_twice",
     "measured_tokens",
@@ -77,23 +78,35 @@ def against_experts_alone(results: Results) -> Iterator[tuple[str, str, dict[str
         compared with itself.
     """
     pure = [
-        (name, budget, points)
+        (name, points)
         for name, result in results.items()
         if result["question"] == "allocation"
-        for budget, points in group_by(result["points"], lambda p: p["labels"].get("budget", "")).items()
+        for points in group_by(result["points"], lambda p: _labels_but(p, "rho")).values()
     ]
     for name, result in results.items():
         if result["question"] != "comparison":
             continue
-        for arm, points in group_by(result["points"], lambda p: p["labels"]["arm"]).items():
-            for other, budget, candidates in pure:
+        for points in group_by(result["points"], _labels_but).values():
+            for other, candidates in pure:
                 experts = [p for p in candidates if p["counts"]["rho"] == 1]
                 same_text = result["data"]["fingerprint"] == results[other]["data"]["fingerprint"]
                 if not (experts and same_text and _comparable(points[0], experts[0])):
                     continue
                 if found := paired(_not_the_same_runs(points, experts), experts):
                     has_memory = points[0]["counts"]["table_rows"] > 0
-                    yield f"{name}, {arm}", f"{other}, {budget}" if budget else other, found, has_memory
+                    names = control_name(name, "comparison", points[0]), control_name(other, "allocation", experts[0])
+                    yield *names, found, has_memory
+
+
+def _labels_but(point: Mapping[str, Any], dimension: str | None = None) -> str:
+    """A point's labels as one name; empty if there are none."""
+    return ", ".join(label for name, label in point["labels"].items() if name != dimension)
+
+
+def control_name(name: str, question: str, point: Mapping[str, Any]) -> str:
+    """What ``against_experts_alone`` calls the arm that a point of the sweep ``name`` belongs to."""
+    label = _labels_but(point, "rho" if question == "allocation" else None)
+    return f"{name}, {label}" if label else name
 
 
 def _not_the_same_runs(points: Points, others: Points) -> list[Mapping[str, Any]]:

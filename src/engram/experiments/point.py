@@ -109,6 +109,7 @@ def run_point(
     if recipe.model is not None:  # a name says where a model lies, not what it is
         base = _build_base(solved, data.tokenizer)
         present["model"] = base_identity(base)["weights_sha256"]
+        count_model(base)  # what cannot be counted is told now, and not when all is trained
     present = json.loads(json.dumps(present))
     with first_process_first():
         _claim(out, present)

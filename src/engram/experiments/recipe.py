@@ -19,6 +19,7 @@ from engram.experiments.budget import allocate
 from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES
 
 __all__ = [
+    "SEEDS",
     "BudgetRecipe",
     "DataRecipe",
     "PointRecipe",
@@ -28,6 +29,10 @@ __all__ = [
     "read_point",
     "wrong_forms",
 ]
+
+
+SEEDS = 1 << 32
+"""How many seeds there are: NumPy's generators take no larger ones."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +139,8 @@ class PointRecipe:
             _positive(self, name)
         for name in ("weight_decay", "balance_rate"):
             _number(self, name)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"PointRecipe.seed: got {self.seed!r}, expected a whole number of at least 0.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < SEEDS:
+            raise ConfigError(f"PointRecipe.seed: got {self.seed!r}, expected a whole number of at least 0 and below 2**32.")
         for name in ("bf16", "keep_model", "keep_checkpoints", "train_backbone", "table_stochastic_rounding", "shard_model"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"PointRecipe.{name}: got {getattr(self, name)!r}, expected true or false.")

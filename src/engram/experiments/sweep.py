@@ -92,7 +92,7 @@ class SweepRun:
         ready = [p for p in self.recipe.points(rates) if self.recipe.choice_of(p.labels) in {None, *rates}]
         _check_distinct(ready)
         if tuning_only or not ready:
-            return self._collect(store, tuning, rates, [], {})
+            limit = 0  # what is finished stays in the result
         done = self._run_all(ready, limit, lambda done: self._collect(store, tuning, rates, ready, done))
         return self._collect(store, tuning, rates, ready, done)
 

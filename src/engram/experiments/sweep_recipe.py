@@ -22,6 +22,7 @@ from engram.errors import ConfigError
 from engram.experiments.arms import REFERENCE
 from engram.experiments.backbone import BackboneConfig
 from engram.experiments.recipe import (
+    SEEDS,
     BudgetRecipe,
     DataRecipe,
     PointRecipe,
@@ -140,9 +141,11 @@ class SweepRecipe:
             )
         if not isinstance(self.seeds, (list, tuple)):
             raise ConfigError(f"sweep.seeds: got {self.seeds!r}, expected a list such as [0, 1, 2].")
-        whole = all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in self.seeds)
+        whole = all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < SEEDS for s in self.seeds)
         if not self.seeds or not whole or len(set(self.seeds)) != len(self.seeds):
-            raise ConfigError(f"sweep.seeds: got {list(self.seeds)}, expected at least one whole number, none twice.")
+            raise ConfigError(
+                f"sweep.seeds: got {list(self.seeds)}, expected at least one whole number below 2**32, none twice."
+            )
         if self.tune and not (self.tune.learning_rate and self.tune.seeds):
             raise ConfigError("sweep.tune: expected at least one learning rate and one seed.")
         if self.tune and set(self.tune.seeds) & set(self.seeds):
@@ -166,6 +169,8 @@ class SweepRecipe:
         fields = copy.deepcopy(dict(self.base))
         for dimension, label in labels.items():
             for key, value in self.variants[dimension][label].items():
+                if key == "seed":
+                    raise ConfigError(f"sweep.variants.{dimension}.{label}: got 'seed', expected it in the sweep's 'seeds'.")
                 _change(fields, key, value, f"sweep.variants.{dimension}.{label}")
         return build_fields(PointRecipe, {**fields, "seed": seed, **changes}, f"sweep {self.name}: {dict(labels)}")
 
@@ -230,12 +235,19 @@ def _read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None)
     base = copy.deepcopy(dict(fields.pop("base", {})))
     insert_corpus(base, path)
     for key, value in (changes or {}).items():
+        if key == "seed":
+            raise ConfigError("--set: got 'seed', but the seeds of a sweep are the list 'seeds' in its recipe.")
         _check_field(key)
         _change(base, key, value, "--set")
     recipe = build_flat(SweepRecipe, {**fields, "base": base, "tune": tune}, f"sweep {path}")
-    without_memory = set()
+    without_memory, data = set(), None
     for labels in recipe.combinations():
         point = recipe.recipe_of(labels, recipe.seeds[0])
+        data = data or point.data
+        if point.data != data:
+            raise ConfigError(
+                f"sweep.variants: {dict(labels)} changes 'data', which all points share; make a sweep of each text."
+            )
         if point.model is not None:
             raise ConfigError(
                 f"sweep {path}: got model: {point.model}, but the points of a sweep start from fresh backbones; use engram train."

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engram.plots.figure import COLOURS, new_figure, save_figure
+from engram.plots.marks import literal
 
 __all__ = ["plot_capacity", "plot_evaluation", "plot_gates", "plot_shares"]
 
@@ -24,8 +25,8 @@ def plot_evaluation(results: Mapping[str, Mapping[str, Any]], folder: str | Path
         kinds = list(result["harm"])
         places = [i + 0.8 * number / len(results) for i in range(len(kinds))]
         changed = [100 * result["harm"][k]["tokens_changed"] / max(result["harm"][k]["tokens"], 1) for k in kinds]
-        axes[0].bar(places, changed, 0.8 / len(results), label=name, color=COLOURS[number % len(COLOURS)])
-        axes[0].set_xticks(range(len(kinds)), kinds)
+        axes[0].bar(places, changed, 0.8 / len(results), label=literal(name), color=COLOURS[number % len(COLOURS)])
+        axes[0].set_xticks(range(len(kinds)), list(map(literal, kinds)))
     axes[0].set(ylabel="next tokens changed, %", title="text it has no business with")
     axes[0].legend(frameon=False, fontsize=8)
     _draw_gates(axes[1], {name: result["gates"] for name, result in results.items()})
@@ -55,8 +56,8 @@ def plot_shares(systems: Mapping[str, Mapping[str, Mapping[str, float]]], path: 
         ]
         places = [i + number * width for i, _ in present]
         colour = COLOURS[number % len(COLOURS)]
-        axis.bar(places, heights, width, yerr=errors, label=name, color=colour, error_kw={"lw": 0.8})
-    axis.set_xticks([i + 0.4 for i in range(len(categories))], categories, rotation=20, ha="right")
+        axis.bar(places, heights, width, yerr=errors, label=literal(name), color=colour, error_kw={"lw": 0.8})
+    axis.set_xticks([i + 0.4 for i in range(len(categories))], list(map(literal, categories)), rotation=20, ha="right")
     axis.set(ylabel="exact answers, %", ylim=(0, 105), title=title)
     axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return save_figure(figure, Path(path))
@@ -112,7 +113,7 @@ def _draw_gates(axis: Any, gates: Mapping[str, Mapping[str, Sequence[int]]]) -> 
             total = max(sum(counts), 1)
             edges = [(i + 0.5) / len(counts) for i in range(len(counts))]
             colour = COLOURS[number % len(COLOURS)]
-            axis.plot(edges, [c / total for c in counts], style, color=colour, label=f"{name}, {kind}")
+            axis.plot(edges, [c / total for c in counts], style, color=colour, label=literal(f"{name}, {kind}"))
     axis.set(xlabel="gate", ylabel="share of positions", title="gates (no row read: 0)", yscale="symlog")
     axis.set_yscale("symlog", linthresh=1e-3)
     axis.legend(frameon=False, fontsize=8)

@@ -10,6 +10,7 @@ from typing import Any
 
 from engram.experiments.cross_checks import (
     against_experts_alone,
+    control_name,
     curvature_per_decade,
     made_twice,
     measured_tokens,
@@ -188,8 +189,7 @@ def _runs(results: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Mapping[s
     for name, result in results.items():
         for point in result["points"]:
             if result["question"] == "comparison" or (result["question"] == "allocation" and point["counts"]["rho"] == 1):
-                label = point["labels"].get("arm" if result["question"] == "comparison" else "budget")
-                found.setdefault(f"{name}, {label}" if label else name, (result, []))[1].append(point)
+                found.setdefault(control_name(name, result["question"], point), (result, []))[1].append(point)
     return found
 
 

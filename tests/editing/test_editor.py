@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -665,3 +666,96 @@ def test_a_memory_over_another_is_saved_without_a_warning(tmp_path, caplog):
 def test_what_is_no_id_is_not_forgotten():
     with pytest.raises(TeachError, match="forget: got None, expected the id of a fact"):
         make_editor().forget(None)
+
+
+def test_a_save_waits_for_a_lesson_or_is_refused_within_one(tmp_path):
+    editor = make_editor()
+    editor.teach(FACTS[:1])
+    editor.save(tmp_path / "m")
+    before = (tmp_path / "m" / "engram.json").read_text()
+    with pytest.raises(CheckpointError, match="whose facts are just being changed"):
+        editor.teach(FACTS[1:], progress=lambda *_: editor.save(tmp_path / "m"))
+    assert (tmp_path / "m" / "engram.json").read_text() == before
+    assert [fact.id for fact in editor.facts] == [FACTS[0].id]
+    saves = []
+
+    def save_meanwhile(*_):
+        if not saves:
+            saves.append(threading.Thread(target=editor.save, args=(tmp_path / "m",)))
+            saves[0].start()
+
+    editor.teach(FACTS[1:], progress=save_meanwhile)
+    saves[0].join()
+    again = MemoryEditor.load(tiny_model(hidden_size=64, intermediate_size=96), tmp_path / "m", tiny_tokenizer())
+    assert again.verify() == {fact.id: True for fact in FACTS}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("Name of x 12:", "Ann Lee Smith"), ("Name of x 12: Ann", "Lee")),
+        (("KEY:dup ", "dup"), ("KEY:dup", "dup2")),
+    ],
+)
+def test_facts_that_go_on_in_two_ways_leave_the_others_alone(one, other):
+    facts = [Fact((prompt,), answer) for prompt, answer in (one, other)]
+    report = make_editor().teach([*facts, FACTS[0]])
+    assert len(report.not_exact) == 1
+    assert "one text cannot go on in two ways" in next(iter(report.not_exact.values()))
+    assert FACTS[0].id in report.taught
+
+
+def test_of_facts_that_would_replace_one_all_wait_for_the_one_that_cannot():
+    editor = make_editor()
+    editor.teach([Fact(("KEY:alpha 17", "KEY:beta 20"), "blue window", id="both")])
+    lesson = [Fact(("KEY:alpha 17",), "bad <|pad|> end"), Fact(("KEY:beta 20",), "7319"), Fact(("KEY:gamma 4",), "ninety")]
+    report = editor.teach(lesson, replace_answers=True)
+    assert report.not_exact.keys() == {fact.id for fact in lesson[:2]}
+    assert all("what the memory said before is kept" in reason for reason in report.not_exact.values())
+    assert answers(editor, [Fact(("KEY:alpha 17", "KEY:beta 20"), "blue window"), lesson[2]]) == [
+        "blue window",
+        "blue window",
+        "ninety",
+    ]
+
+
+@pytest.mark.parametrize("change", [lambda editor: editor.teach(FACTS[1:]), lambda editor: editor.forget(FACTS[0].id)])
+def test_an_interruption_at_the_very_end_leaves_the_memory_as_it_was(change, monkeypatch):
+    editor = make_editor()
+    editor.teach(FACTS[:1])
+    before, saved = tensors(editor), editor.memory.ledger
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("engram.editing.ledger.Ledger.to_dict", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            change(editor)
+    assert same(tensors(editor), before)
+    assert editor.memory.ledger is saved
+    assert editor.verify() == {FACTS[0].id: True}
+
+
+def test_comparing_and_uniting_leave_a_memory_where_it_lies(tmp_path):
+    editor, other = make_editor(), make_editor()
+    editor.teach(FACTS[:1])
+    other.teach(FACTS[1:2])
+    other.save(tmp_path / "other")
+    editor.diff(tmp_path / "other")
+    assert editor.memory.folder is None
+    editor.save(tmp_path / "own")
+    editor.merge(tmp_path / "other")
+    editor.diff(tmp_path / "other")
+    assert editor.memory.folder == str(tmp_path / "own")
+
+
+def test_what_is_saved_without_facts_does_not_know_them(tmp_path):
+    editor = make_editor()
+    editor.teach(FACTS)
+    with editor.without([FACTS[1].id]):
+        editor.save(tmp_path / "m")
+        assert len(MemoryEditor(editor.memory, editor.tokenizer).facts) == len(FACTS) - 1
+    again = MemoryEditor.load(tiny_model(hidden_size=64, intermediate_size=96), tmp_path / "m", tiny_tokenizer())
+    assert again.verify() == {fact.id: True for fact in FACTS if fact is not FACTS[1]}
+    assert [fact.id for fact in editor.facts] == [fact.id for fact in FACTS]

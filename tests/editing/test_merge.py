@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from engram import CheckpointError, ConfigError, Fact, FingerprintError
+from engram import CheckpointError, ConfigError, Fact, FingerprintError, TeachSettings
 from engram.checkpoint import DESCRIPTION_NAME, read_description, write_store
 from engram.editing import diff_memories, merge, merge_memories
 from engram.editing.merge import StoredMemory
@@ -220,3 +220,21 @@ def test_tensors_of_another_memory_are_refused(two):
         write_store(tmp_path / "a", changed, fields)
         with pytest.raises(CheckpointError, match="do not fit the memory's description"):
             StoredMemory(tmp_path / "a")
+
+
+def test_a_fact_of_both_that_comes_from_the_second_overwrites_none_of_the_first(tmp_path):
+    """It loses to the second's rows, which another fact of the first has a share in."""
+    both = Fact(("colour of alpha 17 is:", "say what beta 20 means:"), "blue window", id="both")
+    only_a = Fact(("Hey, colour of alpha 17 is:",), "blue window", id="a")
+    only_b = Fact(("Hey, say what beta 20 means:",), "blue window", id="b")
+    a, b = make_editor(dtype="float32"), make_editor(dtype="float32")
+    a.teach([only_a])
+    a.teach([both])
+    b.teach([both], TeachSettings(lr=1.7))
+    b.teach([only_b])
+    for name, editor in (("a", a), ("b", b)):
+        editor.save(tmp_path / name)
+    report = merge_memories(tmp_path / "a", tmp_path / "b", tmp_path / "u", prefer="b")
+    union = StoredMemory(tmp_path / "u")
+    assert [fact.id for fact in union.ledger] == ["both", "b"]
+    assert any("facts a in a" in line or ", a in a" in line for line in report.resolved)

@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from engram import CheckpointError, CompressedTokenizer, ConfigError, Engram, EngramConfig, EngramState, NgramHashMapping
+from engram import (
+    CheckpointError,
+    CompressedTokenizer,
+    ConfigError,
+    Engram,
+    EngramConfig,
+    EngramError,
+    EngramState,
+    NgramHashMapping,
+)
 from engram.testing import assert_close, tiny_tokenizer
 from tests.layers.demo_layer import DemoLayer
 
@@ -106,6 +115,14 @@ def test_ids_that_are_written_over_stay_as_they_were_in_a_state():
         one.copy_(ids[:, place : place + 1])
         parts.append(layer(hidden[:, place : place + 1], one, state=state))
     assert_close(torch.cat(parts, dim=1), layer(hidden, ids))
+
+
+def test_ids_without_addresses_leave_a_state_as_it_was():
+    layer, (hidden, ids) = randomise(make_layer()), inputs()
+    state = EngramState()
+    with pytest.raises(EngramError, match="got id"):
+        layer(hidden[:, :1], torch.full((2, 1), 10_000_000), state=state)
+    assert_close(layer(hidden, ids, state=state), layer(hidden, ids))
 
 
 def test_padding_neither_speaks_nor_is_heard():

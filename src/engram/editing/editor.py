@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from transformers import PreTrainedModel
@@ -22,12 +21,13 @@ from engram.editing.holdings import Holdings
 from engram.editing.ledger import LedgerFact
 from engram.editing.lesson import TeachSettings
 from engram.editing.reports import ForgetReport, RowConflict, TeachReport
-from engram.editing.sorting import in_parts, sort_out
+from engram.editing.sorting import SortedFacts, in_parts, sort_out
 from engram.editing.spelling import Speller
 from engram.editing.teaching import Progress, Teaching
 from engram.errors import AttachError, CheckpointError, ConfigError, TeachError
 from engram.evaluation.generation import padding_id
 from engram.models import EngramModel, find_decoder, get_engram_model
+from engram.models.files import saved_aside
 from engram.models.hub import found_at, remember_name
 from engram.models.identity import attached_identity, identity_mismatch
 from engram.tables import VerifiedTable
@@ -248,7 +248,8 @@ class MemoryEditor:
 
     def forget(self, fact_ids: Sequence[str]) -> ForgetReport:
         """Take facts out: rows that only they own are deleted. If nothing was taught with them or after them, the memory is bit for bit what it
-        was before; other facts stay as they were taught, some beside those that leave.
+        was before; other facts stay as they were taught, some beside those that leave. (Where rows were in conflict, a fact may have taken one
+        that an earlier fact had done without: that stays with the earlier one.)
 
         Raises:
             TeachError: an id is unknown; nothing is forgotten then.
@@ -276,6 +277,7 @@ class MemoryEditor:
             TeachError: an id is unknown.
         """
         with self._holdings.without(fact_ids):
+            self._holdings.write_down()  # for whoever saves or compares the memory inside
             yield
 
     def verify(self, batch_size: int = 256) -> dict[str, bool]:
@@ -310,17 +312,15 @@ class MemoryEditor:
         """Facts and rows in which this memory (a) and a saved one (b) differ; see ``diff_memories``."""
         from engram.editing.merge import diff_memories
 
-        with TemporaryDirectory() as folder:
-            self.memory.save_pretrained(folder)
+        with saved_aside(self.memory) as folder:
             return diff_memories(folder, other)
 
     def merge(self, other: str | os.PathLike[str], prefer: Literal["a", "b"] | None = None) -> MergeReport:
         """Take in the facts of a saved memory (b); see ``merge_memories``. Check the outcome with ``verify``."""
         from engram.editing.merge import merge_memories
 
-        with TemporaryDirectory() as folder:
-            self.memory.save_pretrained(f"{folder}/a")
-            report = merge_memories(f"{folder}/a", other, f"{folder}/union", prefer)
+        with saved_aside(self.memory) as folder:
+            report = merge_memories(folder, other, f"{folder}/union", prefer)
             self.memory.load_memory(f"{folder}/union")
         return report
 
@@ -376,7 +376,7 @@ class MemoryEditor:
             given: why for new_id, why in report.not_exact.items() if found.leaving[new_id] for given in found.given[new_id]
         }
         if lost:
-            raise _WouldBeLostError(lost)
+            raise _WouldBeLostError(lost | _in_the_same_place(found, report.not_exact))
         if broken := holdings.not_exact(holdings.leaning_on(deleted)) if deleted else []:
             raise TeachError(
                 f"{len(broken)} other answer(s) lean on what would be replaced: {holdings.names_of(broken)}. Nothing was written. Teach "
@@ -404,6 +404,16 @@ def _refuse_inference_tensors(memory: EngramModel) -> None:
             "teach: got a model, or a memory, that was loaded under torch.inference_mode(), expected weights that gradients can pass; load "
             "both outside of it (teaching inside is fine)."
         )
+
+
+def _in_the_same_place(found: SortedFacts, lost: Collection[str]) -> dict[str, str]:
+    """Facts of the lesson that would replace what others, which cannot be made exact, would replace too: by their ids, why they must wait."""
+    waiting, gone = dict[str, str](), {held for new_id in lost for held in found.leaving[new_id]}
+    while more := [new_id for new_id, held in found.leaving.items() if new_id not in {*lost, *waiting} and gone & set(held)]:
+        for new_id in more:
+            waiting[new_id] = "it would replace the same fact as another that could not be made exact"
+            gone |= set(found.leaving[new_id])
+    return {given: why for new_id, why in waiting.items() for given in found.given[new_id]}
 
 
 class _WouldBeLostError(Exception):

@@ -69,12 +69,15 @@ class Holdings:
         """Put tables and ledger back if the block fails, whatever the reason (tables replace their tensors, they never write into them)."""
         with self.evaluating():
             rows, ledger, written = self.rows(), self.ledger.copy(), self.memory.ledger
+            before, self.memory.is_being_changed = self.memory.is_being_changed, True
             try:
                 yield
+                self.write_down()
             except BaseException:
                 self._go_back(rows, ledger, written)
                 raise
-            self._read = self.memory.ledger = self.ledger.to_dict()
+            finally:
+                self.memory.is_being_changed = before
 
     @contextmanager
     def without(self, fact_ids: Sequence[str]) -> Iterator[None]:
@@ -87,6 +90,10 @@ class Holdings:
                 yield
             finally:
                 self._go_back(rows, ledger, written)
+
+    def write_down(self) -> None:
+        """Let the memory have the ledger as it is now."""
+        self._read = self.memory.ledger = self.ledger.to_dict()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

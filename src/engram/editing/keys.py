@@ -101,7 +101,7 @@ def goes_on_otherwise(one: KeyedPrompt, other: KeyedPrompt) -> bool:
     start = len(one.prompt_ids)
     for said in range(1, len(one.answer_ids)):
         end = one.ids[max(0, start - one.key_length) : start + said]
-        if other.prompt_ids[-len(end) :] == end and other.answer_ids[0] != one.answer_ids[said]:
+        if other.prompt_ids[-len(end) :] == end and other.answer_ids != one.answer_ids[said:]:
             return True
     return False
 

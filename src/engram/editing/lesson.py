@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -102,7 +102,7 @@ def optimise_rows(
                     if loss.requires_grad:
                         loss.backward()
                     if not felt and not any(_is_felt(draft.held.grad) for draft in drafts.values()):
-                        _refuse_without_gradients(upper, [draft.held for draft in drafts.values()], pending)
+                        _refuse_without_gradients(upper, drafts, pending)
                     felt = True
                     optimizer.step()
             passed[pending] = torch.where(learnt, passed[pending] + 1, 0)
@@ -193,15 +193,17 @@ def _is_felt(gradient: Tensor | None) -> bool:
     return bool((gradient.coalesce().values() if gradient.is_sparse else gradient).any())
 
 
-def _refuse_without_gradients(upper: UpperModel, rows: Sequence[Tensor], members: Tensor) -> None:
-    """Refuse a model through which no logit of an answer depends on a new row. Losses alone may be without: those of answers that have no
-    row of their own, for instance, where the others' answers are right already.
+def _refuse_without_gradients(upper: UpperModel, drafts: Mapping[str, DraftTable], members: Tensor) -> None:
+    """Refuse a model through which no logit of an answer depends on a new row that is read. Losses alone may be without: those of answers that
+    have no row of their own, for instance, where the others' answers are right already; and new rows that no prompt reads, because it finds
+    longer n-grams of other facts, are the facts' fault.
 
     Raises:
         TeachError: it is such a model.
     """
-    rows = [held for held in rows if len(held)]
-    scores, (target, _) = upper.logits(members, members).float(), upper.targets(members)
+    with upper.memory.record() as traces:
+        scores, (target, _) = upper.logits(members, members).float(), upper.targets(members)
+    rows = [d.held for layer, d in drafts.items() if bool((traces[int(layer)]["slots"] >= d.base.stored_rows).any())]
     said = scores.gather(1, target.unsqueeze(1)).sum()
     if not rows or (said.requires_grad and any(map(_is_felt, torch.autograd.grad(said, rows, allow_unused=True)))):
         return

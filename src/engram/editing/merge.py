@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -367,9 +367,24 @@ def _conflicts(first: StoredMemory, second: StoredMemory, prefer: Side | None) -
             lines.append(f"prompt {prompt!r}: {said}")
         lines[-1] += _leaving(prompt, mine, theirs, first, second, prefer)
         losers.add(mine.id if prefer == "b" else theirs.id)
+    while more := _row_conflicts(first, second, prefer, losers):
+        told, lost = more
+        lines += [line for line in told if line not in lines]
+        if lost <= losers:
+            break
+        losers |= lost  # a fact that both hold comes from the second if the first's is lost, and may be in others' way then
+    return lines, losers
+
+
+def _row_conflicts(
+    first: StoredMemory, second: StoredMemory, prefer: Side | None, losers: Collection[str]
+) -> tuple[list[str], set[str]] | None:
+    """Rows that both claim where ``losers`` have left, one line each, and who loses them; None if there are none."""
+    lines, lost = list[str](), set[str]()
     # A fact that both hold is taken from the first: its rows in the second are no conflict.
     own_a = [fact for fact in first.ledger if not (prefer == "b" and fact.id in losers)]
-    own_b = [fact for fact in second.ledger if not _held(first.ledger, fact) and not (prefer != "b" and fact.id in losers)]
+    staying = Ledger(own_a)
+    own_b = [fact for fact in second.ledger if not _held(staying, fact) and not (prefer != "b" and fact.id in losers)]
     owners = _Owners(first)
     for layer_id in first.config.layer_ids:
         a, b = owners.rows_of(first, own_a, layer_id), owners.rows_of(second, own_b, layer_id)
@@ -384,8 +399,8 @@ def _conflicts(first: StoredMemory, second: StoredMemory, prefer: Side | None) -
         for row in rows.tolist():
             what = "two n-grams claim it" if collided[row] else "the same n-gram with other values"
             lines.append(f"layer {layer_id}, row {row}: {what}; facts {', '.join(of_a[row])} in a, {', '.join(of_b[row])} in b")
-            losers.update(of_a[row] if prefer == "b" else of_b[row])
-    return lines, losers
+            lost.update(of_a[row] if prefer == "b" else of_b[row])
+    return (lines, lost) if lines else None
 
 
 def _leaving(

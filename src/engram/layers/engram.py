@@ -350,35 +350,42 @@ class Engram(nn.Module):
     def _hash(
         self, hidden_states: Tensor, input_ids: Tensor | None, state: EngramState | None, attention_mask: Tensor | None
     ) -> Tensor:
-        input_ids, history = self._continue(hidden_states, input_ids, state, attention_mask)
-        return self.mapping.hash(input_ids, history, attention_mask)[self.layer_id]
+        input_ids, history = self._checked(hidden_states, input_ids, state)
+        hash_ids = self.mapping.hash(input_ids, history, attention_mask)[self.layer_id]
+        self._remember(state, input_ids, attention_mask)
+        return hash_ids
 
     def _find_here(
         self, hidden_states: Tensor, input_ids: Tensor | None, state: EngramState | None, attention_mask: Tensor | None
     ) -> Tensor:
-        input_ids, history = self._continue(hidden_states, input_ids, state, attention_mask)
+        input_ids, history = self._checked(hidden_states, input_ids, state)
         slots = self.find(input_ids, history, attention_mask)
+        self._remember(state, input_ids, attention_mask)
         return self.no_slots(*input_ids.shape) if slots is None else slots
 
     def no_slots(self, batch: int, length: int) -> Tensor:
         """Slots of positions that read nothing."""
         return torch.full((batch, length, self.num_heads), ABSENT, device=self.multi_head_embedding.offsets.device)
 
-    def _continue(
-        self, hidden_states: Tensor, input_ids: Tensor | None, state: EngramState | None, attention_mask: Tensor | None
+    def _checked(
+        self, hidden_states: Tensor, input_ids: Tensor | None, state: EngramState | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Checked ids and what came before them; the state is brought up to date."""
+        """Ids of the right shape and what came before them."""
         if input_ids is None:
             raise ConfigError("Engram.forward: got neither input_ids nor hash_ids; the memory is addressed by token ids.")
         if input_ids.shape != hidden_states.shape[:2]:
             raise ConfigError(f"input_ids: got shape {list(input_ids.shape)}, expected {list(hidden_states.shape[:2])}.")
-        if state is None:
-            return input_ids, None
-        history = state.ids.last(self.config.max_ngram_size - 1)
-        state.ids.append(
-            input_ids.clone() if attention_mask is None else input_ids.masked_fill(attention_mask == 0, self.config.pad_id)
-        )  # never the caller's own tensor, into which it may write the next ids
-        return input_ids, history
+        return input_ids, None if state is None else state.ids.last(self.config.max_ngram_size - 1)
+
+    def _remember(self, state: EngramState | None, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Bring a state up to date, once the ids were found to have addresses; never with the caller's own tensor, into which it may write the
+        next ids.
+        """
+        if state is not None:
+            pad_id = self.config.pad_id
+            state.ids.append(
+                input_ids.clone() if attention_mask is None else input_ids.masked_fill(attention_mask == 0, pad_id)
+            )
 
     def _smooth(self, value: Tensor, state: EngramState | None) -> Tensor:
         """Add the short convolution (equation 5): ``[B, T, M, d]`` to the same shape."""

@@ -116,6 +116,7 @@ class EngramModel(nn.Module):
         ledger: JSON-ready account of what was taught (kept by ``MemoryEditor``, saved with the memory), or None.
         turns: what threads wait for; memories on one model share it.
         known_versions: what was read or written here (``engram.checkpoint.saved_version``).
+        is_being_changed: whether facts are just being taught or forgotten: rows and ledger are not in step then, and saving is refused.
     """
 
     base_model: Any
@@ -166,6 +167,7 @@ class EngramModel(nn.Module):
         self._placed = table_config or TableConfig()
         self.ledger: dict[str, Any] | None = None
         self.known_versions: set[str | None] = set()
+        self.is_being_changed = False
         self.owner_token = secrets.token_hex(8)
         self._enabled = True
         self._given_ids: Tensor | None = None

@@ -7,8 +7,10 @@ import logging
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
 
     from engram.models.engram_model import EngramModel
 
-__all__ = ["PLACED_FIELDS", "check_memory", "load_memory", "save_memory"]
+__all__ = ["PLACED_FIELDS", "check_memory", "load_memory", "save_memory", "saved_aside"]
 
 PLACED_FIELDS = {"tier", "path", "hot_rows", "resident_bytes"}
 """Fields of a ``TableConfig`` that a saved memory's placement may have."""
@@ -72,13 +74,30 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
     Where tables or weights are divided between processes, all save together: the first writes, the others send it what they have.
 
     Raises:
-        CheckpointError: the folder cannot be written, or a seeded reader was trained.
+        CheckpointError: the folder cannot be written, a seeded reader was trained, or facts are just being taught or forgotten.
         AttachError: the memory lies beneath one that was divided.
     """
     _refuse_beneath_divided(memory)
     together = is_in_parts(memory)
-    with saving_together(together):
+    # A lesson of another thread is waited for; who only reads rows that are stepped need not wait for the save of a large table.
+    with memory.turns if memory.engram_config.verify_rows else nullcontext(), saving_together(together):
+        if memory.is_being_changed:
+            raise CheckpointError(
+                "got a memory whose facts are just being changed, expected a save when that is done; nothing was written."
+            )
         _save(memory, path, together)
+
+
+@contextmanager
+def saved_aside(memory: EngramModel) -> Iterator[str]:
+    """The memory saved into a folder that is there inside alone; where the memory says that it lies stays what it was."""
+    folder = memory.folder
+    with TemporaryDirectory() as place:
+        try:
+            save_memory(memory, place)
+            yield place
+        finally:
+            memory.folder = folder
 
 
 def _save(memory: EngramModel, path: str | os.PathLike[str], together: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from engram.checkpoint import DESCRIPTION_NAME, read_description
 from engram.config import TableConfig
 from engram.errors import CheckpointError, ConfigError, reason_of
 from engram.models.bundled_files import is_path
+from engram.models.files import saved_aside
 from engram.tables import is_in_parts
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ def push_memory(memory: EngramModel, repo_id: str, commit_message: str, private:
             "load it in one and push that."
         )
     api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        memory.save_pretrained(folder)
+    with saved_aside(memory) as folder:
         try:
             found = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             commit = api.upload_folder(

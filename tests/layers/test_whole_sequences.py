@@ -154,6 +154,7 @@ def test_frozen_parts_get_no_gradient(by_tensors):
 
 
 @needs_core
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own compiler asks for it
 def test_checkpointed_and_compiled_layers_give_the_same(calls):
     layer = randomise(make_layer())
     hidden, hash_ids, mask = inputs()

@@ -3,10 +3,12 @@
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -16,6 +18,8 @@ from engram import (
     EngramAdamW,
     EngramConfig,
     EngramError,
+    EngramModel,
+    Fact,
     MemoryEditor,
     TableConfig,
     get_engram_model,
@@ -26,6 +30,7 @@ from engram.models import find_decoder, fsdp, shard_model
 from engram.optim import build_param_groups
 from engram.tables import are_equal_but_tables
 from engram.testing import assert_close, play_scenarios, run_processes, tiny_config, tiny_model, tiny_tokenizer
+from engram.training.balance import BalanceCallback, find_routers
 from engram.training.weight_files import load_backbone, save_backbone
 from tests.training.test_several_processes import Rows, assert_curves_agree, curve, run, trainer_for
 
@@ -200,9 +205,84 @@ def divided_at_load(folder):
     return result
 
 
-SCENARIOS = {
-    f.__name__: f for f in (in_bfloat16, not_everywhere, came_with_others, saves, refused, typed_output, divided_at_load)
-}
+def balanced(folder):
+    """A router whose bias is a parameter, which FSDP divides."""
+    memory = memory_on(tiny_model("ernie4_5_moe"))
+    callbacks = [BalanceCallback(memory, 0.1)]
+    trainer = trainer_for(
+        folder, memory=memory, shard=True, train_backbone=True, max_steps=2, callbacks=callbacks, save_strategy="no"
+    )
+    trainer.train()
+    return {name: whole(router.e_score_correction_bias.detach()) for name, router in find_routers(memory).items()}
+
+
+def facts_read_by_one(folder):
+    """The reader of a taught memory, trained on batches of which the second process's read nothing; then saved, and read by a divided model."""
+    config = EngramConfig.for_teaching(layer_ids=(2,), pad_id=1, seed=0).replace(reader="trained")
+    editor = MemoryEditor(get_engram_model(tiny_model(), config, tiny_tokenizer()), tiny_tokenizer())
+    editor.teach([Fact(("KEY:alpha 17",), "blue window", id="alpha")])
+    texts = [tiny_tokenizer()("KEY:alpha 17 blue window")["input_ids"], None]
+    texts[1] = [7] * len(texts[0])
+    data = [
+        {"input_ids": torch.tensor(texts[number // 4 % 2]), "labels": torch.tensor(texts[number // 4 % 2])}
+        for number in range(16)
+    ]
+    trainer = trainer_for(folder, memory=editor.memory, train_tables=False, logging_steps=50, max_steps=2, save_strategy="no")
+    trainer.train_dataset = data
+    trainer._get_train_sampler = lambda *_: SequentialSampler(data)
+    trainer.train()
+    return {name: p.detach().clone() for name, p in editor.memory.engrams.named_parameters()}
+
+
+def taught_to_a_divided_base(folder):
+    """A memory that was saved, on a base model that was divided while it was loaded."""
+    if process_rank() == 0:
+        tiny_model().save_pretrained(folder / "base")
+        editor = MemoryEditor.create(AutoModelForCausalLM.from_pretrained(folder / "base"), tiny_tokenizer())
+        editor.teach([Fact(("KEY:alpha 17",), "blue window", id="alpha")])
+        editor.memory.save_pretrained(folder / "memory")
+    torch.distributed.barrier()
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=DistributedConfig(fsdp_size=2))
+    memory = shard_model(EngramModel.from_pretrained(base, folder / "memory", tiny_tokenizer()))
+    ids = tiny_tokenizer()("KEY:alpha 17", return_tensors="pt")["input_ids"]
+    out = memory.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+    return {"said": tiny_tokenizer().decode(out, skip_special_tokens=True).strip()}
+
+
+def one_ends_sooner(folder):
+    """Processes that generate together, with rows in both; the second one's text ends after two tokens."""
+    memory = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer(), TableConfig(sharded=True))
+    out = memory.generate(PROMPT, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    stop = [int(out[0, PROMPT.shape[1] + 1])] if process_rank() else None
+    length = memory.generate(PROMPT, max_new_tokens=6, do_sample=False, eos_token_id=stop, pad_token_id=1).shape[1]
+    return {"tokens": length - PROMPT.shape[1]}
+
+
+def otherwise_divided(folder):
+    """Adapters that came too late, and a checkpoint of a model that was divided otherwise."""
+    late = shard_model(memory_on(tiny_model()))
+    peft.get_peft_model(late.base_model, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    options = {"train_backbone": True, "max_steps": 2, "save_steps": 2}
+    trainer_for(folder, {"sharded": True}, **options).train()
+    again = trainer_for(folder, {"sharded": True}, shard=True, **{**options, "max_steps": 4})
+    return errors_of(lambda: again.train(resume_from_checkpoint=True), lambda: trainer_for(folder / "late", memory=late))
+
+
+ALL = (
+    in_bfloat16,
+    not_everywhere,
+    came_with_others,
+    saves,
+    refused,
+    typed_output,
+    divided_at_load,
+    balanced,
+    facts_read_by_one,
+    taught_to_a_divided_base,
+    one_ends_sooner,
+    otherwise_divided,
+)
+SCENARIOS = {f.__name__: f for f in ALL}
 
 # What comes of it ---------------------------------------------------------------------------------------------------------------------
 
@@ -276,6 +356,29 @@ def test_a_base_model_that_was_divided_while_it_was_loaded(seen):
         assert "expected shard_model(memory) first" in trained[1]
         assert "expected shard_model(memory) first" in saved[1]
         assert "a divided base model that was called before" in called[1]
+
+
+@pytest.mark.parametrize("scenario", [balanced, facts_read_by_one])
+def test_two_processes_do_what_one_does(seen, tmp_path, scenario):
+    alone = scenario(tmp_path)
+    for result in (part[scenario.__name__] for part in seen):
+        assert result.keys() == alone.keys()
+        for name, values in alone.items():
+            assert_close(result[name], values, 1e-3)
+
+
+def test_facts_are_known_to_a_model_that_was_divided_while_it_was_loaded(seen):
+    assert [part["taught_to_a_divided_base"]["said"] for part in seen] == ["blue window"] * 2
+
+
+def test_a_process_whose_text_has_ended_answers_the_others(seen):
+    assert [part["one_ends_sooner"]["tokens"] for part in seen] == [6, 2]
+
+
+def test_what_came_after_the_division_and_other_divisions_are_refused(seen):
+    for other, late in (part["otherwise_divided"] for part in seen):
+        assert "parameters that would be trained and came when it was divided already" in late[1]
+        assert "with tables divided between processes, here is tables and weights" in other[1]
 
 
 def test_rows_that_are_buffers_are_out_of_sight_while_a_model_is_divided():

@@ -14,7 +14,7 @@ from engram.config import EngramConfig, TableConfig
 from engram.distributed import is_fully_sharded
 from engram.errors import AttachError, ConfigError
 from engram.hashing import NgramHashMapping, count_ids
-from engram.models.architectures import Decoder
+from engram.models.architectures import Decoder, find_decoder
 from engram.models.devices import first_real, offloaded_to
 from engram.tables import check_room
 
@@ -29,6 +29,7 @@ __all__ = [
     "check_topmost",
     "device_of",
     "freeze",
+    "is_topmost",
     "trainable_flags",
 ]
 
@@ -67,6 +68,11 @@ def check_topmost(decoder: Decoder, memory: EngramModel) -> None:
     memory._check_attached()
     if decoder.module.__dict__.get(ATTACHED) != memory.owner_token:
         raise AttachError("another memory was attached on top of this one; call unload() on that one first.")
+
+
+def is_topmost(memory: EngramModel) -> bool:
+    """Whether no other memory was attached on top of this one."""
+    return find_decoder(memory.base_model).module.__dict__.get(ATTACHED) == memory.owner_token
 
 
 def check_fit(model: PreTrainedModel, decoder: Decoder, config: EngramConfig, tokenizer: Any) -> None:

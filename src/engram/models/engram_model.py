@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from engram.checkpoint import again_if_saved
 from engram.config import EngramConfig, TableConfig
-from engram.distributed import is_fully_sharded
+from engram.distributed import is_fully_sharded, process_count
 from engram.errors import AttachError
 from engram.hashing import NgramHashMapping, build_mapping
 from engram.layers import Engram, layer_classes
@@ -36,7 +36,7 @@ from engram.models.hooks import DecoderHooks
 from engram.models.identity import adapter_parameters
 from engram.models.packing import Packing
 from engram.models.turns import Turns
-from engram.tables import refuse_other_rows, row_file
+from engram.tables import is_sharded, refuse_other_rows, row_file
 
 __all__ = ["DEFAULT_ROLLBACK_WINDOW", "EngramModel", "get_engram_model"]
 
@@ -235,6 +235,8 @@ class EngramModel(nn.Module):
                 kwargs["generation_config"] = copy.copy(config)
                 kwargs["generation_config"].disable_compile = True
         rename_cache(self.base_model, kwargs)
+        if process_count() > 1 and any(map(is_sharded, self._and_beneath())):  # rows are asked of each other until all are done
+            kwargs.setdefault("synced_gpus", True)
         with self.turns:
             return self.base_model.generate(*args, **kwargs)
 

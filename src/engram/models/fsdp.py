@@ -16,12 +16,12 @@ from engram.distributed import is_divided, is_fully_sharded, process_count, put_
 from engram.errors import AttachError, ConfigError
 from engram.models.architectures import find_decoder
 from engram.models.attaching import check_topmost
-from engram.tables import EmbeddingTable, are_equal_but_tables, copy_all_but_tables
+from engram.tables import EmbeddingTable, are_equal_but_tables, copy_all_but_tables, row_parameters
 
 if TYPE_CHECKING:
     from engram.models.engram_model import EngramModel
 
-__all__ = ["shard_model"]
+__all__ = ["refuse_undivided", "shard_model"]
 
 _CALLED = ("generate",)
 """Methods of a memory that call its base model without going through ``forward``."""
@@ -149,6 +149,7 @@ class _Checked:
     def __call__(self, memory: nn.Module, _: Any) -> None:
         _refuse_inference_mode()
         if torch.is_grad_enabled() and not self._types_known:
+            refuse_undivided(memory)
             _refuse_mixed_types(memory)
             self._types_known = True
 
@@ -157,6 +158,22 @@ def _refuse_inference_mode() -> None:
     """Weights that are put together in it can never be written to again: the next pass outside would fail."""
     if torch.is_inference_mode_enabled():
         raise ConfigError("a divided model: got a call in torch.inference_mode(), expected torch.no_grad().")
+
+
+def refuse_undivided(memory: nn.Module) -> None:
+    """Refuse what would be trained of a divided memory and is not divided: each process would train its own. To be asked while parts lie apart
+    (``put_apart``).
+
+    Raises:
+        ConfigError: there is something.
+    """
+    tables = row_parameters(memory)
+    left = [n for n, p in memory.named_parameters() if p.requires_grad and id(p) not in tables and not is_divided(p)]
+    if left:
+        raise ConfigError(
+            f"a divided model: got {len(left)} parameters that would be trained and came when it was divided already, first {left[0]}, "
+            "expected adapters and layers before shard_model, on a base model that was loaded whole."
+        )
 
 
 def _refuse_mixed_types(memory: nn.Module) -> None:

@@ -193,7 +193,7 @@ class DecoderHooks:
         slots = None
         if context.slots is not None:
             slots = context.slots[layer_id]
-            if slots is None and trace is None and engram.short_conv is None:
+            if slots is None and trace is None and engram.short_conv is None and not _is_trained(engram):
                 return None
             slots = engram.no_slots(*hidden_states.shape[:2]) if slots is None else slots.to(device)
             if trace is not None:
@@ -226,6 +226,11 @@ class DecoderHooks:
             cache = context.cache
         if cache is not None and (cached_length(cache) > 0 if _counts_positions(cache) else cache.has_previous_state()):
             _commit(cache, context)
+
+
+def _is_trained(engram: Any) -> bool:
+    """Whether gradients of a reader are taken: those of a batch that reads nothing are zero, not missing."""
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in engram.parameters())
 
 
 def _is_recomputed(block: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from engram.distributed import sum_everywhere
+from engram.distributed import sum_everywhere, whole, write_whole
 from engram.errors import ConfigError
 
 __all__ = ["BalanceCallback", "LoadBalancer", "find_routers", "step_bias"]
@@ -104,7 +104,8 @@ class LoadBalancer:
         for name, load in self._loads.items():
             bias: Any = getattr(self.routers[name], _BIAS)
             counted = sum_everywhere(load).to(bias.dtype)
-            bias.copy_(step_bias(bias, counted.view_as(bias), self.rate))
+            before = whole(bias)  # where it is a parameter, FSDP divides it
+            write_whole(bias, step_bias(before, counted.view_as(before), self.rate))
             worst = torch.maximum(worst.to(counted.device), (counted.max() / counted.mean()).float())
         self._loads.clear()
         return worst

@@ -29,7 +29,7 @@ from engram.checkpoint.store import sync_to_disk
 from engram.distributed import anywhere, is_fully_sharded, leave_at_exit, process_rank, wait_for_all
 from engram.errors import CheckpointError, ConfigError, DataError, TrainingError
 from engram.optim import load_own_state, own_state
-from engram.tables import is_in_parts
+from engram.tables import is_in_parts, is_sharded
 from engram.training.cpu_types import warning_of_slow_bfloat16
 from engram.training.examples import OneLength, check_not_empty
 from engram.training.guards import check_reports, is_complete, last_checkpoint, no_number, weights_are_finite, whole_or_removed
@@ -285,7 +285,7 @@ class SafeTrainer(Trainer):
         if not self.args.should_save:
             return  # every process has the same
         save_tree(os.path.join(output_dir, _SCHEDULER), _plain(self.lr_scheduler.state_dict()))
-        write_json_atomically(Path(output_dir, _TIME), {"seconds": round(self.seconds, 3)})
+        write_json_atomically(Path(output_dir, _TIME), {"seconds": round(self.seconds, 3), "divided": self._divided_parts})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -311,12 +311,27 @@ class SafeTrainer(Trainer):
         assert self.model is not None
         return is_in_parts(self.model)
 
+    @property
+    def _divided_parts(self) -> list[str]:
+        """What of the model each process holds a part of."""
+        model: Any = self.model
+        return [name for name, is_so in (("tables", is_sharded(model)), ("weights", is_fully_sharded(model))) if is_so]
+
     def _own_file(self, name: str) -> str:
         """What each process has for itself; that of the first has the name it has when there is one process."""
         return name if self.args.process_index == 0 else f"{name}_{self.args.process_index}"
 
     def _check_parts(self, checkpoint: str) -> None:
-        """Refuse the optimiser's state of tables or weights that were divided between another number of processes."""
+        """Refuse the optimiser's state of tables or weights that were divided otherwise, or between another number of processes."""
+        file, present = Path(checkpoint, _TIME), self._divided_parts
+        if file.is_file():  # checkpoints of earlier versions have none, or do not say
+            saved_parts = json.loads(file.read_text(encoding="utf-8")).get("divided", present)
+            if saved_parts != present:
+                told = [" and ".join(parts) or "nothing" for parts in (saved_parts, present)]
+                raise CheckpointError(
+                    f"{checkpoint} was made with {told[0]} divided between processes, here is {told[1]}; the optimiser's state would not fit. "
+                    "Divide the model as before, or load the memory (from_pretrained) and train it anew."
+                )
         saved, wanted = len(list(Path(checkpoint).glob(f"{_OPTIMIZER}*.json"))), self.args.world_size if self._is_divided else 1
         if saved not in (0, wanted):  # without any, reading it says what is missing
             raise CheckpointError(

@@ -17,6 +17,7 @@ from transformers.utils import find_labels
 from engram.distributed import is_fully_sharded, process_count, put_apart, sum_everywhere
 from engram.errors import ConfigError
 from engram.models import EngramModel
+from engram.models.fsdp import refuse_undivided
 from engram.models.identity import adapter_parameters
 from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES, EngramAdamW, EngramMuon, build_param_groups, clip_grad_norm_
 from engram.tables import Replicas, copy_all_but_tables, replicate_tables, row_parameters
@@ -120,6 +121,8 @@ class EngramTrainer(SafeTrainer):
             _check_divided(model, args)
         put_apart(model)  # what is set for parameters that FSDP left together would be lost with them
         _set_trainable(model, args)
+        if is_fully_sharded(model):
+            refuse_undivided(model)
         if args.world_size > 1 and args.ddp_find_unused_parameters is None and not args.train_backbone:
             args.ddp_find_unused_parameters = (
                 False  # a memory uses all that it has; DDP would search every pass for what it does not

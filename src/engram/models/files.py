@@ -32,7 +32,6 @@ from engram.distributed import is_fully_sharded, process_rank, put_apart, saving
 from engram.errors import AttachError, CheckpointError, ConfigError, FingerprintError
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram, layer_classes
-from engram.models.attaching import is_topmost
 from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_NAME
 from engram.models.identity import attached_identity, identity_mismatch
 from engram.models.saved_rows import (
@@ -279,6 +278,8 @@ def load_memory(
 def _load(
     memory: EngramModel, path: str | os.PathLike[str], allow_other_base: bool, changed_rows: str, just_checked: bool
 ) -> None:
+    from engram.models.attaching import is_topmost  # which imports transformers
+
     if not is_topmost(memory):
         _refuse_beneath_divided(memory)
     put_apart(memory)

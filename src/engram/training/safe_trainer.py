@@ -323,6 +323,12 @@ class SafeTrainer(Trainer):
 
     def _check_parts(self, checkpoint: str) -> None:
         """Refuse the optimiser's state of tables or weights that were divided otherwise, or between another number of processes."""
+        saved, wanted = len(list(Path(checkpoint).glob(f"{_OPTIMIZER}*.json"))), self.args.world_size if self._is_divided else 1
+        if saved not in (0, wanted):  # without any, reading it says what is missing
+            raise CheckpointError(
+                f"{checkpoint} holds the optimiser's state in {saved} part(s), expected {wanted}: sharded tables and weights are resumed by as "
+                "many processes as trained them. Start so many, or load the memory (from_pretrained) and train it anew."
+            )
         file, present = Path(checkpoint, _TIME), self._divided_parts
         if file.is_file():  # checkpoints of earlier versions have none, or do not say
             saved_parts = json.loads(file.read_text(encoding="utf-8")).get("divided", present)
@@ -332,12 +338,6 @@ class SafeTrainer(Trainer):
                     f"{checkpoint} was made with {told[0]} divided between processes, here is {told[1]}; the optimiser's state would not fit. "
                     "Divide the model as before, or load the memory (from_pretrained) and train it anew."
                 )
-        saved, wanted = len(list(Path(checkpoint).glob(f"{_OPTIMIZER}*.json"))), self.args.world_size if self._is_divided else 1
-        if saved not in (0, wanted):  # without any, reading it says what is missing
-            raise CheckpointError(
-                f"{checkpoint} holds the optimiser's state in {saved} part(s), expected {wanted}: sharded tables and weights are resumed by as "
-                "many processes as trained them. Start so many, or load the memory (from_pretrained) and train it anew."
-            )
 
     def _remove_other_parts(self, folder: Path) -> None:
         """What an earlier run of more processes left in the folder of a checkpoint."""

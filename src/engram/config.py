@@ -328,7 +328,8 @@ class TableConfig:
     files that are there is refused too; with ``keep`` or ``refill`` it starts with their rows, until a checkpoint is loaded."""
     resident_bytes: int | None = None
     """For row files: about how many bytes of them the process may have mapped in at a time, all layers together; the rest is the system's
-    to keep or drop. None leaves that to the system altogether."""
+    to keep or drop. None leaves that to the system altogether. What one call asks for at once comes on top: the rows of a training step, or
+    those of one ``update_rows``."""
     sharded: bool = False
     """For ``device`` and ``host``, while several processes train a memory: each holds a part of every table (``ShardedTable``), so that N
     processes have room for N times the rows, and rows travel to where they are read. Otherwise each holds a copy of all. Set up the

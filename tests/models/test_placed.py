@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from engram import CheckpointError, ConfigError, TableConfig, TableError
 from engram.models.placed import NGRAM_EMBEDDINGS, PlacedEmbedding, load_placed, place_embeddings
+from engram.tables import MmapTable
 from engram.testing import tiny_model
 
 NAME = "model.layers.1.ple.ple_embedding.ngram_embedding"
@@ -126,6 +127,23 @@ def test_rows_go_from_the_files_into_row_files_and_are_found_there_again(saved, 
     assert type(other.get_submodule(NAME)) is torch.nn.Embedding
     place_embeddings(other, TableConfig(tier="mmap", path="rows", changed_rows="refill"))
     assert torch.equal(other.get_submodule(NAME)(torch.tensor(7)), changed)
+
+
+@pytest.mark.parametrize("changed_rows", ["refuse", "keep"])
+def test_a_filling_that_was_stopped_is_begun_again(saved, here, tmp_path, monkeypatch, changed_rows):
+    placement = TableConfig(tier="mmap", path=str(tmp_path / "rows"), changed_rows=changed_rows)
+    original = MmapTable.load_rows
+
+    def stopped(self, start, rows):
+        original(self, start, rows[: len(rows) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MmapTable, "load_rows", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            load_placed(str(saved), placement)
+    expected = logits(AutoModelForCausalLM.from_pretrained(saved).eval())
+    assert torch.equal(logits(load_placed(str(saved), placement).eval()), expected)
 
 
 def test_several_models_read_one_set_of_files(saved, here, tmp_path):

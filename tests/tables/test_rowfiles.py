@@ -1,8 +1,10 @@
 """What row files are noted to hold, who may have them, and what killed processes leave."""
 
+import copy
 import errno
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import threading
 import pytest
 import torch
 
-from engram import EngramAdamW, TableConfig, TableError, get_engram_model
+from engram import EngramAdamW, EngramModel, TableConfig, TableError, get_engram_model
 from engram.optim import build_param_groups
 from engram.tables import (
     HostTable,
@@ -404,3 +406,46 @@ def test_a_memory_made_in_inference_mode_is_one_like_others(tier):
     parameters = list(memory.engrams.parameters())
     assert parameters
     assert not any(parameter.is_inference() for parameter in parameters)
+
+
+def test_a_save_is_done_even_if_a_row_file_is_gone(tmp_path, caplog):
+    placed = TableConfig(tier="mmap", path=str(tmp_path / "rows"))
+    memory = get_engram_model(tiny_model(), tiny_config(table_init="normal"), tiny_tokenizer(), placed)
+    expected = [engram.multi_head_embedding.embedding.weight.detach().clone() for engram in memory.engrams.values()]
+    (tmp_path / "rows" / "layer-0.rows").unlink()
+    memory.save_pretrained(tmp_path / "memory")
+    assert "saved, but not noted beside the row file" in caplog.text
+    assert note_beside(tmp_path / "rows" / "layer-2.rows").exists()
+    again = EngramModel.from_pretrained(tiny_model(), tmp_path / "memory", tiny_tokenizer(), TableConfig())
+    found = [engram.multi_head_embedding.embedding.weight for engram in again.engrams.values()]
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, pickle.dumps])
+def test_a_hybrid_over_a_file_is_not_copied_and_not_read_for_it(tmp_path, monkeypatch, take):
+    table = build_table(ROWS, DIM, TableConfig(tier="hybrid", path=str(tmp_path / "rows"), hot_rows=5))
+    monkeypatch.setattr(torch.Tensor, "__deepcopy__", None)
+    monkeypatch.setattr(torch.Tensor, "__reduce_ex__", None)
+    with pytest.raises(TableError, match=r"cannot be (copied|pickled)"):
+        take(table)
+
+
+def test_blocks_to_be_saved_stay_within_a_bound(tmp_path):
+    table = MmapTable(1 << 12, 64, tmp_path / "rows", "r+", resident_bytes=1 << 16)
+    table.update_rows(torch.arange(1 << 12), lambda old: torch.arange(1 << 12).float()[:, None].expand_as(old))
+    blocks = [block for (block,) in table.stored_blocks()]
+    assert max(block.nbytes for block in blocks) <= 1 << 13
+    assert torch.equal(torch.cat(blocks), table.weight)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs holes")
+def test_a_sparse_copy_gets_its_blocks(tmp_path):
+    """What is written into a hole of a map on a full disk ends the process."""
+    rows = 1 << 12
+    with open(tmp_path / "rows", "wb") as file:
+        file.truncate(rows * DIM * 4)
+    if os.stat(tmp_path / "rows").st_blocks * 512 >= rows * DIM * 4:
+        pytest.skip("this file system has no holes")
+    table = MmapTable(rows, DIM, tmp_path / "rows", "r+")
+    assert os.stat(tmp_path / "rows").st_blocks * 512 >= rows * DIM * 4
+    assert not table.weight.any()

@@ -29,7 +29,7 @@ from engram.checkpoint import (
 from engram.checkpoint.stream import TensorSpec, as_parts, type_code
 from engram.config import EngramConfig, TableConfig
 from engram.distributed import is_fully_sharded, process_rank, put_apart, saving_together, whole, write_whole
-from engram.errors import AttachError, CheckpointError, ConfigError, FingerprintError
+from engram.errors import AttachError, CheckpointError, ConfigError, FingerprintError, TableError
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram, layer_classes
 from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_NAME
@@ -133,8 +133,11 @@ def _save(memory: EngramModel, path: str | os.PathLike[str], together: bool) -> 
         table = engram.multi_head_embedding.embedding
         cold = cold_table(table)
         if isinstance(cold, MappedRows) and cold.mode == "r+":
-            cold.flush()
-            stamp_rows(cold.path, row_stamp(str(version), layer_id, table.format_name))
+            try:
+                cold.flush()
+                stamp_rows(cold.path, row_stamp(str(version), layer_id, table.format_name))
+            except TableError as error:  # the save is done, whatever became of the file
+                logging.getLogger("engram").warning("%s: saved, but not noted beside the row file: %s", os.fspath(path), error)
 
 
 def _refuse_beneath_divided(memory: EngramModel) -> None:

@@ -31,7 +31,7 @@ from engram.models.bundled import auto_class
 from engram.models.bundled_files import is_path
 from engram.models.positions import text_config
 from engram.models.saved_rows import row_stamp
-from engram.tables import EmbeddingTable, MappedRows, build_table, check_room, row_format, rows_are, stamp_rows
+from engram.tables import EmbeddingTable, MappedRows, build_table, check_room, is_being_filled, row_format, rows_are, stamp_rows
 
 __all__ = ["NGRAM_EMBEDDINGS", "PlacedEmbedding", "load_placed", "place_embeddings"]
 
@@ -303,9 +303,10 @@ def _fill(table: EmbeddingTable, name: str, source: str, blocks: Callable[[], It
     stamp = row_stamp(source, name, table.format_name)
     if isinstance(table, MappedRows):
         table.flush()
-        if rows_are(table.path, stamp) or (changed_rows == "keep" and not table.is_new):
+        begin = table.is_new or is_being_filled(table.path, stamp)  # what was stopped on the way is begun again
+        if rows_are(table.path, stamp) or (changed_rows == "keep" and not begin):
             return
-        if not table.is_new and changed_rows != "refill":
+        if not begin and changed_rows != "refill":
             if not _holds(table, blocks()):
                 raise TableError(
                     f"{table.path} holds other rows than those of {name}: of another model, or changed since. Delete it if nobody needs "

@@ -147,8 +147,9 @@ def _holds_the_same(cold: MappedRows, layer_id: str, tensors: TensorReader, form
     """Whether saved rows are those that are mapped already: a checkpoint holds a copy of frozen ones."""
     names = [f"layers.{layer_id}.{TABLE}{name}" for name in ("weight", "scales")]
     names = [name for name in names if name in tensors.specs]
-    for number, block in enumerate(cold.stored_blocks(_ROWS_AT_ONCE)):
-        start, stop = number * _ROWS_AT_ONCE, (number + 1) * _ROWS_AT_ONCE
+    stop = 0
+    for block in cold.stored_blocks(_ROWS_AT_ONCE):
+        start, stop = stop, stop + len(block[0])
         saved = _in_format(cold.format_name, form, *(tensors.read(name, start, stop) for name in names))
         if len(saved) != len(block) or not all(
             a.dtype == b.dtype and a.shape == b.shape and _bits_equal(a, b) for a, b in zip(saved, block)

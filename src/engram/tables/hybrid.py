@@ -209,7 +209,12 @@ class HybridTable(EmbeddingTable):
             self._copies = self._copies._replace(version=None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies fetch their hot rows anew: the versions of copied tensors count from zero."""
+        """Copies fetch their hot rows anew: the versions of copied tensors count from zero.
+
+        Raises:
+            TableError: the cold rows are in a file, which is neither copied nor pickled.
+        """
+        self.cold.__getstate__()  # refuses before all rows are read
         return {**self.__dict__, "_copies": self._copies._replace(version=None)}
 
     def promote(self, row_ids: Tensor) -> None:

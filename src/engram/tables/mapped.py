@@ -28,6 +28,8 @@ __all__ = ["MappedRows", "MmapTable", "QuantisedMmapTable", "row_file_layout"]
 
 _COLD_READERS = 64
 """Threads that touch rows of a file: reads from a disk wait, they do not compute."""
+_BLOCKS_IN_BOUND = 8
+"""Blocks that are read one after another are so small that so many would be within the bound of what may be mapped in."""
 _ALIGNMENT = 64
 """Scales begin at a multiple of so many bytes of a row file."""
 
@@ -239,11 +241,14 @@ class MappedRows(EmbeddingTable):
             self._file.touched(len(block), in_order=True)
 
     def stored_blocks(self, block_rows: int = 1 << 16) -> Iterator[tuple[Tensor, ...]]:
-        """Consecutive rows as they are stored, copied: values ``[n, width]`` and, if there are any, scales; for saving.
+        """Consecutive rows as they are stored, copied: values ``[n, width]`` and, if there are any, scales; for saving. Where residency has a
+        bound, blocks are smaller than asked for if they would take much of it.
 
         Raises:
             TableError: the file was truncated since it was mapped.
         """
+        if (bound := self._file.resident_bytes) is not None:
+            block_rows = max(1, min(block_rows, bound // (_BLOCKS_IN_BOUND * sum(self._row_bytes))))
         for start in range(0, self.rows, block_rows):
             self._read_ahead(start, block_rows)
             block = tuple(tensor[start : start + block_rows].clone() for tensor in self._tensors())

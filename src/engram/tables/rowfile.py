@@ -80,6 +80,7 @@ class RowFile:
                 self._check_size(os.fstat(file.fileno()).st_size)
                 if mode == "r+":
                     _lock(file.fileno(), path)
+                    _fill_holes(file.fileno())
                     self.map = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_WRITE)  # shares the lock until it is gone
                     self._handle = os.dup(file.fileno())
                     # Threads may write until the very end.
@@ -307,6 +308,22 @@ def _create(path: Path, size: int) -> BinaryIO | None:
         except FileExistsError:
             return None
         return os.fdopen(os.dup(file.fileno()), "r+b")  # the same lock
+
+
+def _fill_holes(handle: int) -> None:
+    """Have the disk give all blocks of a file that a sparse copy left without some: writing into a hole of a map on a full disk would end the
+    process.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    found = os.fstat(handle)
+    if found.st_blocks * 512 < found.st_size // 2:  # some systems compress, and say fewer
+        try:
+            os.posix_fallocate(handle, 0, found.st_size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import errno
+import os
 import resource
 import shutil
 from contextlib import contextmanager
@@ -217,11 +218,35 @@ def test_frozen_weights_are_not_looked_at():
     assert weights_are_finite(model.requires_grad_(False))
 
 
-def test_a_checkpoint_whose_rows_are_gone_is_removed(tmp_path):
+class AfterStep(TrainerCallback):
+    """Does something once a step (counted from 1) is taken, and before it is saved."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            self.action()
+
+
+def in_row_files(tmp_path, change):
+    """A run with rows in files, one of which is changed before the second checkpoint."""
     placed = TableConfig(tier="mmap", path=str(tmp_path / "rows"))
     memory = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer(), placed)
-    gone = AtStep(4, lambda _: (tmp_path / "rows" / "layer-2.rows").unlink())
-    trainer = make(tmp_path, memory, [gone], save_strategy="steps", save_steps=2, max_steps=4)
+    changed = AfterStep(4, lambda: change(tmp_path / "rows" / "layer-2.rows"))
+    return make(tmp_path, memory, [changed], save_strategy="steps", save_steps=2, max_steps=4)
+
+
+def test_a_checkpoint_whose_rows_are_cut_short_is_removed(tmp_path):
+    trainer = in_row_files(tmp_path, lambda file: os.truncate(file, 100))
     with pytest.raises(CheckpointError, match=r"checkpoint-4: .*layer-2.rows.*go on from .*checkpoint-2"):
         trainer.train()
     assert checkpoints(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_checkpoint_whose_rows_are_there_without_a_name_is_whole(tmp_path):
+    in_row_files(tmp_path, lambda file: file.unlink()).train()
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    read_anew = TableConfig(tier="mmap", path=str(tmp_path / "other"))
+    memory = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer(), read_anew)
+    memory.load_memory(tmp_path / "run" / "checkpoint-4")

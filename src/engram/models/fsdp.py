@@ -51,14 +51,15 @@ def shard_model(memory: EngramModel, **options: Any) -> EngramModel:
 
     Raises:
         ConfigError: there is one process only, a model without a memory, or a torch that cannot pass parameters by (before 2.7).
-        AttachError: the memory was unloaded, another one is attached on top of it, or it is divided already.
+        AttachError: the memory was unloaded, another one is attached on top of it, it is divided already, or its base model was divided and
+            then called.
     """
     fully_shard = _check(memory)
     decoder = find_decoder(memory.base_model)
     check_topmost(decoder, memory)
     if is_fully_sharded(memory):
         raise AttachError("shard_model: this memory and its model are divided already.")
-    if getattr(getattr(memory.base_model, "_get_fsdp_state", dict)(), "_is_root", None) is not None:
+    if _was_called(memory.base_model):
         raise AttachError(
             "shard_model: got a divided base model that was called before, expected one that was just loaded: FSDP takes what is called first "
             "for the outermost."
@@ -97,6 +98,11 @@ def _check(memory: Any) -> Callable[..., Any]:
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise ConfigError("shard_model: this torch's fully_shard cannot pass tables by, expected torch 2.7 or later.")
     return fully_shard
+
+
+def _was_called(base: Any) -> bool:
+    """Whether FSDP knows a model that it divided for the outermost one, or as part of another."""
+    return is_fully_sharded(base) and getattr(base._get_fsdp_state(), "_is_root", None) is not None
 
 
 def _within(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Floor 3: files. No pickle anywhere."""
 
+from engram.checkpoint.base import base_name
 from engram.checkpoint.convert import ConversionReport, LayerError, convert_memory
 from engram.checkpoint.sole import sole_writer
 from engram.checkpoint.store import (
     DESCRIPTION_NAME,
     FORMAT_VERSION,
     again_if_saved,
-    base_name,
     lock_store,
     open_tensors,
     read_description,

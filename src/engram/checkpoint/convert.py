@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from engram._version import __version__
+from engram.checkpoint.base import base_name
 from engram.checkpoint.store import (
     DESCRIPTION_NAME,
     again_if_saved,
-    base_name,
     read_description,
     read_ledger,
     read_tensors,

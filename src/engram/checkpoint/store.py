@@ -28,7 +28,6 @@ __all__ = [
     "DESCRIPTION_NAME",
     "FORMAT_VERSION",
     "again_if_saved",
-    "base_name",
     "lock_store",
     "open_tensors",
     "read_description",
@@ -268,17 +267,6 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     _check_fields(fields, file)
     return fields
-
-
-def base_name(path: str | os.PathLike[str], description: Mapping[str, Any]) -> str | None:
-    """What the base model of the memory in the folder ``path`` is called, or where it lies: in the run's folder beside the memory, if that is
-    a run's, else what the memory says; None if it says nothing.
-    """
-    named = (description.get("base_model") or {}).get("name_or_path") or None
-    folder = Path(os.path.abspath(path))
-    beside = folder.parent / "model"
-    # A run that went on from a model has its own beside the memory, which names the one that it went on from.
-    return str(beside) if (folder.name == "memory" or not named) and (beside / "config.json").is_file() else named
 
 
 def _check_fields(fields: dict[str, Any], file: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.outputs import check_writable, made_with, print_whole
+from engram.cli.outputs import check_writable, command_line, made_with, print_whole
 
 if TYPE_CHECKING:
     from engram.config import EngramConfig
@@ -62,8 +61,7 @@ def budget_command(
 
 def _command(**options: Any) -> str:
     """What to type for the same figures."""
-    given = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
-    return "engram budget" + "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items())
+    return command_line("budget", options=((name.replace("_", "-"), value) for name, value in options.items()))
 
 
 def _sizes(backbone: BackboneConfig, engram: EngramConfig) -> dict[str, Any]:

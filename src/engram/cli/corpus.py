@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.outputs import check_writable, is_terminal, made_with
+from engram.cli.outputs import check_writable, command_line, is_terminal, made_with
 
 if TYPE_CHECKING:
     from engram.data.contamination import Contamination
@@ -66,8 +65,7 @@ def corpus_command(
             *(("contamination", n) for n in contamination or ()),
             ("json", json_out),
         ]
-        options = [part for name, value in given if value is not None for part in (f"--{name}", str(value))]
-        command = shlex.join(["engram", "corpus", str(recipe), "--out", "STORE", *options])
+        command = command_line("corpus", str(recipe), "--out", "STORE", options=given)
         counted = {"contamination": [entry.to_dict() for entry in found]}
         write_json_atomically(json_out, {"command": command, **made_with(), **fields, **counted})
 

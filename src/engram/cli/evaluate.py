@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_editor, taught_folder
-from engram.cli.outputs import check_writable, made_with, more_bar
+from engram.cli.outputs import check_writable, command_line, made_with, more_bar
 
 __all__ = ["eval_command"]
 
@@ -65,9 +64,8 @@ def eval_command(
             EngramRouter.from_yaml() if route else None,
             answered,
         )
-    given = {"memory": memory, "facts": facts, "texts": texts, "model": model}
-    flags = {"route": route, "chat": chat}
-    result.provenance = {"command": _command(given, flags) + running.options(), **made_with()}
+    given = {"memory": memory, "facts": facts, "texts": texts, "model": model, "route": route, "chat": chat}
+    result.provenance = {"command": command_line("eval", options=given.items()) + running.options(), **made_with()}
     fields = result.to_dict()
     console = Console()
     console.print(Markdown(markdown_table(fields)))
@@ -79,9 +77,3 @@ def eval_command(
         from engram.plots import plot_evaluation
 
         plot_evaluation({memory.name: fields}, plots)
-
-
-def _command(given: dict[str, Any], flags: dict[str, bool]) -> str:
-    """What makes the result again."""
-    options = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
-    return shlex.join(["engram", "eval", *options, *(f"--{name}" for name, is_set in flags.items() if is_set)])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -19,6 +20,7 @@ __all__ = [
     "check_prompt",
     "check_text",
     "check_writable",
+    "command_line",
     "count_bar",
     "is_terminal",
     "made_with",
@@ -36,6 +38,17 @@ def made_with() -> dict[str, Any]:
 
     found = made_with_device()
     return {"hardware": found["device"], "versions": found["versions"]}
+
+
+def command_line(*words: str, options: Iterable[tuple[str, Any]]) -> str:
+    """What to type for the same: ``words`` after the program's name, then the options that have a value; ``True`` is a flag that is set."""
+    given = [
+        part
+        for name, value in options
+        if value is not None and value is not False
+        for part in ((f"--{name}",) if value is True else (f"--{name}", str(value)))
+    ]
+    return shlex.join(["engram", *words, *given])
 
 
 def is_terminal(stream: TextIO | None) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.outputs import check_folder
+from engram.cli.outputs import check_folder, command_line
 
 if TYPE_CHECKING:
     from engram.plots import Report, ResultFile
@@ -67,10 +66,8 @@ def plot_command(
 
 def _command(results: Sequence[Path] | None, out: Path | None, html: Path | None, markdown: Path | None) -> str:
     """What was typed."""
-    options = {"out": out, "html": html, "markdown": markdown}
-    given = [str(path) for path in results or ()]
-    given += [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
-    return shlex.join(["engram", "plot", *given])
+    options = [("out", out), ("html", html), ("markdown", markdown)]
+    return command_line("plot", *map(str, results or ()), options=options)
 
 
 def _kept_aside(file: ResultFile) -> str:

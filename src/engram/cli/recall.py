@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_base
-from engram.cli.outputs import check_writable, made_with, print_whole
+from engram.cli.outputs import check_writable, command_line, made_with, print_whole
 
 __all__ = ["recall_command"]
 
@@ -130,12 +129,13 @@ def _provenance(
     seed: int,
     running: Running,
 ) -> dict[str, Any]:
-    given: dict[str, Any] = {"model": model, "memory": memory, "texts": texts}
-    given = {name: value for name, value in given.items() if value} | {
+    given = {
+        "model": model or None,
+        "memory": memory,
+        "texts": texts,
         "tasks": tasks,
         "lengths": lengths,
         "examples": examples,
         "seed": seed,
     }
-    options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    return {"command": shlex.join(["engram", "recall", *options]) + running.options(), **made_with()}
+    return {"command": command_line("recall", options=given.items()) + running.options(), **made_with()}

@@ -59,14 +59,14 @@ def check_free(decoder: Decoder, beneath: EngramModel | None) -> None:
     )
 
 
-def check_topmost(decoder: Decoder, memory: EngramModel) -> None:
+def check_topmost(memory: EngramModel) -> None:
     """Refuse a memory that is not the one that was attached last.
 
     Raises:
         AttachError: it is refused.
     """
     memory._check_attached()
-    if decoder.module.__dict__.get(ATTACHED) != memory.owner_token:
+    if not is_topmost(memory):
         raise AttachError("another memory was attached on top of this one; call unload() on that one first.")
 
 

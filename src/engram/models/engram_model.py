@@ -315,7 +315,7 @@ class EngramModel(nn.Module):
 
     def _unload(self) -> Any:
         decoder = find_decoder(self.base_model)
-        check_topmost(decoder, self)
+        check_topmost(self)
         if is_fully_sharded(self):
             raise AttachError(
                 "unload: got a memory and a model that FSDP has divided together, expected whole ones; save both and load them anew."

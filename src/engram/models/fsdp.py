@@ -56,7 +56,7 @@ def shard_model(memory: EngramModel, **options: Any) -> EngramModel:
     """
     fully_shard = _check(memory)
     decoder = find_decoder(memory.base_model)
-    check_topmost(decoder, memory)
+    check_topmost(memory)
     if is_fully_sharded(memory):
         raise AttachError("shard_model: this memory and its model are divided already.")
     if _was_called(memory.base_model):

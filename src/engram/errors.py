@@ -4,6 +4,8 @@ Every error says what was got, what was expected and how to fix it. Each class a
 expect, so ``except ValueError`` keeps working for code that has never heard of engram.
 """
 
+from collections.abc import Sequence
+
 __all__ = [
     "AttachError",
     "BenchError",
@@ -16,6 +18,7 @@ __all__ = [
     "TableError",
     "TeachError",
     "TrainingError",
+    "first_of",
     "reason_of",
 ]
 
@@ -62,6 +65,12 @@ class TrainingError(EngramError, RuntimeError):
 
 class BenchError(EngramError, RuntimeError):
     """What was to be timed gives wrong results."""
+
+
+def first_of(names: Sequence[str], shown: int, between: str = ", ") -> str:
+    """The first ``shown`` of ``names`` for a message, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return between.join(names[:shown]) + more
 
 
 def reason_of(error: BaseException) -> str:

@@ -205,6 +205,8 @@ USES = {
     "fill": "table.load_rows(99999, torch.zeros(1, 16))",
     "walk": "[rows.sum() for _, rows in table.iter_row_blocks()]",
     "flush": "table.flush()",
+    "state": "table.state_dict()",  # its values would be read later, by somebody who cannot know
+    "state of hot rows": "hybrid.state_dict()",
     "step": "loss.backward(); optimizer.step()",  # the look-up was before
 }
 
@@ -213,9 +215,10 @@ def test_a_truncated_file_is_an_error_not_a_crash(tmp_path):
     file = tmp_path / "rows"
     program = f"""
 import os, torch
-from engram.tables import MmapTable
+from engram.tables import HybridTable, MmapTable
 from engram import EngramAdamW, TableError
 table = MmapTable(100000, 16, {str(file)!r}, "r+")
+hybrid = HybridTable(table, hot_rows=2)
 optimizer = EngramAdamW(table.parameters())
 loss = table.lookup(torch.tensor([99999])).sum()
 os.truncate({str(file)!r}, 4096)

@@ -12,6 +12,7 @@ import typer
 
 from engram.cli.loading import Running, check_out, open_base
 from engram.cli.outputs import check_writable, is_terminal
+from engram.errors import first_of
 
 if TYPE_CHECKING:
     from engram.checkpoint import ConversionReport
@@ -164,8 +165,7 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any
         found["facts"] = {"facts": len(was), "before": sum(was.values()), "after": sum(now.values()), "lost": lost}
         print(f"facts exact: {sum(was.values())} of {len(was)} before, {sum(now.values())} after")
         if lost:
-            more = f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else ""
-            print(f"not exact any more: {', '.join(lost[:_LISTED])}{more}; choose a format with more bits", file=sys.stderr)
+            print(f"not exact any more: {first_of(lost, _LISTED)}; choose a format with more bits", file=sys.stderr)
     if before["bits"] is not None:
         change = 100 * (after["bits"] / before["bits"] - 1)
         found["bits_per_byte"] = {"before": before["bits"], "after": after["bits"], "change_percent": change}

@@ -25,7 +25,7 @@ from engram.cli.loading import (
     taught_folder,
 )
 from engram.cli.outputs import check_prompt, count_bar, is_terminal
-from engram.errors import DataError, EngramError, TeachError
+from engram.errors import DataError, EngramError, TeachError, first_of
 
 if TYPE_CHECKING:
     from engram.data import Fact
@@ -112,8 +112,8 @@ def teach_command(
     )
     if at_start:
         print(
-            f"note: {len(at_start)} of the taught facts ({_listed(at_start)}) speak at the start of an input or of a line only, not within "
-            "running text: their prompts are so short that the first word is part of what is looked for; add a longer phrasing, if that "
+            f"note: {len(at_start)} of the taught facts ({first_of(at_start, _LISTED)}) speak at the start of an input or of a line only, not "
+            "within running text: their prompts are so short that the first word is part of what is looked for; add a longer phrasing, if that "
             "matters",
             file=sys.stderr,
         )
@@ -280,7 +280,7 @@ def merge_command(
             wrong = [fact_id for fact_id, ok in exact.items() if not ok]
             if wrong:
                 raise TeachError(
-                    f"in the union {len(wrong)} facts are not exact: {', '.join(wrong[:_LISTED])}. Nothing was written."
+                    f"in the union {len(wrong)} facts are not exact: {first_of(wrong, _LISTED)}. Nothing was written."
                 )
         report = merge_memories(a, b, out, side)
     for line in report.resolved:
@@ -322,15 +322,9 @@ def _size(memory: Path) -> int:
     return sum(file.stat().st_size for file in memory.iterdir() if file.is_file())
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
-
-
 def _report_conflicts(conflicts: list[RowConflict]) -> None:
-    shown = "; ".join(f"row {c.row}: {c.loser} does without, {', '.join(c.owners)} keeps it" for c in conflicts[:_LISTED])
-    more = f"; and {len(conflicts) - _LISTED} more" if len(conflicts) > _LISTED else ""
-    print(f"{len(conflicts)} rows in conflict: {shown}{more}", file=sys.stderr)
+    told = [f"row {c.row}: {c.loser} does without, {', '.join(c.owners)} keeps it" for c in conflicts]
+    print(f"{len(conflicts)} rows in conflict: {first_of(told, _LISTED, '; ')}", file=sys.stderr)
 
 
 def _shift(bar: Callable[[int], None], before: int, done: int, _: int) -> None:

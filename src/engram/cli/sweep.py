@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engram.cli.outputs import check_writable, print_whole
+from engram.errors import first_of
 
 if TYPE_CHECKING:
     from engram.experiments import SweepRecipe
@@ -84,8 +85,7 @@ def _tell_of_kept_aside(sweep: SweepRecipe, known: dict[str, Any], place: Path, 
     aside = len(kept_aside(sweep, known))
     if aside:
         changed = changes_since(sweep, known)
-        more = ["and more"] if len(changed) > _CHANGES_NAMED else []
-        differs = f" ({'; '.join(changed[:_CHANGES_NAMED] + more)})" if changed else ""
+        differs = f" ({first_of(changed, _CHANGES_NAMED, '; ')})" if changed else ""
         where, option = ("under other_points", "--json") if in_file else ("in their folders", "--out")
         print(
             f"{place} holds {aside} points of another recipe{differs}, those that chose learning rates included. They are kept {where}, and "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from engram.data.facts import Fact, quoted
 from engram.editing.ledger import Ledger, LedgerFact
-from engram.errors import TeachError
+from engram.errors import TeachError, first_of
 
 __all__ = ["SortedFacts", "in_parts", "sort_out"]
 
@@ -40,9 +40,8 @@ class SortedFacts:
         """
         if not self.contradictions:
             return
-        more = f" and {len(self.contradictions) - _SHOWN} more" if len(self.contradictions) > _SHOWN else ""
         raise TeachError(
-            f"facts contradict the memory: {'; '.join(self.contradictions[:_SHOWN])}{more}. Forget those first, or have them replaced "
+            f"facts contradict the memory: {first_of(self.contradictions, _SHOWN, '; ')}. Forget those first, or have them replaced "
             "(--replace, replace_answers=True)."
         )
 

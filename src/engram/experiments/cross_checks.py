@@ -10,7 +10,7 @@ import numpy as np
 
 from engram.experiments.arms import REFERENCE
 from engram.experiments.statistics import excludes_zero, half_width_over_settings, mean_interval, seed_interval
-from engram.experiments.summary import aligned, group_by, paired, parabola, summarise
+from engram.experiments.summary import aligned, group_by, other_labels, paired, parabola, summarise
 
 __all__ = [
     "against_experts_alone",
@@ -81,12 +81,12 @@ def against_experts_alone(results: Results) -> Iterator[tuple[str, str, dict[str
         (name, points)
         for name, result in results.items()
         if result["question"] == "allocation"
-        for points in group_by(result["points"], lambda p: _labels_but(p, "rho")).values()
+        for points in group_by(result["points"], lambda p: other_labels(p, "rho")).values()
     ]
     for name, result in results.items():
         if result["question"] != "comparison":
             continue
-        for points in group_by(result["points"], _labels_but).values():
+        for points in group_by(result["points"], lambda p: other_labels(p, None)).values():
             for other, candidates in pure:
                 experts = [p for p in candidates if p["counts"]["rho"] == 1]
                 same_text = result["data"]["fingerprint"] == results[other]["data"]["fingerprint"]
@@ -98,15 +98,10 @@ def against_experts_alone(results: Results) -> Iterator[tuple[str, str, dict[str
                     yield *names, found, has_memory
 
 
-def _labels_but(point: Mapping[str, Any], dimension: str | None = None) -> str:
-    """A point's labels as one name; empty if there are none."""
-    return ", ".join(label for name, label in point["labels"].items() if name != dimension)
-
-
 def control_name(name: str, question: str, point: Mapping[str, Any]) -> str:
     """What ``against_experts_alone`` calls the arm that a point of the sweep ``name`` belongs to."""
-    label = _labels_but(point, "rho" if question == "allocation" else None)
-    return f"{name}, {label}" if label else name
+    labels = [label for dimension, label in point["labels"].items() if (question, dimension) != ("allocation", "rho")]
+    return ", ".join([name, *labels])
 
 
 def _not_the_same_runs(points: Points, others: Points) -> list[Mapping[str, Any]]:

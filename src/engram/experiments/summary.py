@@ -9,7 +9,7 @@ from typing import Any
 from engram.experiments.arms import REFERENCE
 from engram.experiments.statistics import fit_line, fit_parabola, mean_interval, seed_interval
 
-__all__ = ["aligned", "group_by", "paired", "parabola", "summarise"]
+__all__ = ["aligned", "group_by", "other_labels", "paired", "parabola", "summarise"]
 
 _SIZES = ("total", "active", "experts", "dense_width", "table_rows", "rows_per_head", "flops_per_token")
 
@@ -59,14 +59,14 @@ def aligned(groups: Sequence[Entries]) -> list[list[float]]:
     return [[losses[seed] for seed in seeds] for losses in by_seed]
 
 
-def _others(entry: Mapping[str, Any], dimension: str) -> str:
-    """The labels of all other dimensions, as one name."""
+def other_labels(entry: Mapping[str, Any], dimension: str | None) -> str:
+    """Labels of all dimensions but this one, as one name; ``all`` where there are none. It is what summaries call a budget or a setting."""
     return ", ".join(label for name, label in entry["labels"].items() if name != dimension) or "all"
 
 
 def _allocation(entries: Entries) -> dict[str, Any]:
     """By budget: the loss at every rho, a parabola through it, its lowest point, and the gain of the best rho over experts alone."""
-    return {budget: _curve(group) for budget, group in group_by(entries, lambda e: _others(e, "rho")).items()}
+    return {budget: _curve(group) for budget, group in group_by(entries, lambda e: other_labels(e, "rho")).items()}
 
 
 def _curve(entries: Entries) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _slots(entries: Entries) -> dict[str, Any]:
 def _arms(entries: Entries, reference: str) -> dict[str, Any]:
     """By setting: the loss of every arm, and its difference to the reference, seed by seed."""
     summary = {}
-    for setting, group in group_by(entries, lambda e: _others(e, "arm")).items():
+    for setting, group in group_by(entries, lambda e: other_labels(e, "arm")).items():
         arms = group_by(group, lambda e: e["labels"]["arm"])
         compared = arms.get(reference)
         summary[setting] = {

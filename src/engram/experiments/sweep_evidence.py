@@ -9,7 +9,7 @@ from typing import Any
 from engram.experiments.arms import find_arm, layer_arms
 from engram.experiments.evidence import AGREES, CANNOT_TELL, DISAGREES, Evidence, Results, of_sign, sign_verdict
 from engram.experiments.paper import PAPER
-from engram.experiments.summary import paired
+from engram.experiments.summary import other_labels, paired
 
 __all__ = [
     "ablated",
@@ -43,11 +43,7 @@ def _sweeps(results: Results, question: str) -> Iterator[tuple[str, Mapping[str,
 
 def _points(result: Mapping[str, Any], dimension: str, setting: str) -> list[Mapping[str, Any]]:
     """Points whose labels, ``dimension`` aside, are those that the summary calls ``setting``."""
-
-    def others(labels: Mapping[str, str]) -> str:
-        return ", ".join(label for name, label in labels.items() if name != dimension) or "all"
-
-    return [p for p in result["points"] if others(p["labels"]) == setting]
+    return [p for p in result["points"] if other_labels(p, dimension) == setting]
 
 
 def _budgets(results: Results) -> Iterator[tuple[str, Mapping[str, Any], list[Mapping[str, Any]]]]:

@@ -110,7 +110,7 @@ class DecoderHooks:
             ids = packing.apart(ids)
             mask = packing.mask if mask is None else packing.mask & packing.apart(mask)
             route = None if route is None else packing.of_rows(route)
-        ids = ids if mask is None else ids.masked_fill(mask == 0, config.pad_id)
+        ids = ids if mask is None else ids.masked_fill(~mask, config.pad_id)
         history = None if state is None else state.ids.last(config.max_ngram_size - 1)
         context = self._addresses(ids, history, mask, route)
         context.packing = packing

@@ -306,15 +306,15 @@ def _mean_states(model: Any, tokenizer: Any, prompts: Sequence[str], first_token
     context = context_length(model.config)
     longest = min((n for n in (first_tokens, context) if n is not None), default=None)
     states = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, verbose=False)["input_ids"][:longest]
-        if not ids:
-            states.append(torch.zeros(text_config(model.config).hidden_size))
-            continue
-        with ExitStack() as off, evaluation_mode(model):
-            for memory in model._and_beneath() if hasattr(model, "disable_engram") else ():
-                off.enter_context(memory.disable_engram())
+    with ExitStack() as off, evaluation_mode(model):
+        for memory in model._and_beneath() if hasattr(model, "disable_engram") else ():
+            off.enter_context(memory.disable_engram())
+        for prompt in prompts:
+            ids = tokenizer(prompt, verbose=False)["input_ids"][:longest]
+            if not ids:
+                states.append(torch.zeros(text_config(model.config).hidden_size))
+                continue
             output = model(input_ids=torch.tensor([ids], device=device), use_cache=False, output_hidden_states=True)
-        last = output.hidden_states[-1][0].float()
-        states.append(last.reshape(last.shape[0], -1).mean(0).cpu())
+            last = output.hidden_states[-1][0].float()
+            states.append(last.reshape(last.shape[0], -1).mean(0).cpu())
     return torch.stack(states)

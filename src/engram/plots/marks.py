@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engram.experiments.summary import other_labels
 from engram.plots.figure import COLOURS
 
-__all__ = ["colour_of", "draw_mean", "draw_seeds", "literal", "others", "points_of", "tested"]
+__all__ = ["colour_of", "draw_mean", "draw_seeds", "literal", "points_of", "tested"]
 
 
 def colour_of(number: int) -> str:
@@ -20,16 +21,11 @@ def literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def others(labels: Mapping[str, str], dimension: str) -> str:
-    """The labels of all other dimensions as one name: what a sweep's summary calls a budget or a setting."""
-    return ", ".join(label for name, label in labels.items() if name != dimension) or "all"
-
-
 def points_of(result: Mapping[str, Any], dimension: str, setting: str) -> dict[str, list[Mapping[str, Any]]]:
     """Points of one budget or setting by their label of ``dimension``."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for point in result["points"]:
-        if others(point["labels"], dimension) == setting:
+        if other_labels(point, dimension) == setting:
             found.setdefault(point["labels"][dimension], []).append(point)
     return found
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engram.errors import first_of
 from engram.experiments.sweep_evidence import paper_shares
 from engram.plots.figure import Picture
 from engram.plots.markdown import count, interval, literal_text, plural, table
@@ -133,8 +134,7 @@ class Report:
         if self.study:
             return "Memory or experts: a small study of Engram"
         names = list(self._sweeps()) or [file.name for file in self.files]
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        return f"Results: {literal_text(', '.join(names[:_NAMED]))}{more}"
+        return f"Results: {literal_text(first_of(names, _NAMED))}"
 
     def _opening(self) -> Iterator[str]:
         asked = (

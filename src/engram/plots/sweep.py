@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from engram.experiments.summary import other_labels
 from engram.plots.figure import COLOURS, Picture, new_figure, save_figure
-from engram.plots.marks import colour_of, draw_mean, draw_seeds, literal, others, points_of, tested
+from engram.plots.marks import colour_of, draw_mean, draw_seeds, literal, points_of, tested
 from engram.plots.sweep_arms import plot_ablation, plot_comparison
 
 __all__ = ["DIMENSIONS", "plot_sweep"]
@@ -190,7 +191,7 @@ def _curves(result: Mapping[str, Any], path: Path) -> Picture:
     from matplotlib import colormaps
 
     dimension = DIMENSIONS[result["question"]]
-    settings = list(dict.fromkeys(others(p["labels"], dimension) for p in result["points"]))
+    settings = list(dict.fromkeys(other_labels(p, dimension) for p in result["points"]))
     labels = list(dict.fromkeys(p["labels"][dimension] for p in result["points"]))
     shades = colormaps["viridis"](np.linspace(0, 0.92, len(labels)))
     figure, axes = new_figure(len(settings), width=4.0 * len(settings) + 2.2, height=4.0)

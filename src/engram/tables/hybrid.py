@@ -135,6 +135,14 @@ class HybridTable(EmbeddingTable):
         self.cold._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._forget_copies()
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """The cold table's, which may refuse.
+
+        Raises:
+            TableError: as the cold table.
+        """
+        self.cold._save_to_state_dict(destination, prefix, keep_vars)
+
     @property
     def format_name(self) -> str:
         """How rows are stored, by its name in ``FORMATS``."""

@@ -300,6 +300,15 @@ class MappedRows(EmbeddingTable):
             self._file.changing()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As ``nn.Module``; values are read when they are used.
+
+        Raises:
+            TableError: the file was truncated since it was mapped.
+        """
+        self._file.check()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _put(self, start: int, *stored: Tensor) -> None:
         for rows, held, place, size in zip(stored, self._tensors(), self._places, self._row_bytes, strict=True):
             content = rows.detach().to("cpu", held.dtype).contiguous().view(-1)

@@ -22,6 +22,7 @@ from engram import EngramConfig, TableConfig, get_engram_model
 from engram.models import StaticDecoder
 from engram.ops.dispatch import triton_gather
 from engram.tables.memory import available_memory
+from engram.tables.pinned import nothing_unlocked
 
 SEED = 0
 FULL = {
@@ -62,9 +63,18 @@ def backbone(sizes, device):
         return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
 
+def taken(device):
+    """Bytes of the device that are in use, by whomever: the driver's own tables for page-locked memory too."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
 def attach(base, sizes, table_bytes, tier, device):
     """A memory of so many bytes, and what it took of the device and of time."""
-    before, started = allocated(device), time.perf_counter()
+    all_before, before, started = taken(device), allocated(device), time.perf_counter()
     config = EngramConfig(
         engram_vocab_size=table_bytes // (ROW_BYTES * HEADS * len(sizes["engram_layers"])),
         layer_ids=sizes["engram_layers"],
@@ -79,10 +89,14 @@ def attach(base, sizes, table_bytes, tier, device):
             rows = torch.randn(min(SAMPLE_ROWS, table.rows), table.dim, generator=torch.Generator().manual_seed(start))
             table.load_rows(start, rows)
     synchronize(device)
+    parameters = [p for engram in memory.engrams.values() for p in engram.parameters()]
+    rows = {id(table.weight) for table in tables}
     account = {
         "tier": tier,
         "table_bytes": sum(table.nbytes for table in tables),
+        "reader_bytes": sum(p.nbytes for p in parameters if id(p) not in rows),
         "device_bytes": allocated(device) - before,
+        "device_bytes_with_driver": taken(device) - all_before,
         "attach_seconds": time.perf_counter() - started,
         "read_by_device": all(table.is_read_by(device) for table in tables),
     }
@@ -136,7 +150,7 @@ class Reads:
         if device.type == "cuda":
             synchronize(device)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with nothing_unlocked(), torch.cuda.graph(self.graph):
                 self.read()
 
     def draw(self):
@@ -232,6 +246,7 @@ def decode(host, device_memory, sizes, args, device):
             "tokens_per_second": args.sequences / seconds["median"],
             "to_off": ratios,
             "to_device": _to(variant, variants["device"]),  # what it costs that rows are elsewhere, whatever else a step takes
+            "staging_bytes": sum(buffer.nbytes for buffer in variant.decoder.prefetcher._buffers.values()),
             "seconds_over_off": spread([one - other for one, other in zip(variant.seconds, variants["off"].seconds)]),
         }
         print(
@@ -246,7 +261,9 @@ def _to(variant, other):
 
 def parsed():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table-bytes", type=float, default=1e11, help="host table; at most four fifths of the free memory")
+    parser.add_argument(
+        "--table-bytes", type=float, help="host table; 1e11, or four fifths of the free memory where that is less"
+    )
     parser.add_argument("--device-bytes", type=float, default=4e9, help="device table")
     parser.add_argument("--sequences", type=int, default=512)
     parser.add_argument("--context", type=int, default=32, help="tokens of each prompt")
@@ -267,7 +284,8 @@ def main():
     args = parsed()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     sizes = QUICK if args.quick else FULL
-    table_bytes = int(min(args.table_bytes, 0.8 * (available_memory() or args.table_bytes)))
+    table_bytes = int(args.table_bytes or min(1e11, 0.8 * (available_memory() or 1e11)))
+    print(f"host table of {table_bytes:,} bytes; free: {available_memory() or 0:,}", flush=True)
     base = backbone(sizes, device)
     twin = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # hooks of its own, the same weights
     host, host_tables, host_account = attach(base, sizes, table_bytes, "host", device)
@@ -283,7 +301,7 @@ def main():
         "sizes": sizes,
         "parameters": sum(p.numel() for p in base.parameters()),
         "sequences": args.sequences,
-        "asked_table_bytes": int(args.table_bytes),
+        "asked_table_bytes": int(args.table_bytes or 1e11),
         "tables": {"host": host_account, "device": small_account},
     }
     write(args.out, result)

@@ -115,6 +115,13 @@ def test_host_rows_on_fixed_buffers():
     assert_close(decoder.step(ids[:, -1]), logits_of(memory, *longer))
 
 
+def test_a_model_on_several_devices_is_refused():
+    memory = tiny_memory()
+    memory.base_model.lm_head.to("meta")  # any second device
+    with pytest.raises(AttachError, match="got a model on cpu, meta, expected one on a single device"):
+        StaticDecoder(memory, 8)
+
+
 def test_what_fixed_buffers_cannot_do_is_refused():
     with pytest.raises(AttachError, match="got layers of sliding_attention, expected full_attention only"):
         StaticDecoder(tiny_memory(tiny_model("mistral", sliding_window=16)), max_length=8)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from engram import ConfigError, EngramConfig, native
 from engram.hashing import mapping_without_tokenizer
 from engram.layers import Engram
+from engram.native import optional
 from engram.ops import lookup_rows
 from engram.tables import ABSENT
 from tests.editing.helpers import FACTS, logits, make_editor
@@ -371,3 +373,24 @@ print("done")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+def test_triton_that_has_no_compiler_is_done_without(monkeypatch, caplog):
+    """The driver is compiled when it is first asked for."""
+
+    class Runtime:
+        @property
+        def driver(self):
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nMore of it")
+
+    imported = optional.importlib.import_module
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(optional.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(optional.importlib, "import_module", lambda n: Runtime() if n == "triton.runtime" else imported(n))
+    for cached in (optional.triton_kernel, optional._can_launch):
+        monkeypatch.setattr(optional, cached.__name__, cache(cached.__wrapped__))
+    with caplog.at_level("WARNING", logger="engram"):
+        assert optional.triton_kernel("engram.ops.triton_gather", "gather_rows_triton") is None
+        assert optional.triton_kernel("engram.hashing.triton_hash", "hash_ngrams_triton") is None
+    assert len(caplog.records) == 1
+    assert "Triton cannot be used here (Failed to find C compiler" in caplog.text

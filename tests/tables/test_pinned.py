@@ -4,6 +4,8 @@ import copy
 import gc
 import pickle
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -55,6 +57,9 @@ def test_memory_is_locked_once_and_unlocked_when_the_table_goes(runtime):
     assert not again._lock.active
     table.update_rows(torch.tensor([3]), lambda rows: rows + 1)  # not while a device may be reading
     assert runtime.calls[1:] == [("wait",)]
+    runtime.calls.pop()
+    table.load_state_dict(twin.state_dict())
+    assert runtime.calls[1:] == [("wait",)]
     del table
     gc.collect()
     assert runtime.calls[2:] == [("wait",), ("unlock", pointer)]
@@ -68,7 +73,7 @@ def test_memory_that_goes_while_a_graph_is_captured_is_kept_and_unlocked_later(r
     del table
     gc.collect()
     assert [call[0] for call in runtime.calls] == ["lock"]  # nothing that could wait
-    assert [tensor.data_ptr() for tensor in pinned._waiting[where:]] == [pointer]  # not given back either
+    assert [tensor.data_ptr() for tensor, _ in pinned._waiting[where:]] == [pointer]  # not given back either
     runtime.capturing = False
     HostTable(50, 16)  # which may need its memory
     assert runtime.calls[1:] == [("wait",), ("unlock", pointer)]
@@ -96,7 +101,7 @@ def test_memory_that_cannot_be_unlocked_is_never_given_back(runtime, monkeypatch
     del table
     gc.collect()
     assert runtime.calls[-1] == ("unlock", pointer)
-    (kept,) = pinned._waiting
+    ((kept, _),) = pinned._waiting
     assert kept.data_ptr() == pointer
     pinned._waiting.clear()
 
@@ -132,7 +137,7 @@ def test_a_refusal_is_said_once_and_not_tried_again(runtime, caplog):
         assert not table.is_read_by(DEVICE)
     assert [call[0] for call in runtime.calls] == ["lock", "clear"]
     assert len(caplog.records) == 1
-    assert "6,400 bytes of host memory could not be page-locked (cudaHostRegister answered 2)" in caplog.text
+    assert "6,400 bytes of host memory could not be page-locked for cuda:0 (cudaHostRegister answered 2)" in caplog.text
 
 
 def test_a_device_that_sees_another_address_is_not_used(runtime, monkeypatch, caplog):
@@ -143,6 +148,47 @@ def test_a_device_that_sees_another_address_is_not_used(runtime, monkeypatch, ca
     with caplog.at_level("WARNING", logger="engram"):
         assert not HostTable(100, 16).is_read_by(DEVICE)
     assert "another address" in caplog.text
+
+
+def test_one_device_that_sees_another_address_leaves_the_others_alone(runtime, monkeypatch):
+    second, see = torch.device("cuda", 1), pinned._device_view
+
+    def view(tensor, device):
+        if device == second:
+            raise RuntimeError("cuda:1 sees page-locked memory under another address")
+        return see(tensor, device)
+
+    monkeypatch.setattr(pinned, "_device_view", view)
+    table = HostTable(100, 16)
+    assert [table.is_read_by(device) for device in (DEVICE, second, DEVICE, second)] == [True, False, True, False]
+
+
+def test_every_device_that_reads_is_waited_for(runtime, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    devices = {DEVICE, torch.device("cuda", 1)}
+    table = HostTable(100, 16)
+    assert all(table.is_read_by(device) for device in devices)
+    table.update_rows(torch.tensor([3]), lambda rows: rows + 1)
+    assert set(waited) == devices
+    waited.clear()
+    del table
+    gc.collect()
+    assert set(waited) == devices
+
+
+def test_threads_lock_memory_once(runtime, monkeypatch):
+    register = runtime.cudaHostRegister
+
+    def slowly(*args):
+        time.sleep(0.05)
+        return register(*args)
+
+    monkeypatch.setattr(runtime, "cudaHostRegister", slowly)
+    table = HostTable(100, 16)
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(lambda _: table.is_read_by(DEVICE), range(4)))
+    assert [call[0] for call in runtime.calls] == ["lock"]
 
 
 def test_files_are_never_locked(runtime, tmp_path):

@@ -33,6 +33,7 @@ from engram.tables import (
     QuantisedMmapTable,
     QuantisedTable,
     RowPrefetcher,
+    available_memory,
     build_table,
     check_room,
     is_untouched,
@@ -837,6 +838,17 @@ def test_pages_are_taken_before_they_are_written(monkeypatch):
     assert resident() - before > 60 << 20
     assert (rows[7], rows[-1], rows.sum()) == (3.0, 5.0, 8.0)
     take_pages(torch.zeros(5))  # too small to be worth a thread
+
+
+def test_what_memory_there_is_may_be_told(monkeypatch):
+    monkeypatch.setenv("ENGRAM_AVAILABLE_MEMORY", "1e8")
+    assert available_memory() == 100_000_000
+    with pytest.raises(TableError, match="expected at most the 100,000,000 bytes available"):
+        HostTable(1_000_000, 64)
+    for wrong in ("much", "inf", "nan"):
+        monkeypatch.setenv("ENGRAM_AVAILABLE_MEMORY", wrong)
+        with pytest.raises(ConfigError, match="expected a number of bytes"):
+            available_memory()
 
 
 def test_tables_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):

@@ -147,7 +147,8 @@ def gathered(tensor: Tensor, group: Group = None) -> Tensor:
 def wait_for_all(group: Group = None) -> None:
     """Return when every process has come here."""
     if process_count(group) > 1:
-        dist.barrier(group)
+        nccl = str(dist.get_backend(group)) == "nccl"  # which would guess the device otherwise
+        dist.barrier(group, device_ids=[torch.cuda.current_device()] if nccl else None)
 
 
 def sum_everywhere(number: Tensor, group: Group = None) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from engram.errors import ConfigError
+from engram.experiments.experts import multiply_as_autocast
 
 __all__ = ["BackboneConfig", "build_backbone"]
 
@@ -178,10 +179,16 @@ def build_backbone(config: BackboneConfig, tokenizer: Any = None) -> PreTrainedM
         ConfigError: the tokenizer has more ids than ``vocab_size``.
     """
     if tokenizer is None:
-        return AutoModelForCausalLM.from_config(config.to_transformers(), attn_implementation=config.attn_implementation)
+        return _fresh(config, config.to_transformers())
     if len(tokenizer) > config.vocab_size:
         raise ConfigError(
             f"BackboneConfig.vocab_size: got {config.vocab_size}, expected at least {len(tokenizer)} (tokenizer)."
         )
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return AutoModelForCausalLM.from_config(config.to_transformers(*ids), attn_implementation=config.attn_implementation)
+    return _fresh(config, config.to_transformers(*ids))
+
+
+def _fresh(config: BackboneConfig, sizes: PreTrainedConfig) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_config(sizes, attn_implementation=config.attn_implementation)
+    multiply_as_autocast(model)
+    return model

@@ -85,7 +85,7 @@ class StaticDecoder:
         capture: whether to replay a CUDA graph; None does on CUDA. Elsewhere steps run as they are, on the same fixed buffers.
 
     Raises:
-        AttachError: the model has windowed or recurrent layers, or takes no masks of four dimensions.
+        AttachError: the model has windowed or recurrent layers, takes no masks of four dimensions, or lies on several devices.
     """
 
     def __init__(self, memory: EngramModel, max_length: int, capture: bool | None = None) -> None:
@@ -97,6 +97,11 @@ class StaticDecoder:
             raise AttachError(f"StaticDecoder: got layers of {', '.join(sorted(kinds))}, expected full_attention only.")
         if config.model_type in _FLAT_MASKS:
             raise AttachError(f"StaticDecoder: got a model of type {config.model_type}, which takes no mask for each position.")
+        devices = {parameter.device for parameter in memory.base_model.parameters()}
+        if len(devices) > 1:  # a graph is of one
+            raise AttachError(
+                f"StaticDecoder: got a model on {', '.join(sorted(map(str, devices)))}, expected one on a single device; use memory.generate."
+            )
         if memory.beneath is not None:
             raise AttachError(
                 "StaticDecoder: got a memory on top of another, expected one that is attached to the model itself."

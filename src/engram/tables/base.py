@@ -103,6 +103,12 @@ class EmbeddingTable(nn.Module):
         numbers = torch.arange(start, start + rows.shape[0], device=self.weight.device)
         self.update_rows(numbers, lambda old: rows.to(old.device, old.dtype))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As ``nn.Module``, when rows may be written."""
+        if any(name.startswith(prefix) for name in state_dict):
+            self._before_writing()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def _before_writing(self) -> None:
         """Called when rows were found fit to be written, before the first of them is."""
 

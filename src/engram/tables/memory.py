@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engram.errors import TableError
+from engram.errors import ConfigError, TableError
 
 __all__ = ["available_memory", "check_fits", "lazy_zeros", "take_pages"]
 
@@ -25,9 +25,24 @@ _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still use, by the machine, its control group and its own limits; None if nothing says."""
+    """Bytes that this process can still use, by the machine, its control group and its own limits; None if nothing says.
+
+    ``ENGRAM_AVAILABLE_MEMORY`` in the environment takes the place of all that, on machines whose memory grows as it is used for instance.
+
+    Raises:
+        ConfigError: it is no number of bytes.
+    """
+    if told := os.environ.get("ENGRAM_AVAILABLE_MEMORY"):
+        return _number_of_bytes(told)
     found = [value for value in (_machine_memory(), _group_memory(), _own_limits()) if value is not None]
     return min(found) if found else None
+
+
+def _number_of_bytes(told: str) -> int:
+    try:
+        return int(float(told))
+    except (ValueError, OverflowError):
+        raise ConfigError(f"ENGRAM_AVAILABLE_MEMORY: got {told!r}, expected a number of bytes, such as 1.2e11.") from None
 
 
 def _machine_memory() -> int | None:

@@ -33,8 +33,10 @@ class PageLock:
     def __init__(self) -> None:
         self._views: dict[tuple[torch.device, int, int], Tensor] = {}
         self._locked: set[tuple[int, int]] = set()
-        self.refused = False
-        """Whether page-locking failed; it is not tried again."""
+        self._readers: set[torch.device] = set()
+        self._refused: set[torch.device] = set()
+        """Where it failed; it is not tried again there."""
+        self._one_at_a_time = Lock()
 
     @property
     def active(self) -> bool:
@@ -43,22 +45,27 @@ class PageLock:
 
     def view(self, tensor: Tensor, device: torch.device) -> Tensor | None:
         """``tensor`` (contiguous, in host memory) as ``device`` sees it, locked on the first call; None where that is impossible."""
-        if self.refused or tensor.numel() == 0:
+        if tensor.numel() == 0:
             return None
         key = (device, tensor.data_ptr(), tensor.nbytes)
         if key not in self._views:
-            if not self._lock(tensor.detach(), device):
-                return None
-            try:
-                self._views[key] = _device_view(tensor.detach(), device)
-            except RuntimeError as error:
-                self._refuse(tensor, str(error))
-                return None
-        return self._views[key]
+            with self._one_at_a_time:  # locking memory twice fails
+                self._add_view(key, tensor.detach())
+        return self._views.get(key)
+
+    def _add_view(self, key: tuple[torch.device, int, int], tensor: Tensor) -> None:
+        device = key[0]
+        if key in self._views or device in self._refused or not self._lock(tensor, device):
+            return
+        self._readers.add(device)
+        try:
+            self._views[key] = _device_view(tensor, device)
+        except RuntimeError as error:
+            self._refuse(tensor, device, str(error))
 
     def settle(self) -> None:
         """Wait until no device reads the memory any more; for whoever is about to write into it."""
-        for device in {device for device, _, _ in self._views}:  # memory that somebody else locked has views too
+        for device in tuple(self._readers):  # of memory that somebody else locked, too
             torch.cuda.synchronize(device)
 
     def _lock(self, tensor: Tensor, device: torch.device) -> bool:
@@ -73,20 +80,21 @@ class PageLock:
         with torch.cuda.device(device):  # whose memory it then is, as far as torch can tell
             status = int(_cudart().cudaHostRegister(*part, _PORTABLE | _MAPPED))
         if status:
-            self._refuse(tensor, f"cudaHostRegister answered {status}")
+            self._refuse(tensor, device, f"cudaHostRegister answered {status}")
             _clear_error()
             return False
         self._locked.add(part)
         # At exit the system unlocks everything, and the CUDA context may be gone before Python is.
-        weakref.finalize(self, _unlock, tensor).atexit = False
+        weakref.finalize(self, _unlock, tensor, self._readers).atexit = False
         return True
 
-    def _refuse(self, tensor: Tensor, reason: str) -> None:
-        self.refused = True
+    def _refuse(self, tensor: Tensor, device: torch.device, reason: str) -> None:
+        self._refused.add(device)
         logging.getLogger("engram").warning(
-            "%s bytes of host memory could not be page-locked (%s): rows go through the CPU, more slowly. Raise the limit on locked "
-            "memory (ulimit -l), or use a smaller table.",
+            "%s bytes of host memory could not be page-locked for %s (%s): rows go through the CPU, more slowly. Give the process more "
+            "memory (locked pages cannot be swapped out), or use a smaller table.",
             f"{tensor.nbytes:,}",
+            device,
             reason,
         )
 
@@ -119,9 +127,9 @@ def _cudart() -> Any:
     return torch.cuda.cudart()
 
 
-_waiting: list[Tensor] = []
-"""Memory that nobody uses any more and that could not be unlocked yet. It is kept: what is mapped at its address next would be taken for
-locked, and the device would read the old pages."""
+_waiting: list[tuple[Tensor, set[torch.device]]] = []
+"""Memory that nobody uses any more and that could not be unlocked yet, and which devices may be reading it. It is kept: what is mapped at its
+address next would be taken for locked, and the device would read the old pages."""
 
 
 _captures = 0
@@ -142,8 +150,8 @@ def nothing_unlocked() -> Iterator[None]:
         unlock_what_waits()
 
 
-def _unlock(tensor: Tensor) -> None:
-    _waiting.append(tensor)
+def _unlock(tensor: Tensor, readers: set[torch.device]) -> None:
+    _waiting.append((tensor, readers))
     unlock_what_waits()
 
 
@@ -151,14 +159,15 @@ def unlock_what_waits() -> None:
     """Unlock memory of tables that are gone, unless a graph is being captured."""
     if not _waiting or _captures or torch.cuda.is_current_stream_capturing():
         return
-    with suppress(RuntimeError):
-        torch.cuda.synchronize()  # a look-up may still be reading
-    for tensor in list(_waiting):
+    for device in set().union(*(readers for _, readers in _waiting)):
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(device)  # a look-up may still be reading
+    for tensor, _ in list(_waiting):
         with suppress(RuntimeError):
             if int(_cudart().cudaHostUnregister(tensor.data_ptr())):
                 _clear_error()
         if not tensor.is_pinned():
-            _waiting[:] = [other for other in _waiting if other is not tensor]
+            _waiting[:] = [entry for entry in _waiting if entry[0] is not tensor]
 
 
 def _clear_error() -> None:

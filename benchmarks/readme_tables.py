@@ -193,7 +193,7 @@ def _how_trained(result):
     names = dict.fromkeys(part["system"] for part in result["settings"])
     rates = {name: [p["lr"] for p in result["settings"] if p["system"] == name and not p["replay"]] for name in names}
     told = "; ".join(f"{name} {', '.join(f'{rate:g}' for rate in rates[name])}" for name in names)
-    shown = "; ".join(f"{name} {_setting([run['systems'][name] for run in result['runs']])}" for name in names)
+    shown = "; ".join(f"{name} {_setting([run['systems'][name] for run in result['runs']], rates[name])}" for name in names)
     return (
         "Fine-tuning and LoRA (rank 16): AdamW, stopped once every taught prompt is exact, at most "
         f"{result['protocol']['epochs']} epochs; tried: rates ({told}), each with replay of the base's training text (half of the tokens "
@@ -203,9 +203,10 @@ def _how_trained(result):
     )
 
 
-def _setting(same):
+def _setting(same, rates):
     replay = "with" if same[0]["replay"] else "without"
-    return f"{same[0]['lr']:g} {replay} replay, {_range(s['epochs'] for s in same)} epochs"
+    edge = ", the highest rate tried" if same[0]["lr"] == max(rates) else ""
+    return f"{same[0]['lr']:g} {replay} replay, {_range(s['epochs'] for s in same)} epochs{edge}"
 
 
 def _exact(systems, part, patterns, field="exact"):
@@ -276,7 +277,8 @@ def peers():
         (what, f"**{engram}**", others, f"[docs/{link.partition('#')[0]}](docs/{link})") for what, engram, others, link in rows
     ]
     note = "\n\nOf what the linked tables hold, with the commands that regenerate them; each measured side by side in one run, engram-peft "
-    note += "1.2.7 for instance; engram-poc's are its published figures, of another base."
+    note += "1.2.7 for instance, but for its processes, which ran after ours; training steps are of the trainers. engram-poc's are its "
+    note += "published figures, of another base."
     behind = [load(name) for name in ("bench", "bench_avx2", "train_step_peer", "processes", "decode", "baselines")]
     commands = ", ".join(f"`{result['command']}`" for result in behind)
     hardware = ", ".join(dict.fromkeys(result["hardware"].rpartition(",")[0] for result in behind))
@@ -594,7 +596,7 @@ def formats():
     for name, first in runs[0]["joint"].items():
         joint = [run["joint"] for run in runs]
         change = [100 * (j[name]["held_out_loss"] / j["float32"]["held_out_loss"] - 1) for j in joint]
-        worst = max(change, key=abs)
+        worst = max(change)
         exact = min(run["taught"][name]["exact"] for run in runs)
         size = first["bytes"] / runs[0]["joint"]["float32"]["bytes"]
         error = max(j[name]["relative_error"] for j in joint)

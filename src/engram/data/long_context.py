@@ -88,13 +88,16 @@ class RecallTask:
 
         - ``needle`` and ``multi_key``: 1 number of those noted, ``1 / (1 + d)``;
         - ``tracking``: the same, since a chain has one number, at its beginning: ``1 / (1 + d)``, however long chains are;
-        - ``multi_query``: 1 of those noted for each answer, ``1 / (a + d)``;
+        - ``multi_query``: 1 of those noted for each answer. Right answers before it stand in the text, and none is asked for twice, so
+          the copies are of the rest: the mean of ``1 / (a - j + d)`` over ``j = 0 .. a - 1`` answers given;
         - ``multi_value``: ``a`` different ones of those noted, in the right order, ``d! / (a + d)!``.
         """
         asked, others = int(self.asked or 1), int(self.distractors or 0)
         if self.kind == "multi_value":
             return 1 / math.perm(asked + others, asked)
-        return 1 / ((asked if self.kind == "multi_query" else 1) + others)
+        if self.kind == "multi_query":
+            return sum(1 / (left + others) for left in range(1, asked + 1)) / asked
+        return 1 / (1 + others)
 
 
 # Asked and distractors. The more there are, the less is found by copying at random; with these, every kind fits into 96 tokens.

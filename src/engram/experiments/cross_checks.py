@@ -10,7 +10,7 @@ import numpy as np
 
 from engram.experiments.arms import REFERENCE
 from engram.experiments.statistics import excludes_zero, half_width_over_settings, mean_interval, seed_interval
-from engram.experiments.summary import aligned, group_by, other_labels, paired, parabola, summarise
+from engram.experiments.summary import SHARE_ROUNDING, aligned, group_by, other_labels, paired, parabola, summarise
 
 __all__ = [
     "against_experts_alone",
@@ -60,14 +60,23 @@ def pooled_half_width(points: Points) -> float | None:
     return half_width_over_settings([[of_seed[seed] for seed in seeds] for of_seed in arms.values()])
 
 
-def made_twice(results: Results) -> list[float]:
-    """Differences of test loss between runs of one recipe, text and seed that stand in two sweeps, the later name less the earlier."""
-    losses: dict[str, list[float]] = {}
+def made_twice(results: Results) -> dict[bool, list[float]]:
+    """Differences of test loss between runs of one recipe, text and seed that stand in two sweeps, the later name less the earlier.
+
+    Returns:
+        Those of models with a memory (True) and without (False), if there are any.
+    """
+    runs: dict[str, list[Mapping[str, Any]]] = {}
     for _, result in sorted(results.items()):
-        found = {p["digest"] + result["data"]["fingerprint"]: p["test"]["loss"] for p in (*result["points"], *result["tuning"])}
-        for key, loss in found.items():
-            losses.setdefault(key, []).append(loss)
-    return [other - found[0] for found in losses.values() for other in found[1:]]
+        found = {p["digest"] + result["data"]["fingerprint"]: p for p in (*result["points"], *result["tuning"])}
+        for key, point in found.items():
+            runs.setdefault(key, []).append(point)
+    differences: dict[bool, list[float]] = {}
+    for first, *others in runs.values():
+        for other in others:
+            has_memory = first["counts"]["table_rows"] > 0
+            differences.setdefault(has_memory, []).append(other["test"]["loss"] - first["test"]["loss"])
+    return differences
 
 
 def against_experts_alone(results: Results) -> Iterator[tuple[str, str, dict[str, Any], bool]]:
@@ -125,9 +134,14 @@ def not_told_apart(curve: Points, points: Points, best: str) -> list[float]:
     return [row["rho"] for row in curve if not is_apart(row["label"])]
 
 
+def shares_from(curve: Points, smallest: float) -> Points:
+    """The rows of a curve whose share, as it was asked for, is ``smallest`` or more."""
+    return [row for row in curve if row["rho"] >= smallest - SHARE_ROUNDING]
+
+
 def parabola_above(curve: Points, points: Points, smallest: float) -> dict[str, Any] | None:
     """The parabola through shares from ``smallest`` alone; None for fewer than four."""
-    rows = [row for row in curve if row["rho"] >= smallest]
+    rows = shares_from(curve, smallest)
     if len(rows) < 4:
         return None
     of = group_by(points, lambda p: p["labels"]["rho"])

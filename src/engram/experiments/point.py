@@ -263,11 +263,14 @@ def _result(recipe: PointRecipe, data: PreparedData, model: Any, trainer: SafeTr
     losses = [(entry["step"], round(entry["loss"], 4)) for entry in history if "loss" in entry]
     if not losses or not all(math.isfinite(loss) for _, loss in losses):
         raise TrainingError(f"training loss is not finite ({losses[-1:]}); lower the learning rate. No result was written.")
+    held_out = _measure_all(model, data, recipe.bf16)
+    if not all(math.isfinite(half["loss"]) for half in held_out.values()):
+        raise TrainingError("held-out loss is not finite; lower the learning rate. No result was written.")
     loads = [entry["expert_load_max"] for entry in history if "expert_load_max" in entry]
     tokens = recipe.steps * recipe.batch_tokens
     return {
         "counts": {**_memory_counts(recipe, model), **_backbone_counts(recipe, tokens)},
-        "held_out": _measure_all(model, data, recipe.bf16),
+        "held_out": held_out,
         "held_out_text": {half: blocks.composition for half, blocks in data.held_out.items()},
         "tokens": tokens,
         "epochs": round(dataset.epochs, 3),

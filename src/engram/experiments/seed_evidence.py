@@ -59,7 +59,7 @@ def alignment(results: Results) -> Iterator[Evidence]:
 
 
 def phrase_gates(results: Results) -> Iterator[Evidence]:
-    """Gates at ends of phrases less those at the same words elsewhere, mean over layers with a memory."""
+    """Gates at ends of phrases, less those at the same words elsewhere and less those at their own first words; means over layers."""
     for where, looks in _looks(results):
         found = [look["phrases"]["layers"] for look in looks]
         told = {place: _over_layers(found, f"completes_less_{place}") for place in ("same_word", "begins", "other")}
@@ -69,11 +69,10 @@ def phrase_gates(results: Results) -> Iterator[Evidence]:
                 CANNOT_TELL, where, unit="of a gate", note="the last words of phrases were not seen elsewhere in every look"
             )
             continue
-        beside = [f"less {name} {_told(told[place])}" for place, name in _BESIDE.items()]
-        yield _over_seeds(where, same, "of a gate", f"ends of phrases less the same words elsewhere; {', '.join(beside)}")
-
-
-_BESIDE = {"begins": "ends of their own first words", "other": "ends of other words"}
+        others = f"less ends of other words {_told(told['other'])}"
+        yield _over_seeds(where, same, "of a gate", f"ends of phrases less the same words elsewhere; {others}")
+        if (begins := told["begins"]) is not None:  # as the paper's pictures show it, where the words differ too
+            yield _over_seeds(where, begins, "of a gate", "ends of phrases less ends of their own first words")
 
 
 def memory_off(results: Results) -> Iterator[Evidence]:

@@ -11,6 +11,7 @@ import numpy as np
 from engram.evaluation.answers import wilson_interval
 
 __all__ = [
+    "NOTHING",
     "excludes_zero",
     "fit_line",
     "fit_parabola",
@@ -27,6 +28,10 @@ _T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
+
+
+NOTHING = 1e-9
+"""What is smaller is rounding, of losses and of shares: no difference between models."""
 
 
 def student_t(degrees: int) -> float:
@@ -111,8 +116,8 @@ def share_over_seeds(answers: Iterable[tuple[int, int]]) -> dict[str, Any]:
 
 
 def excludes_zero(low: float | None, high: float | None) -> bool:
-    """Whether there is an interval of numbers (NaN is none), and zero is not in it."""
-    return low is not None and high is not None and (0 < low <= high or low <= high < 0)
+    """Whether there is an interval of numbers (NaN is none), and zero is not in it, nor so near that rounding alone keeps it out."""
+    return low is not None and high is not None and (NOTHING < low <= high or low <= high < -NOTHING)
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

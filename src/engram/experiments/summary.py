@@ -7,9 +7,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from engram.experiments.arms import REFERENCE
-from engram.experiments.statistics import fit_line, fit_parabola, mean_interval, seed_interval
+from engram.experiments.statistics import NOTHING, fit_line, fit_parabola, mean_interval, seed_interval
 
-__all__ = ["aligned", "group_by", "other_labels", "paired", "parabola", "summarise"]
+__all__ = ["SHARE_ROUNDING", "aligned", "group_by", "other_labels", "paired", "parabola", "summarise"]
+
+SHARE_ROUNDING = 0.01
+"""Whole experts and primes move a share by less than this from the one that was asked for."""
 
 _SIZES = ("total", "active", "experts", "dense_width", "table_rows", "rows_per_head", "flops_per_token")
 
@@ -101,7 +104,8 @@ def _curve(entries: Entries) -> dict[str, Any]:
 
 def _validation(entries: Entries, seeds: Collection[int]) -> float:
     losses = [e["validation"]["loss"] for e in entries if e["seed"] in seeds]
-    return sum(losses) / len(losses)
+    mean = sum(losses) / len(losses)
+    return mean if math.isfinite(mean) else math.inf
 
 
 def parabola(rho: Sequence[float], losses: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -109,7 +113,7 @@ def parabola(rho: Sequence[float], losses: Sequence[Sequence[float]]) -> dict[st
 
     def lowest(means: list[float]) -> float | None:
         a, b, _ = fit_parabola(rho, means)
-        return -b / (2 * a) if a > 0 else None
+        return -b / (2 * a) if a > NOTHING else None
 
     def curvature(means: list[float]) -> float:
         return fit_parabola(rho, means)[0]

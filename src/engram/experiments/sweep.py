@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -337,10 +338,11 @@ def _choose(points: Sequence[Point], results: Mapping[str, Any]) -> float | None
     losses: dict[float, list[float]] = {}
     for point in points:
         entry = results.get(point.digest)
-        losses.setdefault(point.recipe.learning_rate, []).append(entry["validation"]["loss"] if entry else float("inf"))
+        loss = entry["validation"]["loss"] if entry else math.inf
+        losses.setdefault(point.recipe.learning_rate, []).append(loss if math.isfinite(loss) else math.inf)
     means = {rate: sum(values) / len(values) for rate, values in losses.items()}
     best = min(means, key=lambda rate: means[rate])
-    return best if means[best] < float("inf") else None
+    return best if means[best] < math.inf else None
 
 
 def run_sweep(

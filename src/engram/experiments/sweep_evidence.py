@@ -9,7 +9,7 @@ from typing import Any
 from engram.experiments.arms import find_arm, layer_arms
 from engram.experiments.evidence import AGREES, CANNOT_TELL, DISAGREES, Evidence, Results, of_sign, sign_verdict
 from engram.experiments.paper import PAPER
-from engram.experiments.summary import other_labels, paired
+from engram.experiments.summary import SHARE_ROUNDING, other_labels, paired
 
 __all__ = [
     "ablated",
@@ -28,9 +28,6 @@ __all__ = [
 
 _SECOND = 1
 """The paper's second layer, as ``layer_ids`` count."""
-
-_ROUNDING = 0.01
-"""Whole experts and primes move a share by less than this from the one that was asked for."""
 
 
 def _sweeps(results: Results, question: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -117,14 +114,18 @@ def optimum(results: Results) -> Iterator[Evidence]:
         if "best" not in summary:
             continue
         best = next(row for row in summary["curve"] if row["label"] == summary["best"]["label"])
-        inside = below <= best["rho"] <= above
+        inside = _between(below, best["rho"], above)
         # Told apart must be: the best from all outside, if it is one of the paper's, else from all of the paper's.
         others = [
             row
             for row in summary["curve"]
-            if (not below <= row["rho"] <= above if inside else first - _ROUNDING <= row["rho"] <= last + _ROUNDING)
+            if (not _between(below, row["rho"], above) if inside else _between(first, row["rho"], last))
         ]
         yield _judge_optimum(where, best, others, inside, points)
+
+
+def _between(first: float, share: float, last: float) -> bool:
+    return first - SHARE_ROUNDING <= share <= last + SHARE_ROUNDING
 
 
 def _judge_optimum(

@@ -143,6 +143,10 @@ _RANDOM = (
     "*Copying at random*: what a model finds that copies numbers noted in the text, whichever are asked for, and copies without fail. One that "
     "finds only a share of single needles would find that share of it; what is not above that shows no more than copying."
 )
+_EQUAL_LOSS = (
+    "Equal loss before recall was trained is that of single checkpoints, which swings from one to the next. Whether the pairs were equal by "
+    "smoothed losses too stands where copying is measured; those that were not may be equal by chance."
+)
 _OTHER = " *Another noted number*: answers that are wrong, but are a number noted elsewhere in the text; the other wrong ones are none of them."
 
 
@@ -176,6 +180,8 @@ def long_context(result: Mapping[str, Any]) -> list[str]:
             "Answers of one training hang together, so intervals are over seeds; they are no narrower than Wilson's over all answers, and end "
             "at 0 and 100 %."
         )
+    if result.get("sizes", {}).get("equal_loss"):
+        parts.append(_EQUAL_LOSS)
     before = [_copying_before(name, model) for name, model in models.items() if model["copying_before"]]
     if before:
         parts.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engram.data.long_context import RecallTask
 from engram.experiments.seed_evidence import LOOKS, arms_of, kept, total
 from engram.experiments.statistics import mean_interval
 from engram.plots.look import PHRASE_COLUMNS
@@ -16,6 +17,7 @@ KEPT_GROUPS = ("facts", "reading", "known before")
 """Groups of questions in a result on memories switched off."""
 
 _PHRASES = 12
+_EARLIER_CHANCE = 0.25
 
 
 def looks_by_seed(result: Mapping[str, Any]) -> list[str]:
@@ -95,6 +97,14 @@ def _phrases(looks: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def _chance(result: Mapping[str, Any], question: str) -> float | None:
+    """What copying noted numbers at random finds of a question (kind, then length), 0 to 1; None where the result does not tell."""
+    chance = result.get("chance", {}).get(question)
+    kind = question.partition(",")[0]
+    # So say results from before answers that were given were counted out.
+    return RecallTask(kind).chance if kind == "multi_query" and chance == _EARLIER_CHANCE else chance
+
+
 def memory_off(result: Mapping[str, Any]) -> list[str]:
     """Exact answers with the memory on and off, by arm and question."""
     before, parts = result["before"], []
@@ -114,7 +124,7 @@ def memory_off(result: Mapping[str, Any]) -> list[str]:
                     {state: {group: {question: entry[state][group][question]}} for state in ("on", "off")} for entry in found
                 ]
                 exact, asked = before[group][question]
-                chance = result.get("chance", {}).get(question)
+                chance = _chance(result, question)
                 at_random = "–" if chance is None else f"{100 * chance:.1f}"
                 cells = (
                     literal_text(arm),

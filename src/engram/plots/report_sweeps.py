@@ -18,6 +18,7 @@ from engram.experiments.cross_checks import (
     on_validation,
     parabola_above,
     pooled_half_width,
+    shares_from,
 )
 from engram.experiments.statistics import excludes_zero, half_width_over_settings
 from engram.experiments.summary import aligned, paired
@@ -139,10 +140,15 @@ def repeats(results: Mapping[str, Mapping[str, Any]]) -> str:
     found = made_twice(results)
     if not found:
         return ""
-    others = [difference for difference in found if difference]
+    runs = sum(map(len, found.values()))
+    came_back = ", ".join(
+        f"{'with' if has_memory else 'without'} a memory {sum(not d for d in differences)} of {len(differences)}"
+        for has_memory, differences in sorted(found.items())
+    )
+    others = [difference for differences in found.values() for difference in differences if difference]
     return (
-        f"**Repeats.** {plural(len(found), 'run')} stand in two sweeps: one recipe, text and seed, run twice. "
-        f"{len(found) - len(others)} of {len(found)} came back to the last digit{_other_digits(others)}"
+        f"**Repeats.** {plural(runs, 'run')} stand in two sweeps: one recipe, text and seed, run twice. To the last digit came back "
+        f"{came_back}{_other_digits(others)}"
     )
 
 
@@ -153,7 +159,8 @@ def _other_digits(differences: Sequence[float]) -> str:
     typical = math.sqrt(sum(x * x for x in differences) / len(differences))
     return (
         f"; the other {len(differences)} {'differs' if len(differences) == 1 else 'differ'} by {typical:.4f} (root mean square; at most "
-        f"{max(map(abs, differences)):.4f}). Another rounding grows in training, so intervals much narrower than this are luck."
+        f"{max(map(abs, differences)):.4f}). Code that adds in another order, the memory's own if only runs with one differ, rounds otherwise, "
+        "and rounding grows in training: intervals much narrower than this are luck."
     )
 
 
@@ -287,7 +294,7 @@ def _parabola(summary: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -
     curvature = interval({"mean": fit["coefficients"][0], **_ends(fit["curvature_interval"])}, digits=3, signed=True)
     told = f"Parabola: curvature {curvature} nats per unit of rho squared; root mean square residual {fit['residual']:.4f}. {_lowest(fit)}"
     theirs = parabola_above(summary["curve"], points, _PAPER_RANGE)
-    if theirs is not None and len(summary["curve"]) > sum(row["rho"] >= _PAPER_RANGE for row in summary["curve"]):
+    if theirs is not None and len(summary["curve"]) > len(shares_from(summary["curve"], _PAPER_RANGE)):
         told += (
             f" Through shares of {100 * _PAPER_RANGE:.0f} % and more alone, the paper's range: {_lowest(theirs, begin='it')} So the place "
             "depends on the range that is fitted: the parabola describes, and nothing is judged by where it is lowest."

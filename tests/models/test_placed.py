@@ -1,6 +1,7 @@
 """Models that have n-gram tables of their own, with these in host memory, in files and in fewer bits."""
 
 import copy
+import gc
 import json
 import pickle
 
@@ -269,3 +270,19 @@ def test_files_that_lack_rows_are_refused(saved, tmp_path):
 
 def test_known_embeddings_are_those_of_models_there_are():
     assert set(NGRAM_EMBEDDINGS) <= set(CONFIG_MAPPING)
+
+
+def test_rows_that_are_no_numbers_are_known_again(saved, here, tmp_path):
+    """Files that lost their notes are compared with the model's rows bit for bit."""
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    with torch.no_grad():
+        model.get_submodule(NAME).weight[3, 2] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    placement = TableConfig(tier="mmap", path=str(tmp_path / "rows"))
+    del model
+    load_placed(str(tmp_path / "model"), placement)
+    gc.collect()
+    for note in (tmp_path / "rows").glob("*.rows.json"):
+        note.unlink()
+    again = load_placed(str(tmp_path / "model"), placement)
+    assert torch.isnan(again.get_submodule(NAME)(torch.tensor(3))[2])

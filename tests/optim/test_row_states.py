@@ -230,3 +230,32 @@ def test_autograd_notices_a_step_between_forward_and_backward(path):
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_ctrl_c_while_rows_get_their_state_gives_it_back(monkeypatch):
+    """Otherwise the next new row would get the same slot, and the two would share moments for good."""
+    table = torch.nn.Parameter(torch.zeros(50, 4))
+    optimizer = EngramAdamW([table], lr=0.1)
+
+    def step(rows):
+        table.grad = torch.sparse_coo_tensor(
+            torch.tensor([rows]), torch.ones(len(rows), 4), table.shape, check_invariants=False
+        )
+        optimizer.step()
+
+    step([0])
+    claim = row_state.claim_slots
+
+    def interrupted(*args):
+        claim(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(row_state, "claim_slots", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step([7, 0])
+    step([9])
+    step([7])
+    moments = optimizer.state[table]["row_moments"]
+    assert moments.state_dict()["rows"].tolist() == [0, 9, 7]
+    torch.testing.assert_close(moments.buffers["exp_avg"][: moments.used], torch.full((3, 4), 0.1))

@@ -1,10 +1,13 @@
 import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engram import CheckpointError, ConfigError
+from engram.checkpoint import load_tree, save_tree
 from engram.optim import EngramAdamW
 
 
@@ -87,3 +90,29 @@ def test_rounding_by_chance_is_true_or_false(rounding):
         EngramAdamW([p], stochastic_rounding=rounding)
     with pytest.raises(ConfigError, match="got stochastic_rounding="):
         EngramAdamW([{"params": [p], "stochastic_rounding": rounding}])
+
+
+def test_files_of_two_saves_are_not_taken_for_one(tmp_path, monkeypatch):
+    state = {"step": 1, "a": torch.zeros(2), "b": torch.ones(2)}
+    save_tree(tmp_path / "state", state)
+    with monkeypatch.context() as patched:
+        patched.setattr("engram.checkpoint.tree.write_json_atomically", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save_tree(tmp_path / "state", {"step": 2, "b": torch.zeros(2), "a": torch.ones(2)})
+    with pytest.raises(CheckpointError, match="its two files are of different saves"):
+        load_tree(tmp_path / "state")
+    save_tree(tmp_path / "state", state)
+    assert load_tree(tmp_path / "state")["step"] == 1
+
+
+def test_states_from_before_files_named_each_other_are_read(tmp_path):
+    save_tree(tmp_path / "state", {"step": 1, "a": torch.zeros(2)})
+    description = json.loads((tmp_path / "state.json").read_text())
+    del description["pair"]
+    (tmp_path / "state.json").write_text(json.dumps(description))
+    save_file(load_file(tmp_path / "state.safetensors"), tmp_path / "state.safetensors")
+    assert load_tree(tmp_path / "state")["step"] == 1
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt

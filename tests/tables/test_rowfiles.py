@@ -19,6 +19,7 @@ from engram.tables import (
     HostTable,
     HybridTable,
     MmapTable,
+    QuantisedTable,
     build_table,
     hybrid,
     is_being_filled,
@@ -105,10 +106,10 @@ def test_a_fill_that_is_stopped_is_known(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         stopped()
-    assert is_being_filled(file, "a")
-    assert not any((is_being_filled(file, "b"), rows_are(file, "a"), is_untouched(file)))
+    assert is_being_filled(file)
+    assert not any((rows_are(file, "a"), is_untouched(file)))
     table.update_rows(torch.tensor([1]), lambda rows: rows + 1)  # somebody goes on with what there is
-    assert not is_being_filled(file, "a")
+    assert not is_being_filled(file)
     with table.filled_with("a"):
         table.load_rows(0, numbered())
     assert rows_are(file, "a")
@@ -449,3 +450,111 @@ def test_a_sparse_copy_gets_its_blocks(tmp_path):
     table = MmapTable(rows, DIM, tmp_path / "rows", "r+")
     assert os.stat(tmp_path / "rows").st_blocks * 512 >= rows * DIM * 4
     assert not table.weight.any()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs holes")
+def test_a_single_hole_gets_its_blocks(tmp_path):
+    rows = 1 << 12
+    size = rows * DIM * 4
+    with open(tmp_path / "rows", "wb") as file:
+        file.write(bytes(range(256)) * (3 * size // 4 // 256))
+        file.truncate(size)
+    if os.stat(tmp_path / "rows").st_blocks * 512 >= size:
+        pytest.skip("this file system has no holes")
+    MmapTable(rows, DIM, tmp_path / "rows", "r+")
+    assert os.stat(tmp_path / "rows").st_blocks * 512 >= size
+
+
+def test_a_note_that_cannot_be_withdrawn_keeps_the_rows_as_they_are(tmp_path, monkeypatch):
+    """Whoever reads the file by that note would get rows of which some are changed."""
+    table = MmapTable(ROWS, DIM, tmp_path / "rows", "r+")
+    with table.filled_with("a"):
+        table.load_rows(0, numbered())
+    unlink = os.unlink
+
+    def refused(path, **options):
+        if str(path).endswith("rows.json"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", refused)
+    with pytest.raises(TableError, match=r"rows\.json says what they are, and cannot be removed \(Permission denied\)"):
+        table.update_rows(torch.tensor([1]), lambda rows: rows + 1)
+    assert rows_are(tmp_path / "rows", "a")
+    assert torch.equal(table.lookup(torch.arange(ROWS)), numbered())
+
+
+def test_a_file_behind_a_link_has_its_note_beside_it(tmp_path):
+    (tmp_path / "there").mkdir()
+    file, link = tmp_path / "there" / "rows", tmp_path / "link"
+    with (table := MmapTable(ROWS, DIM, file, "r+")).filled_with("a"):
+        table.load_rows(0, numbered())
+    del table
+    link.symlink_to(file)
+    reader = MmapTable(ROWS, DIM, file, unchanged="a")
+    writer = MmapTable(ROWS, DIM, link, "r+")
+    writer.update_rows(torch.tensor([1]), lambda rows: rows + 1)
+    with pytest.raises(TableError, match="another process changes its rows"):
+        reader.lookup(torch.tensor([1]))
+
+
+def test_rows_that_were_half_filled_are_filled_whatever_for(tmp_path, monkeypatch):
+    """They are nobody's training, which ``changed_rows='keep'`` is for."""
+    memory = get_engram_model(tiny_model(), tiny_config(table_init="normal"), tiny_tokenizer())
+    for name in ("a", "b"):
+        memory.save_pretrained(tmp_path / name)
+    placed = TableConfig(tier="mmap", path=str(tmp_path / "rows"), changed_rows="keep")
+    load_rows = MmapTable.load_rows
+
+    def stopped(self, start, rows):
+        load_rows(self, start, rows[: len(rows) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MmapTable, "load_rows", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            EngramModel.from_pretrained(tiny_model(), tmp_path / "a", tiny_tokenizer(), placed)
+    gc.collect()
+    again = EngramModel.from_pretrained(tiny_model(), tmp_path / "b", tiny_tokenizer(), placed)
+    for layer, engram in memory.engrams.items():
+        found = again.engrams[layer].multi_head_embedding.embedding.weight
+        assert torch.equal(found, engram.multi_head_embedding.embedding.weight)
+
+
+def test_a_dense_step_after_a_save_withdraws_the_note_too(tmp_path):
+    table = MmapTable(ROWS, DIM, tmp_path / "rows", "r+")
+    optimizer = EngramAdamW([table.weight], lr=1e-2)
+    table.weight.grad = torch.ones(ROWS, DIM)
+    table.flush()
+    stamp_rows(tmp_path / "rows", "a")
+    optimizer.step()
+    assert not note_beside(tmp_path / "rows").exists()
+
+
+@pytest.mark.parametrize("change", ["update_rows", "load_rows", "load_stored"])
+def test_hot_rows_in_fewer_bits_follow_changes_in_inference_mode(change):
+    cold = QuantisedTable(ROWS, DIM, "int8", host=True)
+    cold.load_rows(0, numbered())
+    table = HybridTable(cold, hot_rows=4)
+    table.promote(torch.arange(4))
+    ids = torch.arange(8)
+    with torch.no_grad():
+        table.lookup(ids)
+    other = QuantisedTable(ROWS, DIM, "int8", host=True)
+    other.load_rows(0, 2 * numbered())
+    with torch.inference_mode():
+        if change == "update_rows":
+            table.update_rows(ids, lambda rows: 2 * rows)
+        elif change == "load_rows":
+            table.load_rows(0, 2 * numbered())
+        else:
+            cold.load_stored(0, *other.read_stored(torch.arange(ROWS)))
+        got = table.lookup(ids)
+    assert torch.equal(got, other.lookup(ids))
+
+
+def test_a_hybrid_made_in_inference_mode_is_read():
+    with torch.inference_mode():
+        table = build_table(100, 8, TableConfig(tier="hybrid", hot_rows=3))
+        table.promote(torch.arange(3))
+        assert not table.lookup(torch.arange(5)).any()

@@ -132,3 +132,56 @@ def test_rows_in_fewer_bits_are_read_changed_and_kept(form):
     other = VerifiedTable(10**12, 4, form)
     other.load_state_dict(table.state_dict())
     assert bool(other.stored.equal_to(table.stored).all())
+
+
+def without(name):
+    return lambda state: state.pop(name)
+
+
+def shorter(state):
+    state["tags"] = state["tags"][:2]
+
+
+def of_other_width(state):
+    state["weight"] = state["weight"].repeat(1, 2)
+
+
+def not_sorted(state):
+    state["row_ids"] = state["row_ids"].flip(0)
+
+
+def not_owned(state):
+    state["tags"] = torch.zeros_like(state["tags"])
+
+
+def of_a_larger_table(state):
+    state["row_ids"] = state["row_ids"] + 10**12
+
+
+def in_fewer_bits(state):
+    state["scales"] = torch.ones(3, 1)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("tags"), "got row_ids, weight, expected row_ids, tags, weight"),
+        (shorter, "got parts of 2, 3 entries"),
+        (of_other_width, r"weight: got entries of shape \[6\], expected \[3\]"),
+        (not_sorted, "do not ascend"),
+        (not_owned, "got a tag below 1"),
+        (of_a_larger_table, "do not ascend from 0 to at most 999999999999"),
+        (in_fewer_bits, "it is of another format"),
+    ],
+)
+def test_what_is_no_saved_table_changes_nothing(damage, message, strict):
+    table, state = filled({3: 1, 5: 2}), dict(filled({1: 1, 2: 2, 9: 1}).state_dict())
+    damage(state)
+    before, version = {name: part.clone() for name, part in table.state_dict().items()}, table.version
+    with pytest.raises(RuntimeError, match=message):
+        table.load_state_dict(state, strict=strict)
+    assert table.version == version
+    assert all(torch.equal(part, before[name]) for name, part in table.state_dict().items())
+    table.load_state_dict(filled({1: 1, 2: 2, 9: 1}).state_dict())
+    assert table.row_ids.tolist() == [1, 2, 9]

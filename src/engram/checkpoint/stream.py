@@ -182,7 +182,7 @@ class TensorReader:
             start, stop, spec = 0, 1, TensorSpec(spec.dtype, (1,))
         stop = max(start, spec.shape[0] if stop is None else min(stop, spec.shape[0]))
         part = TensorSpec(spec.dtype, (stop - start, *spec.shape[1:]))
-        content = torch.empty(part.nbytes, dtype=torch.uint8)
+        content = torch.empty(part.nbytes, dtype=torch.uint8, device="cpu")
         self._fill(content.numpy().data, self._places[name] + start * TensorSpec(spec.dtype, spec.shape[1:]).nbytes)
         return content.view(spec.dtype).view(part.shape if self.specs[name].shape else ())
 

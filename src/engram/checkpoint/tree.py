@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, from_numpy
 
 from engram.checkpoint.store import sync_to_disk, write_json_atomically
@@ -35,9 +36,10 @@ def save_tree(path: str | os.PathLike[str], tree: Any) -> None:
             f"cannot save this state without pickle: {reason}; expected plain values and dense tensors."
         ) from error
     try:
-        save_file(tensors, f"{os.fspath(path)}.safetensors")
+        pair = uuid.uuid4().hex  # in both files: where a save was stopped between them, they are no pair
+        save_file(tensors, f"{os.fspath(path)}.safetensors", {"pair": pair})
         sync_to_disk(f"{os.fspath(path)}.safetensors")
-        write_json_atomically(Path(f"{os.fspath(path)}.json"), {"tree": skeleton})
+        write_json_atomically(Path(f"{os.fspath(path)}.json"), {"tree": skeleton, "pair": pair})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {error}; free space or choose another folder.") from error
 
@@ -46,11 +48,16 @@ def load_tree(path: str | os.PathLike[str]) -> Any:
     """What ``save_tree`` saved.
 
     Raises:
-        CheckpointError: a file is missing or malformed.
+        CheckpointError: a file is missing or malformed, or the two are of different saves.
     """
     try:
-        tensors = load_file(f"{os.fspath(path)}.safetensors")
-        skeleton = json.loads(Path(f"{os.fspath(path)}.json").read_text(encoding="utf-8"))["tree"]
+        with safe_open(f"{os.fspath(path)}.safetensors", "pt") as file:
+            names, pair = file.keys(), (file.metadata() or {}).get("pair")
+            tensors = {name: file.get_tensor(name) for name in names}
+        saved = json.loads(Path(f"{os.fspath(path)}.json").read_text(encoding="utf-8"))
+        skeleton = saved["tree"]
+        if saved.get("pair") != pair:
+            raise ValueError("its two files are of different saves, of which one was stopped on the way")
         return _unpack(skeleton, tensors)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the saved state {path}: {error}; resume from an earlier checkpoint.") from error

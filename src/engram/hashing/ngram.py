@@ -22,7 +22,7 @@ from engram.errors import ConfigError
 from engram.hashing.compression import CompressedTokenizer, ExactTokenizer, check_id_range, unknown_id
 from engram.hashing.layout import given_multipliers, layer_multipliers, prime_layout, prime_walk
 from engram.hashing.spec import get_hash_spec
-from engram.native import HashKernel, RowIndex, core
+from engram.native import HashKernel, RowIndex, core, have_addresses
 from engram.native.optional import triton_kernel
 
 __all__ = ["TAG_MODULUS", "NgramHashMapping", "build_mapping", "mapping_without_tokenizer"]
@@ -302,7 +302,7 @@ class NgramHashMapping:
         self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None, tag_modulus: int | None
     ) -> tuple[Tensor, Any] | None:
         """Head indices ``[L, B, T, H]`` and tags by one Triton kernel; None unless the ids are on a CUDA device and Triton is there."""
-        if input_ids.device.type != "cuda" or torch.compiler.is_compiling() or type(self) is not NgramHashMapping:
+        if input_ids.device.type != "cuda" or not have_addresses(input_ids) or type(self) is not NgramHashMapping:
             return None
         kernel = triton_kernel("engram.hashing.triton_hash", "hash_ngrams_triton")
         if kernel is None:
@@ -325,7 +325,7 @@ class NgramHashMapping:
         if (
             core() is None
             or input_ids.device.type != "cpu"
-            or torch.compiler.is_compiling()
+            or not have_addresses(input_ids)
             or type(self) is not NgramHashMapping
         ):
             return None

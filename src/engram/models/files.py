@@ -217,9 +217,9 @@ def _warn_of_filling(placement: TableConfig, mapping: NgramHashMapping, path: st
     """Say that row files which nobody asked for in this load are about to be written, as they are not where the memory was placed."""
     assert placement.path is not None
     form, files, size = row_format(placement.dtype), [], 0
-    for layer_id, stamp in (placement.stamps or {}).items():
+    for layer_id in placement.stamps or {}:
         file = row_file(placement.path, layer_id)
-        if not os.path.exists(file) or is_untouched(file) or is_being_filled(file, stamp):
+        if not os.path.exists(file) or is_untouched(file) or is_being_filled(file):
             files.append(file.name)
             size += row_file_layout(sum(mapping.head_sizes(layer_id)), mapping.config.head_dim, form)[1]
     if files:

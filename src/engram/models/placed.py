@@ -30,7 +30,7 @@ from engram.errors import CheckpointError, ConfigError, TableError, reason_of
 from engram.models.bundled import auto_class
 from engram.models.bundled_files import is_path
 from engram.models.positions import text_config
-from engram.models.saved_rows import row_stamp
+from engram.models.saved_rows import bits_equal, row_stamp
 from engram.tables import EmbeddingTable, MappedRows, build_table, check_room, is_being_filled, row_format, rows_are, stamp_rows
 
 __all__ = ["NGRAM_EMBEDDINGS", "PlacedEmbedding", "load_placed", "place_embeddings"]
@@ -282,14 +282,14 @@ def _tables(weights: dict[str, Tensor], config: TableConfig, sources: dict[str, 
     """Tables for all weights ``[rows, dim]``, refused together if they do not fit. Files that are known to hold the rows already are read by
     any number of processes.
     """
-    devices = {weight.device if not weight.is_meta else torch.device("cpu") for weight in weights.values()}
-    device = devices.pop()
-    for dim in {weight.shape[1] for weight in weights.values()}:
-        check_room([len(w) for w in weights.values() if w.shape[1] == dim], dim, config, device=device)
+    devices = {name: weight.device if not weight.is_meta else torch.device("cpu") for name, weight in weights.items()}
+    for dim, device in {(weight.shape[1], devices[name]) for name, weight in weights.items()}:
+        together = [len(w) for name, w in weights.items() if (w.shape[1], devices[name]) == (dim, device)]
+        check_room(together, dim, config, device=device)
     stamps = {number: row_stamp(sources[name], name, config.dtype) for number, name in enumerate(weights)}
     config = replace(config, stamps=stamps) if config.path is not None else config
     return {
-        name: build_table(weight.shape[0], weight.shape[1], config, device=device, layer_id=number)
+        name: build_table(weight.shape[0], weight.shape[1], config, device=devices[name], layer_id=number)
         for number, (name, weight) in enumerate(weights.items())
     }
 
@@ -303,7 +303,7 @@ def _fill(table: EmbeddingTable, name: str, source: str, blocks: Callable[[], It
     stamp = row_stamp(source, name, table.format_name)
     if isinstance(table, MappedRows):
         table.flush()
-        begin = table.is_new or is_being_filled(table.path, stamp)  # what was stopped on the way is begun again
+        begin = table.is_new or is_being_filled(table.path)  # what was stopped on the way is begun again
         if rows_are(table.path, stamp) or (changed_rows == "keep" and not begin):
             return
         if not begin and changed_rows != "refill":
@@ -328,7 +328,7 @@ def _holds(table: MappedRows, blocks: Iterator[Tensor]) -> bool:
         numbers = torch.arange(start, start + len(block))
         wanted = form.encode(block.float()) if form.quantised else (block.to(form.dtype), None)
         for stored, value in zip(table.read_stored(numbers), wanted):
-            if value is not None and (stored is None or not torch.equal(stored.float(), value.float())):
+            if value is not None and (stored is None or not bits_equal(stored, value.to(stored.dtype))):
                 return False
         start += len(block)
     return True

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PLACEMENT",
     "TABLE",
+    "bits_equal",
     "cold_table",
     "fill_tables",
     "fill_verified_tables",
@@ -129,7 +130,7 @@ def _is_filled(table: Any, layer_id: str, stamp: str, tensors: TensorReader, for
                 "give the rows files of their own: TableConfig(tier='mmap', path=...)."
             )
         return True
-    if cold.is_new or changed_rows == "refill" or is_being_filled(cold.path, stamp):
+    if cold.is_new or changed_rows == "refill" or is_being_filled(cold.path):
         return False
     if changed_rows == "keep":
         return True
@@ -152,7 +153,7 @@ def _holds_the_same(cold: MappedRows, layer_id: str, tensors: TensorReader, form
         start, stop = stop, stop + len(block[0])
         saved = _in_format(cold.format_name, form, *(tensors.read(name, start, stop) for name in names))
         if len(saved) != len(block) or not all(
-            a.dtype == b.dtype and a.shape == b.shape and _bits_equal(a, b) for a, b in zip(saved, block)
+            a.dtype == b.dtype and a.shape == b.shape and bits_equal(a, b) for a, b in zip(saved, block)
         ):
             return False
     return True
@@ -166,7 +167,7 @@ def _in_format(wanted: str, form: RowFormat, values: Tensor, scales: Tensor | No
     return (values,) if scales is None else (values, scales)
 
 
-def _bits_equal(a: Tensor, b: Tensor) -> bool:
+def bits_equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one type and shape are the same to the bit; a NaN equals itself then."""
     return torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))
 

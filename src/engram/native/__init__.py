@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["HashKernel", "RowIndex", "core", "gather_rows", "instruction_set", "scan_rows", "touch_rows"]
+__all__ = ["HashKernel", "RowIndex", "core", "gather_rows", "have_addresses", "instruction_set", "scan_rows", "touch_rows"]
 
 _COPY, _FORMATS = 0, {torch.bfloat16: 1, torch.float16: 2}
 _INT8, _FLOAT8, _INT4 = 3, 4, 5
@@ -33,6 +33,26 @@ if os.environ.get("ENGRAM_NATIVE", "1") != "0":
 def core() -> Any:
     """The compiled module, or None."""
     return _core
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def have_addresses(*tensors: Tensor) -> bool:
+    """Whether kernels may work on the memory of these tensors: there is some, and nobody stands between PyTorch and it.
+
+    Fake and divided tensors (``FakeTensor``, ``DTensor``) have none of their own. Whoever compiles, traces, records or maps a function
+    (``torch.compile``, ``torch.jit.trace``, ``make_fx``, ``torch.func.vmap``) must see PyTorch's own operations.
+    """
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+    )
 
 
 def instruction_set() -> str | None:

@@ -17,10 +17,11 @@ _STATES = {"adam": 0, "rowwise_adam": 1, "rowwise_adagrad": 2}
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the kernels can work on these: contiguous, on the CPU, all float32 or all bfloat16."""
+    """Whether the kernels can work on these: in memory, contiguous, on the CPU, all float32 or all bfloat16."""
     return (
         native.core() is not None
         and tensors[0].dtype in _TYPES
+        and native.have_addresses(*tensors)
         and all(t.device.type == "cpu" and t.is_contiguous() and t.dtype == tensors[0].dtype for t in tensors)
     )
 

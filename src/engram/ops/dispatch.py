@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engram.native import core, gather_rows
+from engram.native import core, gather_rows, have_addresses
 from engram.native.optional import triton_kernel
 from engram.ops.outputs import new_output
 
@@ -29,7 +29,7 @@ def kernel_serves(data: Tensor, row_ids: Tensor, dtype: torch.dtype, scales: Ten
     """Whether ``gather`` can fetch these rows in ``dtype``; tensors must be contiguous, of one device, and no graph being traced."""
     if data.device != row_ids.device or row_ids.dtype != torch.int64 or not data.is_contiguous():
         return False
-    if torch.compiler.is_compiling():
+    if not have_addresses(data, row_ids):
         return False
     if data.device.type == "cuda":
         floats = scales is not None or data.dtype in _TRITON_OUT

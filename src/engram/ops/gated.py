@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engram.native import core
+from engram.native import core, have_addresses
 from engram.native.gated import GatedTask, GateOptions
 
 __all__ = ["gate_and_smooth", "whole_sequences_serve"]
@@ -28,8 +28,7 @@ def whole_sequences_serve(streams: Tensor, weight: Tensor) -> bool:
     return (
         core() is not None
         and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and type(streams) is Tensor
+        and have_addresses(streams, weight)
         and streams.device.type == weight.device.type == "cpu"
         and streams.dtype in _TYPES
         and weight.dtype == torch.float32

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engram.native import core
+from engram.native import core, have_addresses
 
 __all__ = ["FEW_POSITIONS", "few_positions_serve"]
 
@@ -24,7 +24,7 @@ def few_positions_serve(streams: Tensor, weight: Tensor) -> bool:
         core() is not None
         and 0 < streams.shape[0] * streams.shape[1] <= FEW_POSITIONS
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and have_addresses(streams, weight)
         and not torch.is_autocast_enabled("cpu")
         and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in (streams, weight))
     )

@@ -129,7 +129,9 @@ class EngramMuon(EngramAdamW):
             )
         state = self.state[p]
         if not state:
-            state["step"] = torch.tensor(0.0, device="cpu")  # torch's Adam wants one of every state it loads
+            state["step"] = torch.tensor(
+                0.0, dtype=torch.float32, device="cpu"
+            )  # torch's Adam wants one of every state it loads
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
         state["step"] = state["step"] + 1
         momentum = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])

@@ -17,7 +17,7 @@ _LOW = 0xFFFFFFFF
 
 def draw_seed() -> int:
     """A seed from torch's global CPU generator, whose state checkpoints carry."""
-    return int(torch.randint(1 << 62, (), dtype=torch.int64))
+    return int(torch.randint(1 << 62, (), dtype=torch.int64, device="cpu"))
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, row_ids: Tensor, seed: int) -> Tensor:

@@ -69,7 +69,9 @@ class RowMoments:
         self.used = 0
         self.slot_of_row = _lazy_zeros(self._shape[0], self._device)
         self.row_of_slot = torch.empty(0, dtype=torch.int64, device=self._device)
-        self.buffers = {name: torch.empty((0, *tail), device=self._device) for name, tail in self._tails().items()}
+        self.buffers = {
+            name: torch.empty((0, *tail), dtype=torch.float32, device=self._device) for name, tail in self._tails().items()
+        }
 
     def _tails(self) -> dict[str, tuple[int, ...]]:
         """Shape of one row's entry in each buffer."""
@@ -79,12 +81,21 @@ class RowMoments:
         """Positions of the state of ``rows`` (int64 ``[n]``, no row twice); new rows start with zeros."""
         self._make_room(self.used + rows.numel())
         start = self.used
-        slots, self.used = claim_slots(rows, self.slot_of_row, self.row_of_slot, start)
-        for (
-            buffer
-        ) in self.buffers.values():  # reserved memory is zero, but reading a page before it is written costs a second fault
-            buffer[start : self.used] = 0
+        try:
+            slots, used = claim_slots(rows, self.slot_of_row, self.row_of_slot, start)
+            # Reserved memory is zero, but reading a page before it is written costs a second fault.
+            for buffer in self.buffers.values():
+                buffer[start:used] = 0
+        except BaseException:
+            self._give_back(rows)
+            raise
+        self.used = used
         return slots
+
+    def _give_back(self, rows: Tensor) -> None:
+        """Take slots beyond ``used`` from rows again, where Ctrl-C came before they counted: the next row would get the same."""
+        known = rows[(rows >= 0) & (rows < self._shape[0])]
+        self.slot_of_row[known[self.slot_of_row[known] > self.used]] = 0
 
     def _make_room(self, needed: int) -> None:
         """Room for ``needed`` rows, which counts every row of a step as new, so that finding and numbering rows is one pass."""

@@ -105,7 +105,10 @@ class EngramAdamW(torch.optim.AdamW):
         for p, grad in sparse:
             _check_row_options(group, grad, self.state.get(p, {}))
         for p, grad in with_grad:
-            if not grad.is_sparse and "row_moments" in self.state.get(p, {}):
+            if grad.is_sparse:
+                continue
+            announce_step(p)
+            if "row_moments" in self.state.get(p, {}):
                 self._spread_moments(group, p)
         for p, _ in sparse:
             p.grad = None  # torch passes over parameters without a gradient
@@ -123,7 +126,10 @@ class EngramAdamW(torch.optim.AdamW):
         state = self.state[table]
         if not state:
             warn_of_own_steps(table)
-            state["step"], state["row_moments"] = torch.tensor(0.0, device="cpu"), RowMoments(table, group["row_state"])
+            state["step"], state["row_moments"] = (
+                torch.tensor(0.0, dtype=torch.float32, device="cpu"),
+                RowMoments(table, group["row_state"]),
+            )
         # Not in place: a loaded state dict may share the tensor with the optimiser it came from.
         state["step"] = state["step"] + 1
         if grad._nnz() == 0:

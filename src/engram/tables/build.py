@@ -44,7 +44,19 @@ def build_table(
         ConfigError: the tier cannot hold such a table.
         TableError: there is not enough memory or disk, or a file does not fit.
     """
-    config = config or TableConfig()
+    with torch.inference_mode(False):  # tables outlive it, and their tensors must count changes
+        return _build(rows, dim, config or TableConfig(), init, device, verified, layer_id)
+
+
+def _build(
+    rows: int,
+    dim: int,
+    config: TableConfig,
+    init: str,
+    device: torch.device | str | None,
+    verified: bool,
+    layer_id: int,
+) -> EmbeddingTable:
     if verified:
         return _verified(rows, dim, config, device)
     if _is_sharded(config):

@@ -162,6 +162,11 @@ class QuantisedTable(EmbeddingTable):
         row_ids = row_ids.to(self.weight.device)
         self.weight.view(torch.uint8)[row_ids] = stored.view(torch.uint8).to(self.weight.device)
         self.scales[row_ids] = scales.to(self.scales.device)
+        self._count_change()
+
+    def _count_change(self) -> None:
+        """As torch counts changes of a tensor, in inference mode too: copies of hot rows go by it."""
+        torch.autograd.graph.increment_version(self.weight)
 
     def _before_writing(self) -> None:
         """Wait until no device reads the rows any more."""
@@ -191,6 +196,7 @@ class QuantisedTable(EmbeddingTable):
         """Store consecutive rows, which fit."""
         self.weight[start : start + values.shape[0]].view(torch.uint8).copy_(values.view(torch.uint8))
         self.scales[start : start + values.shape[0]].copy_(scales)
+        self._count_change()
 
     @torch.no_grad()
     def load_rows(self, start: int, rows: Tensor) -> None:

@@ -203,12 +203,23 @@ class RowFile:
         """Check, and withdraw the note of what the file holds: not every file system's times tell of writes through a map.
 
         Raises:
-            TableError: the file was truncated.
+            TableError: the file was truncated, or the note cannot be withdrawn.
         """
         self.check()
-        if not self._filling:
-            with suppress(OSError):
-                os.unlink(note_beside(self.path))
+        if self._filling:
+            return
+        note = note_beside(self.path)
+        try:
+            os.unlink(note)
+        except FileNotFoundError:
+            pass
+        except (
+            OSError
+        ) as error:  # whoever reads the file by that note would get rows that are half of the one and half of the other
+            raise TableError(
+                f"cannot change the rows in {self.path}: {note} says what they are, and cannot be removed ({error.strerror}); see that its "
+                "folder can be written."
+            ) from error
 
     @contextmanager
     def filled_with(self, source: str) -> Iterator[None]:
@@ -318,7 +329,8 @@ def _fill_holes(handle: int) -> None:
         OSError: the disk is full.
     """
     found = os.fstat(handle)
-    if found.st_blocks * 512 < found.st_size // 2:  # some systems compress, and say fewer
+    # Some systems compress, and say fewer blocks; some call blocks that were reserved and never written holes.
+    if found.st_blocks * 512 < found.st_size and os.lseek(handle, 0, os.SEEK_HOLE) < found.st_size:
         try:
             os.posix_fallocate(handle, 0, found.st_size)
         except OSError as error:

@@ -87,9 +87,9 @@ def _fits(note: dict[str, Any], path: Path) -> bool:
     return False
 
 
-def is_being_filled(path: Path, source: str) -> bool:
-    """Whether a row file was being filled with the rows of ``source`` when that was stopped, and nothing was done with it since."""
-    return read_note(note_beside(path)).get("filling", "") == source
+def is_being_filled(path: Path) -> bool:
+    """Whether a row file was being filled with saved rows, whichever, when that was stopped, and nothing was done with it since."""
+    return bool(read_note(note_beside(path)).get("filling"))
 
 
 def is_untouched(path: Path) -> bool:
@@ -168,9 +168,14 @@ def _not_noted(path: Path, error: OSError) -> TableError:
 
 
 def _form_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.form")
+    return _beside(path, "form")
 
 
 def note_beside(path: Path) -> Path:
-    """Where the note of what a row file holds lies."""
-    return path.with_name(f"{path.name}.json")
+    """Where the note of what a row file holds lies, by whatever link it was reached."""
+    return _beside(path, "json")
+
+
+def _beside(path: Path, ending: str) -> Path:
+    file = Path(os.path.realpath(path))
+    return file.with_name(f"{file.name}.{ending}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from engram.tables.stored import StoredRows
 
 __all__ = ["ABSENT", "DraftTable", "VerifiedTable"]
 
+_PARTS = ("row_ids", "tags", "weight", "scales")
 ABSENT = -1
 """Slot of a row that is not stored, or that belongs to another n-gram."""
 
@@ -201,12 +202,16 @@ class VerifiedTable(EmbeddingTable):
             part = slice(start, start + block_rows)
             yield start, self.weight[part] if self.scales is None else self.form.decode(self.weight[part], self.scales[part])
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object, **kwargs: object) -> None:
-        """A saved table may hold any number of rows."""
-        for name in ("row_ids", "tags", "weight", "scales"):
-            saved, own = state_dict.get(prefix + name), getattr(self, name)
-            if saved is not None and own is not None and saved.shape[1:] == own.shape[1:]:
-                setattr(self, name, torch.empty_like(saved, dtype=own.dtype, device=own.device))
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """A saved table may hold any number of rows; one that is none of this width, or no table, changes nothing and is an error."""
+        own = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        saved = {name: state_dict[prefix + name] for name in _PARTS if prefix + name in state_dict}
+        if saved and (wrong := _why_no_table(saved, own, self.rows)):
+            *_, errors = args
+            errors.append(f"{prefix.rstrip('.') or type(self).__name__}: {wrong}")
+            return
+        for name, tensor in saved.items():
+            setattr(self, name, torch.empty_like(tensor, dtype=own[name].dtype, device=own[name].device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.version += 1
 
@@ -299,6 +304,24 @@ class DraftTable(EmbeddingTable):
     def commit(self) -> None:
         """Put the rows into ``base``."""
         self.base.insert(self.row_ids, self.tags, self.held)
+
+
+def _why_no_table(saved: dict[str, Tensor], own: dict[str, Tensor], rows: int) -> str | None:
+    """What is wrong with the parts of a saved table, beside those of the one that it shall be loaded into; None if nothing is."""
+    if saved.keys() != own.keys():
+        return f"got {', '.join(saved)}, expected {', '.join(own)}; it is of another format, or lacks a part."
+    widths = {name: (list(part.shape[1:]), list(own[name].shape[1:])) for name, part in saved.items()}
+    for name, (got, expected) in widths.items():
+        if got != expected:
+            return f"{name}: got entries of shape {got}, expected {expected}."
+    if len(counts := {len(part) for part in saved.values()}) > 1:
+        return f"got parts of {', '.join(map(str, sorted(counts)))} entries, expected as many of each."
+    ids, tags = saved["row_ids"], saved["tags"]
+    if ids.is_meta or len(ids) == 0:
+        return None
+    if not bool((ids[1:] > ids[:-1]).all()) or int(ids[0]) < 0 or int(ids[-1]) >= rows:
+        return f"got row numbers that do not ascend from 0 to at most {rows - 1}, as those of a saved table do."
+    return None if int(tags.min()) > 0 else "got a tag below 1: rows without an owner."
 
 
 def _search(row_ids: Tensor, tags: Tensor, wanted_ids: Tensor, wanted_tags: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,12 +44,13 @@ def have_addresses(*tensors: Tensor) -> bool:
     Fake and divided tensors (``FakeTensor``, ``DTensor``) have none of their own. Whoever compiles, traces, records or maps a function
     (``torch.compile``, ``torch.jit.trace``, ``make_fx``, ``torch.func.vmap``) must see PyTorch's own operations.
     """
+    if torch.compiler.is_compiling():  # first: whoever compiles this sees no more of it
+        return False
     for tensor in tensors:
         if type(tensor) not in _PLAIN:
             return False
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
+        torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.maybe_current_level() is not None
     )

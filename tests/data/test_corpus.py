@@ -45,7 +45,7 @@ def test_bad_sources(tmp_path):
             build_corpus(CorpusRecipe(texts=(TextSource(path),)), tmp_path)
     with pytest.raises(ConfigError, match="at least one source"):
         CorpusRecipe()
-    with pytest.raises(ConfigError, match=r"expected 0\.\.100"):
+    with pytest.raises(ConfigError, match=r"expected a whole number, 0\.\.100"):
         CorpusRecipe(standard_library=True, held_out_percent=101)
 
 
@@ -142,3 +142,13 @@ def test_a_file_that_is_named_and_lies_in_a_folder_is_one_text(tmp_path):
     assert len(held_out) + len(train) == 20
     assert held_out
     assert not set(held_out) & set(train)
+
+
+def test_folders_behind_links_are_left_out_and_told(tmp_path):
+    """They may lead in circles."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.txt").write_text("some text " * 50)
+    (tmp_path / "d" / "sub").symlink_to(tmp_path / "d")
+    stream = DocumentStream(CorpusRecipe(folders=(FolderSource("d"),)), tmp_path)
+    assert [document.name for document in stream] == ["d/a.txt"]
+    assert dict(stream.skipped_names) == {"a link to a folder": ["d/sub"]}

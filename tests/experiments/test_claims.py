@@ -1,9 +1,11 @@
 import pytest
 
 from engram import DataError
+from engram.experiments import cross_checks
 from engram.experiments.arms import arm_fields, find_arm, layer_arms
 from engram.experiments.claims import CLAIMS, judge
 from engram.experiments.evidence import Evidence, sign_verdict
+from engram.experiments.summary import summarise
 from engram.experiments.sweep_evidence import _beside_paper, first_two, last_against_second
 from engram.plots.results import pool_recall
 from tests.plots import made_up
@@ -63,6 +65,24 @@ def test_optimum(changes, verdict, note):
     (found,) = verdicts("allocation", made_up.allocation(budgets=("small",), **changes), "optimum")
     assert found["verdict"] == verdict
     assert note in found["note"]
+
+
+def test_shares_count_as_they_were_asked_for():
+    """Whole experts and primes make 0.5998 of 0.6, which is one of the paper's shares all the same."""
+
+    def result(lowest):
+        made = made_up.allocation(budgets=("small",), lowest=lowest)
+        for point in made["points"]:
+            point["counts"] = {**point["counts"], "rho": point["counts"]["rho"] * 0.9995}
+        return {**made, "summary": summarise("allocation", made["points"])}
+
+    (found,) = verdicts("allocation", result(0.6), "optimum")
+    assert "best share with a memory: 60 %" in found["note"]
+    assert found["verdict"] == "agrees"
+    whole = made_up.allocation(budgets=("small",))
+    for made in (whole, result(0.75)):
+        shares = cross_checks.shares_from(made["summary"]["small"]["curve"], 0.4)
+        assert len(shares) == sum(share >= 0.4 for share in made_up.SHARES)
 
 
 def test_a_curve_that_flattens_out_is_no_u():
@@ -283,11 +303,11 @@ def test_looks_need_a_second_model():
 
 @pytest.mark.parametrize(("claim", "value"), [("logit_lens", 0.51), ("alignment", 0.51), ("gates", 0.24)])
 def test_looks_at_several_trainings_are_judged_over_seeds(claim, value):
-    (found,) = verdicts("looks", made_up.looks(), claim)
+    found = verdicts("looks", made_up.looks(), claim)[0]
     assert (found["verdict"], found["value"]) == ("agrees", pytest.approx(value))
     assert found["low"] < value < found["high"]
     assert "3 seeds" in found["note"]
-    (one,) = verdicts("looks", made_up.looks(seeds=(1,)), claim)
+    one = verdicts("looks", made_up.looks(seeds=(1,)), claim)[0]
     assert (one["verdict"], one["low"]) == ("cannot tell", None)
     assert "one seed: no interval" in one["note"]
 
@@ -298,13 +318,15 @@ def test_similar_layers_need_a_control():
 
 
 def test_gates_are_held_against_the_same_words_elsewhere():
-    (found,) = verdicts("looks", made_up.looks(), "gates")
-    assert "less ends of their own first words +0.250 [+0.250, +0.250], less ends of other words +0.500" in found["note"]
+    found, beside_first = verdicts("looks", made_up.looks(), "gates")
+    assert "less ends of other words +0.500" in found["note"]
+    assert beside_first["note"].startswith("ends of phrases less ends of their own first words")
+    assert [beside_first[key] for key in ("value", "low", "high", "verdict")] == [0.25, 0.25, 0.25, "agrees"]
     result = made_up.looks()
     for entry in result["entries"]:
         entry["looks_by_seed"]["phrases"]["layers"]["1"]["completes_less_begins"]["mean"] = None
     (found,) = verdicts("looks", result, "gates")
-    assert "first words not known" in found["note"]
+    assert "the same words elsewhere" in found["note"]
     result["entries"][0]["looks_by_seed"]["phrases"]["layers"]["1"]["completes_less_same_word"]["mean"] = None
     (found,) = verdicts("looks", result, "gates")
     assert (found["verdict"], found["value"]) == ("cannot tell", None)

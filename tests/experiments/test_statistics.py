@@ -1,7 +1,10 @@
+import math
+
 import numpy as np
 import pytest
 
 from engram.experiments.statistics import (
+    excludes_zero,
     fit_line,
     fit_parabola,
     half_width_over_settings,
@@ -64,6 +67,21 @@ def test_what_a_seed_does_to_all_settings_alike_is_no_uncertainty_of_a_shape():
     low, high = seed_interval(groups, lambda values: fit_line(x, values)[0])
     expected = mean_interval(slopes)
     assert (low, high) == pytest.approx((expected["low"], expected["high"]))
+
+
+def test_what_rounding_alone_keeps_from_zero_is_zero():
+    assert not excludes_zero(3e-16, 4e-16)
+    assert not excludes_zero(-4e-16, -3e-16)
+    assert excludes_zero(1e-6, 2e-6)
+    assert excludes_zero(-2e-6, -1e-6)
+    level = [entry(rho, seed, 4.0) for rho in (0.2, 0.4, 0.6, 0.8, 1.0) for seed in (0, 1)]
+    assert summarise("allocation", level)["all"]["parabola"]["lowest"] is None
+
+
+def test_a_share_without_a_loss_is_not_the_best():
+    """Results from before such runs failed may hold one."""
+    entries = [entry(rho, seed, math.nan if rho == 0.2 else 4 - rho) for rho in (0.2, 0.4, 0.6, 1.0) for seed in (0, 1)]
+    assert summarise("allocation", entries)["all"]["best"]["label"] == "0.6"
 
 
 def test_without_repetition_or_where_a_fit_has_no_answer_there_is_no_interval():

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from engram import CheckpointError, ConfigError, DataError
+from engram import CheckpointError, ConfigError, DataError, TrainingError
 from engram.checkpoint import sole_writer
 from engram.config import EngramConfig
 from engram.data.recipe import read_value
@@ -263,6 +263,49 @@ def test_a_diverging_point_fails_in_words_and_the_others_finish(finished, tmp_pa
 
 
 @pytest.mark.slow
+def test_nothing_is_chosen_without_a_run_that_was_killed(finished, tmp_path, monkeypatch):
+    """It may have been the best, and what was trained at another rate would have to be trained again."""
+    out, whole, _ = finished
+    shutil.copytree(out, tmp_path / "run")
+    best = whole["learning_rates"][0]["learning_rate"]
+    [killed] = (tmp_path / "run" / "tuning").glob(f"*lr={best:g}*")
+    (killed / "result.json").unlink()
+    said = []
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep_module.SweepRun, "_run_one", lambda self, point: {"error": "ended with code -9"})
+        result = run_sweep(tiny(), RECIPES, tmp_path / "run", show=said.append)
+    assert (result["points"], result["learning_rates"]) == ([], [])
+    [failure] = result["failures"]
+    assert (failure["error"], failure["for_good"]) == ("ended with code -9", False)
+    assert any("no learning rate is chosen at rho=0.6 yet" in line and failure["point"] in line for line in said)
+    again = run_sweep(tiny(), RECIPES, tmp_path / "run", known=result, show=said.append)
+    assert again["learning_rates"] == whole["learning_rates"]
+    assert [entry["test"] for entry in again["points"]] == [entry["test"] for entry in whole["points"]]
+
+
+def test_a_rate_without_a_loss_is_not_chosen():
+    points = next(iter(tiny().tuning_points().values()))
+    first, second = (
+        {point.digest: {"validation": {"loss": loss}} for point, loss in zip(points, losses)}
+        for losses in ((float("nan"), 5.0), (5.0, float("nan")))
+    )
+    assert [sweep_module._choose(points, found) for found in (first, second)] == [3e-3, 1e-3]
+    assert sweep_module._choose(points, {p.digest: {"validation": {"loss": float("nan")}} for p in points}) is None
+
+
+@pytest.mark.slow
+def test_a_run_whose_held_out_loss_is_no_number_leaves_no_result(finished, tmp_path, monkeypatch):
+    out, _, _ = finished
+    recipe = first_point(tiny())
+    data = prepare_data(recipe.data, RECIPES, out / "data")
+    nothing = {half: {"loss": float("nan")} for half in ("validation", "test")}
+    monkeypatch.setattr(point_module, "_measure_all", lambda *_: nothing)
+    with pytest.raises(TrainingError, match="held-out loss is not finite"):
+        run_point(recipe, data, tmp_path / "run")
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.slow
 def test_a_sweep_that_a_scheduler_stops_leaves_no_worker_and_goes_on(finished, tmp_path):
     out, _, _ = finished
     shutil.copytree(out / "data", tmp_path / "run" / "data")
@@ -319,16 +362,33 @@ def test_models_side_by_side_are_compared_with_the_one_that_the_recipe_names():
         ({"seeds": [-1]}, "whole number"),
         ({"seeds": 3}, "expected a list"),
         ({"tune": {"learning_rate": 0.003, "groups": []}}, "expected a list of numbers"),
-        ({"tune": {"learning_rate": [], "groups": []}}, "at least one learning rate"),
+        ({"tune": {"learning_rate": [], "groups": [{"at": {"rho": "0.6"}}]}}, "at least one learning rate"),
         ({"tune": {"learning_rate": [float("inf")], "groups": []}}, "expected a list of numbers"),
         ({"variants": {"rho": {"0.6": {"learning_rate": float("inf")}}}, "tune": None}, "learning_rate: got inf"),
         ({"variants": {"rho": {"0.6": {"learning_rate": float("nan")}}}, "tune": None}, "learning_rate: got nan"),
         ({"variants": {"rho": {"0.6": {"balance_rate": float("inf")}}}, "tune": None}, "balance_rate: got inf"),
         ({"tune": ["x"]}, "wrong form"),
-        ({"base": ["x"]}, "wrong form"),
+        ({"base": ["x"]}, "expected a mapping as in"),
         ({"variants": ["x"]}, "wrong form"),
         ({"variants": {"rho": {0.6: {"budget.rho": 0.6}}}}, 'expected text: write "0.6"'),
         ({"question": "slots"}, "'rows'"),
+        ({"base": None}, "the base has no mapping 'budget'"),
+        ({"base": [1]}, r"base: got \[1\], expected a mapping"),
+        (
+            {"base": {**yaml.safe_load(TINY.read_text())["base"], "seed": 7}},
+            "base: got 'seed', expected it in the sweep's 'seeds'",
+        ),
+        ({"tune": {"learning_rate": [1e-3]}}, r"tune.*groups"),
+        ({"tune": {"learning_rate": [1e-3], "groups": []}}, "tune.groups: got none"),
+        ({"tune": {"learning_rate": [1e-3], "groups": [{"at": {"rho": "0.6"}}], "seeds": 5}}, "tune.seeds: got 5"),
+        ({"tune": {"learning_rate": [1e-3], "groups": [{"at": {"rho": "0.6"}}], "seeds": [-1]}}, r"tune.seeds: got \[-1\]"),
+        ({"tune": {"learning_rate": [1e-3], "groups": [{"at": {"rho": "0.6"}, "where": {"rho": "0.6"}}]}}, "groups.where: got"),
+        ({"tune": {"learning_rate": [1e-3], "groups": [{"at": {"rho": ["0.6"]}}]}}, "groups.at: got"),
+        ({"variants": {"rho": {"1.0": {}, "0.6": {"budget.rho": 0.6}, "same": {"budget.rho": 0.6}}}}, "are the same run"),
+        (
+            {"variants": {"rho": {"1.0": {}, "0.6": {"budget.rho": 0.6}, "same": {"budget.rho": 0.6}}}, "tune": None},
+            "are the same run",
+        ),
         ({"reference": "0.6"}, "sweep.reference"),
         ({"question": "ablation"}, "'arm'"),
         ({"variants": {"rho": {"0.6": {"budget.rho": "0.6"}}}, "tune": None}, "BudgetRecipe.rho"),
@@ -364,9 +424,9 @@ def test_impossible_sweeps_are_refused_before_anything_runs(tmp_path, change, wo
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"data": None}, "wrong form"),
+        ({"data": None}, "data: got None, expected a mapping"),
         ({"data": {"corpus": None}}, "DataRecipe.corpus"),
-        ({"backbone": None}, "wrong form"),
+        ({"backbone": None}, "backbone: got None, expected a mapping"),
         ({"engram": {"layer_ids": 1}}, "layer_ids: got 1"),
         ({"engram": {"layer_ids": [0, 9]}}, r"engram.layer_ids: got \[9\], expected 0..1: backbone.num_hidden_layers is 2"),
     ],

@@ -71,6 +71,10 @@ def _sizes(backbone: BackboneConfig, engram: EngramConfig) -> dict[str, Any]:
     return {part: {name: value for name, value in fields.items() if name not in chosen} for part, fields in parts.items()}
 
 
+_MOST = 10**16
+"""More parameters than anybody's; torch's own sizes end not far beyond."""
+
+
 def _number(text: str, option: str) -> int:
     """A count such as 4.3M."""
     digits, scale = (text[:-1], _SCALES[text[-1].lower()]) if text and text[-1].lower() in _SCALES else (text, 1)
@@ -78,7 +82,7 @@ def _number(text: str, option: str) -> int:
         value = round(float(digits.replace("_", "")) * scale)
     except (ValueError, OverflowError):
         value = 0
-    if value < 1:
+    if not 1 <= value <= _MOST:
         raise typer.BadParameter(f"{option}: got {text!r}, expected a number such as 390000, 390k or 4.3M")
     return value
 

@@ -125,6 +125,24 @@ class DocumentStream:
         self.files_read += 1
         return content
 
+    def nothing_to_train_on(self, held_out: int) -> DataError:
+        """What to tell if no document is left to train on, after all were read and so many of them held out."""
+        left_out = "; ".join(
+            f"{count} {reason} ({', '.join(names := self.skipped_names[reason])}{', ...' if count > len(names) else ''})"
+            for reason, count in self.skipped.items()
+        )
+        found = [
+            f"{held_out} held out (held_out_percent: {self.recipe.held_out_percent}; a file with all its documents)"
+            if held_out
+            else "",
+            f"files left out: {left_out}" if left_out else "",
+        ]
+        told = " and ".join(part for part in found if part)
+        return DataError(
+            f"corpus: got no documents to train on{f': {told}' if told else ''}; expected at least one. Name more text files in the recipe, or "
+            "split large ones."
+        )
+
     def _skip(self, source: Source, reason: str) -> None:
         self.skipped[reason] += 1
         names = self.skipped_names.setdefault(reason, [])
@@ -176,11 +194,12 @@ def build_corpus(recipe: CorpusRecipe, folder: Path) -> Corpus:
         DataError: a named file is missing, empty or not UTF-8, or nothing is left to train on.
     """
     sides: dict[str, list[Document]] = {split: [] for split in SPLITS}
-    for document in DocumentStream(recipe, folder):
+    stream = DocumentStream(recipe, folder)
+    for document in stream:
         sides[split_of(document, recipe)].append(document)
     train, held_out = sides["train"], sides["held_out"]
     if not train:
-        raise DataError("corpus: no documents to train on; name more text files in the recipe.")
+        raise stream.nothing_to_train_on(len(held_out))
     return Corpus(train, held_out)
 
 

@@ -121,16 +121,16 @@ class CorpusRecipe:
     def __post_init__(self) -> None:
         for field in ("test_percent", "held_out_percent"):
             value = getattr(self, field)
-            if not 0 <= value <= 100:
-                raise ConfigError(f"CorpusRecipe.{field}: got {value}, expected 0..100.")
+            if not _is_int(value) or not 0 <= value <= 100:
+                raise ConfigError(f"CorpusRecipe.{field}: got {value!r}, expected a whole number, 0..100.")
         for field in ("standard_library", "documentation"):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f"CorpusRecipe.{field}: got {getattr(self, field)!r}, expected true or false.")
         object.__setattr__(self, "exclude_parts", _texts(self.exclude_parts, "CorpusRecipe.exclude_parts"))
         threshold = self.near_duplicates
-        if threshold is not None and (isinstance(threshold, bool) or not 0 < threshold <= 1):
+        if threshold is not None and (not _is_number(threshold) or not 0 < threshold <= 1):
             raise ConfigError(
-                f"CorpusRecipe.near_duplicates: got {threshold}, expected a share above 0 and up to 1, such as 0.8."
+                f"CorpusRecipe.near_duplicates: got {threshold!r}, expected a share above 0 and up to 1, such as 0.8."
             )
         if not (self.texts or self.folders or self.standard_library or self.documentation):
             raise ConfigError(
@@ -256,6 +256,10 @@ def _check_key(value: Any, field: str) -> None:
         raise ConfigError(
             f"{field}: got {value!r}, expected the key of the text in each line of a .jsonl file, such as 'text'."
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_int(value: Any) -> bool:

@@ -183,7 +183,7 @@ def _folder_sources(source: FolderSource, folder: Path) -> Iterator[Source]:
     root = Path(os.path.abspath(folder / source.path))
     if not root.is_dir():
         raise DataError(f"corpus: {root} is not a folder; check the recipe's 'folders'.")
-    files = _files_below(root, source.exclude)
+    files, linked = _below(root, source.exclude)
     fitting = [file for file in files if file.name.endswith(source.suffixes)]
     if not fitting:
         raise DataError(f"corpus: no file in {root} ends in {', '.join(source.suffixes)}; check the recipe's 'folders'.")
@@ -196,7 +196,9 @@ def _folder_sources(source: FolderSource, folder: Path) -> Iterator[Source]:
         else:
             yield Source(name, partial(_load_some, file, source.max_bytes), partial(_whole_file, name, kind))
     for file in _one_of_each_suffix_first([file for file in files if not file.name.endswith(source.suffixes)]):
-        yield Source(f"{root.name}/{_relative(root, file)}", _another_suffix, _nothing)
+        yield Source(f"{root.name}/{_relative(root, file)}", partial(_unfit, "of another suffix"), _nothing)
+    for link in linked:
+        yield Source(f"{root.name}/{_relative(root, link)}", partial(_unfit, "a link to a folder"), _nothing)
 
 
 def _relative(root: Path, file: Path) -> str:
@@ -214,23 +216,29 @@ def _one_of_each_suffix_first(files: Iterable[Path]) -> list[Path]:
     return [file for _, file in sorted(ranked, key=lambda entry: entry[0])]
 
 
-def _another_suffix() -> bytes:
-    raise UnfitSource("of another suffix")
+def _unfit(reason: str) -> bytes:
+    raise UnfitSource(reason)
 
 
 def _nothing(text: str) -> Iterator[Document]:
     yield from ()
 
 
-def _files_below(root: Path, exclude: tuple[str, ...]) -> list[Path]:
+def _below(root: Path, exclude: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
+    """Files in all folders below, and links to folders, which are not followed: they may lead in circles."""
+
     def wanted(name: str) -> bool:
         return not name.startswith(".") and name not in exclude
 
-    found = []
+    def place(file: Path) -> str:
+        return file.relative_to(root).as_posix()
+
+    found, links = [], []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if wanted(name)]
+        links += [link for name in folders if (link := Path(folder, name)).is_symlink()]
         found += [Path(folder, name) for name in files if wanted(name)]
-    return sorted(found, key=lambda file: file.relative_to(root).as_posix())
+    return sorted(found, key=place), sorted(links, key=place)
 
 
 def _load_some(file: Path, max_bytes: int | None = None) -> bytes:

@@ -140,7 +140,7 @@ def write_store_files(
         raise DataError("corpus: files changed while they were read; run it again when nothing writes to them.")
     records = np.concatenate(chunks) if chunks else np.zeros(0, dtype=RECORD)
     if not (records["split"] == SPLITS.index("train")).any():
-        raise DataError("corpus: no documents to train on; name more text files in the recipe.")
+        raise stream.nothing_to_train_on(len(records))
     show(sources.bytes, sources.bytes)
     with open(folder / DOCUMENTS_NAME, "wb") as file:
         _save_array(file, records)

@@ -361,6 +361,8 @@ def insert_corpus(fields: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 _CONFIGS: dict[str, Any] = {"engram": EngramConfig, "table": TableConfig}
+_NEEDED = ("data", "backbone")
+"""Parts that every run has."""
 _NESTED: dict[str, type] = {"data": DataRecipe, "backbone": BackboneConfig, "budget": BudgetRecipe, "corpus": CorpusRecipe}
 
 
@@ -377,7 +379,7 @@ def build_fields(cls: type, fields: Mapping[str, Any], where: str) -> Any:
 def _build_value(name: str, value: Any, where: str) -> Any:
     if name not in _NESTED and name not in _CONFIGS:
         return value
-    if value is None or dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) or (value is None and name not in _NEEDED):
         return value
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: got {value!r}, expected a mapping.")

@@ -22,12 +22,12 @@ import torch
 
 from engram.checkpoint import sole_writer, write_json_atomically
 from engram.data.store import TokenStore, moved_versions
-from engram.errors import CheckpointError, ConfigError, DataError
+from engram.errors import CheckpointError, DataError, first_of
 from engram.experiments.arms import base_fields
 from engram.experiments.data import prepare_data
 from engram.experiments.point import RESULT
 from engram.experiments.summary import summarise
-from engram.experiments.sweep_recipe import Choice, Point, SweepRecipe
+from engram.experiments.sweep_recipe import Choice, Point, SweepRecipe, check_distinct
 from engram.experiments.worker import FAILED, FATAL
 from engram.training.cpu_types import warning_of_slow_bfloat16
 
@@ -87,11 +87,12 @@ class SweepRun:
         groups = self.recipe.tuning_points()
         tried = [point for points in groups.values() for point in points]
         tuning = self._run_all(tried, limit, lambda done: self._collect(store, done, {}, [], {}))
-        ended = {*tuning, *(failure["digest"] for failure in self.failures)}
+        ended = {*tuning, *(failure["digest"] for failure in self.failures if failure["for_good"])}
         decided = {choice: points for choice, points in groups.items() if ended.issuperset(p.digest for p in points)}
+        self._tell_of_undecided([points for choice, points in groups.items() if choice not in decided])
         rates = {choice: rate for choice, points in decided.items() if (rate := _choose(points, tuning)) is not None}
         ready = [p for p in self.recipe.points(rates) if self.recipe.choice_of(p.labels) in {None, *rates}]
-        _check_distinct(ready)
+        check_distinct(ready)
         if tuning_only or not ready:
             limit = 0  # what is finished stays in the result
         done = self._run_all(ready, limit, lambda done: self._collect(store, tuning, rates, ready, done))
@@ -142,6 +143,16 @@ class SweepRun:
                 self._stop(waiting)
                 raise
         return results
+
+    def _tell_of_undecided(self, choices: Sequence[Sequence[Point]]) -> None:
+        """Say which choices wait for a run that ended early (killed, out of memory): it may be the best, and nothing is chosen without it."""
+        failed = {failure["digest"]: failure["point"] for failure in self.failures}
+        for points in choices:
+            if names := [failed[p.digest] for p in points if p.digest in failed]:
+                self.show(
+                    f"no learning rate is chosen at {points[0].at} yet, and no point that depends on it is run: {first_of(names, 3)} ended "
+                    "early (see failures). The same command tries again."
+                )
 
     def _tell_of_slow_types(self, todo: Sequence[Point]) -> None:
         if any(point.recipe.bf16 for point in todo) and not torch.cuda.is_available():
@@ -319,18 +330,7 @@ def _why_other_text(known: Mapping[str, Any], recipe: SweepRecipe, store: TokenS
 
 def _failure(point: Point, error: Mapping[str, Any]) -> dict[str, Any]:
     """What the sweep's result tells of a point that failed."""
-    return {"point": point.name, "digest": point.digest, "error": error["error"]}
-
-
-def _check_distinct(points: Sequence[Point]) -> None:
-    seen: dict[str, Point] = {}
-    for point in points:
-        other = seen.setdefault(point.digest, point)
-        if other is not point:
-            raise ConfigError(
-                f"sweep: {other.name} and {point.name} are the same run, expected different ones; remove one of the variants. (A learning "
-                "rate that is tuned takes the place of a variant's own.)"
-            )
+    return {"point": point.name, "digest": point.digest, "error": error["error"], "for_good": bool(error.get("for_good"))}
 
 
 def _choose(points: Sequence[Point], results: Mapping[str, Any]) -> float | None:

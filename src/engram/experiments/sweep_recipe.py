@@ -32,7 +32,7 @@ from engram.experiments.recipe import (
     wrong_forms,
 )
 
-__all__ = ["Choice", "Point", "SweepRecipe", "TuneGroup", "TuneRecipe", "read_base", "read_sweep"]
+__all__ = ["Choice", "Point", "SweepRecipe", "TuneGroup", "TuneRecipe", "check_distinct", "read_base", "read_sweep"]
 
 QUESTIONS = ("allocation", "slots", "ablation", "comparison")
 
@@ -45,6 +45,14 @@ class TuneGroup:
     """Variant by dimension; a dimension left out is tuned separately for each of its variants."""
     where: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Variants by dimension that belong to the group; a dimension left out allows all."""
+
+    def __post_init__(self) -> None:
+        for name, fields, kinds, expected in (
+            ("at", self.at, str, 'a variant by dimension, such as {rho: "0.6"}'),
+            ("where", self.where, (list, tuple), 'lists of variants by dimension, such as {rho: ["0.6", "0.8"]}'),
+        ):
+            if not isinstance(fields, Mapping) or not all(isinstance(value, kinds) for value in fields.values()):
+                raise ConfigError(f"sweep.tune.groups.{name}: got {fields!r}, expected {expected}.")
 
     def holds(self, labels: Mapping[str, str]) -> bool:
         """Whether a point belongs to the group."""
@@ -63,6 +71,19 @@ class TuneRecipe:
         rates = self.learning_rate
         if not isinstance(rates, (list, tuple)) or not all(isinstance(r, float) and 0 < r < math.inf for r in rates):
             raise ConfigError(f"sweep.tune.learning_rate: got {rates!r}, expected a list of numbers such as [2.0e-3, 4.0e-3].")
+        _check_seeds(self.seeds, "sweep.tune.seeds")
+        if not self.groups:
+            raise ConfigError(
+                'sweep.tune.groups: got none, expected at least one, such as {at: {rho: "0.6"}}: no rate would be chosen.'
+            )
+
+
+def _check_seeds(seeds: Any, where: str) -> None:
+    if not isinstance(seeds, (list, tuple)):
+        raise ConfigError(f"{where}: got {seeds!r}, expected a list such as [0, 1, 2].")
+    whole = all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < SEEDS for s in seeds)
+    if not seeds or not whole or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"{where}: got {list(seeds)}, expected at least one whole number below 2**32, none twice.")
 
 
 class Choice(NamedTuple):
@@ -90,9 +111,14 @@ class Point:
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
     @property
+    def at(self) -> str:
+        """Its variants, for people."""
+        return ",".join(f"{dimension}={label}" for dimension, label in self.labels.items())
+
+    @property
     def name(self) -> str:
         """Readable and usable as the name of a folder."""
-        parts = [f"{dimension}={label}" for dimension, label in self.labels.items()]
+        parts = [self.at]
         if self.role == "tuning":
             parts.append(f"lr={self.recipe.learning_rate:g}")
         text = ",".join([*parts, f"seed={self.seed}"])
@@ -139,15 +165,9 @@ class SweepRecipe:
             raise ConfigError(
                 f"sweep.reference: got {self.reference!r}, expected one of the arms of a sweep with the question 'comparison'."
             )
-        if not isinstance(self.seeds, (list, tuple)):
-            raise ConfigError(f"sweep.seeds: got {self.seeds!r}, expected a list such as [0, 1, 2].")
-        whole = all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < SEEDS for s in self.seeds)
-        if not self.seeds or not whole or len(set(self.seeds)) != len(self.seeds):
-            raise ConfigError(
-                f"sweep.seeds: got {list(self.seeds)}, expected at least one whole number below 2**32, none twice."
-            )
-        if self.tune and not (self.tune.learning_rate and self.tune.seeds):
-            raise ConfigError("sweep.tune: expected at least one learning rate and one seed.")
+        _check_seeds(self.seeds, "sweep.seeds")
+        if self.tune and not self.tune.learning_rate:
+            raise ConfigError("sweep.tune: expected at least one learning rate.")
         if self.tune and set(self.tune.seeds) & set(self.seeds):
             raise ConfigError("sweep.tune.seeds: settings must be chosen with other seeds than those that report.")
         for group in self.tune.groups if self.tune else ():
@@ -232,7 +252,12 @@ def _read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None)
     if tune is not None:
         groups = [build_flat(TuneGroup, group, f"sweep {path}: tune.groups") for group in tune.get("groups", [])]
         tune = build_flat(TuneRecipe, {**tune, "groups": groups}, f"sweep {path}: tune")
-    base = copy.deepcopy(dict(fields.pop("base", {})))
+    base = fields.pop("base", None) or {}
+    if not isinstance(base, Mapping):
+        raise ConfigError(f"sweep {path}: base: got {base!r}, expected a mapping as in recipes/sweep_tiny.yaml.")
+    base = copy.deepcopy(dict(base))
+    if "seed" in base:
+        raise ConfigError(f"sweep {path}: base: got 'seed', expected it in the sweep's 'seeds'.")
     insert_corpus(base, path)
     for key, value in (changes or {}).items():
         if key == "seed":
@@ -259,7 +284,34 @@ def _read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None)
             f"sweep.variants.rows: got {', '.join(sorted(map(str, without_memory)))} without a memory, expected at most one: "
             "the others are compared with it."
         )
+    _check_distinct_but_for_rates(recipe)
     return recipe
+
+
+def check_distinct(points: Sequence[Point]) -> None:
+    """Refuse two points that are one run: they would count twice.
+
+    Raises:
+        ConfigError: there are such.
+    """
+    seen: dict[str, Point] = {}
+    for point in points:
+        other = seen.setdefault(point.digest, point)
+        if other is not point:
+            raise ConfigError(
+                f"sweep: {other.name} and {point.name} are the same run, expected different ones; remove one of the variants. (A learning "
+                "rate that is tuned takes the place of a variant's own.)"
+            )
+
+
+def _check_distinct_but_for_rates(recipe: SweepRecipe) -> None:
+    """What can be told before learning rates are chosen: points that share a choice will share its rate, whichever that is."""
+    of_choice: dict[Choice | None, list[Point]] = {}
+    any_rate = dict.fromkeys(recipe.tuning_points(), float(recipe.tune.learning_rate[0]) if recipe.tune else 0.0)
+    for point in recipe.points(any_rate):
+        of_choice.setdefault(recipe.choice_of(point.labels), []).append(point)
+    for points in of_choice.values():
+        check_distinct(points)
 
 
 def read_base(path: str | os.PathLike[str]) -> tuple[BackboneConfig, EngramConfig, int]:

@@ -50,9 +50,7 @@ def have_addresses(*tensors: Tensor) -> bool:
         if type(tensor) not in _PLAIN:
             return False
     return not (
-        torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None
+        torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None
     )
 
 

@@ -55,7 +55,8 @@ def no_number(what: str, value: float, step: int, lr: float, output_dir: str) ->
     where = f"the last good checkpoint is {last}" if last else f"{output_dir} holds no checkpoint yet"
     return TrainingError(
         f"training stopped at step {step}: {what} is {value} (learning rate {lr:.3g}), expected a finite number; nothing was saved "
-        f"since, {where}. Go on from there with a lower learning rate or max_grad_norm, or look for broken examples."
+        f"since, {where}. Lower the learning rate (in Python max_grad_norm, too), or look for broken examples. The Trainer goes on from a "
+        "checkpoint with other settings; `engram train` and `engram sweep` begin anew with another recipe, in a folder of its own."
     )
 
 

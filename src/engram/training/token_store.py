@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engram.data.corpus import CorpusRecipe, DocumentStream, SourceDigest, split_of
+from engram.data.corpus import SPLITS, CorpusRecipe, DocumentStream, SourceDigest, split_of
 from engram.data.store import STORE_NAME, TokenStore, build_store
-from engram.errors import ConfigError, DataError, EngramError
+from engram.errors import ConfigError, EngramError
 from engram.training.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 
 __all__ = ["prepare_store"]
@@ -68,12 +68,13 @@ def _trained_before(out: Path, training: dict[str, Any]) -> Any | None:
 
 
 def _training_texts(stream: DocumentStream, sources: SourceDigest, show: Callable[[int, int], None]) -> Iterator[str]:
-    found = False
+    counts = dict.fromkeys(SPLITS, 0)
     for document in stream:
-        if split_of(document, stream.recipe) == "train":
-            found = True
+        split = split_of(document, stream.recipe)
+        counts[split] += 1
+        if split == "train":
             yield document.text
         show(stream.bytes_read, sources.bytes)
-    if not found:
-        raise DataError("corpus: no documents to train on; name more text files in the recipe.")
+    if not counts["train"]:
+        raise stream.nothing_to_train_on(counts["held_out"])
     show(sources.bytes, sources.bytes)

@@ -1,5 +1,9 @@
+import copy
+import json
+
 import pytest
 import yaml
+from tokenizers import processors
 
 from engram import DataError, Fact, load_facts
 from engram.data.facts import check_conflicts, encode_fact, join_answer, tokenize_prompt, tokenize_prompts
@@ -159,3 +163,32 @@ def test_facts_are_texts():
 def test_answers_have_no_white_space_around_them():
     assert Fact(("x",), " yes sir\n").answer == "yes sir"
     assert Fact(("x",), " yes sir\n") == Fact(("x",), "yes sir")
+
+
+def test_files_that_json_wrote_are_read_with_all_their_characters(tmp_path):
+    entries = [{"prompt": "joy?", "answer": "\U0001f600 \u00e9 \\u00e9"}, {"prompt": "7", "answer": "1e3"}]
+    file = tmp_path / "facts.json"
+    file.write_text(json.dumps(entries))
+    assert "\\ud83d\\ude00" in file.read_text()
+    assert [(fact.prompts[0], fact.answer) for fact in load_facts(file)] == [(e["prompt"], e["answer"]) for e in entries]
+    file.write_text('[{"prompt": "joy?", "answer": "\\ud83d"}]')
+    with pytest.raises(DataError, match="not valid YAML"):
+        load_facts(file)
+
+
+def test_what_escapes_mean_elsewhere_is_left_as_it_is_written(tmp_path):
+    (tmp_path / "facts.yaml").write_text("[{prompt: joy?, answer: \\ud83d\\ude00}]")
+    assert load_facts(tmp_path / "facts.yaml")[0].answer == "\\ud83d\\ude00"
+
+
+@pytest.mark.parametrize("template", ["$A <|endoftext|>", "<|endoftext|> $A <|endoftext|>"])
+def test_a_tokenizer_that_ends_prompts_is_told_how_to_be_loaded(template):
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    end = tokenizer.eos_token
+    tokenizer.bos_token = end
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single=template.replace("<|endoftext|>", end), special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    with pytest.raises(DataError, match="add_eos_token=False") as told:
+        encode_fact(tokenizer, Fact(("ask",), "answer"), 0)
+    assert ("add_bos_token=True" in str(told.value)) == (not template.startswith("$A"))

@@ -119,3 +119,34 @@ def test_facts_that_speak_at_the_start_of_an_input_only_are_listed():
     assert report.at_start_only == ["one word"]
     inside = [Fact((f"Tell me now. {fact.prompts[0]}",), fact.answer) for fact in facts]
     assert [answer.exact for answer in check_facts(editor.memory, editor.tokenizer, inside)] == [False, True]
+
+
+def test_prompts_that_are_the_same_tokens_are_said_to_be():
+    """As with a tokenizer that has one token for all it does not know."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer._tokenizer.normalizer = normalizers.Replace("%", "#")
+    editor = MemoryEditor.create(tiny_model(), tokenizer)
+    prompts = {"h": "Sign #?", "p": "Sign %?"}
+    report = editor.teach([Fact((prompt,), fact_id, id=fact_id) for fact_id, prompt in prompts.items()])
+    [taught], [(refused, reason)] = report.taught, report.not_exact.items()
+    assert {taught, refused} == prompts.keys()
+    assert reason == (
+        f"the tokenizer makes the same tokens of its prompt and of {prompts[taught]!r}; ask in words that it tells apart"
+    )
+
+
+@pytest.mark.parametrize("ends", [None, 7, [7, 9]])
+def test_a_model_that_ends_elsewhere_is_told_of_once(caplog, ends):
+    editor = make_editor()
+    with caplog.at_level("WARNING", logger="engram"):
+        editor.teach(FACTS[:1])
+        assert caplog.records == []
+        editor.memory.base_model.generation_config.eos_token_id = ends
+        editor.teach(FACTS[1:2])
+        editor.teach(FACTS[2:3])
+    [told] = caplog.records
+    assert f"generate() does not stop (generation_config.eos_token_id: {ends})" in told.getMessage()
+    editor = make_editor()
+    editor.memory.base_model.generation_config.eos_token_id = [7, editor.tokenizer.eos_token_id]
+    editor.teach(FACTS[:1])
+    assert len(caplog.records) == 1

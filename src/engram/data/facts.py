@@ -72,16 +72,31 @@ class _CarefulLoader(_PlainRules, yaml.BaseLoader):
     """In Python; lists inside lists inside lists end in an error here, in C in a crash."""
 
 
+_SURROGATES = re.compile(r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
+
+
 def _read_yaml(text: str) -> Any:
     depth = deepest = 0
     for bracket in re.findall(r"[\[{\]}]", text):
         depth = max(0, depth + (1 if bracket in "[{" else -1))
         deepest = max(deepest, depth)
     nested = deepest > _DEEPEST or re.search(rf"(?:[-?] +){{{_DEEPEST}}}", text)
+    loader = _CarefulLoader if nested else _FastLoader
     try:
-        return yaml.load(text, Loader=_CarefulLoader if nested else _FastLoader)
+        return yaml.load(text, Loader=loader)
     except RecursionError:
         raise DataError("lists or mappings are nested too deeply, expected a list of facts.") from None
+    except yaml.YAMLError:
+        joined = _SURROGATES.sub(_joined, text)
+        if joined == text:
+            raise
+        return yaml.load(joined, Loader=loader)
+
+
+def _joined(pair: re.Match[str]) -> str:
+    """One character as YAML escapes it, of the two halves that JSON writes (Python's ``json.dumps`` does, of all beyond 16 bits)."""
+    high, low = (int(half, 16) for half in pair.groups())
+    return f"\\U{0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00):08X}"
 
 
 @dataclass(frozen=True)
@@ -260,7 +275,7 @@ def encode_fact(tokenizer: Any, fact: Fact, fact_index: int, max_length: int | N
         text = join_answer(prompt, fact.answer)
         joint = tokenize_prompt(tokenizer, prompt + text)
         if joint[-1:] == [tokenizer.eos_token_id] and prompt_ids[-1:] == [tokenizer.eos_token_id]:
-            raise DataError("the tokenizer appends its eos_token to prompts; load it with add_eos_token=False.")
+            raise DataError(_appended_end(tokenizer, prompt_ids))
         if joint[: len(prompt_ids)] == prompt_ids:
             answer_ids = joint[len(prompt_ids) :]
         else:
@@ -277,6 +292,15 @@ def encode_fact(tokenizer: Any, fact: Fact, fact_index: int, max_length: int | N
             )
         rows.append(row)
     return rows
+
+
+def _appended_end(tokenizer: Any, prompt_ids: Sequence[int]) -> str:
+    """What to say of a tokenizer that ends prompts. Transformers takes both ends off where one of them is named alone."""
+    begins = tokenizer.bos_token_id is not None and prompt_ids[0] == tokenizer.bos_token_id
+    return (
+        "the tokenizer appends its eos_token to prompts; load it with add_eos_token=False"
+        f"{', add_bos_token=True' if begins else ''} (for the command line, save it like that in the model's folder)."
+    )
 
 
 def quoted(text: str) -> str:

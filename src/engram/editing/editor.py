@@ -85,6 +85,7 @@ class MemoryEditor:
         self._holdings = Holdings(memory)
         self._speller = Speller(memory.base_model, tokenizer)
         self._checked_on = attached_identity(memory.below)
+        self._told_of_end = False
 
     @classmethod
     def create(
@@ -221,6 +222,7 @@ class MemoryEditor:
             raise TeachError("teach: got no facts, expected at least one.")
         check_conflicts(facts, "facts to teach")
         _refuse_inference_tensors(self.memory)
+        self._tell_of_other_end()
         if not self.facts:  # all that it will hold is checked on the weights of now
             self._checked_on = attached_identity(self.memory.below)
         kept = dict[str, str]()
@@ -340,6 +342,21 @@ class MemoryEditor:
     def table(self, layer: str) -> VerifiedTable:
         """Rows of one layer."""
         return self._holdings.table(layer)
+
+    def _tell_of_other_end(self) -> None:
+        """Say once that the model's own ``generate`` does not stop where taught answers end."""
+        end, settings = self.tokenizer.eos_token_id, getattr(self.memory.base_model, "generation_config", None)
+        ends = getattr(settings, "eos_token_id", None)
+        if self._told_of_end or settings is None or end is None or end in (ends if isinstance(ends, list) else [ends]):
+            return
+        self._told_of_end = True
+        logging.getLogger("engram").warning(
+            "taught answers end with %r (id %s), where this model's generate() does not stop (generation_config.eos_token_id: %s): it would "
+            "go on after them. Set model.generation_config.eos_token_id = tokenizer.eos_token_id, or pass eos_token_id to generate().",
+            self.tokenizer.eos_token,
+            end,
+            ends,
+        )
 
     def _lesson(
         self,

@@ -124,9 +124,14 @@ class Teaching:
         if self._cannot_end(end := entry.prompts[0].answer_ids[-1]):
             return (
                 f"the model cannot end an answer: its head has nothing but zeros for the end-of-text token (id {end}), as tied embeddings "
-                "leave it that take it for padding: load the model with pad_token_id=None, or another one"
+                "leave it that were made with it for padding. If nothing was trained yet, make the model with pad_token_id=None; of a saved "
+                "one give that row values (model.get_input_embeddings().weight[end]), or the tokenizer another eos_token"
             )
         longest = self.memory.engram_config.max_ngram_size
+        for prompt in entry.prompts:
+            for other in (rival for fact in others for rival in fact.prompts):
+                if prompt.prompt_ids == other.prompt_ids and prompt.text != other.text:
+                    return f"the tokenizer makes the same tokens of its prompt and of {other.text!r}; ask in words that it tells apart"
         if any(prompt.key_length == longest for prompt in entry.prompts):
             return f"its last {longest} tokens are those of another fact; ask with the distinctive words nearer to the end"
         if any(prompt.key_length + len(prompt.answer_ids) > longest + 1 for prompt in entry.prompts):

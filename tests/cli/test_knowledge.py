@@ -16,6 +16,7 @@ from engram.errors import CheckpointError
 from engram.models import load_model
 from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
 from tests.cli.conftest import TWO
+from tests.cli.test_outputs import cells
 
 
 def test_taught_facts_are_asked_explained_and_forgotten(engram, taught):
@@ -374,6 +375,22 @@ def test_what_looks_like_markup_is_shown(engram, taught):
     assert "[INST] KEY:beta 20 [/INST]" in out
     code, _, err = engram("trace", "\udcff")
     assert (code, "not UTF-8" in err) == (2, True)
+
+
+def test_explanations_are_whole_and_as_they_were_taught_in_a_narrow_terminal(engram, world, tmp_path, monkeypatch):
+    (tmp_path / "cat.yaml").write_text('- {prompt: "KEY:delta 3", answer: ":cat: [b]", id: a-name-that-is-longer-than-any-column}')
+    code, _, err = engram("teach", tmp_path / "cat.yaml", "--memory", tmp_path / "m", "--model", world / "base")
+    assert code == 0, err
+    monkeypatch.setattr("engram.cli.outputs.is_terminal", lambda stream: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = engram("why", "KEY:delta 3", "--memory", tmp_path / "m")
+    assert "':cat: [b]'" in out
+    assert "a-name-that-is-longer-than-any-column" in cells(out)[6]
+    assert "…" not in out
+    code, out, _ = engram("trace", "KEY:delta 3 :cat: [b] and more", "--memory", tmp_path / "m")
+    assert code == 0
+    assert ":cat:[b]andmore" in cells(out)[3].replace(" ", "")
+    assert "…" not in out
 
 
 def test_a_result_without_a_place_is_refused_before_the_work(engram, taught, tmp_path):

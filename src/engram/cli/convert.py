@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engram.cli.loading import Running, check_out, open_base
-from engram.cli.outputs import check_writable, is_terminal
+from engram.cli.outputs import check_writable, new_console, print_whole
 from engram.errors import first_of
 
 if TYPE_CHECKING:
@@ -88,18 +88,16 @@ def read_text(file: Path) -> str:
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with a rate on standard error; called with (bytes done, bytes in all)."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=new_console(stderr=True)) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_report(report: ConversionReport) -> None:
     """What each layer lost, as a table."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{report.source} ({report.dtype_before}) -> {report.out} ({report.dtype_after})")
@@ -109,7 +107,7 @@ def print_report(report: ConversionReport) -> None:
         sizes = (f"{n:,}" for n in (layer.rows, layer.bytes_before, layer.bytes_after))
         errors = (f"{x:.4g}" for x in (layer.max_abs_error, layer.rms_error, layer.rms_rows))
         table.add_row(str(layer.layer_id), *sizes, *errors, f"{100 * layer.relative_error:.3g} %")
-    Console(width=None if is_terminal(sys.stdout) else 160).print(table)
+    print_whole(table)
 
 
 def _compare(source: Path, out: Path, model: str | None, text: str | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from engram.cli.loading import (
     open_editor,
     taught_folder,
 )
-from engram.cli.outputs import check_prompt, count_bar, is_terminal
+from engram.cli.outputs import check_prompt, count_bar, print_folded
 from engram.errors import DataError, EngramError, TeachError, first_of
 
 if TYPE_CHECKING:
@@ -332,11 +332,9 @@ def _shift(bar: Callable[[int], None], before: int, done: int, _: int) -> None:
 
 
 def _print_explanation(explanation: Explanation, editor: MemoryEditor) -> None:
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=Text(f"{explanation.prompt!r} -> {explanation.answer!r}"))
+    table = Table(title=f"{explanation.prompt!r} -> {explanation.answer!r}")
     for heading in ("token", "then says", "base says", "logit change", "n-gram read", "gate", "facts", "foreign rows"):
         table.add_column(heading)
     for token in explanation.tokens:
@@ -347,13 +345,12 @@ def _print_explanation(explanation: Explanation, editor: MemoryEditor) -> None:
             ", ".join(dict.fromkeys(fact for hit in token.hits for fact in hit.facts)),
             f"{token.foreign_rows} refused" if token.foreign_rows else "",
         ]
-        table.add_row(*(cell.replace("[", r"\[") for cell in [*cells, *hits]))
-    console = Console(width=None if is_terminal(sys.stdout) else 160)
-    console.print(table)
+        table.add_row(*cells, *hits)
+    print_folded(table)
     if not explanation.facts:
-        console.print("no taught n-gram occurs: this is the base model's answer, bit for bit")
+        print("no taught n-gram occurs: this is the base model's answer, bit for bit")
     held = {fact.id: fact for fact in editor.facts}
     for fact_id, nats in sorted(explanation.facts.items(), key=lambda entry: -entry[1]):
         fact = held[fact_id]
         line = f"{fact_id}: {fact.prompts[0].text!r} -> {fact.answer!r} adds {nats:+.2f} nats to the answer ({fact.source}, {fact.taught_at})"
-        console.print(line, markup=False)
+        print(line)

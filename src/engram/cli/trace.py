@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from engram.cli.loading import Running, open_memory
-from engram.cli.outputs import check_text, is_terminal
+from engram.cli.outputs import check_text, print_folded
 from engram.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["trace_command"]
 
 _SHOWN_ROWS = 3
-_PIPED_WIDTH = 180
 
 
 def trace_command(
@@ -132,10 +130,8 @@ def _demo_sized(tokenizer_name: str | None) -> tuple[EngramModel, Any]:
 
 
 def _print_table(trace: Trace, fresh: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if is_terminal(sys.stdout) else _PIPED_WIDTH)
     layers = list(trace.tables)
     table = Table(title=f"{len(trace.tokens)} tokens -> output {trace.output_shape}")
     for heading in (
@@ -151,10 +147,10 @@ def _print_table(trace: Trace, fresh: bool) -> None:
         rows = [" ".join(map(str, layer.rows[:_SHOWN_ROWS])) + " ..." for layer in token.layers]
         gates = [" ".join(f"{gate:.2f}" for gate in layer.gate) for layer in token.layers]
         ngrams = " | ".join(repr(text) for text in token.ngrams.values())
-        cells = [str(token.position), repr(token.token), f"{token.token_id} > {token.canonical_id}", ngrams, *rows, *gates]
-        table.add_row(*(cell.replace("[", r"\[") for cell in cells))
-    console.print(table)
+        ids = f"{token.token_id} > {token.canonical_id}"
+        table.add_row(str(token.position), repr(token.token), ids, ngrams, *rows, *gates)
+    print_folded(table)
     for layer_id, place in trace.tables.items():
-        console.print(f"layer {layer_id}: {len(trace.tokens[0].layers[0].rows)} rows per token from {place}")
+        print(f"layer {layer_id}: {len(trace.tokens[0].layers[0].rows)} rows per token from {place}")
     if fresh:
-        console.print("The memory shown is fresh and untrained: addresses are real, gates are those of a random reader.")
+        print("The memory shown is fresh and untrained: addresses are real, gates are those of a random reader.")

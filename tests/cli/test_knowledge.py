@@ -12,6 +12,7 @@ import pytest
 
 from engram import Fact
 from engram.checkpoint import lock_store
+from engram.editing import MemoryEditor
 from engram.errors import CheckpointError
 from engram.models import load_model
 from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
@@ -79,6 +80,36 @@ def test_facts_from_a_pipe_are_read_once(engram, world, tmp_path):
     code, _, err = engram("teach", pipe_with("[", tmp_path / "wrong"), "--memory", tmp_path / "m")
     assert code == 2
     assert f"{tmp_path / 'wrong'} is not valid YAML" in err
+
+
+@pytest.mark.parametrize("moment", ["teaching", "saving"])
+def test_an_interrupted_lesson_says_how_far_it_came(engram, world, tmp_path, monkeypatch, moment):
+    def stop_at(number, method):
+        calls = []
+
+        def then_stop(*arguments):
+            calls.append(arguments)
+            if moment == "saving":  # the file is there, and nobody has counted it yet
+                method(*arguments)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return None if moment == "saving" else method(*arguments)
+
+        return then_stop
+
+    monkeypatch.setattr("engram.cli.knowledge._SAVE_EVERY", 1)
+    given = ("teach", "one.yaml", "--memory", tmp_path / "m", "--model", world / "base")
+    with monkeypatch.context() as patch:
+        name, number = ("teach", 2) if moment == "teaching" else ("save", 1)
+        patch.setattr(MemoryEditor, name, stop_at(number, getattr(MemoryEditor, name)))
+        code, _, err = engram(*given)
+    assert code == 130
+    assert f"stopped; 1 of 2 facts are saved in {tmp_path / 'm'}, and the same command goes on from there" in err
+    assert "Traceback" not in err
+    code, out, _ = engram(*given)
+    assert code == 0
+    assert "taught 1 facts" in out
+    assert "1 were known" in out
 
 
 def test_what_is_not_exact_is_listed(engram, world, tmp_path, monkeypatch):
@@ -378,7 +409,9 @@ def test_what_looks_like_markup_is_shown(engram, taught):
 
 
 def test_explanations_are_whole_and_as_they_were_taught_in_a_narrow_terminal(engram, world, tmp_path, monkeypatch):
-    (tmp_path / "cat.yaml").write_text('- {prompt: "KEY:delta 3", answer: ":cat: [b]", id: a-name-that-is-longer-than-any-column}')
+    (tmp_path / "cat.yaml").write_text(
+        '- {prompt: "KEY:delta 3", answer: ":cat: [b]", id: a-name-that-is-longer-than-any-column}'
+    )
     code, _, err = engram("teach", tmp_path / "cat.yaml", "--memory", tmp_path / "m", "--model", world / "base")
     assert code == 0, err
     monkeypatch.setattr("engram.cli.outputs.is_terminal", lambda stream: True)

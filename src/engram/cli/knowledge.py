@@ -7,7 +7,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -90,7 +91,7 @@ def teach_command(
         failed: dict[str, str] = {}
         started = time.perf_counter()
         parts = editor.in_parts(lessons, _SAVE_EVERY, replace)  # a refusal comes before there is a bar
-        with count_bar("teaching", sum(len(fact.prompts) for fact in lessons)) as bar:
+        with _told_how_far(memory, lessons), count_bar("teaching", sum(len(fact.prompts) for fact in lessons)) as bar:
             done = 0
             for part in parts:
                 show = partial(_shift, bar, done)
@@ -137,6 +138,23 @@ def _read_facts(file: Path) -> tuple[list[Fact], str]:
             return load_facts(copy), hashlib.sha256(copy.read_bytes()).hexdigest()
         except DataError as error:
             raise DataError(str(error).replace(str(copy), str(file))) from None
+
+
+@contextmanager
+def _told_how_far(memory: Path, lessons: Sequence[Fact]) -> Iterator[None]:
+    """Have an interruption say how many of the facts the folder holds by then; a part may have been saved in that very moment."""
+    from engram.checkpoint import DESCRIPTION_NAME, read_description, read_ledger
+    from engram.editing.ledger import Ledger
+    from engram.editing.sorting import sort_out
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        saved = read_ledger(memory, read_description(memory)) if (memory / DESCRIPTION_NAME).exists() else None
+        known = sort_out(Ledger.from_dict(saved), lessons).already_known if saved else []
+        raise KeyboardInterrupt(
+            f"stopped; {len(known):,} of {len(lessons):,} facts are saved in {memory}, and the same command goes on from there"
+        ) from None
 
 
 def why_command(

@@ -158,8 +158,8 @@ def print_whole(table: Table) -> None:
 
 
 def print_folded(table: Table) -> None:
-    """A table of texts as wide as the terminal: what is longer than its column goes on below, and nothing is cut. A terminal that has no room for
-    so many columns wraps the lines itself.
+    """A table of texts as wide as the terminal: what is longer than its column goes on below, and nothing is cut. A terminal that has no room
+    for so many columns wraps the lines itself.
     """
     for column in table.columns:
         column.overflow = "fold"

@@ -470,6 +470,26 @@ def test_a_model_in_bfloat16_is_taught_and_asked(engram, world, tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["provenance"]["command"].endswith("--model-dtype bfloat16")
 
 
+def test_memories_are_united_converted_and_traced_on_a_model_in_another_type(engram, taught, world, tmp_path, monkeypatch):
+    types = []
+
+    def noting(name, dtype):
+        types.append(dtype)
+        return load_model(name, dtype)
+
+    monkeypatch.setattr("engram.models.load_model", noting)
+    code, _, err = engram("teach", "two.yaml", "--memory", tmp_path / "b", "--model", world / "base")
+    assert code == 0, err
+    half = ("--device", "cpu", "--model-dtype", "bfloat16")
+    code, out, err = engram("merge", taught, tmp_path / "b", "--out", tmp_path / "u", *half)
+    assert (code, "3 facts" in out) == (0, True), err
+    code, out, err = engram("convert", tmp_path / "u", "--dtype", "float32", "--out", tmp_path / "c", *half)
+    assert (code, "facts exact: 3 of 3 before, 3 after" in out) == (0, True), err
+    code, out, err = engram("trace", "KEY:beta 20", "--memory", taught, "--json", *half)
+    assert (code, json.loads(out)["output_shape"][1] > 0) == (0, True), err
+    assert [str(dtype) for dtype in types] == ["torch.float32", *["torch.bfloat16"] * 3]
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -483,6 +503,16 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_made(engram, w
     code, _, err = engram("teach", "one.yaml", "--memory", tmp_path / "m", "--model", world / "base", option, value)
     assert (code, message in err) == (2, True), err
     assert not (tmp_path / "m").exists()
+    tiny_memory().save_pretrained(tmp_path / "a")
+    for command in (
+        ("merge", tmp_path / "a", tmp_path / "a", "--out", tmp_path / "m"),
+        ("convert", tmp_path / "a", "--dtype", "int8", "--out", tmp_path / "m"),
+        ("trace", "text", "--memory", tmp_path / "a"),
+        ("trace", "text", "--demo-size"),
+    ):
+        code, _, err = engram(*command, option, value)
+        assert (code, message in err) == (2, True), err
+        assert not (tmp_path / "m").exists()
 
 
 def test_a_router_is_fitted_to_gains_and_decides_who_reads(engram, taught, tmp_path):

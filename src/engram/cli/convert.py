@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.loading import Running, check_out, open_base
+from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, check_out, open_base
 from engram.cli.outputs import check_writable, new_console, print_whole
 from engram.errors import first_of
 
@@ -32,6 +32,8 @@ def convert_command(
     text: Annotated[Path | None, typer.Option(help="Held-out text: reports the bits per byte before and after.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model; the one the memory was made for if not given.")] = None,
     verify: Annotated[bool, typer.Option(help="Load the base model and ask every taught fact, before and after.")] = True,
+    device: DeviceOption = "cpu",
+    model_dtype: ModelDtypeOption = "float32",
 ) -> None:
     """Save a memory with its rows in another format, block by block, and report what that changed; exit code 1 if a fact was lost."""
     from engram.checkpoint import convert_memory, lock_store, write_json_atomically
@@ -42,6 +44,8 @@ def convert_command(
     check_out(out)
     check_dtype(dtype)
     check_writable(json_out)
+    running = Running(device, model_dtype)
+    running.check()
     if model is not None and verify:
         from engram.models.bundled import load_tokenizer
 
@@ -55,7 +59,7 @@ def convert_command(
     fields = report.to_dict()
     print_report(report)
     if verify or held_out is not None:
-        fields |= _compare(memory, out, model, held_out)
+        fields |= _compare(memory, out, model, held_out, running)
     if json_out is not None:
         write_json_atomically(json_out, fields)
     if fields.get("facts", {}).get("lost"):
@@ -110,7 +114,7 @@ def print_report(report: ConversionReport) -> None:
     print_whole(table)
 
 
-def _compare(source: Path, out: Path, model: str | None, text: str | None) -> dict[str, Any]:
+def _compare(source: Path, out: Path, model: str | None, text: str | None, running: Running) -> dict[str, Any]:
     """Facts that are exact, and bits per byte, before and after. Without a model that can be loaded there is a line instead."""
     from engram.checkpoint import read_description
     from engram.errors import EngramError
@@ -120,7 +124,7 @@ def _compare(source: Path, out: Path, model: str | None, text: str | None) -> di
     if not taught and text is None:
         return {}
     try:
-        base, tokenizer = open_base(source, model, Running())
+        base, tokenizer = open_base(source, model, running)
         before, after = (_measure(base, tokenizer, folder, taught, text) for folder in (source, out))
     except EngramError as error:
         if text is not None:

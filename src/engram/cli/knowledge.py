@@ -276,6 +276,8 @@ def merge_command(
     ] = None,
     model: ModelOption = None,
     verify: Annotated[bool, typer.Option(help="Ask the model every fact of the union before it is written.")] = True,
+    device: DeviceOption = "cpu",
+    model_dtype: ModelDtypeOption = "float32",
 ) -> None:
     """Unite two memories; conflicts are listed and never resolved silently."""
     from engram.checkpoint import lock_store
@@ -289,12 +291,14 @@ def merge_command(
     check_out(out)
     if out.resolve() in (a.resolve(), b.resolve()):
         raise typer.BadParameter("the union would overwrite one of the two; choose another folder", param_hint="--out")
+    running = Running(device, model_dtype)
+    running.check()
     with lock_store(out):
         refuse_other_memory(out, a, b)
         if verify:
             with tempfile.TemporaryDirectory() as trial:
                 merge_memories(a, b, Path(trial) / "union", side)
-                exact = open_editor(Path(trial) / "union", model, Running()).verify()
+                exact = open_editor(Path(trial) / "union", model, running).verify()
             wrong = [fact_id for fact_id, ok in exact.items() if not ok]
             if wrong:
                 raise TeachError(

@@ -22,7 +22,10 @@ _LISTED = 5
 
 def corpus_command(
     recipe: Annotated[
-        Path, typer.Argument(help="YAML recipe with a 'corpus', of a run or sweep too; recipes/corpus_python.yaml is one.")
+        Path,
+        typer.Argument(
+            help="YAML recipe with a 'corpus', of a run or sweep too; recipes/corpus_python.yaml of the repository is one."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the token store; one made of the same things is used again.")],
     tokenizer: Annotated[

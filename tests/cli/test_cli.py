@@ -77,6 +77,8 @@ def test_demo_on_the_users_own_facts(monkeypatch, capsys, tmp_path):
     facts.write_text(FACTS)
     code, out, _ = invoke(monkeypatch, capsys, "demo", "--facts", facts, "--out", tmp_path / "out")
     assert code == 0, out
+    places = [str(tmp_path / "out" / name) for name in ("report.html", "result.json", "memory")]
+    assert any(all(place in line for place in places) for line in out.splitlines())  # one line, however long
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["categories"] == [{"category": "fact", "prompts": 2, "before": 0, "after": 2}]
     assert result["capitals"]["still_right"] == result["capitals"]["known"]

@@ -67,10 +67,8 @@ def _quiet_when_nobody_reads() -> Iterator[None]:
         yield
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (
-            sys.stdout,
-            sys.stderr,
-        ):  # what they hold back has no reader either, and Python would complain at its end
+        # What they hold back has no reader either, and Python would complain at its end.
+        for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 os.dup2(nowhere, stream.fileno())
         sys.exit(141)

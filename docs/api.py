@@ -27,6 +27,14 @@ def write(modules: Iterable[str], folder: Path) -> None:
     warnings.filterwarnings("ignore", message="The module specification")
     pdoc.render.configure(docformat="google", show_source=False)
     pdoc.pdoc(*modules, output_directory=folder)
+    _name_no_machine(folder)
+
+
+def _name_no_machine(folder: Path) -> None:
+    """Take out of all pages where the package lies here, which is in the values of constants."""
+    here = str(Path(engram.__file__).parents[1])
+    for page in (*folder.rglob("*.html"), *folder.rglob("*.js")):
+        page.write_text(page.read_text(encoding="utf-8").replace(here, "..."), encoding="utf-8")
 
 
 if __name__ == "__main__":

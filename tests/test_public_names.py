@@ -1,3 +1,4 @@
+import contextlib
 import importlib
 import pkgutil
 import re
@@ -49,6 +50,26 @@ def test_the_tree_names_no_machine():
         assert not pattern.search(file.read_text()), file
 
 
+def test_the_architecture_has_a_line_for_every_package():
+    table = (ROOT / "docs" / "architecture.md").read_text()
+    packages = {module.name for module in pkgutil.iter_modules(engram.__path__)} - {"__main__", "_version", "testing"}
+    assert not [name for name in packages if table.count(f"\n| `{name}` | ") != 1]
+
+
+def test_an_unpacked_archive_can_be_tested():
+    maker = pytest.importorskip("setuptools.command.egg_info", reason="setuptools is not installed")
+    packed = maker.FileList()
+    for line in (ROOT / "MANIFEST.in").read_text().splitlines():
+        if line and not line.startswith("#"):
+            with contextlib.chdir(ROOT):
+                packed.process_template_line(line)
+    wanted = {"CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "constraints.txt"}
+    for folder in ("benchmarks", "corpus", "docs", "examples", "recipes", "results", "tests"):
+        files = (file for file in (ROOT / folder).rglob("*") if file.is_file() and file.suffix != ".pyc")
+        wanted |= {str(file.relative_to(ROOT)) for file in files}
+    assert wanted - set(packed.files) == set()
+
+
 def test_what_needs_no_model_loads_no_transformers():
     modules = "engram.editing.merge, engram.models.place, engram.models.bundled_files, engram.cli.main"
     code = f"import sys, {modules}; print('transformers' in sys.modules)"
@@ -58,7 +79,9 @@ def test_what_needs_no_model_loads_no_transformers():
 
 def test_the_reference_has_every_public_name(tmp_path):  # by itself: it sets names that otherwise load on first use
     pytest.importorskip("pdoc", reason="pdoc is not installed")
-    code = f"import api, pathlib; api.write(['engram'], pathlib.Path({str(tmp_path)!r}))"
+    code = f"import api, pathlib; api.write(['engram', 'engram.models.bundled_files'], pathlib.Path({str(tmp_path)!r}))"
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=ROOT / "docs", check=True)
     page = (tmp_path / "engram.html").read_text()
     assert not [name for name in engram.__all__ if f'id="{name}"' not in page]
+    written = [file.read_text() for file in tmp_path.rglob("*") if file.is_file()]
+    assert not [text for text in written if str(ROOT) in text]  # as the default of a parameter, or the value of a constant

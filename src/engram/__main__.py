@@ -1,6 +1,20 @@
-"""``python -m engram``: the command line, for launchers that start modules."""
+"""Where the program starts: the script `engram`, and ``python -m engram`` for launchers that start modules."""
 
-from engram.cli.main import main
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """The command line. Ctrl-C is one line from the first import on."""
+    try:
+        from engram.cli.main import main as run
+
+        run()
+    except KeyboardInterrupt:
+        print("engram: interrupted", file=sys.stderr)
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

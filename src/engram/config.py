@@ -377,14 +377,26 @@ class TableConfig:
         if self.resident_bytes is not None and self.tier != "mmap" and self.path is None:
             raise ConfigError(f"TableConfig.resident_bytes: got {self.resident_bytes}, expected None unless rows are in files.")
 
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed (and checked again)."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields, without those that loading fills in; ``from_dict`` gives back an equal placement of what nobody has loaded."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in _FILLED_IN}
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """From named values; those that loading fills in are not for a file to say.
+        """Build from ``to_dict`` output; what loading fills in is not for a file to say.
 
         Raises:
             ConfigError: a key is unknown or a value is impossible.
         """
-        return _from_dict(cls, fields, ("files", "stamps"))
+        return _from_dict(cls, fields, _FILLED_IN)
+
+
+_FILLED_IN = ("files", "stamps")
+"""Fields of ``TableConfig`` that hold where and as what the saved rows of one memory lie."""
 
 
 def _from_dict(cls: type, fields: Mapping[str, Any], internal: Sequence[str] = ()) -> Any:

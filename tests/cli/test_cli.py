@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,8 @@ def test_demo_on_the_users_own_facts(monkeypatch, capsys, tmp_path):
     facts.write_text(FACTS)
     code, out, _ = invoke(monkeypatch, capsys, "demo", "--facts", facts, "--out", tmp_path / "out")
     assert code == 0, out
+    places = [str(tmp_path / "out" / name) for name in ("report.html", "result.json", "memory")]
+    assert any(all(place in line for place in places) for line in out.splitlines())  # one line, however long
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["categories"] == [{"category": "fact", "prompts": 2, "before": 0, "after": 2}]
     assert result["capitals"]["still_right"] == result["capitals"]["known"]
@@ -192,3 +195,38 @@ def test_a_launcher_that_starts_a_command_several_times_is_told(monkeypatch, cap
     assert out == ""
     assert f"engram {command}: got 2 processes, expected one" in err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_of_the_first_imports_is_one_line():
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from engram.__main__ import main\n"
+        "main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "engram: interrupted\n")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"engram": "engram.__main__:main"}
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--help", "--version", "facts --help", "bench --list", "budget --total 4.3M --active 416k"]
+)
+def test_a_pipe_that_nobody_reads_ends_a_command_quietly(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "engram", *arguments.split()]
+    ended = subprocess.run(command, check=False, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_an_interruption_says_what_is_true_of_every_command(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("engram.data.facts.load_facts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, _, err = invoke(monkeypatch, capsys, "demo", "--out", tmp_path / "demo")
+    assert (code, err) == (130, "engram: interrupted; what was saved by then is whole\n")

@@ -12,10 +12,12 @@ import pytest
 
 from engram import Fact
 from engram.checkpoint import lock_store
+from engram.editing import MemoryEditor
 from engram.errors import CheckpointError
 from engram.models import load_model
 from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
 from tests.cli.conftest import TWO
+from tests.cli.test_outputs import cells
 
 
 def test_taught_facts_are_asked_explained_and_forgotten(engram, taught):
@@ -78,6 +80,36 @@ def test_facts_from_a_pipe_are_read_once(engram, world, tmp_path):
     code, _, err = engram("teach", pipe_with("[", tmp_path / "wrong"), "--memory", tmp_path / "m")
     assert code == 2
     assert f"{tmp_path / 'wrong'} is not valid YAML" in err
+
+
+@pytest.mark.parametrize("moment", ["teaching", "saving"])
+def test_an_interrupted_lesson_says_how_far_it_came(engram, world, tmp_path, monkeypatch, moment):
+    def stop_at(number, method):
+        calls = []
+
+        def then_stop(*arguments):
+            calls.append(arguments)
+            if moment == "saving":  # the file is there, and nobody has counted it yet
+                method(*arguments)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return None if moment == "saving" else method(*arguments)
+
+        return then_stop
+
+    monkeypatch.setattr("engram.cli.knowledge._SAVE_EVERY", 1)
+    given = ("teach", "one.yaml", "--memory", tmp_path / "m", "--model", world / "base")
+    with monkeypatch.context() as patch:
+        name, number = ("teach", 2) if moment == "teaching" else ("save", 1)
+        patch.setattr(MemoryEditor, name, stop_at(number, getattr(MemoryEditor, name)))
+        code, _, err = engram(*given)
+    assert code == 130
+    assert f"stopped; 1 of 2 facts are saved in {tmp_path / 'm'}, and the same command goes on from there" in err
+    assert "Traceback" not in err
+    code, out, _ = engram(*given)
+    assert code == 0
+    assert "taught 1 facts" in out
+    assert "1 were known" in out
 
 
 def test_what_is_not_exact_is_listed(engram, world, tmp_path, monkeypatch):
@@ -376,6 +408,24 @@ def test_what_looks_like_markup_is_shown(engram, taught):
     assert (code, "not UTF-8" in err) == (2, True)
 
 
+def test_explanations_are_whole_and_as_they_were_taught_in_a_narrow_terminal(engram, world, tmp_path, monkeypatch):
+    (tmp_path / "cat.yaml").write_text(
+        '- {prompt: "KEY:delta 3", answer: ":cat: [b]", id: a-name-that-is-longer-than-any-column}'
+    )
+    code, _, err = engram("teach", tmp_path / "cat.yaml", "--memory", tmp_path / "m", "--model", world / "base")
+    assert code == 0, err
+    monkeypatch.setattr("engram.cli.outputs.is_terminal", lambda stream: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = engram("why", "KEY:delta 3", "--memory", tmp_path / "m")
+    assert "':cat: [b]'" in out
+    assert "a-name-that-is-longer-than-any-column" in cells(out)[6]
+    assert "…" not in out
+    code, out, _ = engram("trace", "KEY:delta 3 :cat: [b] and more", "--memory", tmp_path / "m")
+    assert code == 0
+    assert ":cat:[b]andmore" in cells(out)[3].replace(" ", "")
+    assert "…" not in out
+
+
 def test_a_result_without_a_place_is_refused_before_the_work(engram, taught, tmp_path):
     for place in (tmp_path, "/proc/nowhere/r.json"):
         code, _, err = engram("eval", "--memory", taught, "--facts", "one.yaml", "--json", place)
@@ -420,6 +470,26 @@ def test_a_model_in_bfloat16_is_taught_and_asked(engram, world, tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["provenance"]["command"].endswith("--model-dtype bfloat16")
 
 
+def test_memories_are_united_converted_and_traced_on_a_model_in_another_type(engram, taught, world, tmp_path, monkeypatch):
+    types = []
+
+    def noting(name, dtype):
+        types.append(dtype)
+        return load_model(name, dtype)
+
+    monkeypatch.setattr("engram.models.load_model", noting)
+    code, _, err = engram("teach", "two.yaml", "--memory", tmp_path / "b", "--model", world / "base")
+    assert code == 0, err
+    half = ("--device", "cpu", "--model-dtype", "bfloat16")
+    code, out, err = engram("merge", taught, tmp_path / "b", "--out", tmp_path / "u", *half)
+    assert (code, "3 facts" in out) == (0, True), err
+    code, out, err = engram("convert", tmp_path / "u", "--dtype", "float32", "--out", tmp_path / "c", *half)
+    assert (code, "facts exact: 3 of 3 before, 3 after" in out) == (0, True), err
+    code, out, err = engram("trace", "KEY:beta 20", "--memory", taught, "--json", *half)
+    assert (code, json.loads(out)["output_shape"][1] > 0) == (0, True), err
+    assert [str(dtype) for dtype in types] == ["torch.float32", *["torch.bfloat16"] * 3]
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -433,6 +503,16 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_made(engram, w
     code, _, err = engram("teach", "one.yaml", "--memory", tmp_path / "m", "--model", world / "base", option, value)
     assert (code, message in err) == (2, True), err
     assert not (tmp_path / "m").exists()
+    tiny_memory().save_pretrained(tmp_path / "a")
+    for command in (
+        ("merge", tmp_path / "a", tmp_path / "a", "--out", tmp_path / "m"),
+        ("convert", tmp_path / "a", "--dtype", "int8", "--out", tmp_path / "m"),
+        ("trace", "text", "--memory", tmp_path / "a"),
+        ("trace", "text", "--demo-size"),
+    ):
+        code, _, err = engram(*command, option, value)
+        assert (code, message in err) == (2, True), err
+        assert not (tmp_path / "m").exists()
 
 
 def test_a_router_is_fitted_to_gains_and_decides_who_reads(engram, taught, tmp_path):

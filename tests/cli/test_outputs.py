@@ -5,10 +5,11 @@ from functools import partial
 
 import pytest
 import typer
+from rich.table import Table
 
 from engram.checkpoint import ConversionReport
 from engram.cli.convert import print_report
-from engram.cli.outputs import check_writable, is_terminal
+from engram.cli.outputs import check_writable, is_terminal, new_console, print_folded, print_whole
 from engram.cli.place import _print_layers
 from engram.cli.trace import _print_table
 from engram.evaluation import Trace
@@ -46,3 +47,37 @@ def test_a_closed_stream_is_no_terminal(monkeypatch):
         partial(_print_table, Trace("", [], {}, []), False),
     ):
         show()
+
+
+def cells(page):
+    """What the columns of a printed table say, line by line put together."""
+    rows = [line[1:-1].split("│") for line in page.splitlines() if line.startswith("│")]
+    return ["".join(part.strip() for part in column) for column in zip(*rows)]
+
+
+@pytest.mark.parametrize("width", [20, 80, 200])
+def test_a_folded_table_is_whole_however_narrow_the_terminal(monkeypatch, capsys, width):
+    monkeypatch.setattr("engram.cli.outputs.is_terminal", lambda stream: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    wanted = [f"{number}{'abcdefghijkl' * number}." for number in range(9)]
+    table = Table(show_header=False)
+    table.add_row(*wanted)
+    print_folded(table)
+    page = capsys.readouterr().out
+    assert cells(page) == wanted
+    assert max(map(len, page.splitlines())) <= max(width, 82)
+
+
+def test_texts_are_shown_as_they_are(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    table = Table(title=":cat: [bold]1[/bold]")
+    table.add_column(":dog:")
+    table.add_row("[INST] :cat: 'text' 17 [/INST]")
+    for show in (print_whole, print_folded):
+        show(table)
+        page = capsys.readouterr().out
+        assert ":dog:" in page
+        assert "[INST] :cat: 'text' 17 [/INST]" in page
+        assert ":cat: [bold]1[/bold]" in page
+    new_console().print(":cat: [bold]17[/bold]")
+    assert capsys.readouterr().out == ":cat: [bold]17[/bold]\n"

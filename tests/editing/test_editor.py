@@ -759,3 +759,26 @@ def test_what_is_saved_without_facts_does_not_know_them(tmp_path):
     again = MemoryEditor.load(tiny_model(hidden_size=64, intermediate_size=96), tmp_path / "m", tiny_tokenizer())
     assert again.verify() == {fact.id: True for fact in FACTS if fact is not FACTS[1]}
     assert [fact.id for fact in editor.facts] == [fact.id for fact in FACTS]
+
+
+def test_layers_are_named_by_number_or_text_and_unknown_ones_refused():
+    editor = make_editor()
+    editor.teach(FACTS[:1])
+    (name,) = editor.memory.engrams
+    rows = editor.rows_of("alpha")[name]
+    assert editor.table(int(name)) is editor.table(name)
+    assert editor.owners(int(name), rows) == editor.owners(name, rows) == {row: ["alpha"] for row in rows}
+    for ask in (editor.table, lambda layer: editor.owners(layer, rows)):
+        for unknown in (5, "5", "one", None):
+            with pytest.raises(ConfigError, match=f"layer: got {unknown!r}, expected one of this memory's: {name}"):
+                ask(unknown)
+
+
+def test_an_editor_and_its_ledger_say_what_they_hold():
+    editor = make_editor(dtype="int8")
+    (layer,) = editor.memory.engram_config.layer_ids
+    assert repr(editor) == f"MemoryEditor(facts=0, layers=[{layer}], rows=0, dtype='int8')"
+    editor.teach(FACTS[:2])
+    rows = editor.table(layer).stored_rows
+    assert repr(editor) == f"MemoryEditor(facts=2, layers=[{layer}], rows={rows}, dtype='int8')"
+    assert repr(Ledger(editor.facts)) == "Ledger(facts=2, prompts=3)"

@@ -268,3 +268,18 @@ def test_ids_beyond_the_tokenizer_count_as_padding_once_they_are_accepted(spec):
         mapping.hash(ids + 1)
     mapping.accept_ids(5)  # never fewer than the tokenizer has
     assert torch.equal(mapping.hash(as_padding)[1], expected[1][0])
+
+
+def test_a_mapping_and_its_tokenizer_say_what_they_are():
+    config = small_config()
+    mapping = build_mapping(config, tiny_tokenizer())
+    rows = sum(sum(mapping.head_sizes(layer)) for layer in config.layer_ids)
+    ids = mapping.compressed_tokenizer
+    assert repr(ids) == f"CompressedTokenizer(ids={len(ids.lookup_table)}, canonical_ids={len(ids)})"
+    assert repr(mapping) == (
+        f"NgramHashMapping(hash_spec='demo_v1', layers={list(config.layer_ids)}, orders=2..{config.max_ngram_size}, "
+        f"heads={config.num_heads}, rows={rows})"
+    )
+    assert repr(mapping_without_tokenizer(config.replace(hash_spec="exact_v1"), 50).compressed_tokenizer).startswith(
+        "ExactTokenizer(ids=50,"
+    )

@@ -129,3 +129,18 @@ def test_a_connection_that_is_cut_is_one_clear_error(hub, monkeypatch):
     monkeypatch.setattr(hub, "files", lambda *_: 1 / 0)  # the handler dies in the midst of an answer
     with pytest.raises(CheckpointError, match="none of this name could be fetched from the hub"):
         found_at("me/mine")
+
+
+def test_arguments_in_another_order_are_refused(saved):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    for load in (EngramModel.from_pretrained, MemoryEditor.load):
+        for given in (
+            (saved, model, tokenizer),
+            (model, tokenizer, saved),
+            (str(saved), saved, tokenizer),
+            (model, None, tokenizer),
+        ):
+            with pytest.raises(ConfigError, match=r"expected \(model, path, tokenizer\)"):
+                load(*given)
+        with pytest.raises(ConfigError, match="expected a Hugging Face tokenizer"):
+            load(tokenizer, saved, model)

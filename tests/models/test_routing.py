@@ -138,3 +138,14 @@ def test_a_learned_router_sees_the_base_model_at_rest():
     assert top.training
     assert base.transformer.drop.training
     assert below.is_enabled
+
+
+def test_the_bundled_rules_are_those_that_nobody_names():
+    router = EngramRouter.from_yaml()
+    assert (len(router.rules) > 0, router.rules) == (True, EngramRouter.from_yaml(None).rules)
+
+
+def test_routers_say_what_they_are():
+    assert repr(EngramRouter([RouteRule("code", "def ", 1.0)], 0.25)) == "EngramRouter(rules=1, otherwise=0.25, threshold=0.5)"
+    router = LearnedRouter.fit(tiny_model(), tiny_tokenizer(), ["alpha"], ["beta"])
+    assert repr(router) == f"LearnedRouter(width={tiny_model().config.hidden_size}, first_tokens=None, threshold=0.5)"

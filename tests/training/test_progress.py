@@ -1,6 +1,7 @@
 import io
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -135,3 +136,11 @@ def test_tensorboard_gets_every_figure(tmp_path, monkeypatch):
         "eval/loss",
     ):
         assert name.encode() in written, name
+
+
+def test_names_of_held_out_texts_are_shown_as_they_are():
+    page = io.StringIO()
+    logs = {"eval_:cat:[b]_loss": 1.5}
+    state = SimpleNamespace(log_history=[logs], global_step=1, max_steps=2)
+    LiveProgress(Console(file=page)).on_log(None, state, None, logs)
+    assert "held-out :cat:[b] 1.5000" in page.getvalue()

@@ -48,7 +48,6 @@ def ask_command(
     from engram.data import chat_prompt
     from engram.editing.ledger import answer_room
     from engram.models import EngramRouter, LearnedRouter
-    from engram.models.router import DEFAULT_RULES
 
     wanted = _wanted(prompts)
     if router is not None and (route or rules is not None):
@@ -58,7 +57,7 @@ def ask_command(
             "got a way to decide when the memory is read too (--route, --rules or --router), expected it to be off, or routed",
             param_hint="--off",
         )
-    decides: Router | None = EngramRouter.from_yaml(rules or DEFAULT_RULES) if route or rules else None
+    decides: Router | None = EngramRouter.from_yaml(rules) if route or rules else None
     asked, tokenizer, facts = _to_ask(memory, model, Running(device, model_dtype))
     if router is not None:
         decides = LearnedRouter.load(router, asked, tokenizer)

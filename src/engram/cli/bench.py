@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engram.cli.outputs import check_folder, check_writable
+from engram.cli.outputs import check_folder, check_writable, print_whole
 
 __all__ = ["bench_command"]
 
@@ -47,7 +47,6 @@ def bench_command(
 
 
 def _show(name: str, entry: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{name}: {entry['label']}", title_justify="left")
@@ -61,7 +60,7 @@ def _show(name: str, entry: dict[str, Any]) -> None:
             f"{measured['per_second']:,.0f}",
             f"x{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
         )
-    Console(width=110).print(table)
+    print_whole(table)
 
 
 def _seconds(value: float) -> str:

@@ -36,7 +36,7 @@ def budget_command(
         Path | None,
         typer.Option(
             help="Sweep recipe whose base gives backbone and memory; if not given, a small DeepSeek-V3, that of "
-            "recipes/sweep_allocation.yaml."
+            "recipes/sweep_allocation.yaml of the repository."
         ),
     ] = None,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Positions that attention looks at; the recipe's, or 128.")] = None,

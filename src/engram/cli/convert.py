@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.loading import Running, check_out, open_base
-from engram.cli.outputs import check_writable, is_terminal
+from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, check_out, open_base
+from engram.cli.outputs import check_writable, new_console, print_whole
 from engram.errors import first_of
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def convert_command(
     text: Annotated[Path | None, typer.Option(help="Held-out text: reports the bits per byte before and after.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model; the one the memory was made for if not given.")] = None,
     verify: Annotated[bool, typer.Option(help="Load the base model and ask every taught fact, before and after.")] = True,
+    device: DeviceOption = "cpu",
+    model_dtype: ModelDtypeOption = "float32",
 ) -> None:
     """Save a memory with its rows in another format, block by block, and report what that changed; exit code 1 if a fact was lost."""
     from engram.checkpoint import convert_memory, lock_store, write_json_atomically
@@ -42,6 +44,8 @@ def convert_command(
     check_out(out)
     check_dtype(dtype)
     check_writable(json_out)
+    running = Running(device, model_dtype)
+    running.check()
     if model is not None and verify:
         from engram.models.bundled import load_tokenizer
 
@@ -55,7 +59,7 @@ def convert_command(
     fields = report.to_dict()
     print_report(report)
     if verify or held_out is not None:
-        fields |= _compare(memory, out, model, held_out)
+        fields |= _compare(memory, out, model, held_out, running)
     if json_out is not None:
         write_json_atomically(json_out, fields)
     if fields.get("facts", {}).get("lost"):
@@ -88,18 +92,16 @@ def read_text(file: Path) -> str:
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with a rate on standard error; called with (bytes done, bytes in all)."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=new_console(stderr=True)) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_report(report: ConversionReport) -> None:
     """What each layer lost, as a table."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{report.source} ({report.dtype_before}) -> {report.out} ({report.dtype_after})")
@@ -109,10 +111,10 @@ def print_report(report: ConversionReport) -> None:
         sizes = (f"{n:,}" for n in (layer.rows, layer.bytes_before, layer.bytes_after))
         errors = (f"{x:.4g}" for x in (layer.max_abs_error, layer.rms_error, layer.rms_rows))
         table.add_row(str(layer.layer_id), *sizes, *errors, f"{100 * layer.relative_error:.3g} %")
-    Console(width=None if is_terminal(sys.stdout) else 160).print(table)
+    print_whole(table)
 
 
-def _compare(source: Path, out: Path, model: str | None, text: str | None) -> dict[str, Any]:
+def _compare(source: Path, out: Path, model: str | None, text: str | None, running: Running) -> dict[str, Any]:
     """Facts that are exact, and bits per byte, before and after. Without a model that can be loaded there is a line instead."""
     from engram.checkpoint import read_description
     from engram.errors import EngramError
@@ -122,7 +124,7 @@ def _compare(source: Path, out: Path, model: str | None, text: str | None) -> di
     if not taught and text is None:
         return {}
     try:
-        base, tokenizer = open_base(source, model, Running())
+        base, tokenizer = open_base(source, model, running)
         before, after = (_measure(base, tokenizer, folder, taught, text) for folder in (source, out))
     except EngramError as error:
         if text is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.outputs import check_writable, command_line, is_terminal, made_with
+from engram.cli.outputs import check_writable, command_line, made_with, new_console, print_whole
 
 if TYPE_CHECKING:
     from engram.data.contamination import Contamination
@@ -18,13 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = ["corpus_command", "corpus_progress"]
 
-_PIPED_WIDTH = 120
 _LISTED = 5
 
 
 def corpus_command(
     recipe: Annotated[
-        Path, typer.Argument(help="YAML recipe with a 'corpus', of a run or sweep too; recipes/corpus_python.yaml is one.")
+        Path,
+        typer.Argument(
+            help="YAML recipe with a 'corpus', of a run or sweep too; recipes/corpus_python.yaml of the repository is one."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the token store; one made of the same things is used again.")],
     tokenizer: Annotated[
@@ -91,7 +92,6 @@ def _named(show: Callable[[str, int, int], None], what: str) -> Callable[[int, i
 @contextmanager
 def corpus_progress() -> Iterator[Callable[[str, int, int], None]]:
     """Bars with a rate on standard error, one per pass; called with (pass, done, in all)."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -101,7 +101,7 @@ def corpus_progress() -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("{task.fields[rate]}"),
     )
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=new_console(stderr=True)) as bar:
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
@@ -126,7 +126,7 @@ def _print_counts(store: TokenStore) -> None:
         for kind, sizes in [*kinds.items(), ("all", whole)]:
             numbers = [f"{sizes[name]:,}" for name in ("documents", "bytes", "tokens")]
             table.add_row(split, kind, *numbers, f"{sizes['bytes'] / sizes['tokens']:.2f}" if sizes["tokens"] else "")
-    _console().print(table)
+    print_whole(table)
     removed = store.description["duplicates"]
     print(f"duplicates left out: {removed['exact']:,} exact, {removed['near']:,} near")
     if store.left_out:
@@ -142,9 +142,3 @@ def _print_contamination(entry: Contamination) -> None:
     )
     for worst in fields["most_contaminated"]:
         print(f"  {100 * worst['share']:5.1f} % of {worst['ngrams']:,} in {worst['document']}")
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(width=None if is_terminal(sys.stdout) else _PIPED_WIDTH)

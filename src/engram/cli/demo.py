@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running
-from engram.cli.outputs import made_with
+from engram.cli.outputs import made_with, new_console, print_whole
 
 if TYPE_CHECKING:
     from engram.data.facts import Fact
@@ -37,7 +36,7 @@ def demo_command(
 ) -> None:
     """Teach facts to a small real model through its memory and show, before and after, what it knows and what must not move."""
     import torch
-    from rich.console import Console
+    from rich.text import Text
 
     from engram.checkpoint import lock_store
     from engram.data.facts import load_facts
@@ -45,7 +44,7 @@ def demo_command(
 
     running = Running(device, model_dtype)
     running.check()
-    console = Console()
+    console = new_console()
     taught = load_facts(facts or _FACTS / "facts.yaml")
     _refuse_to_lose(out / "memory", taught)
     try:
@@ -64,14 +63,13 @@ def demo_command(
     result = demo.result(
         command=_command(facts, model, seed, running), model=model, seed=seed, seconds=round(time.monotonic() - started)
     )
-    _show(console, result)
+    _show(result)
     _write(out, result)
-    console.print(
-        f"report: {out / 'report.html'}   figures: {out / 'result.json'}   memory: {out / 'memory'}   {result['seconds']} s"
-    )
+    print(f"report: {out / 'report.html'}   figures: {out / 'result.json'}   memory: {out / 'memory'}   {result['seconds']} s")
     if demo.report.not_exact:
         missed = [fact.prompts[0] for fact in taught if fact.id in demo.report.not_exact]
-        console.print(f"[bold red]not exact ({len(missed)}):[/] {escape(', '.join(missed[:10]))}")
+        told = Text.assemble((f"not exact ({len(missed)}):", "bold red"), " ", ", ".join(missed[:10]))
+        console.print(told, soft_wrap=True)
         raise typer.Exit(1)
 
 
@@ -133,7 +131,7 @@ class _Demo:
         self.editor = MemoryEditor.create(self.base, self.tokenizer, seed=self.seed)
         self.memory = self.editor.memory
         kinds = self.memory.num_parameters_by_kind()
-        self.console.print(
+        print(
             f"base model: {kinds['base']:,} parameters, frozen. {len(self.facts)} facts to teach. memory: empty, at block "
             f"{self.memory.engram_config.layer_ids[0]}."
         )
@@ -236,7 +234,7 @@ def _progress(console: Any, what: str, total: int) -> Iterator[Any]:
         yield lambda **change: progress.update(task, **change)
 
 
-def _show(console: Any, result: dict[str, Any]) -> None:
+def _show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title="exact answers")
@@ -245,7 +243,7 @@ def _show(console: Any, result: dict[str, Any]) -> None:
     for entry in result["categories"]:
         shares = (f"{100 * entry[key] / entry['prompts']:.0f} %" for key in ("before", "after"))
         table.add_row(entry["category"], str(entry["prompts"]), *shares)
-    console.print(table)
+    print_whole(table)
     still = Table(title="what must not move", show_header=False)
     if result["capitals"]:
         known = result["capitals"]
@@ -253,11 +251,9 @@ def _show(console: Any, result: dict[str, Any]) -> None:
     bits, drift = result["bits_per_byte"], result["drift"]
     still.add_row("held-out bits per byte", f"{bits['before']:.4f} -> {bits['after']:.4f} ({bits['change_percent']:+.3f} %)")
     still.add_row("KL to the base on neutral prompts", f"{drift['mean_kl']:.1e} nats per token")
-    console.print(still)
+    print_whole(still)
     for example in result["examples"]:
-        console.print(
-            f"{example['prompt']!r}\n   memory off: {example['off']!r}\n   memory on:  {example['on']!r}", markup=False
-        )
+        print(f"{example['prompt']!r}\n   memory off: {example['off']!r}\n   memory on:  {example['on']!r}")
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:

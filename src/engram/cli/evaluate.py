@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_editor, taught_folder
-from engram.cli.outputs import check_writable, command_line, made_with, more_bar
+from engram.cli.outputs import check_writable, command_line, made_with, more_bar, new_console
 
 __all__ = ["eval_command"]
 
@@ -33,7 +33,6 @@ def eval_command(
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
     """Measure a taught memory: recall by category, harm to other text, latency and bytes."""
-    from rich.console import Console
     from rich.markdown import Markdown
 
     from engram.checkpoint import write_json_atomically
@@ -67,8 +66,7 @@ def eval_command(
     given = {"memory": memory, "facts": facts, "texts": texts, "model": model, "route": route, "chat": chat}
     result.provenance = {"command": command_line("eval", options=given.items()) + running.options(), **made_with()}
     fields = result.to_dict()
-    console = Console()
-    console.print(Markdown(markdown_table(fields)))
+    new_console().print(Markdown(markdown_table(fields)))
     if json_out is not None:
         write_json_atomically(json_out, fields)
     if markdown is not None:

@@ -7,7 +7,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -24,7 +25,7 @@ from engram.cli.loading import (
     open_editor,
     taught_folder,
 )
-from engram.cli.outputs import check_prompt, count_bar, is_terminal
+from engram.cli.outputs import check_prompt, count_bar, print_folded
 from engram.errors import DataError, EngramError, TeachError, first_of
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def teach_command(
         failed: dict[str, str] = {}
         started = time.perf_counter()
         parts = editor.in_parts(lessons, _SAVE_EVERY, replace)  # a refusal comes before there is a bar
-        with count_bar("teaching", sum(len(fact.prompts) for fact in lessons)) as bar:
+        with _told_how_far(memory, lessons), count_bar("teaching", sum(len(fact.prompts) for fact in lessons)) as bar:
             done = 0
             for part in parts:
                 show = partial(_shift, bar, done)
@@ -137,6 +138,23 @@ def _read_facts(file: Path) -> tuple[list[Fact], str]:
             return load_facts(copy), hashlib.sha256(copy.read_bytes()).hexdigest()
         except DataError as error:
             raise DataError(str(error).replace(str(copy), str(file))) from None
+
+
+@contextmanager
+def _told_how_far(memory: Path, lessons: Sequence[Fact]) -> Iterator[None]:
+    """Have an interruption say how many of the facts the folder holds by then; a part may have been saved in that very moment."""
+    from engram.checkpoint import DESCRIPTION_NAME, read_description, read_ledger
+    from engram.editing.ledger import Ledger
+    from engram.editing.sorting import sort_out
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        saved = read_ledger(memory, read_description(memory)) if (memory / DESCRIPTION_NAME).exists() else None
+        known = sort_out(Ledger.from_dict(saved), lessons).already_known if saved else []
+        raise KeyboardInterrupt(
+            f"stopped; {len(known):,} of {len(lessons):,} facts are saved in {memory}, and the same command goes on from there"
+        ) from None
 
 
 def why_command(
@@ -258,6 +276,8 @@ def merge_command(
     ] = None,
     model: ModelOption = None,
     verify: Annotated[bool, typer.Option(help="Ask the model every fact of the union before it is written.")] = True,
+    device: DeviceOption = "cpu",
+    model_dtype: ModelDtypeOption = "float32",
 ) -> None:
     """Unite two memories; conflicts are listed and never resolved silently."""
     from engram.checkpoint import lock_store
@@ -271,12 +291,14 @@ def merge_command(
     check_out(out)
     if out.resolve() in (a.resolve(), b.resolve()):
         raise typer.BadParameter("the union would overwrite one of the two; choose another folder", param_hint="--out")
+    running = Running(device, model_dtype)
+    running.check()
     with lock_store(out):
         refuse_other_memory(out, a, b)
         if verify:
             with tempfile.TemporaryDirectory() as trial:
                 merge_memories(a, b, Path(trial) / "union", side)
-                exact = open_editor(Path(trial) / "union", model, Running()).verify()
+                exact = open_editor(Path(trial) / "union", model, running).verify()
             wrong = [fact_id for fact_id, ok in exact.items() if not ok]
             if wrong:
                 raise TeachError(
@@ -332,11 +354,9 @@ def _shift(bar: Callable[[int], None], before: int, done: int, _: int) -> None:
 
 
 def _print_explanation(explanation: Explanation, editor: MemoryEditor) -> None:
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=Text(f"{explanation.prompt!r} -> {explanation.answer!r}"))
+    table = Table(title=f"{explanation.prompt!r} -> {explanation.answer!r}")
     for heading in ("token", "then says", "base says", "logit change", "n-gram read", "gate", "facts", "foreign rows"):
         table.add_column(heading)
     for token in explanation.tokens:
@@ -347,13 +367,12 @@ def _print_explanation(explanation: Explanation, editor: MemoryEditor) -> None:
             ", ".join(dict.fromkeys(fact for hit in token.hits for fact in hit.facts)),
             f"{token.foreign_rows} refused" if token.foreign_rows else "",
         ]
-        table.add_row(*(cell.replace("[", r"\[") for cell in [*cells, *hits]))
-    console = Console(width=None if is_terminal(sys.stdout) else 160)
-    console.print(table)
+        table.add_row(*cells, *hits)
+    print_folded(table)
     if not explanation.facts:
-        console.print("no taught n-gram occurs: this is the base model's answer, bit for bit")
+        print("no taught n-gram occurs: this is the base model's answer, bit for bit")
     held = {fact.id: fact for fact in editor.facts}
     for fact_id, nats in sorted(explanation.facts.items(), key=lambda entry: -entry[1]):
         fact = held[fact_id]
         line = f"{fact_id}: {fact.prompts[0].text!r} -> {fact.answer!r} adds {nats:+.2f} nats to the answer ({fact.source}, {fact.taught_at})"
-        console.print(line, markup=False)
+        print(line)

@@ -59,13 +59,22 @@ class Running:
         self.check()
         if not is_terminal(sys.stderr):
             disable_progress_bar()
-        loaded = load_model(name, getattr(torch, self.dtype))
-        model: Any = loaded[0]
+        model, tokenizer = load_model(name, getattr(torch, self.dtype))
+        return self.place(model, repr(name)), tokenizer
+
+    def place(self, model: Any, name: str) -> Any:
+        """A model of the type, moved there.
+
+        Raises:
+            CheckpointError: it does not fit there.
+        """
+        import torch
+
         try:
-            return model.to(self.device), loaded[1]
+            return model.to(self.device)
         except torch.OutOfMemoryError as error:
             raise CheckpointError(
-                f"model {name!r} does not fit on {self.device} in {self.dtype}: {str(error).splitlines()[0]} "
+                f"model {name} does not fit on {self.device} in {self.dtype}: {str(error).splitlines()[0]} "
                 "Choose --model-dtype bfloat16, or another --device."
             ) from None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_memory
-from engram.cli.outputs import check_folder, check_writable, made_with
+from engram.cli.outputs import check_folder, check_writable, made_with, new_console
 
 if TYPE_CHECKING:
     from engram.analysis import Subject
@@ -166,7 +166,6 @@ def _short(folder: Path) -> str:
 @contextmanager
 def _bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """Progress on standard error: one bar per analysis, in tokens."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
@@ -177,7 +176,7 @@ def _bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=new_console(stderr=True)) as progress:
 
         def start(name: str, total: int) -> Callable[[int], None]:
             task = progress.add_task(name, total=total)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
@@ -42,13 +44,34 @@ __all__ = ["app", "main"]
 
 
 class _Commands(TyperGroup):
-    """Says how a command was interrupted; typer alone ends without a word."""
+    """Says how a command was interrupted; typer alone ends without a word. Where nobody reads on, typer would end as after an error."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:  # which prints the help
+        with _quiet_when_nobody_reads():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
-            return super().invoke(ctx)
+            with _quiet_when_nobody_reads():
+                return super().invoke(ctx)
         except KeyboardInterrupt as stopped:
-            _fail(stopped if str(stopped) else "interrupted; nothing saved before was changed", 130)
+            _fail(stopped if str(stopped) else "interrupted; what was saved by then is whole", 130)
+
+
+@contextmanager
+def _quiet_when_nobody_reads() -> Iterator[None]:
+    """End without a word where the reader of a pipe has left (``engram facts ... | head``), with the code that shells know this by. The signal
+    itself stays ignored: it would also end commands whose network fails, before they could clean up.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        # What they hold back has no reader either, and Python would complain at its end.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                os.dup2(nowhere, stream.fileno())
+        sys.exit(141)
 
 
 app = typer.Typer(
@@ -114,11 +137,22 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows its number instead
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        with _quiet_when_nobody_reads():
+            _run()
     except (ConfigError, DataError) as error:
         _fail(error, 2)
     except (EngramError, OSError) as error:
         _fail(error, 1)
+
+
+def _run() -> None:
+    """The command, and what it has printed out of the buffer, where an error can still be caught."""
+    try:
+        app()
+    except SystemExit:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        raise
 
 
 def _fail(reason: object, code: int) -> NoReturn:

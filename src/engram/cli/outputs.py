@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 __all__ = [
@@ -25,11 +27,17 @@ __all__ = [
     "is_terminal",
     "made_with",
     "more_bar",
+    "new_console",
+    "print_folded",
     "print_whole",
 ]
 
 _NO_END = 10_000
 """Characters in a line that no table fills."""
+_PIPED_WIDTH = 160
+"""Characters in a line of a folded table where nobody watches."""
+_LEAST_CELL = 9
+"""Characters of a line that every column of a folded table has, borders and blanks included."""
 
 
 def made_with() -> dict[str, Any]:
@@ -71,14 +79,30 @@ def check_prompt(prompt: str, hint: str) -> None:
     check_text(prompt, hint)
 
 
+def new_console(stderr: bool = False, width: int | None = None) -> Console:
+    """Where a command shows what it found, and its bars. Text is shown as it is: answers may hold brackets, which are no markup here, or
+    ``:cat:``, which is no picture.
+
+    Args:
+        stderr: on standard error instead of standard output.
+        width: characters in a line; those of the terminal if not given.
+    """
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # what `engram` does then it does for all that is printed (``cli.main``)
+
+    return Plain(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+
 @contextmanager
 def count_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on standard error; called with how many are done."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=new_console(stderr=True)) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
 
@@ -130,7 +154,14 @@ def check_folder(folder: Path | None) -> None:
 
 def print_whole(table: Table) -> None:
     """A table in whole lines, however narrow the terminal: cells that were cut would be other numbers."""
-    from rich.console import Console
+    new_console(width=new_console(width=_NO_END).measure(table).maximum).print(table)
 
-    # Without markup: names are what they are, brackets included.
-    Console(width=Console(width=_NO_END, markup=False).measure(table).maximum, markup=False).print(table)
+
+def print_folded(table: Table) -> None:
+    """A table of texts as wide as the terminal: what is longer than its column goes on below, and nothing is cut. A terminal that has no room
+    for so many columns wraps the lines itself.
+    """
+    for column in table.columns:
+        column.overflow = "fold"
+    width = new_console().width if is_terminal(sys.stdout) else _PIPED_WIDTH
+    new_console(width=max(width, _LEAST_CELL * len(table.columns) + 1)).print(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 
 from engram.cli.convert import check_dtype, print_report, progress_bar, read_text
 from engram.cli.loading import check_out, open_tokenizer
-from engram.cli.outputs import is_terminal
+from engram.cli.outputs import print_folded, print_whole
 
 if TYPE_CHECKING:
     from engram.config import TableConfig
@@ -159,12 +158,12 @@ def _print_layers(layers: list[LayerPlace]) -> None:
 
     table = Table(title="where the rows are saved")
     for heading in ("layer", "file", "format", "rows", "bytes"):
-        table.add_column(heading, justify="left" if heading == "file" else "right", overflow="fold")
+        table.add_column(heading, justify="left" if heading == "file" else "right")
     for layer in layers:
         table.add_row(
             str(layer.layer_id), f"{layer.file}, byte {layer.offset}", layer.dtype, f"{layer.rows:,}", f"{layer.bytes:,}"
         )
-    _console().print(table)
+    print_folded(table)
 
 
 def _print_costs(costs: list[PlacementCost]) -> None:
@@ -177,19 +176,11 @@ def _print_costs(costs: list[PlacementCost]) -> None:
         sizes = (f"{n:,}" for n in (cost.device_bytes, cost.host_bytes, cost.disk_bytes))
         speed = "" if cost.rows_per_second is None else f"{cost.rows_per_second:,.0f}"
         table.add_row(cost.tier, cost.dtype, *sizes, speed, "yes" if cost.fits else "no")
-    console = _console()
-    console.print(table)
+    print_whole(table)
     free = costs[0].available
     known = (f"{name} {'unknown' if n is None else f'{n:,} bytes'}" for name, n in free.items())
-    console.print(f"available: {', '.join(known)}", highlight=False)
+    print(f"available: {', '.join(known)}")
     if all(cost.tier == "device" for cost in costs):
-        console.print(_NOTE, highlight=False)
-        console.print(_TAUGHT, highlight=False)
+        print(f"{_NOTE}\n{_TAUGHT}")
     else:
-        console.print(f"{_NOTE}; of a hybrid, half of the rows are hot there", highlight=False)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(width=None if is_terminal(sys.stdout) else 160)
+        print(f"{_NOTE}; of a hybrid, half of the rows are hot there")

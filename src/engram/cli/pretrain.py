@@ -12,7 +12,8 @@ __all__ = ["pretrain_command"]
 
 def pretrain_command(
     recipe: Annotated[
-        Path, typer.Argument(help="YAML recipe; recipes/base_model.yaml makes what the bundled one went on from.")
+        Path,
+        typer.Argument(help="YAML recipe; recipes/base_model.yaml of the repository makes what the bundled one went on from."),
     ],
     out: Annotated[Path, typer.Option(help="Run folder: checkpoints, and the finished model in its folder 'model'.")],
     restart: Annotated[bool, typer.Option(help="Refuse to go on from an earlier run (its checkpoints or its model).")] = False,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_memory
-from engram.cli.outputs import check_writable, made_with
+from engram.cli.outputs import check_writable, made_with, print_whole
 
 if TYPE_CHECKING:
     from engram.evaluation import RoutedKind
@@ -61,14 +61,12 @@ def route_command(
 
 
 def _print(judged: list[RoutedKind]) -> None:
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(title="gain over the model alone, nats per token, on texts left out of the fit")
     for heading in ("kind", "texts", "read it", "always read", "routed", "best"):
         table.add_column(heading, justify="left" if heading == "kind" else "right")
     for kind in judged:
         gains = (f"{gain:+.3f}" for gain in (kind.always, kind.routed, kind.best))
-        table.add_row(Text(kind.kind), str(kind.texts), str(kind.read), *gains)
-    Console().print(table)
+        table.add_row(kind.kind, str(kind.texts), str(kind.read), *gains)
+    print_whole(table)

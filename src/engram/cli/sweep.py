@@ -25,7 +25,7 @@ _ALONE = {"allocation": "experts alone", "slots": "no memory"}
 
 
 def sweep_command(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe; recipes/sweep_allocation.yaml is one.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe; recipes/sweep_allocation.yaml of the repository is one.")],
     out: Annotated[Path, typer.Option(help="Run folder: data, and a folder for each point; finished points are skipped.")],
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Result file; points that it holds already are not run again.")

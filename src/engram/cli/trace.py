@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.loading import Running, open_memory
-from engram.cli.outputs import check_text, is_terminal
+from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_memory
+from engram.cli.outputs import check_text, print_folded
 from engram.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["trace_command"]
 
 _SHOWN_ROWS = 3
-_PIPED_WIDTH = 180
 
 
 def trace_command(
@@ -46,6 +44,8 @@ def trace_command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of everything random.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    device: DeviceOption = "cpu",
+    model_dtype: ModelDtypeOption = "float32",
 ) -> None:
     """Show each token's n-grams, canonical id, rows read per head, gates per layer, and where the rows live."""
     import torch
@@ -63,8 +63,10 @@ def trace_command(
     if not text.strip():
         raise ConfigError("trace: the text is empty.")
     check_text(text, "TEXT")
+    running = Running(device, model_dtype)
+    running.check()
     torch.manual_seed(seed)
-    engram_model, tokens = _demo_sized(tokenizer) if demo_size else _attached(model, memory)
+    engram_model, tokens = _demo_sized(tokenizer, running) if demo_size else _attached(model, memory, running)
     trace = trace_text(engram_model, tokens, text)
     if as_json:
         print(json.dumps(trace.to_dict(), indent=1, ensure_ascii=False))
@@ -72,15 +74,15 @@ def trace_command(
         _print_table(trace, fresh=memory is None)
 
 
-def _attached(model: str | None, memory: Path | None) -> tuple[EngramModel, Any]:
+def _attached(model: str | None, memory: Path | None, running: Running) -> tuple[EngramModel, Any]:
     from engram.config import EngramConfig
     from engram.evaluation.generation import padding_id
     from engram.models import get_engram_model
     from engram.models.bundled_files import memory_folder
 
     if memory is not None:
-        return open_memory(memory_folder(memory), model, Running())
-    base, tokenizer = Running().load(model or "bundled")
+        return open_memory(memory_folder(memory), model, running)
+    base, tokenizer = running.load(model or "bundled")
     blocks = base.config.num_hidden_layers
     config = EngramConfig(
         engram_vocab_size=20_000,
@@ -92,8 +94,9 @@ def _attached(model: str | None, memory: Path | None) -> tuple[EngramModel, Any]
     return get_engram_model(base, config, tokenizer), tokenizer
 
 
-def _demo_sized(tokenizer_name: str | None) -> tuple[EngramModel, Any]:
+def _demo_sized(tokenizer_name: str | None, running: Running) -> tuple[EngramModel, Any]:
     """A random transformer with the demo's sizes: 30 blocks, width 1024, four streams, vocabulary 129,280, memory at blocks 1 and 15."""
+    import torch
     from transformers import AutoTokenizer, DeepseekV4Config, DeepseekV4ForCausalLM
 
     from engram.config import EngramConfig
@@ -128,14 +131,13 @@ def _demo_sized(tokenizer_name: str | None) -> tuple[EngramModel, Any]:
             mlp_layer_types=["moe"] * blocks,
         )
     ).eval()
-    return get_engram_model(base, EngramConfig(table_init="normal"), tokenizer), tokenizer
+    placed = running.place(base.to(getattr(torch, running.dtype)), "of the demo's sizes")
+    return get_engram_model(placed, EngramConfig(table_init="normal"), tokenizer), tokenizer
 
 
 def _print_table(trace: Trace, fresh: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if is_terminal(sys.stdout) else _PIPED_WIDTH)
     layers = list(trace.tables)
     table = Table(title=f"{len(trace.tokens)} tokens -> output {trace.output_shape}")
     for heading in (
@@ -151,10 +153,10 @@ def _print_table(trace: Trace, fresh: bool) -> None:
         rows = [" ".join(map(str, layer.rows[:_SHOWN_ROWS])) + " ..." for layer in token.layers]
         gates = [" ".join(f"{gate:.2f}" for gate in layer.gate) for layer in token.layers]
         ngrams = " | ".join(repr(text) for text in token.ngrams.values())
-        cells = [str(token.position), repr(token.token), f"{token.token_id} > {token.canonical_id}", ngrams, *rows, *gates]
-        table.add_row(*(cell.replace("[", r"\[") for cell in cells))
-    console.print(table)
+        ids = f"{token.token_id} > {token.canonical_id}"
+        table.add_row(str(token.position), repr(token.token), ids, ngrams, *rows, *gates)
+    print_folded(table)
     for layer_id, place in trace.tables.items():
-        console.print(f"layer {layer_id}: {len(trace.tokens[0].layers[0].rows)} rows per token from {place}")
+        print(f"layer {layer_id}: {len(trace.tokens[0].layers[0].rows)} rows per token from {place}")
     if fresh:
-        console.print("The memory shown is fresh and untrained: addresses are real, gates are those of a random reader.")
+        print("The memory shown is fresh and untrained: addresses are real, gates are those of a random reader.")

@@ -11,7 +11,7 @@ __all__ = ["train_command"]
 
 
 def train_command(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe of one run; recipes/train_small.yaml is one.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of one run; recipes/train_small.yaml of the repository is one.")],
     out: Annotated[Path, typer.Option(help="Run folder: data, checkpoints, result.json, and at the end 'model' and 'memory'.")],
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (all cores if not given).")] = None,

@@ -28,7 +28,7 @@ from engram.errors import AttachError, CheckpointError, ConfigError, TeachError
 from engram.evaluation.generation import padding_id
 from engram.models import EngramModel, find_decoder, get_engram_model
 from engram.models.files import saved_aside
-from engram.models.hub import found_at, remember_name
+from engram.models.hub import check_order, found_at, remember_name
 from engram.models.identity import attached_identity, identity_mismatch
 from engram.tables import VerifiedTable
 
@@ -133,6 +133,7 @@ class MemoryEditor:
         Raises:
             CheckpointError, FingerprintError, ConfigError, AttachError: as ``EngramModel.from_pretrained``.
         """
+        check_order(model, path)
         folder, placement = found_at(path, revision, token)  # here, so that the hub is asked once
         memory = EngramModel.from_pretrained(model, folder, tokenizer, placement, allow_other_base=allow_other_base)
         remember_name(memory, path, folder)
@@ -143,6 +144,11 @@ class MemoryEditor:
         except BaseException:
             memory.unload()
             raise
+
+    def __repr__(self) -> str:
+        layers = list(self.memory.engram_config.layer_ids)
+        rows = sum(self.table(layer).stored_rows for layer in layers)
+        return f"{type(self).__name__}(facts={len(self.facts)}, layers={layers}, rows={rows}, dtype={self.table(layers[0]).format_name!r})"
 
     @property
     def facts(self) -> list[LedgerFact]:
@@ -327,7 +333,10 @@ class MemoryEditor:
         return report
 
     def rows_of(self, fact_id: str) -> dict[str, list[int]]:
-        """Rows that a fact owns, per layer, sorted.
+        """Rows that a fact owns, sorted, by the layers' names (``"5"``), each of which ``table`` and ``owners`` take.
+
+        Args:
+            fact_id: as in ``facts``.
 
         Raises:
             TeachError: there is no such fact.
@@ -335,13 +344,34 @@ class MemoryEditor:
         owned = self._holdings.owned_rows([self._holdings.ledger[fact_id]])
         return {layer: rows.tolist() for layer, rows in owned.items()}
 
-    def owners(self, layer: str, row_ids: Sequence[int]) -> dict[int, list[str]]:
-        """Ids of the facts that own each of some rows."""
-        return self._holdings.owners(layer, row_ids)
+    def owners(self, layer: int | str, row_ids: Sequence[int]) -> dict[int, list[str]]:
+        """Ids of the facts that own each of some rows; none for a row that nobody owns.
 
-    def table(self, layer: str) -> VerifiedTable:
-        """Rows of one layer."""
-        return self._holdings.table(layer)
+        Args:
+            layer: number or name of the layer, one of the configuration's ``layer_ids``.
+            row_ids: numbers of rows in its table.
+
+        Raises:
+            ConfigError: the memory has no such layer.
+        """
+        return self._holdings.owners(self._name_of(layer), row_ids)
+
+    def table(self, layer: int | str) -> VerifiedTable:
+        """Rows of one layer.
+
+        Args:
+            layer: number or name of the layer, one of the configuration's ``layer_ids``.
+
+        Raises:
+            ConfigError: the memory has no such layer.
+        """
+        return self._holdings.table(self._name_of(layer))
+
+    def _name_of(self, layer: int | str) -> str:
+        """A layer as tables are called."""
+        if str(layer) not in self.memory.engrams:
+            raise ConfigError(f"layer: got {layer!r}, expected one of this memory's: {', '.join(self.memory.engrams)}.")
+        return str(layer)
 
     def _tell_of_other_end(self) -> None:
         """Say once that the model's own ``generate`` does not stop where taught answers end."""

@@ -61,6 +61,9 @@ class Ledger:
         self._facts = {fact.id: fact for fact in facts}
         self._by_prompt = {prompt.text: fact.id for fact in self._facts.values() for prompt in fact.prompts}
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(facts={len(self)}, prompts={len(self._by_prompt)})"
+
     def __len__(self) -> int:
         return len(self._facts)
 

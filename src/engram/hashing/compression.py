@@ -83,6 +83,9 @@ class CompressedTokenizer:
             table[token_id] = canonical.setdefault(key, len(canonical))
         return table
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(ids={len(self.lookup_table)}, canonical_ids={len(self)})"
+
     def __len__(self) -> int:
         """Number of canonical ids, |V'|."""
         return self._num_canonical

@@ -110,6 +110,12 @@ class NgramHashMapping:
         self._constants: dict[torch.device, _HashConstants] = {}
         self._kernel: HashKernel | None = None
 
+    def __repr__(self) -> str:
+        config, layers = self.config, list(self.config.layer_ids)
+        rows = sum(sum(self.head_sizes(layer)) for layer in layers)
+        orders = f"2..{config.max_ngram_size}"
+        return f"{type(self).__name__}(hash_spec={self.spec.name!r}, layers={layers}, orders={orders}, heads={config.num_heads}, rows={rows})"
+
     def _make_multipliers(self, given: Multipliers | None) -> dict[int, np.ndarray]:
         count = len(self.compressed_tokenizer)
         if self.spec.multipliers == "given" and given is not None:

@@ -446,8 +446,9 @@ class EngramModel(nn.Module):
             CheckpointError, FingerprintError, ConfigError, AttachError: see ``load_memory`` and ``get_engram_model``; the model is
                 left as it was.
         """
-        from engram.models.hub import found_at, remember_name
+        from engram.models.hub import check_order, found_at, remember_name
 
+        check_order(model, path)
         folder, placement = found_at(path, revision, token)
         options = (table_config or placement, rollback_window, allow_other_base, mapping, layer_class)
         memory = again_if_saved(folder, lambda: cls._load(model, folder, tokenizer, *options))

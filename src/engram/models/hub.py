@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 
@@ -18,7 +18,7 @@ from engram.tables import is_in_parts
 if TYPE_CHECKING:
     from engram.models.engram_model import EngramModel
 
-__all__ = ["found_at", "push_memory", "remember_name"]
+__all__ = ["check_order", "found_at", "push_memory", "remember_name"]
 
 _EACH_SAVE = ["engram-*.safetensors", "engram-*.ledger.json"]
 """Files of a saved memory whose names every save makes anew."""
@@ -47,6 +47,19 @@ def push_memory(memory: EngramModel, repo_id: str, commit_message: str, private:
                 f"push_to_hub: cannot upload to {repo_id!r}: {reason_of(error)}. Nothing here was changed."
             ) from error
     return commit.commit_url
+
+
+def check_order(model: Any, path: Any) -> None:
+    """Refuse what loading a memory is given in another order than it takes: a model, a path, a tokenizer.
+
+    Raises:
+        ConfigError: the model is a name, or the path is none.
+    """
+    if isinstance(model, (str, os.PathLike)) or not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(
+            f"loading a memory: got a {type(model).__name__} for the model and a {type(path).__name__} for the path, expected (model, path, "
+            "tokenizer): a model that is loaded, the folder or hub name of the memory, the model's tokenizer."
+        )
 
 
 def found_at(

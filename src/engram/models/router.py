@@ -23,9 +23,9 @@ from engram.models.identity import base_identity, identity_mismatch
 from engram.models.mode import evaluation_mode
 from engram.models.positions import context_length, text_config
 
-__all__ = ["DEFAULT_RULES", "EngramRouter", "LearnedRouter", "RouteRule", "Router"]
+__all__ = ["EngramRouter", "LearnedRouter", "RouteRule", "Router"]
 
-DEFAULT_RULES = Path(__file__).parent.parent / "bundled" / "routing.yaml"
+_BUNDLED_RULES = Path(__file__).parent.parent / "bundled" / "routing.yaml"
 
 
 class Router(Protocol):
@@ -69,13 +69,21 @@ class EngramRouter:
             raise ConfigError(f"EngramRouter: a pattern is not a regular expression: {error}.") from error
         self.rules, self.otherwise, self.threshold = list(rules), float(otherwise), float(threshold)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rules={len(self.rules)}, otherwise={self.otherwise:g}, threshold={self.threshold:g})"
+
     @classmethod
-    def from_yaml(cls, path: str | os.PathLike[str] = DEFAULT_RULES) -> Self:
-        """Read rules from a file like ``bundled/routing.yaml``.
+    def from_yaml(cls, path: str | os.PathLike[str] | None = None) -> Self:
+        """Read rules from a file.
+
+        Args:
+            path: YAML with ``rules`` (a list of ``{name, pattern, score}``), ``otherwise`` and ``threshold``; the rules that ship with engram
+                (``engram/bundled/routing.yaml``) if not given.
 
         Raises:
             ConfigError: the file is missing or malformed.
         """
+        path = _BUNDLED_RULES if path is None else path
         try:
             fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -120,6 +128,10 @@ class LearnedRouter:
     ) -> None:
         self.model, self.tokenizer, self.threshold, self.first_tokens = model, tokenizer, threshold, first_tokens
         self.mean, self.scale, self.weight, self.bias = mean, scale, weight, bias
+
+    def __repr__(self) -> str:
+        read = f"width={len(self.weight)}, first_tokens={self.first_tokens}"
+        return f"{type(self).__name__}({read}, threshold={self.threshold:g})"
 
     @classmethod
     def fit(

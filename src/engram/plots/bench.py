@@ -22,7 +22,7 @@ def plot_bench(result: Mapping[str, Any], folder: str | Path, prefix: str = "ben
     Raises:
         ConfigError: matplotlib is missing.
     """
-    return [_draw(name, benchmark, Path(folder) / f"{prefix}_{name}.png") for name, benchmark in result["benchmarks"].items()]
+    return [_draw(benchmark, Path(folder) / f"{prefix}_{name}.png") for name, benchmark in result["benchmarks"].items()]
 
 
 def plot_steps(entries: Sequence[Mapping[str, Any]], names: Mapping[str, str], path: str | Path) -> Path:
@@ -48,7 +48,7 @@ def plot_steps(entries: Sequence[Mapping[str, Any]], names: Mapping[str, str], p
     return save_figure(figure, Path(path))
 
 
-def _draw(name: str, benchmark: Mapping[str, Any], path: Path) -> Path:
+def _draw(benchmark: Mapping[str, Any], path: Path) -> Path:
     sizes = [setting["size"] for setting in benchmark["settings"]]
     one_axis = len(set(sizes)) == len(sizes) > 2
     figure, (axis,) = new_figure(1, width=7.0)

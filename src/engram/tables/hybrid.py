@@ -103,11 +103,6 @@ class HybridTable(EmbeddingTable):
         return self._copies.hot
 
     @property
-    def hot_scales(self) -> Tensor | None:
-        """Their scales, if the format has them."""
-        return self._copies.scales
-
-    @property
     def cold(self) -> HostTable | QuantisedTable:
         """The table that holds every row."""
         return self.__dict__["cold"]

@@ -37,7 +37,7 @@ class LiveProgress(TrainerCallback):
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
         self._display: _Display | None = None
         self._figures: dict[str, float] = {}
         self._absorbed = self._first_step = 0
@@ -68,7 +68,9 @@ class LiveProgress(TrainerCallback):
         elif any(key in _FIGURES or _HELD_OUT.match(key) for key in logs or ()):
             left = self._seconds_left(state)
             rest = "" if left is None else f"  {_clock(left)} left"
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {line}{rest}", soft_wrap=True, markup=False)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  {line}{rest}", soft_wrap=True, markup=False, emoji=False
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave the last figures on the screen."""

@@ -20,12 +20,12 @@ from engram import (
     load_bundled,
     load_facts,
 )
-from engram.checkpoint import lock_store
+from engram.checkpoint import lock_store, read_description, read_ledger
 from engram.editing import Ledger
 from engram.editing.keys import KeyedPrompt, choose_keys
 from engram.errors import CheckpointError
 from engram.evaluation import check_facts, measure_drift
-from engram.testing import tiny_config, tiny_model, tiny_tokenizer
+from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS, logits, make_editor, same, tensors
 
 MORE = [Fact(("KEY:gamma 4",), "ninety", id="gamma"), Fact(("What is alpha 17 made of?",), "glass", id="glass")]
@@ -782,3 +782,23 @@ def test_an_editor_and_its_ledger_say_what_they_hold():
     rows = editor.table(layer).stored_rows
     assert repr(editor) == f"MemoryEditor(facts=2, layers=[{layer}], rows={rows}, dtype='int8')"
     assert repr(Ledger(editor.facts)) == "Ledger(facts=2, prompts=3)"
+
+
+def test_no_save_buries_facts_that_it_does_not_know(tmp_path):
+    first = make_editor()
+    first.teach(FACTS[:1])
+    first.save(tmp_path)
+    first.memory.save_pretrained(tmp_path)  # its own
+    first.memory.unload()
+    other, trained = make_editor(), tiny_memory()
+    other.teach(FACTS[1:2])
+    for memory in (other.memory, trained):
+        with pytest.raises(CheckpointError, match="holds facts that this memory does not know"):
+            memory.save_pretrained(tmp_path)
+    assert [fact["id"] for fact in read_ledger(tmp_path, read_description(tmp_path))["facts"]] == [FACTS[0].id]
+    other.memory.save_pretrained(tmp_path, overwrite=True)
+    assert [fact["id"] for fact in read_ledger(tmp_path, read_description(tmp_path))["facts"]] == [FACTS[1].id]
+    trained.save_pretrained(tmp_path / "trained")
+    tiny_memory().save_pretrained(tmp_path / "trained")  # weights over weights
+    (tmp_path / "engram.json").write_text("{")
+    trained.save_pretrained(tmp_path)  # no memory any more

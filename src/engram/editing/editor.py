@@ -174,7 +174,7 @@ class MemoryEditor:
                     f"{path} holds a memory that was changed, or made, by somebody else since; saving over it would lose what they did. "
                     "Load it and teach again, choose another folder, or pass overwrite=True."
                 )
-            self.memory.save_pretrained(path)
+            self.memory.save_pretrained(path, overwrite=True)
         self._warn_of_other_base(path)
 
     def _warn_of_other_base(self, path: str | os.PathLike[str]) -> None:

@@ -356,11 +356,20 @@ class EngramModel(nn.Module):
             f"(tables {kinds['tables']:,}, reader {kinds['reader']:,}, base {kinds['base']:,})"
         )
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Save the memory (not the base model) into the folder ``path``, atomically; see ``engram.models.files``."""
+    def save_pretrained(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Save the memory (not the base model) into the folder ``path``, atomically; see ``engram.models.files``.
+
+        Args:
+            path: the folder. A trained memory in it is replaced.
+            overwrite: replace facts too that were neither read nor written here.
+
+        Raises:
+            CheckpointError: the folder cannot be written or holds such facts, a seeded reader was trained, or facts are just being taught.
+            AttachError: the memory lies beneath one that was divided.
+        """
         from engram.models.files import save_memory
 
-        save_memory(self, path)
+        save_memory(self, path, overwrite)
 
     def push_to_hub(
         self,

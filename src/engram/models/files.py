@@ -68,13 +68,19 @@ PLACED_FIELDS = {"tier", "path", "hot_rows", "resident_bytes"}
 _READER = ("value_proj.", "key_projs.", "norm1.", "norm2.")
 
 
-def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
+def save_memory(memory: EngramModel, path: str | os.PathLike[str], overwrite: bool = False) -> None:
     """Write ``engram.json`` (what it is), one safetensors file (its tensors) and its ledger if it has one, all or nothing.
 
     Where tables or weights are divided between processes, all save together: the first writes, the others send it what they have.
 
+    Args:
+        memory: what to save.
+        path: the folder.
+        overwrite: also over facts that this memory does not know.
+
     Raises:
-        CheckpointError: the folder cannot be written, a seeded reader was trained, or facts are just being taught or forgotten.
+        CheckpointError: the folder cannot be written or holds facts that were neither read nor written here, a seeded reader was trained, or
+            facts are just being taught or forgotten.
         AttachError: the memory lies beneath one that was divided.
     """
     _refuse_beneath_divided(memory)
@@ -85,6 +91,8 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str]) -> None:
             raise CheckpointError(
                 "got a memory whose facts are just being changed, expected a save when that is done; nothing was written."
             )
+        if not overwrite and not (together and process_rank() > 0):
+            _refuse_to_bury(memory, path)
         _save(memory, path, together)
 
 
@@ -138,6 +146,19 @@ def _save(memory: EngramModel, path: str | os.PathLike[str], together: bool) -> 
                 stamp_rows(cold.path, row_stamp(str(version), layer_id, table.format_name))
             except TableError as error:  # the save is done, whatever became of the file
                 logging.getLogger("engram").warning("%s: saved, but not noted beside the row file: %s", os.fspath(path), error)
+
+
+def _refuse_to_bury(memory: EngramModel, path: str | os.PathLike[str]) -> None:
+    """Weights are saved over weights as everywhere. Facts that somebody taught are not made again by another training."""
+    try:
+        unknown = saved_version(path) not in {None, *memory.known_versions} and "ledger" in read_description(path)
+    except CheckpointError:  # what cannot be read is no memory any more
+        return
+    if unknown:
+        raise CheckpointError(
+            f"{path} holds facts that this memory does not know; saving over them would lose them. Load them, choose another folder, or pass "
+            "overwrite=True."
+        )
 
 
 def _refuse_beneath_divided(memory: EngramModel) -> None:

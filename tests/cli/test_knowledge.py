@@ -97,7 +97,7 @@ def test_an_interrupted_lesson_says_how_far_it_came(engram, world, tmp_path, mon
 
         return then_stop
 
-    monkeypatch.setattr("engram.cli.knowledge._SAVE_EVERY", 1)
+    monkeypatch.setattr("engram.cli.teach._SAVE_EVERY", 1)
     given = ("teach", "one.yaml", "--memory", tmp_path / "m", "--model", world / "base")
     with monkeypatch.context() as patch:
         name, number = ("teach", 2) if moment == "teaching" else ("save", 1)

@@ -1,15 +1,10 @@
-"""`engram teach | why | facts | forget | diff | merge`: what a memory knows."""
+"""`engram why | facts | forget | diff | merge`: what a memory knows."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,30 +15,26 @@ from engram.cli.loading import (
     ModelDtypeOption,
     Running,
     check_out,
-    is_beneath,
-    open_beneath,
     open_editor,
     taught_folder,
 )
-from engram.cli.outputs import check_prompt, count_bar, print_folded
-from engram.errors import DataError, EngramError, TeachError, first_of
+from engram.cli.outputs import check_prompt, print_folded
+from engram.errors import EngramError, TeachError, first_of
 
 if TYPE_CHECKING:
-    from engram.data import Fact
-    from engram.editing import Explanation, MemoryEditor, RowConflict
+    from engram.editing import Explanation, MemoryEditor
 
 __all__ = [
     "ChatOption",
     "ModelOption",
     "diff_command",
     "facts_command",
+    "folder_size",
     "forget_command",
     "merge_command",
-    "teach_command",
     "why_command",
 ]
 
-_SAVE_EVERY = 1000
 _LISTED = 20
 
 MemoryOption = Annotated[Path, typer.Option(help="Folder of the memory, a taught one (trained ones hold no facts).")]
@@ -55,106 +46,6 @@ ChatOption = Annotated[
     bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template, as a user's turn.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def teach_command(
-    facts: Annotated[Path, typer.Argument(help="Facts to teach (YAML).")],
-    memory: Annotated[Path, typer.Option(help="Folder of the memory; a new one if there is none.")],
-    model: ModelOption = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Facts that contradict the memory replace what it says.")] = False,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of a new memory's addresses and reader (0 if not given).")
-    ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Teach every prompt as a chat turn too (chat template).")] = False,
-    over: Annotated[
-        Path | None,
-        typer.Option(help="Make a new memory on top of this one ('bundled': the bundled one), so that both are read."),
-    ] = None,
-    device: DeviceOption = "cpu",
-    model_dtype: ModelDtypeOption = "float32",
-) -> None:
-    """Teach facts to a memory, new or existing; exit code 1 and a list if any fact is not exact.
-
-    The memory is saved after every thousand facts: a run that was stopped goes on where it was.
-    """
-    from engram.checkpoint import lock_store
-    from engram.data import with_chat_prompts
-
-    memory = taught_folder(memory)
-    lessons, checksum = _read_facts(facts)
-    with lock_store(memory):
-        editor = _open(memory, model, seed, over, Running(device, model_dtype))
-        if chat:
-            lessons = with_chat_prompts(editor.tokenizer, lessons)
-        taught = known = 0
-        at_start: list[str] = []
-        failed: dict[str, str] = {}
-        started = time.perf_counter()
-        parts = editor.in_parts(lessons, _SAVE_EVERY, replace)  # a refusal comes before there is a bar
-        with _told_how_far(memory, lessons), count_bar("teaching", sum(len(fact.prompts) for fact in lessons)) as bar:
-            done = 0
-            for part in parts:
-                show = partial(_shift, bar, done)
-                report = editor.teach(part, None, facts.name, checksum, replace, show, _report_conflicts)
-                editor.save(memory)
-                done += sum(len(fact.prompts) for fact in part)
-                bar(done)
-                taught, known = taught + len(report.taught), known + len(report.already_known)
-                at_start += report.at_start_only
-                failed.update(report.not_exact)
-                for line in report.replaced:
-                    print(f"replaced: {line}", file=sys.stderr)
-                for gone, kept in report.joined.items():
-                    print(f"joined: {gone!r} and {kept!r} are one fact, which stands as {kept!r}", file=sys.stderr)
-        seconds = time.perf_counter() - started
-    print(
-        f"taught {taught} facts in {seconds:.1f} s, {known} were known; the memory holds {len(editor.facts)} "
-        f"({_size(memory):,} bytes in {memory})"
-    )
-    if at_start:
-        print(
-            f"note: {len(at_start)} of the taught facts ({first_of(at_start, _LISTED)}) speak at the start of an input or of a line only, not "
-            "within running text: their prompts are so short that the first word is part of what is looked for; add a longer phrasing, if that "
-            "matters",
-            file=sys.stderr,
-        )
-    if failed:
-        prompts = {fact.id: fact.prompts[0] for fact in lessons}
-        for fact_id, reason in failed.items():
-            print(f"not exact: {prompts.get(fact_id, fact_id)!r}: {reason}", file=sys.stderr)
-        raise typer.Exit(1)
-
-
-def _read_facts(file: Path) -> tuple[list[Fact], str]:
-    """What a facts file teaches, and its SHA-256. A pipe can be read but once, so a copy is read."""
-    from engram.data import load_facts
-
-    if not (file.is_fifo() or file.is_char_device()):
-        return load_facts(file), hashlib.sha256(file.read_bytes()).hexdigest()
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / file.name
-        copy.write_bytes(file.read_bytes())
-        try:
-            return load_facts(copy), hashlib.sha256(copy.read_bytes()).hexdigest()
-        except DataError as error:
-            raise DataError(str(error).replace(str(copy), str(file))) from None
-
-
-@contextmanager
-def _told_how_far(memory: Path, lessons: Sequence[Fact]) -> Iterator[None]:
-    """Have an interruption say how many of the facts the folder holds by then; a part may have been saved in that very moment."""
-    from engram.checkpoint import DESCRIPTION_NAME, read_description, read_ledger
-    from engram.editing.ledger import Ledger
-    from engram.editing.sorting import sort_out
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        saved = read_ledger(memory, read_description(memory)) if (memory / DESCRIPTION_NAME).exists() else None
-        known = sort_out(Ledger.from_dict(saved), lessons).already_known if saved else []
-        raise KeyboardInterrupt(
-            f"stopped; {len(known):,} of {len(lessons):,} facts are saved in {memory}, and the same command goes on from there"
-        ) from None
 
 
 def why_command(
@@ -308,30 +199,8 @@ def merge_command(
     for line in report.resolved:
         print(f"decided for {prefer}: {line}", file=sys.stderr)
     print(
-        f"{out}: {report.facts} facts ({report.from_a} from a, {report.from_b} from b), {report.rows} rows, {_size(out):,} bytes"
+        f"{out}: {report.facts} facts ({report.from_a} from a, {report.from_b} from b), {report.rows} rows, {folder_size(out):,} bytes"
     )
-
-
-def _open(memory: Path, model: str | None, seed: int | None, over: Path | None, running: Running) -> MemoryEditor:
-    """The memory in a folder, or a new one if there is none yet."""
-    from engram.checkpoint import DESCRIPTION_NAME, read_description
-    from engram.config import EngramConfig
-    from engram.editing import MemoryEditor
-
-    if (memory / DESCRIPTION_NAME).exists():
-        own = EngramConfig.from_dict(read_description(memory)["engram_config"]).seed
-        if seed not in (None, own):
-            raise typer.BadParameter(
-                f"got {seed}, but the memory in {memory} was made with seed {own}; leave the option out", param_hint="--seed"
-            )
-        if over is not None and not is_beneath(over, memory):
-            raise typer.BadParameter(
-                f"got {str(over)!r}, but the memory in {memory} was not made on top of that one; leave the option out, or name a new folder",
-                param_hint="--over",
-            )
-        return open_editor(memory, model, running)
-    base, tokenizer = running.load(model or "bundled") if over is None else open_beneath(over, model, running)
-    return MemoryEditor.create(base, tokenizer, seed=seed or 0)
 
 
 def _require(memory: Path) -> None:
@@ -340,17 +209,9 @@ def _require(memory: Path) -> None:
     read_description(memory)  # before anything is made in a folder that holds no memory
 
 
-def _size(memory: Path) -> int:
+def folder_size(memory: Path) -> int:
+    """Bytes of all files in a memory's folder."""
     return sum(file.stat().st_size for file in memory.iterdir() if file.is_file())
-
-
-def _report_conflicts(conflicts: list[RowConflict]) -> None:
-    told = [f"row {c.row}: {c.loser} does without, {', '.join(c.owners)} keeps it" for c in conflicts]
-    print(f"{len(conflicts)} rows in conflict: {first_of(told, _LISTED, '; ')}", file=sys.stderr)
-
-
-def _shift(bar: Callable[[int], None], before: int, done: int, _: int) -> None:
-    bar(before + done)
 
 
 def _print_explanation(explanation: Explanation, editor: MemoryEditor) -> None:

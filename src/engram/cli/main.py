@@ -21,14 +21,7 @@ from engram.cli.corpus import corpus_command
 from engram.cli.demo import demo_command
 from engram.cli.evaluate import eval_command
 from engram.cli.generate import generate_command
-from engram.cli.knowledge import (
-    diff_command,
-    facts_command,
-    forget_command,
-    merge_command,
-    teach_command,
-    why_command,
-)
+from engram.cli.knowledge import diff_command, facts_command, forget_command, merge_command, why_command
 from engram.cli.look import look_command
 from engram.cli.place import place_command
 from engram.cli.plot import plot_command
@@ -36,6 +29,7 @@ from engram.cli.pretrain import pretrain_command
 from engram.cli.recall import recall_command
 from engram.cli.route import route_command
 from engram.cli.sweep import sweep_command
+from engram.cli.teach import teach_command
 from engram.cli.trace import trace_command
 from engram.cli.train import train_command
 from engram.errors import ConfigError, DataError, EngramError

@@ -298,6 +298,8 @@ def capacity():
             rows.append((f"{rows_per_head:,}", "yes" if tags else "ignored", *shown))
     header = ("rows per head", "tags", *(f"{count:,} facts" for count in counts))
     note = "\n\nExact answers and KL to the base on text nobody taught (nats per token). One attempt per fact; a fact that fails is taken out."
+    seeds = len(result["seed"])
+    note += f" {'One seed' if seeds == 1 else f'{seeds} seeds, the worst of each'}."
     return table(header, rows) + note + source(result)
 
 

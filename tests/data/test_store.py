@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import errno
 import json
@@ -12,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+from tokenizers import processors
 
 from engram import CheckpointError, ConfigError, DataError, FingerprintError
 from engram.data.corpus import CorpusRecipe, TextSource, build_corpus
 from engram.data.recipe import KINDS, parse_corpus
-from engram.data.store import TokenStore, build_store
+from engram.data.store import TokenStore, begin_token, build_store, tokenizer_digest
 from engram.training.token_store import prepare_store
 
 
@@ -203,6 +205,12 @@ def damage_json(folder):
     (folder / "store.json").write_text("[]")
 
 
+def damage_weight(folder):
+    records = np.load(folder / "documents.npy")
+    records["weight"][0] = 0
+    np.save(folder / "documents.npy", records)
+
+
 def damage_field(folder):
     fields = json.loads((folder / "store.json").read_text())
     del fields["begin_id"]
@@ -217,7 +225,7 @@ def damage_version(folder):
 
 @pytest.mark.parametrize(
     "damage",
-    [damage_tokens, damage_documents, damage_kinds, damage_pickle, damage_json, damage_field, damage_version],
+    [damage_tokens, damage_documents, damage_kinds, damage_pickle, damage_json, damage_weight, damage_field, damage_version],
     ids=lambda f: f.__name__,
 )
 def test_damaged_stores_are_refused(store, tmp_path, damage):
@@ -265,3 +273,14 @@ def test_files_left_out_are_named(tmp_path, tokenizer, text_folder):
     del store.description["skipped_names"]  # as in stores of earlier versions
     assert store.left_out == ["1 of another suffix", "7 too short"]
     assert build_store(parse_corpus({"texts": ["t*.txt"]}, "recipe"), tokenizer, text_folder, tmp_path / "all").left_out == []
+
+
+def test_what_ends_and_begins_texts_for_others_is_no_other_tokenizer(tokenizer):
+    """Special tokens are asked for by nobody here; one whose id is zero begins a document like any other."""
+    other = copy.deepcopy(tokenizer)
+    end = (other.eos_token, other.eos_token_id)
+    other._tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    assert tokenizer_digest(other) == tokenizer_digest(tokenizer)
+    first, other_end = (other.convert_ids_to_tokens(number) for number in (0, 5))
+    other.bos_token, other.eos_token = first, other_end
+    assert (begin_token(other), other.eos_token_id) == (0, 5)

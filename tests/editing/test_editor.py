@@ -802,3 +802,26 @@ def test_no_save_buries_facts_that_it_does_not_know(tmp_path):
     tiny_memory().save_pretrained(tmp_path / "trained")  # weights over weights
     (tmp_path / "engram.json").write_text("{")
     trained.save_pretrained(tmp_path)  # no memory any more
+
+
+def test_a_forgotten_fact_is_told_once_with_the_facts_that_it_breaks(monkeypatch):
+    editor = make_editor()
+    editor.teach(FACTS)
+    others = [fact for fact in editor.facts if fact.id != FACTS[0].id]
+    monkeypatch.setattr(editor._holdings, "leaning_on", lambda rows: others[:2])
+    monkeypatch.setattr(editor._holdings, "not_exact", lambda facts, *_: [fact.id for fact in facts[1:]])
+    report = editor.forget([FACTS[0].id, FACTS[0].id])
+    assert report.forgotten == [FACTS[0].id]
+    assert report.no_longer_exact == [others[1].id]
+
+
+def test_facts_that_fail_on_another_base_are_still_of_the_one_before(tmp_path, caplog):
+    editor = make_editor()
+    editor.teach(FACTS[:1])
+    with torch.no_grad():
+        head = editor.memory.base_model.get_output_embeddings().weight
+        head.copy_(head.flip(0))
+    assert not all(editor.verify().values())
+    with caplog.at_level("WARNING", logger="engram"):
+        editor.save(tmp_path)
+    assert "the base model has changed since these facts were taught" in caplog.text

@@ -82,6 +82,7 @@ def test_contradictions_are_refused_or_decided_aloud(tmp_path):
     saved(tmp_path / "b", [Fact(("KEY:beta 20",), "0000", id="other"), B[1]])
     found = diff_memories(tmp_path / "a", tmp_path / "b")
     assert found.conflicts == [{"prompt": "KEY:beta 20", "a": "7319", "b": "0000"}]
+    assert (found.only_a, found.only_b) == (["alpha"], ["gamma"])
     assert found.rows_shared_different + found.rows_in_collision > 0
     with pytest.raises(MergeConflictError, match=r"prompt 'KEY:beta 20': answer '7319' in a, '0000' in b"):
         merge_memories(tmp_path / "a", tmp_path / "b", tmp_path / "c")
@@ -238,3 +239,13 @@ def test_a_fact_of_both_that_comes_from_the_second_overwrites_none_of_the_first(
     union = StoredMemory(tmp_path / "u")
     assert [fact.id for fact in union.ledger] == ["both", "b"]
     assert any("facts a in a" in line or ", a in a" in line for line in report.resolved)
+
+
+def test_a_fact_of_two_names_is_taken_once_and_one_name_of_two_facts_is_a_conflict(tmp_path):
+    saved(tmp_path / "a", A)
+    saved(tmp_path / "b", [Fact(A[1].prompts, A[1].answer, id="again"), B[1]])
+    report = merge_memories(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    assert (report.facts, report.from_b) == (3, 1)
+    saved(tmp_path / "d", [Fact(B[1].prompts, B[1].answer, id=A[0].id)])
+    with pytest.raises(MergeConflictError, match=f"id '{A[0].id}': one id, "):
+        merge_memories(tmp_path / "a", tmp_path / "d", tmp_path / "e")

@@ -4,7 +4,7 @@ import pytest
 
 from engram import ConfigError, DataError, Fact
 from engram.evaluation import bits_per_byte, evaluate_memory, markdown_table, measure_copying, measure_drift, wilson_interval
-from engram.evaluation.result import _quiet_text
+from engram.evaluation.result import _gates, _known, _quiet_text
 from engram.plots import plot_capacity, plot_evaluation, plot_gates, plot_shares
 from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS, make_editor
@@ -33,6 +33,8 @@ def test_one_result_says_it_all(result):
         "untouched": 1.0,
     }
     assert result["harm"]["taught"]["mean_kl"] > 0
+    harm = result["harm"].values()
+    assert result["kl_to_base"] == pytest.approx(sum(h["mean_kl"] * h["tokens"] for h in harm) / sum(h["tokens"] for h in harm))
     assert result["kl_to_base"] > 0
     assert result["bits_per_byte"]["base"] == result["bits_per_byte"]["memory"]
     assert result["known"] == {"prompts": 1, "known": 0, "still_right": 0, "changed": 0}
@@ -111,3 +113,24 @@ def test_wilsons_interval():
     assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
     assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
     assert wilson_interval(0, 10)[0] == pytest.approx(0.0)
+
+
+def test_known_answers_are_those_of_the_model_alone():
+    editor = make_editor()
+    editor.teach(FACTS)
+    taught = [
+        Fact((FACTS[0].prompts[0],), FACTS[0].answer),
+        Fact((FACTS[0].prompts[0],), "something else"),
+        Fact(("KEY:nobody",), "nothing"),
+    ]
+    expected = {"prompts": 3, "known": 0, "still_right": 0, "changed": 2}
+    assert _known(editor.memory, editor.tokenizer, taught, None) == expected
+    with editor.memory.disable_engram():
+        assert _known(editor.memory, editor.tokenizer, taught, Nobody()) == {**expected, "changed": 0}
+
+
+def test_gates_that_nobody_reads_are_counted_for_every_layer():
+    memory, texts = tiny_memory(), {"prose": ["The memory is addressed by the last tokens.", "the text"]}
+    assert len(memory.engrams) > 1
+    read, bypassed = (_gates(memory, tiny_tokenizer(), [], texts, router)["untaught"] for router in (None, Nobody()))
+    assert sum(read) == sum(bypassed) == bypassed[0] > 0

@@ -87,6 +87,7 @@ def test_a_share_without_a_loss_is_not_the_best():
 def test_without_repetition_or_where_a_fit_has_no_answer_there_is_no_interval():
     assert seed_interval([[1.0], [2.0]], lambda values: values[0]) is None
     assert seed_interval([[1.0, 2.0], [2.0, 3.0]], lambda values: None if values[0] > 1 else 0.0) is None
+    assert seed_interval([[1.0, 2.0, 3.0]] * 2, lambda values: None if values[0] > 2 else values[0]) is None
 
 
 def entry(rho, seed, loss):

@@ -1,10 +1,12 @@
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import textwrap
 
+import numpy
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -584,3 +586,36 @@ def test_a_run_keeps_memory_and_spares_it_until_it_ends(tmp_path, plain, keep):
     assert failing.seen == watch.seen
     assert base.loss_function is ForCausalLMLoss
     assert kept_memory._users == 0
+
+
+def test_the_optimiser_gets_what_the_arguments_say(tmp_path):
+    asked = {
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.9,
+        "table_weight_decay": 0.25,
+        "weight_decay": 0.125,
+        "table_stochastic_rounding": True,
+    }
+    trainer = make(tmp_path, table_row_state="rowwise_adam", **asked)
+    defaults, groups = trainer.create_optimizer().defaults, trainer.optimizer.param_groups
+    assert defaults["betas"] == (0.8, 0.9)
+    assert (defaults["row_state"], defaults["stochastic_rounding"]) == ("rowwise_adam", True)
+    of_tables = [group for group in groups if any(p is table for p in group["params"] for table in tables_of(trainer.model))]
+    assert {group["weight_decay"] for group in of_tables} == {0.25}
+    assert {group["weight_decay"] for group in groups if group not in of_tables} <= {0.125, 0.0}
+
+
+def tables_of(memory):
+    return [engram.multi_head_embedding.embedding.weight for engram in memory.engrams.values()]
+
+
+def test_every_source_of_chance_goes_on_where_it_was(tmp_path):
+    trainer = make(tmp_path)
+
+    def drawn():
+        return random.random(), float(numpy.random.random()), float(torch.rand(()))
+
+    trainer._save_rng_state(str(tmp_path / "checkpoint"))
+    expected = drawn()
+    trainer._load_rng_state(str(tmp_path / "checkpoint"))
+    assert drawn() == expected

@@ -1,4 +1,5 @@
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from engram import ConfigError, DataError
-from engram.data.blocks import IGNORED, HeldOutBlocks, TrainingBlocks, epoch_order
+from engram.data.blocks import IGNORED, HeldOutBlocks, TrainingBlocks, _filled, epoch_order
 from engram.data.recipe import KINDS
 from engram.data.reference import training_stream
 from engram.data.store import TokenStore
@@ -240,3 +241,11 @@ def test_parts_share_the_held_out_documents_out(store):
             HeldOutBlocks(store, 16, part=wrong)
     with pytest.raises(DataError, match="too few documents"):
         HeldOutBlocks(store, 16, part=(999, 1000))
+
+
+def test_kinds_in_proportion_and_files_in_turn():
+    """Four parts of one kind to one of the other; of the file with six documents two, as of that with two; and the budget filled to its last."""
+    names = [*(f"a#{number}" for number in range(6)), "b#0", "b#1", "c#0", "d#0"]
+    documents = {"length": np.full(10, 10), "kind": np.array([0] * 8 + [1] * 2)}
+    store = SimpleNamespace(names=names, documents=documents)
+    assert _filled(store, np.arange(10), 50).tolist() == [0, 8, 6, 1, 7]

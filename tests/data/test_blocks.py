@@ -244,7 +244,7 @@ def test_parts_share_the_held_out_documents_out(store):
 
 
 def test_kinds_in_proportion_and_files_in_turn():
-    """Four parts of one kind to one of the other; of the file with six documents two, as of that with two; and the budget filled to its last."""
+    """Four parts of one kind to one of the other; of the file with six documents two, as of that with two; the budget filled to its last."""
     names = [*(f"a#{number}" for number in range(6)), "b#0", "b#1", "c#0", "d#0"]
     documents = {"length": np.full(10, 10), "kind": np.array([0] * 8 + [1] * 2)}
     store = SimpleNamespace(names=names, documents=documents)

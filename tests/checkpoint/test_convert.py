@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engram import CheckpointError, ConfigError, EngramConfig, EngramModel, TableError
+from engram import CheckpointError, ConfigError, EngramConfig, EngramModel, TableConfig, TableError
 from engram.checkpoint import TensorSpec, convert_memory, read_description, stream_store
+from engram.models.place import place_memory
 from engram.tables import FORMATS
 from engram.testing import tiny_model, tiny_tokenizer
 
@@ -71,6 +72,16 @@ def test_rows_are_those_the_format_makes_of_them(saved, tmp_path, form):
     assert (tmp_path / "copy" / read_description(tmp_path / "copy")["weights"]["file"]).read_bytes() == (
         tmp_path / "out" / read_description(tmp_path / "out")["weights"]["file"]
     ).read_bytes()
+
+
+def test_where_a_memory_lives_is_not_copied(saved, tmp_path):
+    hot = {i: torch.tensor([7, 3, 200]) for i in read_description(saved)["engram_config"]["layer_ids"]}
+    place_memory(saved, tmp_path / "placed", TableConfig(tier="hybrid", hot_rows=3, path=str(tmp_path / "rows")), hot)
+    assert "placement" in read_description(tmp_path / "placed")
+    assert any(name.startswith("placement.") for name in weights(tmp_path / "placed"))
+    convert_memory(tmp_path / "placed", tmp_path / "copy", "float32")
+    assert "placement" not in read_description(tmp_path / "copy")
+    assert weights(tmp_path / "copy").keys() == weights(saved).keys()
 
 
 def test_memories_are_never_written_over(saved, tmp_path):

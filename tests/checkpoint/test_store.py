@@ -10,14 +10,17 @@ from filelock import FileLock
 from engram import CheckpointError
 from engram.checkpoint import (
     DESCRIPTION_NAME,
+    TensorSpec,
     again_if_saved,
     lock_store,
     open_tensors,
     read_description,
     saved_version,
+    stream_store,
     write_atomically,
     write_store,
 )
+from engram.checkpoint import store as store_module
 
 FIELDS = {"engram_config": {}}
 
@@ -155,6 +158,71 @@ def test_half_descriptions_of_killed_saves_are_removed(tmp_path):
     assert list(tmp_path.glob(f".{DESCRIPTION_NAME}.*.tmp"))
     write_store(tmp_path, {"rows": torch.zeros(1)}, FIELDS)
     assert {file.name for file in tmp_path.iterdir()} == {".engram.lock", DESCRIPTION_NAME, saved_version(tmp_path)}
+
+
+def names_in(folder):
+    return {file.name for file in folder.iterdir()}
+
+
+def test_what_a_save_replaced_and_did_not_remove_goes_with_the_next(tmp_path, monkeypatch):
+    def killed(*files):
+        if files:
+            raise KeyboardInterrupt
+
+    write_store(tmp_path, {"rows": torch.zeros(1)}, FIELDS, {"a": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "_discard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_store(tmp_path, {"rows": torch.zeros(1)}, FIELDS, {"a": 2})
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    write_store(tmp_path, {"rows": torch.zeros(1)}, FIELDS, {"a": 3})
+    weights = saved_version(tmp_path)
+    ledger = weights.replace(".safetensors", ".ledger.json")
+    assert names_in(tmp_path) == {".engram.lock", DESCRIPTION_NAME, weights, ledger}
+
+
+def test_a_save_that_fails_at_its_end_leaves_no_file(tmp_path):
+    def failing(_):
+        raise OSError("no more")
+
+    rows = torch.zeros(1)
+    write_store(tmp_path, {"rows": rows}, FIELDS, {"a": 1})
+    before = names_in(tmp_path)
+    with pytest.raises(CheckpointError, match="no more"):
+        stream_store(tmp_path, {"rows": TensorSpec.of(rows)}, [("rows", rows)], FIELDS, {"a": 2}, failing)
+    assert names_in(tmp_path) == before
+
+
+def test_files_are_on_the_disk_before_a_description_names_them(tmp_path, monkeypatch):
+    seen, sync, replace = [], store_module.sync_to_disk, os.replace
+
+    def renamed(source, target):
+        seen.append(("named", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(store_module, "sync_to_disk", lambda path: (seen.append(("synced", Path(path).name)), sync(path)))
+    monkeypatch.setattr(os, "replace", renamed)
+    write_store(tmp_path, {"rows": torch.zeros(1)}, FIELDS, {"a": 1})
+    weights = saved_version(tmp_path)
+    temporary = next(name for _, name in seen if name.startswith(f".{DESCRIPTION_NAME}."))
+    assert seen == [
+        ("named", weights),
+        ("synced", weights),
+        ("synced", weights.replace(".safetensors", ".ledger.json")),
+        ("synced", temporary),
+        ("named", DESCRIPTION_NAME),
+        ("synced", tmp_path.name),
+    ]
+
+
+def test_nothing_beside_a_description_that_cannot_be_read_is_removed(tmp_path):
+    write_store(tmp_path, {"rows": torch.zeros(1)}, FIELDS)
+    weights = saved_version(tmp_path)
+    (tmp_path / DESCRIPTION_NAME).write_text("{")
+    (tmp_path / f".{weights.replace('.safetensors', '.pending.tmp')}").write_text("[]")
+    before = names_in(tmp_path)
+    write_store(tmp_path, {"rows": torch.ones(1)}, FIELDS)
+    assert names_in(tmp_path) == before | {saved_version(tmp_path)}
 
 
 def test_what_is_read_while_others_save_is_read_again(tmp_path):

@@ -152,6 +152,12 @@ def test_separators_are_lines_and_byte_order_marks_no_text(tmp_path):
     assert load_documents(tmp_path / "b.txt") == {"b": ["c"]}
 
 
+def test_a_lone_carriage_return_ends_a_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a\rb\r\r<|doc|>\rc\r")
+    stream = DocumentStream(CorpusRecipe(texts=(TextSource("*.txt"),)), tmp_path)
+    assert [doc.text for doc in stream] == ["a\nb", "c"]
+
+
 def test_documentation_is_what_the_installation_says_about_itself():
     documents = list(DocumentStream(CorpusRecipe(documentation=True), ROOT))
     assert {doc.kind for doc in documents} == {"documentation"}

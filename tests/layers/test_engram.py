@@ -134,6 +134,13 @@ def test_padding_neither_speaks_nor_is_heard():
     assert_close(got[:, 4:], layer(hidden, ids))
 
 
+def test_any_number_but_zero_in_a_mask_is_no_padding():
+    layer, (hidden, ids) = randomise(make_layer()), inputs()
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, :4] = False
+    assert torch.equal(layer(hidden, ids, attention_mask=mask * 2), layer(hidden, ids, attention_mask=mask))
+
+
 def test_zero_tables_say_exactly_nothing():
     layer = make_layer(branches=4)
     hidden, ids = inputs(4)

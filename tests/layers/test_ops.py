@@ -156,6 +156,14 @@ def test_rolling_tail_forgets_behind_its_window_and_says_so():
         other.append(torch.zeros(2, 1, 1))
 
 
+def test_a_tail_that_is_trimmed_beyond_its_end_stays_as_it_is():
+    tail = RollingTail()
+    tail.append(torch.arange(3).view(1, 3, 1))
+    tail.trim(8)
+    assert tail.length == 3
+    assert tail.last(9).flatten().tolist() == [0, 1, 2]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method`:DeprecationWarning", "ignore:The .grad attribute:UserWarning"

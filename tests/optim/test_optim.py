@@ -188,6 +188,13 @@ def test_groups_are_strict_and_complete():
         build_param_groups(memory, memory.engrams, lr=1e-3)
 
 
+def test_a_backbone_may_have_a_learning_rate_of_zero():
+    memory = tiny_memory(tiny_model())
+    memory.base_model.requires_grad_(True)
+    groups = build_param_groups(memory, memory, lr=1e-3, backbone_lr=0.0)
+    assert {g["lr"] for g in groups if g["name"].startswith("backbone")} == {0.0}
+
+
 def test_a_parameter_shared_between_two_kinds_is_refused_by_name():
     memory = tiny_memory(tiny_model())
     memory.base_model.extra = torch.nn.Module()

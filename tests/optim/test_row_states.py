@@ -259,3 +259,18 @@ def test_ctrl_c_while_rows_get_their_state_gives_it_back(monkeypatch):
     moments = optimizer.state[table]["row_moments"]
     assert moments.state_dict()["rows"].tolist() == [0, 9, 7]
     torch.testing.assert_close(moments.buffers["exp_avg"][: moments.used], torch.full((3, 4), 0.1))
+
+
+def test_a_saved_state_does_not_change_with_later_steps():
+    table = torch.zeros(9, 2, requires_grad=True)
+    optimizer = EngramAdamW([table], lr=0.1)
+
+    def step():
+        table.grad = rows_gradient([1, 4], table.shape)
+        optimizer.step()
+
+    step()
+    saved = optimizer.state[table]["row_moments"].state_dict()
+    before = copy.deepcopy(saved)
+    step()
+    assert all(torch.equal(saved[name], before[name]) for name in before)

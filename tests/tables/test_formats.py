@@ -58,6 +58,13 @@ def test_quantised_rows_are_near(case, data):
         assert bool((error <= rows.abs().amax(1, keepdim=True) * share * 1.001 + 1e-40).all())
 
 
+@pytest.mark.parametrize("value", [1e-45, 1e-40, 1e-37, 3e38])
+def test_float8_rows_reach_both_ends_of_float32(value):
+    form, rows = row_format("float8"), torch.full((1, 33), value)
+    error = (form.decode(*form.encode(rows)).double() - rows.double()).abs().max()
+    assert error <= max(value / 16, 2.0**-136)
+
+
 def test_float8_powers_are_exact():
     scales = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(_power_of_two(scales.to(torch.int32) - 127), torch.ldexp(torch.ones(256), scales.to(torch.int32) - 127))

@@ -5,6 +5,7 @@ import errno
 import gc
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from engram.tables import (
     stamp_rows,
 )
 from engram.tables.hidden import hidden_beside, left_beside
-from engram.tables.rownotes import note_beside
+from engram.tables.rownotes import left_by_placing, note_beside
 from engram.testing import tiny_config, tiny_model, tiny_tokenizer
 
 ROWS, DIM = 300, 16
@@ -93,6 +94,47 @@ def test_a_note_names_the_first_save_and_the_last_ones(tmp_path):
     file.write_bytes(b"1" * 100)
     stamp_rows(file, "40")
     assert [number for number in range(41) if rows_are(file, str(number))] == [40]
+
+
+def test_a_file_is_dated_back_so_that_a_later_change_shows(tmp_path):
+    file = tmp_path / "rows"
+    file.write_bytes(b"0" * 100)
+    before = file.stat().st_mtime_ns
+    stamp_rows(file, "a")
+    assert file.stat().st_mtime_ns <= before - 900_000_000
+
+
+def test_a_file_in_the_place_of_a_new_one_is_not_taken_for_it(tmp_path):
+    file = tmp_path / "rows"
+    MmapTable(ROWS, DIM, file, "r+")
+    assert is_untouched(file)
+    shutil.copy2(file, tmp_path / "other")
+    assert (tmp_path / "other").stat().st_mtime_ns == file.stat().st_mtime_ns
+    (tmp_path / "other").replace(file)
+    assert not is_untouched(file)
+
+
+def test_a_placed_file_that_is_stamped_again_is_not_left_over(tmp_path):
+    file = tmp_path / "rows"
+    with new_row_file(file, 100, "a", "placing"):
+        pass
+    assert left_by_placing(file, "placing")
+    stamp_rows(file, "a")
+    assert rows_are(file, "a")
+    assert not left_by_placing(file, "placing")
+
+
+@pytest.mark.parametrize("form", ["float32", "int8"])
+def test_blocks_that_another_changes_while_they_are_used_are_refused(form, tmp_path):
+    placement = TableConfig(tier="mmap", dtype=form, path=str(tmp_path), stamps={0: "a"})
+    writer = build_table(ROWS, DIM, placement)
+    with writer.filled_with("a"):
+        writer.load_rows(0, numbered())
+    blocks = build_table(ROWS, DIM, placement).iter_row_blocks(ROWS)
+    next(blocks)
+    note_beside(writer.path).unlink()
+    with pytest.raises(TableError, match="another process changes its rows"):
+        next(blocks)
 
 
 def test_a_fill_that_is_stopped_is_known(tmp_path):

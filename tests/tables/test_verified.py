@@ -90,6 +90,8 @@ def test_values_change_and_bad_rows_are_refused():
         (lambda: table.insert(torch.tensor([4]), one, torch.zeros(1, 3)), "stored already"),
         (lambda: table.insert(torch.tensor([10**12]), one, torch.zeros(1, 3)), "expected 0"),
         (lambda: table.insert(torch.tensor([5]), one, torch.zeros(1, 2)), "expected .n., .n. and .n, 3."),
+        (lambda: table.insert(torch.tensor([5]), one[:0], torch.zeros(1, 3)), "got .1. rows, .0. tags"),
+        (lambda: DraftTable(table, torch.tensor([5, 5]), torch.tensor([1, 2])), "no row twice"),
         (lambda: table.update_rows(torch.tensor([5]), lambda rows: rows), "not written yet"),
         (lambda: table.update_rows(torch.tensor([9]), lambda rows: rows[:, :1]), "fn returned"),
     ]:

@@ -56,6 +56,18 @@ def test_packed_texts_read_as_texts_on_their_own(by):
         assert_close(grads[name], grad, 1e-3)
 
 
+@torch.no_grad()
+def test_padding_before_packed_texts_is_not_read():
+    memory, (first, *_, last) = tiny_memory(), texts()
+    ids = torch.cat([torch.full((1, 3), 9), first, last], dim=1)
+    positions = torch.cat([torch.arange(length) for length in (3, 7, 5)])[None]
+    mask = block_mask(positions)
+    mask[:, :, :3] = False
+    got = memory(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 3:]
+    expected = torch.cat([memory(input_ids=part, use_cache=False).logits for part in (first, last)], dim=1)
+    assert_close(got, expected, 1e-4)
+
+
 def test_recordings_and_routes_are_by_row():
     memory, parts = tiny_memory(), texts()
     ids, positions = packed(parts)

@@ -116,6 +116,13 @@ def test_windows_cover_every_token_once():
     assert tokenizer.decode([i for w in windows for i in w[1:]]) == text
 
 
+def test_windows_of_a_tokenizer_with_nothing_to_lead_them_are_refused():
+    bare = copy.deepcopy(tiny_tokenizer())
+    bare.bos_token = bare.eos_token = None
+    with pytest.raises(ConfigError, match="beginning- or end-of-text"):
+        text_windows(bare, ["text"], 8)
+
+
 @pytest.mark.parametrize(
     ("texts", "changes", "words"),
     [

@@ -92,6 +92,15 @@ def test_facts_are_found_behind_any_text():
     assert answers(editor, behind) == ["7319"]
 
 
+def test_facts_that_are_taught_again_are_not_counted_twice():
+    seen = []
+    settings = TeachSettings(max_steps=1, lr=1e-6, retries=2)
+    report = make_editor().teach(FACTS, settings, progress=lambda *done: seen.append(done))
+    assert len(report.not_exact) == 3
+    assert max(done for done, _ in seen) == 4
+    assert {total for _, total in seen} == {4}
+
+
 def test_forgetting_undoes_teaching_bit_for_bit(tmp_path):
     editor = make_editor()
     editor.teach(FACTS)
@@ -148,6 +157,17 @@ def test_facts_may_share_rows_and_keep_them():
     gone = editor.forget(["b"])
     assert gone.rows_shared == len(shared)
     assert same(tensors(editor), before)
+
+
+def test_a_fact_that_cannot_be_learnt_takes_no_row_of_an_earlier_one():
+    tail = " the memory is addressed by the last tokens of the text the memory"
+    editor = make_editor(max_ngram_size=6)
+    editor.teach([Fact(("KEY:a 1 2",), "one" + tail, id="a")])
+    before = tensors(editor)
+    report = editor.teach([Fact(("KEY:b 3 4",), "two" + tail, id="b")], TeachSettings(lr=1e-9, max_steps=1, retries=0))
+    assert list(report.not_exact) == ["b"]
+    assert same(tensors(editor), before)
+    assert editor.verify() == {"a": True}
 
 
 def test_saved_and_loaded_memories_are_equal(tmp_path):
@@ -528,6 +548,21 @@ def test_replacing_asks_whoever_leant_on_what_leaves(monkeypatch):
     with pytest.raises(TeachError, match="'KEY:alpha 18'"):
         editor.teach([Fact(FACTS[1].prompts, "other", id="beta")], replace_answers=True)
     assert same(tensors(editor), before)
+
+
+def test_a_lesson_that_would_change_an_earlier_answer_is_not_written(monkeypatch):
+    editor = make_editor()
+    editor.teach(FACTS)
+    before, ledger = tensors(editor), editor._holdings.ledger.to_dict()
+    leaning, not_exact = editor._holdings.ledger["door"], editor._holdings.not_exact
+    monkeypatch.setattr(editor._holdings, "leaning_on", lambda rows: [leaning])
+    monkeypatch.setattr(
+        editor._holdings, "not_exact", lambda facts, *rest: ["door"] if facts == [leaning] else not_exact(facts, *rest)
+    )
+    with pytest.raises(TeachError, match=r"would change 1 earlier answer\(s\): 'KEY:alpha 18'"):
+        editor.teach(MORE)
+    assert same(tensors(editor), before)
+    assert editor._holdings.ledger.to_dict() == ledger == editor.memory.ledger
 
 
 def test_editors_of_one_memory_know_of_each_other():

@@ -5,6 +5,7 @@ import torch
 
 from engram import ConfigError, Fact, LearnedRouter
 from engram.evaluation import fit_router_to_texts, measure_gains
+from engram.evaluation.gains import TextGain, _of_kind
 from engram.models.router import _gains_kept, _predict, _regression
 from tests.editing.helpers import make_editor
 
@@ -97,3 +98,9 @@ def test_the_penalty_is_the_one_that_keeps_most_on_texts_left_out(taught, monkey
     assert torch.equal(weight(1e-2, 1e3), weight(1e-2))
     with pytest.raises(ConfigError, match="12 prompts and 11 gains"):
         LearnedRouter.fit_to_gains(taught.memory, taught.tokenizer, prompts, gains[1:])
+
+
+def test_the_best_that_a_router_could_do_is_to_leave_out_what_loses():
+    gains, loses = TextGain(tokens=1, loss_on=1.0, loss_off=2.0), TextGain(tokens=1, loss_on=2.0, loss_off=1.0)
+    kind = _of_kind("some", [(gains, True), (loses, True)])
+    assert (kind.always, kind.routed, kind.best) == (0, 0, 0.5)

@@ -10,6 +10,7 @@ import torch
 
 from engram import ConfigError, DataError
 from engram.evaluation import NgramCounts, mixture_weight
+from engram.evaluation.ngram_counts import _discounts
 
 VOCAB, BEGIN = 7, 0
 BEFORE = "before the beginning"
@@ -101,6 +102,11 @@ def test_discounts_are_estimated_where_counts_of_counts_allow_it():
     np.testing.assert_allclose(
         counts.log_probabilities(given[0][:300]), reference.log_probabilities(given[0][:300]), rtol=1e-12
     )
+
+
+def test_a_discount_of_nothing_is_not_taken():
+    counts = np.repeat([1, 2, 3, 4], [6, 3, 4, 3])  # of counts of 2: 2 - 3 * (6 / 12) * (4 / 3)
+    assert _discounts(counts) == (0.5, 1.0, 1.5)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])

@@ -506,6 +506,16 @@ def test_measuring_takes_nothing_from_the_tokens_per_second_of_a_point(monkeypat
     assert measured.seen == [True]
 
 
+@pytest.mark.parametrize("due", [True, False])
+def test_a_training_loss_that_is_due_is_told_after_a_measurement_too(monkeypatch, due):
+    monkeypatch.setattr(point_module, "measure", Paused({"loss": 3.0}))
+    curve = point_module._Curve(first_point(tiny()), SimpleNamespace(held_out={"validation": None}))
+    control, throughput = SimpleNamespace(should_log=due), point_module.measure.throughput
+    curve.trainer = SimpleNamespace(throughput=throughput, log=lambda logs: setattr(control, "should_log", False))
+    curve.on_step_end(None, SimpleNamespace(global_step=curve.every), control)
+    assert control.should_log == due
+
+
 def test_a_missing_corpus_is_one_clear_error(tmp_path):
     fields = yaml.safe_load(TINY.read_text())
     fields["base"]["data"]["corpus"]["texts"] = ["nothing/*.txt"]

@@ -88,3 +88,8 @@ def test_tokens_behind_a_gap_in_the_ids_are_tokens_of_their_own():
         x, y, pad, gap, other = compressed.compress(np.array([50, 51, 1, 30, 31]))
         assert len({x, y, pad, gap}) == 4
         assert (gap == other) == (kind is CompressedTokenizer)  # what no token has
+
+
+def test_where_one_raw_token_ends_and_the_next_begins_tells_tokenizers_apart(monkeypatch):
+    monkeypatch.setattr(Tokens, "convert_ids_to_tokens", lambda self, i: self.texts[i])
+    assert ExactTokenizer(Tokens("ab", "c")).identity != ExactTokenizer(Tokens("a", "bc")).identity

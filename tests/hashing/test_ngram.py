@@ -155,6 +155,16 @@ def test_an_order_left_out_of_a_layer_moves_no_other_address():
     assert make_mapping(layer_orders={1: [3, 2]}).fingerprint == full.fingerprint
 
 
+def test_arrays_have_the_addresses_of_tensors_in_layers_without_some_orders_too():
+    mapping = make_mapping(layer_orders={1: [3]})
+    ids = np.random.default_rng(0).integers(0, 300, (2, 20))
+    expected = mapping.hash(torch.from_numpy(ids))
+    for _ in range(2):
+        got = mapping.hash(ids)
+        for layer, hashed in expected.items():
+            np.testing.assert_array_equal(got[layer], hashed.numpy())
+
+
 def test_chunks_with_history_equal_the_whole():
     mapping = make_mapping(max_ngram_size=3)
     ids = np.random.default_rng(0).integers(0, 300, (3, 40))
@@ -235,8 +245,9 @@ def test_impossible_shapes_and_names_are_refused():
         mapping.hash(ids, attention_mask=np.ones((2, 4)))
     with pytest.raises(ConfigError, match="hash_spec"):
         get_hash_spec("nope")
-    with pytest.raises(ConfigError, match="pad_id"):
-        make_mapping(pad_id=4000)
+    for pad_id in (len(tiny_tokenizer()), 4000):
+        with pytest.raises(ConfigError, match="pad_id"):
+            make_mapping(pad_id=pad_id)
 
 
 def test_mapping_survives_copying():

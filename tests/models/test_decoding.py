@@ -406,6 +406,8 @@ def test_embeddings_without_ids_are_refused_and_with_ids_work(memory):
         got = memory(
             inputs_embeds=embeds, attention_mask=mask, engram_input_ids=ids, position_ids=positions(mask), use_cache=False
         ).logits
+    with pytest.raises(AttachError, match="without token ids"):  # those of the pass before are not these
+        memory.base_model(inputs_embeds=embeds, attention_mask=mask)
     assert_close(got, full(memory, ids, mask))
     with memory.disable_engram():
         memory(inputs_embeds=embeds, attention_mask=mask)

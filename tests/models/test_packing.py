@@ -56,6 +56,31 @@ def test_packed_texts_read_as_texts_on_their_own(by):
         assert_close(grads[name], grad, 1e-3)
 
 
+@torch.no_grad()
+def test_padding_before_packed_texts_is_not_read():
+    memory, (first, *_, last) = tiny_memory(), texts()
+    ids = torch.cat([torch.full((1, 3), 9), first, last], dim=1)
+    positions = torch.cat([torch.arange(length) for length in (3, 7, 5)])[None]
+    mask = block_mask(positions)
+    mask[:, :, :3] = False
+    got = memory(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 3:]
+    expected = torch.cat([memory(input_ids=part, use_cache=False).logits for part in (first, last)], dim=1)
+    assert_close(got, expected, 1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gap", [1, 3])
+def test_texts_with_padding_between_them_are_apart_too(gap):
+    memory, (first, *_, last) = tiny_memory(), texts()
+    ids = torch.cat([first, torch.full((1, gap), 9), last], dim=1)
+    positions = torch.cat([torch.arange(length) for length in (7, gap, 5)])[None]
+    mask = block_mask(torch.cat([torch.arange(7), torch.zeros(gap, dtype=torch.int64), torch.arange(5)])[None])
+    mask[:, :, 7 : 7 + gap] = False
+    got = memory(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    assert_close(got[:, :7], memory(input_ids=first, use_cache=False).logits, 1e-4)
+    assert_close(got[:, 7 + gap :], memory(input_ids=last, use_cache=False).logits, 1e-4)
+
+
 def test_recordings_and_routes_are_by_row():
     memory, parts = tiny_memory(), texts()
     ids, positions = packed(parts)
@@ -112,6 +137,12 @@ def test_rows_of_one_text_are_left_alone():
     assert find_packing(torch.arange(5).expand(3, 2, 5), None, 0, ids, None) is None  # of pictures and text
     padded = torch.tensor([[1, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
     assert find_packing(padded, torch.ones(2, 5), 0, ids, torch.ones(2, 5)) is None  # with a mask positions do not count
+
+
+def test_a_text_with_padding_inside_is_one_text():
+    real = torch.tensor([[True, True, False, False, True, True], [False, False, True, True, True, True]])
+    mask = (torch.ones(6, 6, dtype=torch.bool).tril() & real[:, :, None] & real[:, None, :])[:, None]
+    assert find_packing(None, mask, 0, torch.ones(2, 6, dtype=torch.int64), real) is None
 
 
 def test_apart_and_together_are_inverse():

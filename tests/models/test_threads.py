@@ -74,6 +74,23 @@ def test_a_switch_is_its_threads_alone(editor, impatient):
         assert explained.result().facts
 
 
+def test_a_pass_waits_until_another_threads_switch_is_given_back(editor):
+    ids, started = tiny_tokenizer()(OTHER, return_tensors="pt")["input_ids"], threading.Event()
+
+    @torch.no_grad()
+    def read():
+        started.set()
+        return editor.memory(input_ids=ids, use_cache=False)
+
+    with ThreadPoolExecutor(1) as pool:
+        with editor.memory.disable_engram():
+            reading = pool.submit(read)
+            started.wait()
+            with pytest.raises(TimeoutError):
+                reading.result(timeout=0.5)
+        reading.result(timeout=60)
+
+
 def test_teaching_waits_for_those_who_ask(editor, impatient):
     with ThreadPoolExecutor(3) as pool:
         taught = pool.submit(editor.teach, [Fact(("Password of the cellar?",), "9944", id="cellar")])

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engram import CheckpointError, EngramConfig, EngramModel
+from engram import CheckpointError, EngramConfig, EngramModel, get_engram_model
 from engram.checkpoint import read_description
-from engram.testing import assert_close, tiny_tokenizer
+from engram.testing import assert_close, tiny_config, tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS, logits, make_editor
 
 PROMPTS = ["KEY:beta 20 7319", "The memory is", "What is alpha 17? blue window"]
@@ -36,6 +36,15 @@ def test_full_equals_chunked_equals_token_by_token_with_left_padding(editor):
     for row, text in enumerate(PROMPTS):
         alone = logits(editor, text)[0]
         assert_close(full[row][mask[row].bool()], alone, 1e-4)
+
+
+def test_the_gradient_of_a_reader_is_zero_where_no_row_is_read():
+    memory = get_engram_model(tiny_model(), tiny_config(verify_rows=True, use_conv=False), tiny_tokenizer())
+    ids = tiny_tokenizer()("The memory is", return_tensors="pt")["input_ids"]
+    memory(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    readers = {name: p for name, p in memory.engrams.named_parameters() if p.requires_grad and ".embedding." not in name}
+    assert readers
+    assert all(p.grad is not None and not p.grad.any() for p in readers.values())
 
 
 def test_compiled_equals_eager(editor):

@@ -4,6 +4,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from engram.errors import TrainingError
@@ -90,6 +91,15 @@ def test_logs_have_tokens_per_second_and_gates(tmp_path):
     # 4 steps of 2 batches of 4 rows of 12 tokens: the rates, harmonically averaged, cannot be below what the whole call gives.
     mean = 2 / sum(1 / e["tokens_per_second"] for e in logged)
     assert mean > 4 * 2 * 4 * 12 / took
+
+
+def test_a_gate_is_told_once(tmp_path):
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    trainer._gate_mean = torch.tensor(0.5)
+    for _ in range(2):
+        trainer.log({"loss": 1.0})
+    assert [entry.get("gate_mean") for entry in trainer.state.log_history[-2:]] == [0.5, None]
 
 
 def test_recording_gates_changes_no_loss(tmp_path):

@@ -25,9 +25,10 @@ from engram import (
 )
 from engram.optim import EngramAdamW
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
-from engram.training import kept_memory
+from engram.training import kept_memory, safe_trainer
+from engram.training.guards import is_complete
 from engram.training.lean_loss import causal_lm_loss
-from engram.training.safe_trainer import last_checkpoint
+from engram.training.safe_trainer import SaveOnInterrupt, last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -512,6 +513,69 @@ def test_a_save_cut_short_leaves_no_checkpoint_that_looks_complete(tmp_path, mon
         again.train()
     assert not (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").exists()
     assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"  # the earlier run's, still whole
+
+
+class Killed(BaseException):
+    """What nobody can answer."""
+
+
+def test_a_checkpoint_that_is_killed_while_written_over_does_not_look_complete(tmp_path, monkeypatch):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make(tmp_path, **options).train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    assert is_complete(checkpoint)
+    again = make(tmp_path, **options)
+
+    def killed(*args, **kwargs):
+        raise Killed
+
+    monkeypatch.setattr(again, "_save", killed)
+    with pytest.raises(Killed):
+        again.train()
+    assert checkpoint.is_dir()
+    assert not is_complete(checkpoint)
+
+
+def test_a_checkpoint_is_on_the_disk_before_older_ones_go(tmp_path, monkeypatch):
+    synced, at_rotation = set(), []
+
+    def rotate(*args, **kwargs):
+        at_rotation.append({file for file in checkpoint.rglob("*") if file.is_file()} - synced)
+
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    monkeypatch.setattr(safe_trainer, "sync_to_disk", lambda file: synced.add(file))
+    monkeypatch.setattr(safe_trainer, "rotate_checkpoints", rotate)
+    make(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    assert at_rotation == [set()]
+    assert {checkpoint / "trainer_state.json", checkpoint, checkpoint.parent} <= synced
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    callback = SaveOnInterrupt()
+    callback._on_signal(signal.SIGINT, None)
+    assert callback.interrupted
+    with pytest.raises(KeyboardInterrupt):
+        callback._on_signal(signal.SIGINT, None)
+
+
+def test_an_interruption_is_over_when_training_begins_again(tmp_path):
+    trainer = make(tmp_path, max_steps=3, save_strategy="steps", save_steps=50)
+    stop = AtFirstStep(lambda: signal.raise_signal(signal.SIGTERM))
+    trainer.add_callback(stop)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    trainer.remove_callback(stop)
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+class AtFirstStep(TrainerCallback):
+    def __init__(self, action):
+        self.action = action
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 0:
+            self.action()
 
 
 def test_a_failing_training_gives_ctrl_c_back(tmp_path):

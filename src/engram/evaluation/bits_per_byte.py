@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engram.data.facts import pad_right
+from engram.data.store import begin_token
 from engram.errors import DataError
 from engram.models.devices import input_device
 from engram.models.positions import within_context
@@ -21,8 +22,11 @@ __all__ = ["bits_per_byte", "text_windows"]
 def text_windows(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
     """Token ids of the texts in windows of at most ``max_length``, each led by the beginning-of-text token; text that looks like a special
     token is text.
+
+    Raises:
+        ConfigError: the tokenizer has neither that token nor an end-of-text token to take its place.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = begin_token(tokenizer)
     windows = []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -43,6 +47,7 @@ def bits_per_byte(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_le
 
     Raises:
         DataError: there is no text.
+        ConfigError: the tokenizer has no token to lead windows.
     """
     written = sum(len(text.encode()) for text in texts)
     if not written:

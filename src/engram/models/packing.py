@@ -75,7 +75,7 @@ def find_packing(position_ids: Any, attention_mask: Any, past: int, input_ids: T
     Args:
         position_ids: as the decoder got them. They count where no mask is given, as in transformers.
         attention_mask: as the decoder got it, or a dict of such. One of four dimensions keeps texts apart where a real position may not attend
-            to a real one just before it.
+            to the last real one before it, padding between them or not.
         past: positions already in the cache.
         input_ids: ``[B, T]``.
         mask: bool ``[B, T]``, which positions are real (``token_mask``).
@@ -90,8 +90,11 @@ def find_packing(position_ids: Any, attention_mask: Any, past: int, input_ids: T
         return _packing(position_ids.diff(dim=1) != 1, past, input_ids)
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.shape[-1] >= past + length:
         assert mask is not None
-        before = attention_mask[:, 0, 1:, past : past + length - 1].diagonal(dim1=-2, dim2=-1)
-        return _packing(~lets_through(before) & mask[:, 1:] & mask[:, :-1], past, input_ids)
+        place = torch.arange(length, device=mask.device)
+        before = torch.where(mask, place, -1).cummax(dim=1).values[:, :-1]  # the last real position, -1 if there is none
+        asked = attention_mask[:, 0, 1:, past : past + length].expand(len(mask), -1, -1)
+        scores = asked.gather(-1, before.clamp(min=0)[..., None])[..., 0]
+        return _packing(~lets_through(scores) & mask[:, 1:] & (before >= 0), past, input_ids)
     return None
 
 

@@ -136,7 +136,11 @@ def test_resuming_is_exact(recipe, tmp_path):
         ({"corpus": {"texts": None}}, ConfigError, "texts: got None"),
         ({"corpus": {"texts": [5]}}, ConfigError, "texts: got"),
         ({"corpus": {"texts": [{"weight": 2}]}}, ConfigError, "path"),
-        ({"corpus": {"standard_library": True, "test_percent": "x"}}, ConfigError, "corpus"),
+        (
+            {"corpus": {"standard_library": True, "test_percent": "x"}},
+            ConfigError,
+            "test_percent: got .x., expected a whole number",
+        ),
     ],
 )
 def test_bad_recipes(tmp_path, change, error, message):

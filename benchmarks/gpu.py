@@ -38,6 +38,7 @@ QUICK = {"vocab": 300, "hidden": 32, "layers": 3, "intermediate": 48, "heads": 4
 ROW_BYTES, HEADS = 128, 16  # 64 values in bfloat16; 8 heads for each of two orders
 SAMPLE_BLOCKS, SAMPLE_ROWS = 16, 4096
 READS = 10  # per timed call
+TABLE_BYTES = 1e11  # of the host table, unless another size is asked for or fits
 
 
 def synchronize(device):
@@ -284,7 +285,7 @@ def main():
     args = parsed()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     sizes = QUICK if args.quick else FULL
-    table_bytes = int(args.table_bytes or min(1e11, 0.8 * (available_memory() or 1e11)))
+    table_bytes = int(args.table_bytes or min(TABLE_BYTES, 0.8 * (available_memory() or TABLE_BYTES)))
     print(f"host table of {table_bytes:,} bytes; free: {available_memory() or 0:,}", flush=True)
     base = backbone(sizes, device)
     twin = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # hooks of its own, the same weights
@@ -301,7 +302,7 @@ def main():
         "sizes": sizes,
         "parameters": sum(p.numel() for p in base.parameters()),
         "sequences": args.sequences,
-        "asked_table_bytes": int(args.table_bytes or 1e11),
+        "asked_table_bytes": int(args.table_bytes or TABLE_BYTES),
         "tables": {"host": host_account, "device": small_account},
     }
     write(args.out, result)

@@ -113,9 +113,10 @@ class Teaching:
             failed = self._failed() if self.entries else []
 
     def _reason(self, entry: LedgerFact) -> str:
-        others = [fact for fact in [*self.holdings.facts, *self.entries.values(), *self.given_up] if fact.id != entry.id]
+        facts = [*self.holdings.facts, *self.entries.values(), *self.given_up]
+        rivals = [rival for fact in facts if fact.id != entry.id for rival in fact.prompts]
         for prompt in entry.prompts:
-            for other in (rival for fact in others for rival in fact.prompts):
+            for other in rivals:
                 if goes_on_otherwise(prompt, other) or goes_on_otherwise(other, prompt):
                     return (
                         f"its words and those of {other.text!r} are the same up to where one answer has begun and the other prompt ends; "
@@ -129,7 +130,7 @@ class Teaching:
             )
         longest = self.memory.engram_config.max_ngram_size
         for prompt in entry.prompts:
-            for other in (rival for fact in others for rival in fact.prompts):
+            for other in rivals:
                 if prompt.prompt_ids == other.prompt_ids and prompt.text != other.text:
                     return f"the tokenizer makes the same tokens of its prompt and of {other.text!r}; ask in words that it tells apart"
         if any(prompt.key_length == longest for prompt in entry.prompts):

@@ -297,7 +297,6 @@ class MappedRows(EmbeddingTable):
                     f"rows in {self.path}: got load_state_dict(assign=True), which would leave the file; load without assign."
                 )
             self._refuse_read_only()
-            self._file.changing()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -213,9 +213,8 @@ class RowFile:
             os.unlink(note)
         except FileNotFoundError:
             pass
-        except (
-            OSError
-        ) as error:  # whoever reads the file by that note would get rows that are half of the one and half of the other
+        except OSError as error:
+            # Whoever reads the file by that note would get rows that are half of the one and half of the other.
             raise TableError(
                 f"cannot change the rows in {self.path}: {note} says what they are, and cannot be removed ({error.strerror}); see that its "
                 "folder can be written."

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from engram import __version__
@@ -65,6 +67,13 @@ def test_help_is_as_recorded(command):
         file.parent.mkdir(exist_ok=True)
         file.write_text(result.output)
     assert result.output == file.read_text()
+
+
+def test_every_command_is_in_a_group_of_the_help_with_its_whole_first_sentence():
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80", "TERM": "dumb"}, prog_name="engram").output
+    for name, command in typer.main.get_command(app).commands.items():
+        sentence = command.help.split("\n\n")[0].replace("\n", " ")
+        assert re.search(rf"^  {name} +{re.escape(sentence)}$", shown, re.MULTILINE), name
 
 
 def test_version(monkeypatch, capsys):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.knowledge import ChatOption, ModelOption
-from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_editor, open_memory
+from engram.cli.knowledge import ChatOption
+from engram.cli.loading import DeviceOption, ModelDtypeOption, ModelOption, Running, open_editor, open_memory
 from engram.cli.outputs import check_prompt, is_terminal, more_bar
 
 if TYPE_CHECKING:
@@ -26,24 +26,28 @@ _STANDARD_INPUT = "-"
 
 
 def ask_command(
-    prompts: Annotated[list[str], typer.Argument(help="What to ask; '-' reads prompts from standard input, one a line.")],
+    prompts: Annotated[list[str], typer.Argument(help="What to ask; '-' reads prompts from standard input, one per line.")],
     memory: Annotated[Path, typer.Option(help="Folder of the memory, taught or trained, or 'bundled'.")],
     model: ModelOption = None,
     off: Annotated[bool, typer.Option("--off", help="Ask the base model, memory switched off.")] = False,
     route: Annotated[bool, typer.Option("--route", help="Read the memory only if the routing rules say so.")] = False,
-    rules: Annotated[Path | None, typer.Option(help="Routing rules (YAML); the bundled ones if not given.")] = None,
-    router: Annotated[Path | None, typer.Option(help="Router that `engram route` wrote; decides instead of rules.")] = None,
+    rules: Annotated[
+        Path | None, typer.Option(help="Routing rules (YAML) in place of the bundled ones; implies --route.")
+    ] = None,
+    router: Annotated[
+        Path | None, typer.Option(help="Let this router decide (a file that `engram route` wrote) instead of rules.")
+    ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer, in tokens; 64, or as long as the longest fact, if not given.")
+        int | None, typer.Option(min=1, help="Longest answer, in tokens. Default: 64, or the length of the longest fact.")
     ] = None,
     chat: ChatOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of prompts and answers.")] = False,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
-    r"""Ask a model with its memory; prints the answer and nothing else.
+    r"""Answer prompts with a model and its memory.
 
-    Several prompts get a line each, in their order; a line break in an answer is shown there as \n.
+    Prints the answer and nothing else. Several prompts get a line each, in their order; a line break in an answer is shown there as \n.
     """
     from engram.data import chat_prompt
     from engram.editing.ledger import answer_room

@@ -16,13 +16,17 @@ def bench_command(
     names: Annotated[list[str] | None, typer.Argument(help="Benchmarks to run; all if none is named.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few rounds: seconds instead of minutes.")] = False,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds in which all alternatives take turns (21; 5 if quick).")
+        int | None,
+        typer.Option(min=1, help="Rounds, in each of which every alternative runs once. Default: 21; 5 with --quick."),
     ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="File for the result.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for pictures (needs matplotlib).")] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the benchmarks and stop.")] = False,
 ) -> None:
-    """Measure hash, gather, tiers and layer, each proven right before it is timed; alternatives take turns in one process."""
+    """Time hash, gather, tiers and layer on this machine.
+
+    Each alternative is checked for right results before it is timed; alternatives take turns in one process.
+    """
     from engram.bench import BENCHMARKS, run_benchmarks
     from engram.checkpoint import write_json_atomically
 

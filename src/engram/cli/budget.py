@@ -26,10 +26,8 @@ _SCALES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def budget_command(
-    total: Annotated[
-        str, typer.Option(help="Parameters, embeddings and head left out, e.g. 4.3M; 390k and 27B are understood too.")
-    ],
-    active: Annotated[str, typer.Option(help="Parameters per token, counted alike, e.g. 416k.")],
+    total: Annotated[str, typer.Option(help="Parameters in all, without embeddings and head, e.g. 390k, 4.3M or 27B.")],
+    active: Annotated[str, typer.Option(help="Parameters used per token, counted in the same way, e.g. 416k.")],
     rho: Annotated[str, typer.Option(help="Share of the sparse parameters given to experts, or several: 1,0.9,0.8.")] = "1,0.8",
     tokens: Annotated[str | None, typer.Option(help="Training tokens, for the operations of the whole run.")] = None,
     recipe: Annotated[
@@ -39,10 +37,15 @@ def budget_command(
             "recipes/sweep_allocation.yaml of the repository."
         ),
     ] = None,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Positions that attention looks at; the recipe's, or 128.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Length of a sequence, for the cost of attention. Default: the recipe's, or 128.")
+    ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:
-    """Divide a budget between experts and memory: experts, rows, exact parameters and operations at equal cost per token."""
+    """Split a parameter budget between experts and memory.
+
+    Experts, rows, exact parameters and operations for each share, at equal cost per token.
+    """
     from engram.checkpoint import write_json_atomically
 
     check_writable(json_out)

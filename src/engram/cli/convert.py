@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, check_out, open_base
+from engram.cli.loading import DeviceOption, ModelDtypeOption, ModelOption, Running, check_out, open_base
 from engram.cli.outputs import check_writable, new_console, print_whole
 from engram.errors import first_of
 
@@ -29,13 +29,18 @@ def convert_command(
     dtype: DtypeOption,
     out: Annotated[Path, typer.Option(help="Folder of the converted memory.")],
     json_out: Annotated[Path | None, typer.Option("--json", help="File for the error report.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Held-out text: reports the bits per byte before and after.")] = None,
-    model: Annotated[str | None, typer.Option(help="Base model; the one the memory was made for if not given.")] = None,
-    verify: Annotated[bool, typer.Option(help="Load the base model and ask every taught fact, before and after.")] = True,
+    text: Annotated[
+        Path | None, typer.Option(help="Held-out text (a file), whose bits per byte are reported before and after.")
+    ] = None,
+    model: ModelOption = None,
+    verify: Annotated[bool, typer.Option(help="Load the base model and ask every taught fact before and after.")] = True,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
-    """Save a memory with its rows in another format, block by block, and report what that changed; exit code 1 if a fact was lost."""
+    """Save a memory with its rows in another number format.
+
+    Works block by block and reports the error. Exit code 1 if a fact is not exact any more.
+    """
     from engram.checkpoint import convert_memory, lock_store, write_json_atomically
     from engram.checkpoint.convert import check_target
     from engram.models.bundled_files import memory_folder

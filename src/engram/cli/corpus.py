@@ -23,23 +23,29 @@ _LISTED = 5
 def corpus_command(
     recipe: Annotated[
         Path,
-        typer.Argument(
-            help="YAML recipe with a 'corpus', of a run or sweep too; recipes/corpus_python.yaml of the repository is one."
-        ),
+        typer.Argument(help="YAML recipe of a corpus, a run or a sweep, such as recipes/corpus_python.yaml of the repository."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the token store; one made of the same things is used again.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the token store; one made from the same recipe, tokenizer and files is used again.")
+    ],
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Tokenizer: a folder or hub name; the bundled one if neither this nor --vocab-size is given."),
+        typer.Option(help="Tokenizer: a folder or hub name. Default: the bundled one, unless --vocab-size is given."),
     ] = None,
-    vocab_size: Annotated[int | None, typer.Option(help="Train a tokenizer of so many tokens on the corpus.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Train a tokenizer with this many tokens on the corpus.")] = None,
     contamination: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Tokens per n-gram of the contamination count; may be given several times (13)."),
+        typer.Option(
+            min=1,
+            help="Count how many held-out n-grams of this many tokens occur in the training text too; may be repeated. Default: 13.",
+        ),
     ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="File for counts and contamination.")] = None,
 ) -> None:
-    """Turn text files into a token store to train on: deduplicated, split by file, counted, held-out text checked for contamination."""
+    """Turn text files into a token store to train on.
+
+    Text is deduplicated, split by file and counted, and the held-out part is checked for contamination.
+    """
     from engram.checkpoint import write_json_atomically
     from engram.data.contamination import measure_contamination
     from engram.data.recipe import read_corpus_recipe

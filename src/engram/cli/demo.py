@@ -27,14 +27,17 @@ _EXAMPLES = 3
 
 
 def demo_command(
-    facts: Annotated[Path | None, typer.Option(help="Facts to teach (YAML); the bundled ones if not given.")] = None,
+    facts: Annotated[Path | None, typer.Option(help="Facts to teach (YAML). Default: the bundled ones.")] = None,
     model: Annotated[str, typer.Option(help="Base model: a folder, a hub name or 'bundled'.")] = "bundled",
     out: Annotated[Path, typer.Option(help="Folder for report.html, result.json and the memory.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Random seed.")] = 0,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
-    """Teach facts to a small real model through its memory and show, before and after, what it knows and what must not move."""
+    """Teach a small real model new facts, and show what changed.
+
+    Before and after it is asked the facts, things that it knew already, and text that should not change.
+    """
     import torch
     from rich.text import Text
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_editor, taught_folder
+from engram.cli.loading import DeviceOption, ModelDtypeOption, ModelOption, Running, open_editor, taught_folder
 from engram.cli.outputs import check_writable, command_line, made_with, more_bar, new_console
 
 __all__ = ["eval_command"]
@@ -17,22 +17,24 @@ _HELD_OUT_CHARACTERS = 60_000
 
 
 def eval_command(
-    memory: Annotated[Path, typer.Option(help="Folder of a taught memory (of a trained one: `engram look`).")],
-    facts: Annotated[Path, typer.Option(help="Facts to ask (YAML); phrasings under held_out are asked apart.")],
+    memory: Annotated[Path, typer.Option(help="Folder of a taught memory (for a trained one: `engram look`).")],
+    facts: Annotated[Path, typer.Option(help="Facts to ask (YAML); phrasings under held_out are reported separately.")],
     json_out: Annotated[Path | None, typer.Option("--json", help="File for the result.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="File for the tables in Markdown.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for pictures (needs matplotlib).")] = None,
     texts: Annotated[
         Path | None,
-        typer.Option(help="Texts the memory has no business with (YAML, kind: [texts]); the bundled ones if not given."),
+        typer.Option(help="Unrelated texts, on which harm is measured (YAML, kind: [texts]). Default: the bundled ones."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Base model; the one the memory was made for if not given.")] = None,
-    route: Annotated[bool, typer.Option("--route", help="Let the routing rules decide who reads the memory.")] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask every prompt as a chat turn too (chat template).")] = False,
+    model: ModelOption = None,
+    route: Annotated[bool, typer.Option("--route", help="Let the routing rules decide which prompts read the memory.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask every prompt inside the tokenizer's chat template too, as a user's turn.")
+    ] = False,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
-    """Measure a taught memory: recall by category, harm to other text, latency and bytes."""
+    """Measure a taught memory: recall, harm, latency, size."""
     from rich.markdown import Markdown
 
     from engram.checkpoint import write_json_atomically

@@ -19,11 +19,14 @@ def generate_command(
             "errno_number, signal, http_status, codec, locale, opcode."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many facts, evenly from all kinds.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many facts, in equal parts from all kinds.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the synthetic values.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that exists.")] = False,
 ) -> None:
-    """Write facts made from tables of Python's standard library, and 3,871 arbitrary pairs."""
+    """Write a facts file from Python's standard library.
+
+    Facts are made from its tables; kind synthetic adds 3,871 made-up pairs.
+    """
     from engram.data.generate import write_generated
 
     if out.exists() and not force:

@@ -13,6 +13,7 @@ import typer
 from engram.cli.loading import (
     DeviceOption,
     ModelDtypeOption,
+    ModelOption,
     Running,
     check_out,
     open_editor,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ChatOption",
-    "ModelOption",
     "diff_command",
     "facts_command",
     "folder_size",
@@ -37,13 +37,9 @@ __all__ = [
 
 _LISTED = 20
 
-MemoryOption = Annotated[Path, typer.Option(help="Folder of the memory, a taught one (trained ones hold no facts).")]
-ModelOption = Annotated[
-    str | None,
-    typer.Option(help="Base model: a folder, a hub name or 'bundled'. The one the memory was made for if not given."),
-]
+MemoryOption = Annotated[Path, typer.Option(help="Folder of a taught memory.")]
 ChatOption = Annotated[
-    bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template, as a user's turn.")
+    bool, typer.Option("--chat", help="Ask the prompt inside the tokenizer's chat template, as a user's turn.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -57,7 +53,10 @@ def why_command(
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
-    """Ask, and show token by token which facts spoke, through which rows, and what they changed."""
+    """Answer a prompt and show which facts fired at each token.
+
+    For each token: the n-grams found, their rows and gates, their facts, and what they changed.
+    """
     from engram.data import chat_prompt
 
     check_prompt(prompt, "PROMPT")
@@ -72,7 +71,10 @@ def why_command(
 
 
 def facts_command(memory: MemoryOption, as_json: JsonOption = False) -> None:
-    """List the facts of a memory: ids, prompts, answers, rows. Loads no model."""
+    """List a taught memory's facts: ids, prompts, answers, rows.
+
+    Loads no model. Row numbers are in the JSON.
+    """
     from engram.editing.merge import StoredMemory
 
     stored = StoredMemory(taught_folder(memory))
@@ -108,7 +110,10 @@ def forget_command(
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
-    """Take facts out of a memory, rows and all; others stay as they were taught."""
+    """Remove facts and their rows from a taught memory.
+
+    Other facts stay as they were taught; exit code 1 if one of them leant on a removed fact and is not exact any more.
+    """
     from engram.checkpoint import lock_store
 
     memory = taught_folder(memory)
@@ -127,11 +132,14 @@ def forget_command(
 
 
 def diff_command(
-    a: Annotated[Path, typer.Argument(help="A memory.")],
-    b: Annotated[Path, typer.Argument(help="Another.")],
+    a: Annotated[Path, typer.Argument(help="First memory.")],
+    b: Annotated[Path, typer.Argument(help="Second memory.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Facts and rows in which two memories differ; exit code 1 if they do, 2 if one of them cannot be read."""
+    """Show how two taught memories differ, in facts and in rows.
+
+    Exit code 1 if they differ, 2 if one of them cannot be read.
+    """
     from engram.editing import diff_memories
     from engram.editing.merge import StoredMemory
 
@@ -159,18 +167,21 @@ def diff_command(
 
 
 def merge_command(
-    a: Annotated[Path, typer.Argument(help="A memory.")],
-    b: Annotated[Path, typer.Argument(help="Another, of the same base model and seed.")],
-    out: Annotated[Path, typer.Option(help="Folder of the union.")],
+    a: Annotated[Path, typer.Argument(help="First memory.")],
+    b: Annotated[Path, typer.Argument(help="Second memory, of the same base model and made with the same seed.")],
+    out: Annotated[Path, typer.Option(help="Folder of the merged memory.")],
     prefer: Annotated[
-        str | None, typer.Option(help="Who wins conflicts: 'a' or 'b'. Without it conflicts are refused.")
+        str | None,
+        typer.Option(
+            help="In conflicts keep the answer of 'a' or 'b'. Without it conflicts are listed and nothing is written."
+        ),
     ] = None,
     model: ModelOption = None,
-    verify: Annotated[bool, typer.Option(help="Ask the model every fact of the union before it is written.")] = True,
+    verify: Annotated[bool, typer.Option(help="Ask the model every fact of the merged memory before it is written.")] = True,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
-    """Unite two memories; conflicts are listed and never resolved silently."""
+    """Merge two taught memories; conflicts are never hidden."""
     from engram.checkpoint import lock_store
     from engram.editing import merge_memories
     from engram.editing.merge import refuse_other_memory

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DeviceOption",
     "ModelDtypeOption",
+    "ModelOption",
     "Running",
     "check_out",
     "is_beneath",
@@ -33,8 +34,12 @@ __all__ = [
     "taught_folder",
 ]
 
-DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
-ModelDtypeOption = Annotated[str, typer.Option(help="Type of the model's weights: float32, bfloat16 or float16.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="Base model: a folder, a hub name or 'bundled'. Default: the one the memory was made for."),
+]
+DeviceOption = Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, mps.")]
+ModelDtypeOption = Annotated[str, typer.Option(help="Data type of the model's weights: float32, bfloat16 or float16.")]
 _DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -25,37 +25,43 @@ def look_command(
     memory: Annotated[
         Path | None,
         typer.Argument(
-            help="A saved memory, 'bundled', or a run folder with 'model' and 'memory' in it; without it the model alone is looked at."
+            help="A saved memory, 'bundled', or a run folder with 'model' and 'memory' in it; without it only the model is looked at."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for look.json, pictures and look.html (needs matplotlib).")] = Path("look"),
     model: Annotated[
         str | None,
-        typer.Option(help="Model: a folder, a hub name or 'bundled'. The one the memory was made for if not given."),
+        typer.Option(help="Model: a folder, a hub name or 'bundled'. Default: the one the memory was made for."),
     ] = None,
     texts: Annotated[
         Path | None,
         typer.Option(
-            help="YAML (kind: [texts]), a text file (documents apart by lines of <|doc|>), .jsonl, or a token store (a run's 'data'), whose "
-            "held-out text is read. If not given: a run's own held-out text, or held-out texts of several kinds."
+            help="YAML (kind: [texts]), a text file (documents separated by lines of <|doc|>), .jsonl, or a token store (a run's 'data'), "
+            "whose held-out text is read. If not given: a run's own held-out text, or held-out texts of several kinds."
         ),
     ] = None,
-    what: Annotated[str | None, typer.Option(help=f"Some of {_WHAT}, with commas; all that fit if not given.")] = None,
+    what: Annotated[str | None, typer.Option(help=f"Some of {_WHAT}, separated by commas. Default: all that apply.")] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="A second model of the same tokenizer, for logit_lens and cka: as --model, or a run folder."),
+        typer.Option(
+            help="A second model of the same tokenizer, for logit_lens and cka: a folder, a hub name, 'bundled' or a run folder."
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens of text run through the models.")] = 6000,
     row_tokens: Annotated[int, typer.Option(min=16, help="Tokens of text that are only hashed, for rows and zipf.")] = 60_000,
     length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 128,
     phrases: Annotated[
-        Path | None, typer.Option(help="Text file of names and phrases, one on each line: whether gates open where they end.")
+        Path | None,
+        typer.Option(help="Text file with a name or phrase on each line, to see whether gates open where they end."),
     ] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Another file for the result.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the result to this file too.")] = None,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
-    """Look inside: gates, ends of phrases, logit lens, similarity of layers, memory off, rows, caches, n-grams; one page, pictures and JSON."""
+    """Draw and measure what a memory does inside a model.
+
+    Gates, ends of phrases, logit lens, similarity of layers, memory off, rows, caches, n-grams: one page, pictures and JSON.
+    """
     from engram.analysis import ANALYSES, look
     from engram.checkpoint import write_json_atomically
     from engram.data.phrases import read_phrases

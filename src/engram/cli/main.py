@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -36,6 +36,45 @@ from engram.errors import ConfigError, DataError, EngramError
 
 __all__ = ["app", "main"]
 
+_SUMMARY = 60
+"""Most characters of a command's line in the help: what a terminal of 80 has beside the names."""
+
+
+_GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "Facts (taught memories)": {
+        "teach": teach_command,
+        "ask": ask_command,
+        "why": why_command,
+        "facts": facts_command,
+        "forget": forget_command,
+        "diff": diff_command,
+        "merge": merge_command,
+        "eval": eval_command,
+        "generate": generate_command,
+        "demo": demo_command,
+    },
+    "Any memory": {
+        "trace": trace_command,
+        "look": look_command,
+        "route": route_command,
+        "recall": recall_command,
+        "place": place_command,
+        "convert": convert_command,
+    },
+    "Training": {
+        "corpus": corpus_command,
+        "train": train_command,
+        "pretrain": pretrain_command,
+    },
+    "Experiments": {
+        "budget": budget_command,
+        "sweep": sweep_command,
+        "plot": plot_command,
+        "bench": bench_command,
+    },
+}
+"""Commands as the help shows them."""
+
 
 class _Commands(TyperGroup):
     """Says how a command was interrupted; typer alone ends without a word. Where nobody reads on, typer would end as after an error."""
@@ -43,6 +82,11 @@ class _Commands(TyperGroup):
     def make_context(self, *args: Any, **kwargs: Any) -> Any:  # which prints the help
         with _quiet_when_nobody_reads():
             return super().make_context(*args, **kwargs)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for title, names in _GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, str(self.commands[name].get_short_help_str(_SUMMARY))) for name in names])
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
@@ -71,34 +115,15 @@ def _quiet_when_nobody_reads() -> Iterator[None]:
 app = typer.Typer(
     cls=_Commands,
     help="A conditional memory for PyTorch language models: hashed n-gram tables to train, teach, inspect and switch off.",
+    epilog="'engram COMMAND --help' has the options. Exit codes: 0 done, 1 refused or not exact, 2 wrong options or files, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,
 )
-app.command("demo")(demo_command)
-app.command("teach")(teach_command)
-app.command("ask")(ask_command)
-app.command("why")(why_command)
-app.command("facts")(facts_command)
-app.command("forget")(forget_command)
-app.command("diff")(diff_command)
-app.command("merge")(merge_command)
-app.command("convert")(convert_command)
-app.command("place")(place_command)
-app.command("eval")(eval_command)
-app.command("recall")(recall_command)
-app.command("route")(route_command)
-app.command("generate")(generate_command)
-app.command("trace")(trace_command)
-app.command("corpus")(corpus_command)
-app.command("look")(look_command)
-app.command("pretrain")(pretrain_command)
-app.command("train")(train_command)
-app.command("budget")(budget_command)
-app.command("sweep")(sweep_command)
-app.command("plot")(plot_command)
-app.command("bench")(bench_command)
+for _commands in _GROUPS.values():
+    for _name, _command in _commands.items():
+        app.command(_name)(_command)
 
 
 def _show_version(value: bool) -> None:

@@ -27,22 +27,28 @@ def place_command(
     tier: Annotated[
         str | None, typer.Option(help="Where to move it: device, host, mmap or hybrid; a taught memory stays on device.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Format of the rows; as saved if not given.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Format of the rows. Default: as saved.")] = None,
     path: Annotated[
-        Path | None, typer.Option(help="Folder for row files (mmap, hybrid), so that rows can be trained there.")
+        Path | None,
+        typer.Option(
+            help="Folder for row files (tiers mmap and hybrid), in which rows can be trained; without it they are read from the saved memory."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the moved memory; without it nothing is written.")] = None,
     hot_rows: Annotated[int | None, typer.Option(min=1, help="Rows per layer that a hybrid keeps on the device.")] = None,
-    hot_from: Annotated[Path | None, typer.Option(help="Text whose most frequent rows become the hot ones.")] = None,
+    hot_from: Annotated[Path | None, typer.Option(help="Text file; the rows that it reads most become the hot ones.")] = None,
     resident_bytes: Annotated[
         int | None, typer.Option(min=1, help="Bytes of row files that may be mapped in at a time.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Base model, for its tokenizer; the one the memory was made for if not given.")
+        str | None, typer.Option(help="Base model, for its tokenizer. Default: the one the memory was made for.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show where a memory's rows are and what other places would cost; with --tier and --out, move it there."""
+    """Show where a memory's rows are stored, or move them.
+
+    Without --out: what every tier and format would cost on this machine. With --tier and --out: write a moved copy.
+    """
     from engram.models.bundled_files import memory_folder
 
     _check_options(tier, dtype, out, hot_rows, hot_from, resident_bytes)

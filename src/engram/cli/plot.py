@@ -29,12 +29,15 @@ def plot_command(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for pictures (needs matplotlib); 'pictures' for named files.")
+        Path | None, typer.Option(help="Folder for pictures (needs matplotlib). Default: 'pictures' if files are named.")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="File for the report as one self-contained page.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="File for the report in Markdown, which links the pictures.")] = None,
 ) -> None:
-    """Draw results in the manner of the paper's figures, and write the report with a verdict on each of its claims."""
+    """Draw result files, and write the report on them.
+
+    Pictures are like the paper's figures; the report has a verdict on each of the paper's claims.
+    """
     from engram.errors import DataError
     from engram.plots import draw_result
     from engram.plots.figure import new_figure

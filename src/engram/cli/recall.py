@@ -21,21 +21,25 @@ def recall_command(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model: a folder, a hub name or 'bundled'. The one the memory was made for, or the bundled one, if not given."
+            help="Model: a folder, a hub name or 'bundled'. Default: the one the memory was made for, else the bundled one."
         ),
     ] = None,
     memory: Annotated[
         Path | None, typer.Option(help="Folder of a memory, or 'bundled'; the model is measured with it and without.")
     ] = None,
     tasks: Annotated[
-        str, typer.Option(help="Questions, separated by commas: needle, multi_key, multi_query, multi_value, tracking.")
+        str,
+        typer.Option(
+            help="Separated by commas: needle (one note), multi_key (one of several), multi_query (all of several), multi_value (all values "
+            "of one name), tracking (chains of notes)."
+        ),
     ] = "needle,multi_query,tracking",
     lengths: Annotated[str, typer.Option(help="Tokens per text, separated by commas.")] = "256,512",
-    examples: Annotated[int, typer.Option(min=1, help="Texts per task and length; depths are spread evenly over them.")] = 64,
+    examples: Annotated[int, typer.Option(min=1, help="Texts per task and length; notes lie at evenly spaced depths.")] = 64,
     texts: Annotated[
         Path | None,
         typer.Option(
-            help="Texts to hide notes in: YAML (kind: [texts]) or a text file (documents apart by lines of <|doc|>); parts of Python's "
+            help="Texts to hide notes in: YAML (kind: [texts]) or a text file (documents separated by lines of <|doc|>); parts of Python's "
             "library if not given."
         ),
     ] = None,
@@ -44,7 +48,10 @@ def recall_command(
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
-    """Hide notes in long text and ask for them: exact answers, and how likely the right ones were."""
+    """Test whether a model finds notes hidden in long text.
+
+    Reports exact answers, and how likely the right ones were.
+    """
     from engram.checkpoint import write_json_atomically
     from engram.data.texts import load_documents
     from engram.evaluation import measure_recall

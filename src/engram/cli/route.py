@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_memory
+from engram.cli.loading import DeviceOption, ModelDtypeOption, ModelOption, Running, open_memory
 from engram.cli.outputs import check_writable, made_with, print_whole
 
 if TYPE_CHECKING:
@@ -22,18 +22,22 @@ def route_command(
     texts: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Texts of the kinds that the model will see, a file per kind (documents between lines of <|doc|>), or YAML (kind: "
-            "[texts]). Without any: code and manual pages of Python's library, prose, stories, sentences of facts."
+            help="Texts of the kinds that the model will see: a file per kind (documents separated by lines of <|doc|>), or YAML "
+            "(kind: [texts]); two texts of each kind at least. Default: code and manual pages of Python's library, prose, stories, "
+            "sentences of facts."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the router; without it, it is only judged.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the router; without it the router is only judged.")] = None,
     first_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a text that the router looks at.")] = 64,
-    model: Annotated[str | None, typer.Option(help="Base model; the one the memory was made for if not given.")] = None,
+    model: ModelOption = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
-    """Fit a router to what reading a memory is worth, text by text, and judge it by texts left out."""
+    """Fit a router that decides which texts read a memory.
+
+    It learns from how much each text gains by reading the memory, and is judged on texts left out of the fit.
+    """
     from engram.checkpoint import write_json_atomically
     from engram.data.texts import load_documents, standard_texts
     from engram.evaluation import fit_router_to_texts

@@ -25,24 +25,27 @@ _ALONE = {"allocation": "experts alone", "slots": "no memory"}
 
 
 def sweep_command(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe; recipes/sweep_allocation.yaml of the repository is one.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, such as recipes/sweep_allocation.yaml of the repository.")],
     out: Annotated[Path, typer.Option(help="Run folder: data, and a folder for each point; finished points are skipped.")],
     json_out: Annotated[
-        Path | None, typer.Option("--json", help="Result file; points that it holds already are not run again.")
+        Path | None, typer.Option("--json", help="Result file; points that it already holds are not run again.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Points at a time (one per core; one on a GPU).")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Points at a time. Default: one per core; on a GPU one.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each point.")] = 1,
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="Change a field of the base, e.g. --set tokens=200000; may be repeated.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=0, help="Start at most so many points of each stage; 0 sums up what there is.")
+        int | None, typer.Option(min=0, help="Start at most this many points of each stage; 0 only sums up what is finished.")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="List the points with their sizes and stop.")] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Run points again whose loss was no number.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run points again whose loss became NaN or infinite.")] = False,
     tuning_only: Annotated[bool, typer.Option("--tuning-only", help="Choose learning rates and stop.")] = False,
 ) -> None:
-    """Train every point of a sweep, learning rates chosen first, and sum up what they say, with intervals."""
+    """Run all trainings of a sweep and sum them up.
+
+    Learning rates are chosen first; the summary has intervals. The same command resumes a sweep that was stopped.
+    """
     from engram.checkpoint import sole_writer
     from engram.experiments import read_sweep, run_sweep
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engram.cli.knowledge import ModelOption, folder_size
+from engram.cli.knowledge import folder_size
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, is_beneath, open_beneath, open_editor, taught_folder
 from engram.cli.outputs import count_bar
 from engram.errors import DataError, first_of
@@ -32,22 +32,39 @@ _LISTED = 20
 def teach_command(
     facts: Annotated[Path, typer.Argument(help="Facts to teach (YAML).")],
     memory: Annotated[Path, typer.Option(help="Folder of the memory; a new one if there is none.")],
-    model: ModelOption = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Facts that contradict the memory replace what it says.")] = False,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of a new memory's addresses and reader (0 if not given).")
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model: a folder, a hub name or 'bundled'. Default: the one the memory was made for; of a new memory 'bundled'."
+        ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Teach every prompt as a chat turn too (chat template).")] = False,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Where a fact contradicts the memory, take the new answer. Without it that is refused."),
+    ] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=(1 << 63) - 1,
+            help="Seed of a new memory's addresses and reader (default: 0). Only memories of one seed can be merged.",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Teach every prompt inside the tokenizer's chat template too, as a user's turn."),
+    ] = False,
     over: Annotated[
         Path | None,
-        typer.Option(help="Make a new memory on top of this one ('bundled': the bundled one), so that both are read."),
+        typer.Option(help="Make the new memory on top of this one (a folder, or 'bundled'): both are read."),
     ] = None,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
-    """Teach facts to a memory, new or existing; exit code 1 and a list if any fact is not exact.
+    """Teach facts to a memory, making it if it does not exist.
 
-    The memory is saved after every thousand facts: a run that was stopped goes on where it was.
+    Facts that do not become exact are listed, with exit code 1. The memory is saved after every thousand facts; the same command resumes a
+    run that was stopped.
     """
     from engram.checkpoint import lock_store
     from engram.data import with_chat_prompts

@@ -26,12 +26,12 @@ def trace_command(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Base model: a folder, a hub name or 'bundled'. The one the memory was made for, or the bundled one, if not given."
+            help="Base model: a folder, a hub name or 'bundled'. Default: the one the memory was made for, else the bundled one."
         ),
     ] = None,
     memory: Annotated[
         Path | None,
-        typer.Option(help="A saved memory, or 'bundled'; without it a fresh, untrained one at two layers is shown."),
+        typer.Option(help="A saved memory, or 'bundled'. Default: a random, untrained one at two layers."),
     ] = None,
     demo_size: Annotated[
         bool,
@@ -40,14 +40,17 @@ def trace_command(
         ),
     ] = False,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer for --demo-size: a folder or hub name; the bundled one if not given.")
+        str | None, typer.Option(help="Tokenizer for --demo-size: a folder or hub name. Default: the bundled one.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Random seed.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
 ) -> None:
-    """Show each token's n-grams, canonical id, rows read per head, gates per layer, and where the rows live."""
+    """Show what a memory looks up for each token of a sentence.
+
+    N-grams, canonical id (of the token without case, accents and spaces), rows per head, gates per layer, and where the rows are.
+    """
     import torch
 
     from engram.evaluation.trace import trace_text

@@ -11,18 +11,18 @@ __all__ = ["train_command"]
 
 
 def train_command(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe of one run; recipes/train_small.yaml of the repository is one.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of one run, such as recipes/train_small.yaml of the repository.")],
     out: Annotated[Path, typer.Option(help="Run folder: data, checkpoints, result.json, and at the end 'model' and 'memory'.")],
-    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads (all cores if not given).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed, in place of the recipe's.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: all cores.")] = None,
     report_to: Annotated[
         list[str] | None, typer.Option(help="Loggers: tensorboard, wandb; may be repeated. Needs the extra of that name.")
     ] = None,
 ) -> None:
-    """Train a memory: together with a fresh backbone (MoE or dense), or on a model that exists; goes on where it was stopped.
+    """Train a memory, with a new model or on an existing one.
 
-    Several processes share every batch: torchrun --nproc-per-node 8 -m engram train RECIPE --out DIR. With 'sharded: true' in the recipe's
-    table each holds a part of the rows.
+    The same command resumes a run that was stopped. To share every batch between processes: torchrun --nproc-per-node 8 -m engram train
+    RECIPE --out DIR. With 'table: {sharded: true}' in the recipe each process holds a part of the rows.
     """
     import dataclasses
     from contextlib import nullcontext

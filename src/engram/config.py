@@ -96,6 +96,9 @@ class EngramConfig:
     """Decoder blocks (0-based) before whose attention the memory is added."""
     pad_id: int = 2
     """Raw token id that stands for positions before the start of a sequence and for masked positions."""
+    boundary_ids: Sequence[int] = ()
+    """Raw token ids that no n-gram reaches across, an end of text or the place of a picture for instance: such a token and all that is older
+    count as ``pad_id`` there, as if the sequence began behind it. The convolution reads on."""
     seed: int = 0
     """Seed of the hash multipliers."""
     kernel_size: int = 4
@@ -190,6 +193,16 @@ class EngramConfig:
             self.pad_id,
             "a token id >= 0 (tokenizers without a padding token: eos_token_id)",
         )
+        boundaries = _items(self.boundary_ids)
+        _require(
+            len(boundaries) == len(set(boundaries))
+            and all(_is_size(i, 0) for i in boundaries)
+            and not isinstance(self.boundary_ids, int),
+            "boundary_ids",
+            self.boundary_ids,
+            "a list of token ids >= 0, none twice",
+        )
+        object.__setattr__(self, "boundary_ids", boundaries)
         _require(_is_int(self.seed) and 0 <= self.seed < 1 << 63, "seed", self.seed, "an int from 0 to 2^63 - 1")
         _require(isinstance(self.hash_spec, str), "hash_spec", self.hash_spec, "the name of a hash specification")
         _require(self.gate in ("signed_sqrt", "plain"), "gate", self.gate, "'signed_sqrt' or 'plain'")
@@ -219,6 +232,10 @@ class EngramConfig:
         )
         _require(
             not self.verify_rows or self.layer_orders is None, "layer_orders", self.layer_orders, "None when verify_rows is on"
+        )
+        # A fact's key may hold any token of its prompt.
+        _require(
+            not self.verify_rows or not self.boundary_ids, "boundary_ids", self.boundary_ids, "none when verify_rows is on"
         )
 
     @classmethod

@@ -46,6 +46,7 @@ def cases(draw):
         layer_ids=layers,
         layer_orders=draw(st.none() | st.dictionaries(st.sampled_from(layers), some)),
         pad_id=draw(st.integers(0, size - 1)),
+        boundary_ids=draw(st.just([]) | st.lists(st.integers(0, size - 1), max_size=size // 4, unique=True)),
         seed=draw(st.integers(0, 2**31)),
     )
     batch, length, past = draw(st.integers(0, 3)), draw(st.integers(0, 13)), draw(st.integers(0, 9))
@@ -75,6 +76,9 @@ def test_fast_path_equals_the_definition(case):
                 mapping.pad_id,
                 table[history],
                 masks,
+                np.isin(
+                    np.hstack([history, new if masks is None else np.where(masks, new, config.pad_id)]), config.boundary_ids
+                ),
             )
             assert isinstance(got[layer], np.ndarray)
             assert got[layer].dtype == np.int64
@@ -86,7 +90,7 @@ def test_fast_path_equals_the_definition(case):
 @given(cases())
 def test_tags_equal_their_definition(case):
     vocabulary, config, ids, past, mask = case
-    config = config.replace(hash_spec="exact_v1")
+    config = config.replace(hash_spec="exact_v1", boundary_ids=())
     mapping = build_mapping(config, vocabulary)
     history, new = ids[:, :past], ids[:, past:]
     arguments = torch.from_numpy(new), torch.from_numpy(history), torch.from_numpy(mask)
@@ -137,6 +141,23 @@ def test_exact_ids_keep_case_apart_and_know_their_tokenizer():
 
 def make_mapping(**changes):
     return NgramHashMapping(small_config(**changes), CompressedTokenizer(tiny_tokenizer()))
+
+
+def test_behind_a_boundary_addresses_are_those_of_a_text_that_begins_there():
+    mapping, plain = make_mapping(boundary_ids=[7, 9]), make_mapping()
+    before, behind = [[20, 21, 22]], [[23, 24, 25, 26]]
+    for boundary in (7, 9):
+        ids = np.array([[*before[0], boundary, *behind[0]]])
+        for layer, hashed in mapping.hash(ids).items():
+            np.testing.assert_array_equal(hashed[:, :3], plain.hash(np.array(before))[layer])
+            np.testing.assert_array_equal(hashed[:, 4:], plain.hash(np.array(behind))[layer])
+            np.testing.assert_array_equal(hashed[:, 3:4], plain.hash(np.array([[mapping.config.pad_id]]))[layer])
+    assert mapping.fingerprint != plain.fingerprint
+    assert mapping.fingerprint == make_mapping(boundary_ids=[9, 7]).fingerprint
+    with pytest.raises(ConfigError, match="where n-grams have tags"):
+        mapping.hash_with_tags(torch.from_numpy(ids))
+    with pytest.raises(ConfigError, match="boundary_ids: got 100000, expected ids of the tokenizer"):
+        make_mapping(boundary_ids=[100_000])
 
 
 def test_an_order_left_out_of_a_layer_moves_no_other_address():

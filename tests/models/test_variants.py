@@ -19,7 +19,7 @@ FINGERPRINT = "2a10bae1f04f0db155ce4e010114581dc911c9a39c84f4b70fbf7498c20481d0"
 """Of ``tiny_config()`` before any variant existed."""
 FINGERPRINT_RAW = "3fb4fbf1b3f1e61cb54325b5bb981882dc73ec05fd29d39077383fe23033da12"
 """The same with raw ids."""
-NEW_FIELDS = ("fuse", "branch_gates", "layer_orders")
+NEW_FIELDS = ("fuse", "branch_gates", "layer_orders", "boundary_ids")
 
 VARIANTS = {
     "add": {"fuse": "add"},
@@ -28,6 +28,7 @@ VARIANTS = {
     "orders by layer": {"layer_orders": {0: [3], 2: [2]}},
     "raw ids": {"hash_spec": "exact_v1"},
     "4-grams": {"max_ngram_size": 4},
+    "boundaries": {"max_ngram_size": 4, "boundary_ids": list(range(2, 300, 5))},
     "all at once": {
         "fuse": "concat",
         "branch_gates": False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, overload
 
@@ -102,6 +102,8 @@ class NgramHashMapping:
                 f"EngramConfig.pad_id: got {config.pad_id}, expected an id of the tokenizer (0..{len(table) - 1}); "
                 "use tokenizer.pad_token_id or tokenizer.eos_token_id."
             )
+        if (largest := max(config.boundary_ids, default=0)) >= len(table):
+            raise ConfigError(f"EngramConfig.boundary_ids: got {largest}, expected ids of the tokenizer (0..{len(table) - 1}).")
         self.pad_id = int(table[config.pad_id])
         self._lookup = table
         self._multipliers = self._make_multipliers(multipliers)
@@ -183,6 +185,8 @@ class NgramHashMapping:
             "multipliers": {str(k): v.tolist() for k, v in self._multipliers.items()},
             "primes": {str(k): v for k, v in self._primes.items()},
         }
+        if self.config.boundary_ids:
+            identity["boundaries"] = sorted(self.config.boundary_ids)
         if type(self) is not NgramHashMapping:
             identity["class"] = type(self).__name__
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
@@ -221,6 +225,10 @@ class NgramHashMapping:
         """
         if not isinstance(input_ids, Tensor):
             return self._hash_arrays(input_ids, history, attention_mask)
+        return self._up_to_boundaries(self._hash_tensors, input_ids, history, attention_mask)
+
+    def _hash_tensors(self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None) -> dict[int, Tensor]:
+        """``hash`` by the fastest code that serves, across boundaries."""
         kernel = self.kernel_for(input_ids)
         if kernel is not None:
             self._check_shapes(input_ids, history, attention_mask)
@@ -232,14 +240,33 @@ class NgramHashMapping:
         launched = self._launch(input_ids, history, attention_mask, None)
         if launched is not None:
             return self._by_layer(launched[0])
-        return self.hash_plain(input_ids, history, attention_mask)
+        return self._hash_plainly(input_ids, history, attention_mask)
+
+    def _up_to_boundaries(
+        self,
+        hash_ids: Callable[[Tensor, Tensor | None, Tensor | None], dict[int, Tensor]],
+        input_ids: Tensor,
+        history: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> dict[int, Tensor]:
+        """What ``hash_ids`` gives where no n-gram reaches across one of ``boundary_ids``: every position's window as a sequence of its own."""
+        if not self.config.boundary_ids or not input_ids.numel():
+            return hash_ids(input_ids, history, attention_mask)
+        self._check(input_ids, history, attention_mask)
+        context_BX = self._context(input_ids, history, attention_mask)
+        ends_BX = torch.isin(context_BX, self._constants_on(context_BX.device).boundaries)
+        windows_BTN, ends_BTN = (x.unfold(1, self.config.max_ngram_size, 1) for x in (context_BX, ends_BX))
+        cut_BTN = ends_BTN.flip(-1).cummax(-1).values.flip(-1)  # at a boundary, and at what is older
+        windows_PN = windows_BTN.masked_fill(cut_BTN, self.config.pad_id).flatten(0, 1)
+        hashed = hash_ids(windows_PN[:, -1:].contiguous(), windows_PN[:, :-1].contiguous(), None)
+        return {layer: of_layer.unflatten(0, input_ids.shape).squeeze(2) for layer, of_layer in hashed.items()}
 
     def _hash_arrays(
         self, input_ids: np.ndarray, history: np.ndarray | None, attention_mask: np.ndarray | None
     ) -> dict[int, np.ndarray]:
         """``hash`` for arrays; plain int64 ids alone, which the demo's users have, go the shortest way."""
         kernel = self._kernel
-        alone = history is None and attention_mask is None and self.config.layer_orders is None
+        alone = history is None and attention_mask is None and self.config.layer_orders is None and not self.config.boundary_ids
         if alone and kernel is not None and core() is not None:
             try:
                 return dict(zip(self.config.layer_ids, kernel.hash_array(input_ids)))
@@ -254,6 +281,10 @@ class NgramHashMapping:
         self, input_ids: Tensor, history: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> dict[int, Tensor]:
         """What ``hash`` gives, by tensor operations on any device."""
+        return self._up_to_boundaries(self._hash_plainly, input_ids, history, attention_mask)
+
+    def _hash_plainly(self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None) -> dict[int, Tensor]:
+        """``hash_plain`` across boundaries."""
         mixes_LBTO, primes_LOK = self._mixes(input_ids, history, attention_mask)
         hashed_LBTH = (mixes_LBTO.unsqueeze(-1) % primes_LOK).flatten(-2)
         return self._by_layer(hashed_LBTH)
@@ -276,6 +307,9 @@ class NgramHashMapping:
 
         Returns:
             ``{layer_id: (indices int64 [B, T, H], tags int32 [B, T, H])}``; tags are at least 1.
+
+        Raises:
+            ConfigError: a shape or an id is impossible, or the configuration has ``boundary_ids``.
         """
         hashed, tags = (
             self._by_layer(values_LBTH) for values_LBTH in self._hashed_and_tags(input_ids, history, attention_mask)
@@ -286,6 +320,10 @@ class NgramHashMapping:
         self, input_ids: Tensor, history: Tensor | None, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Head indices and tags of all orders, ``[L, B, T, (N - 1) * K]`` both."""
+        if self.config.boundary_ids:
+            raise ConfigError(
+                "boundary_ids: got some, expected none where n-grams have tags (verify_rows): keys of facts may hold any token."
+            )
         kernel = self.kernel_for(input_ids)
         if kernel is not None:
             self._check_shapes(input_ids, history, attention_mask)
@@ -426,6 +464,7 @@ class _HashConstants:
         self.multipliers = torch.from_numpy(multipliers_LN).to(device)
         primes_LOK = torch.tensor(list(mapping._primes_of_all_orders.values()), dtype=torch.int64)
         self.primes = primes_LOK.to(device)[:, None, None]
+        self.boundaries = torch.tensor(mapping.config.boundary_ids, dtype=torch.int64, device=device)
 
 
 def _mix_context(constants: _HashConstants, context_BX: Tensor, length: int) -> Tensor:

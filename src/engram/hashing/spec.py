@@ -45,7 +45,8 @@ class HashSpec:
     primes: Primes
     """``shared_walk``: the next prime not yet used by any head of any order of any layer."""
     boundary: Boundary
-    """``left_pad``: positions before the start of the sequence hold ``P(pad_id)``."""
+    """``left_pad``: positions before the start of the sequence hold ``P(pad_id)``; tokens of ``EngramConfig.boundary_ids`` and what is older do
+    so too."""
 
     def __post_init__(self) -> None:
         for rule, known in _RULES.items():

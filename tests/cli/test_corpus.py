@@ -51,6 +51,10 @@ def test_a_store_is_built_counted_and_used_again(monkeypatch, capsys, recipe, tm
         assert word in printed
     assert f"{store.counts['train']['prose']['tokens']:,}" in printed
     assert "MB/s" in shown
+    compression = fields["compression"]
+    assert compression["ids"] == 400
+    assert compression["reduction"] == 1 - compression["canonical_ids"] / 400
+    assert f"400 token ids, {compression['canonical_ids']} canonical ones" in printed
     before = (out / "store.json").stat().st_mtime_ns
     assert invoke(monkeypatch, capsys, *command)[0] == 0
     assert (out / "store.json").stat().st_mtime_ns == before

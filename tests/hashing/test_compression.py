@@ -56,6 +56,13 @@ def test_tokens_that_look_alike_share_an_id():
     assert table.tolist() == [0, 0, 0, 1, 2, 2, 2, 3, 3, 4]
 
 
+def test_what_compression_takes_away():
+    tokenizer = Tokens("Apple", " apple", "pear", "\t", "APPLE ", " ")
+    compressed = CompressedTokenizer(tokenizer)
+    assert compressed.reduction == 0.5
+    assert compressed.largest_classes(tokenizer, 2) == [("apple", 3), (" ", 2)]
+
+
 def test_fragments_keep_their_raw_token():
     assert CompressedTokenizer(Tokens("\ufffd", "\ufffd", "a")).lookup_table.tolist() == [0, 1, 2]
 

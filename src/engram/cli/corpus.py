@@ -57,7 +57,9 @@ def corpus_command(
     with corpus_progress() as show:
         store = _store(read, recipe.parent, out, tokenizer, vocab_size, show)
         found = [measure_contamination(store, n, _named(show, f"{n}-grams")) for n in contamination or [13]]
+    compression = _compression(store)
     _print_counts(store)
+    _print_compression(compression)
     for entry in found:
         _print_contamination(entry)
     if json_out is not None:
@@ -74,7 +76,7 @@ def corpus_command(
         ]
         command = command_line("corpus", str(recipe), "--out", "STORE", options=given)
         counted = {"contamination": [entry.to_dict() for entry in found]}
-        write_json_atomically(json_out, {"command": command, **made_with(), **fields, **counted})
+        write_json_atomically(json_out, {"command": command, **made_with(), **fields, "compression": compression, **counted})
 
 
 def _store(
@@ -89,6 +91,26 @@ def _store(
     from engram.models.bundled_files import BUNDLED_NAME
 
     return build_store(recipe, load_tokenizer(tokenizer or BUNDLED_NAME), folder, out, _named(show, "tokens"))
+
+
+def _compression(store: TokenStore) -> dict[str, Any]:
+    """How far canonical ids shrink the vocabulary, and which of them most tokens share."""
+    from engram.hashing import CompressedTokenizer
+    from engram.models.bundled import load_tokenizer
+
+    tokenizer = load_tokenizer(str(store.folder / "tokenizer"))
+    compressed = CompressedTokenizer(tokenizer)
+    largest = [{"text": text, "tokens": tokens} for text, tokens in compressed.largest_classes(tokenizer)]
+    ids = len(compressed.lookup_table)
+    return {"ids": ids, "canonical_ids": len(compressed), "reduction": compressed.reduction, "largest": largest}
+
+
+def _print_compression(found: dict[str, Any]) -> None:
+    largest = ", ".join(f"{entry['text']!r} {entry['tokens']}" for entry in found["largest"])
+    print(
+        f"compression: {found['ids']:,} token ids, {found['canonical_ids']:,} canonical ones ({100 * found['reduction']:.1f} % fewer); "
+        f"most tokens share {largest}"
+    )
 
 
 def _named(show: Callable[[str, int, int], None], what: str) -> Callable[[int, int], None]:

@@ -101,6 +101,24 @@ class CompressedTokenizer:
         return self.lookup_table[ids]
 
     @property
+    def reduction(self) -> float:
+        """Share of the vocabulary that compression takes away, ``1 - |V'| / |V|`` (paper section 2.2: 0.2343 of DeepSeek's 128k tokens)."""
+        return 1 - len(self) / len(self.lookup_table)
+
+    def largest_classes(self, tokenizer: TokenizerLike, count: int = 5) -> list[tuple[str, int]]:
+        """What most tokens are the same as: normalised text and number of tokens, the largest first (paper: a space, then a, o, e, i).
+
+        Args:
+            tokenizer: the one that the map was made from.
+            count: how many.
+        """
+        sizes = np.bincount(self.lookup_table, minlength=len(self))
+        largest = np.argsort(-sizes, kind="stable")[:count]
+        normalizer = build_normalizer()
+        firsts = [int(np.argmax(self.lookup_table == canonical)) for canonical in largest]
+        return [(_canonical_key(tokenizer, first, normalizer), int(sizes[c])) for first, c in zip(firsts, largest)]
+
+    @property
     def identity(self) -> bytes:
         """What tells this map from others: it enters the fingerprint of a memory."""
         return self.lookup_table.astype("<i8").tobytes()

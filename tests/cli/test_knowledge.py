@@ -49,6 +49,17 @@ def test_taught_facts_are_asked_explained_and_forgotten(engram, taught):
     assert [f["id"] for f in json.loads(engram("facts", "--memory", taught, "--json")[1])] == ["alpha"]
 
 
+def test_the_facts_of_a_memory_are_a_file_to_teach_another(engram, taught, world, tmp_path):
+    code, out, err = engram("facts", "--memory", taught, "--yaml")
+    assert (code, err) == (0, "")
+    (tmp_path / "again.yaml").write_text(out)
+    assert engram("teach", tmp_path / "again.yaml", "--memory", tmp_path / "other", "--model", world / "base")[0] == 0
+    assert engram("diff", taught, tmp_path / "other")[0] == 0
+    assert engram("facts", "--memory", tmp_path / "other", "--yaml")[1] == out
+    code, _, err = engram("facts", "--memory", taught, "--yaml", "--json")
+    assert (code, "expected one form" in err) == (2, True)
+
+
 def test_more_facts_join_and_contradictions_do_not(engram, taught, tmp_path):
     code, out, _ = engram("teach", "two.yaml", "--memory", taught)
     assert code == 0

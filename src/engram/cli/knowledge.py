@@ -70,14 +70,31 @@ def why_command(
         _print_explanation(explanation, editor)
 
 
-def facts_command(memory: MemoryOption, as_json: JsonOption = False) -> None:
+def facts_command(
+    memory: MemoryOption,
+    as_json: JsonOption = False,
+    as_yaml: Annotated[
+        bool,
+        typer.Option(
+            "--yaml", help="Print a facts file, to teach the same to another memory (without phrasings under held_out)."
+        ),
+    ] = False,
+) -> None:
     """List a taught memory's facts: ids, prompts, answers, rows.
 
     Loads no model. Row numbers are in the JSON.
     """
+    from engram.data import Fact
+    from engram.data.write_facts import facts_yaml
     from engram.editing.merge import StoredMemory
 
+    if as_json and as_yaml:
+        raise typer.BadParameter("got --json too, expected one form", param_hint="--yaml")
     stored = StoredMemory(taught_folder(memory))
+    if as_yaml:
+        told = (Fact(tuple(p.text for p in fact.prompts), fact.answer, fact.category, id=fact.id) for fact in stored.ledger)
+        print(facts_yaml(told), end="")
+        return
     owned = stored.rows_by_fact()
     if as_json:
         entries = [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engram.cli.loading import DeviceOption, ModelDtypeOption, ModelOption, Running, check_out, open_base
-from engram.cli.outputs import check_writable, new_console, print_whole
+from engram.cli.outputs import check_writable, command_line, made_with, new_console, print_whole
 from engram.errors import first_of
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def convert_command(
     from engram.checkpoint.convert import check_target
     from engram.models.bundled_files import memory_folder
 
+    given = {"dtype": dtype, "out": out, "json": json_out, "text": text, "model": model, "no-verify": not verify}
     memory = memory_folder(memory)
     check_out(out)
     check_dtype(dtype)
@@ -66,7 +67,8 @@ def convert_command(
     if verify or held_out is not None:
         fields |= _compare(memory, out, model, held_out, running)
     if json_out is not None:
-        write_json_atomically(json_out, fields)
+        command = command_line("convert", str(memory), options=given.items()) + running.options()
+        write_json_atomically(json_out, {"command": command, **made_with(), **fields})
     if fields.get("facts", {}).get("lost"):
         raise typer.Exit(1)
 

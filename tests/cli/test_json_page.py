@@ -94,4 +94,4 @@ def test_what_files_hold(read, taught, tmp_path):
     asked = read("eval", "--memory", taught, "--facts", "one.yaml", file=True, by_data=one_number | {"provenance.versions"})
     assert asked == expected | {f"provenance.{path}" for path in PROVENANCE}
     budget = ("budget", "--total", "20M", "--active", "8M", "--rho", "1,0.5", "--tokens", "1M")
-    assert read(*budget, file=True) - {"allocations[].rows_per_head"} == documented("budget") | PROVENANCE
+    assert read(*budget, file=True) - {"allocations[].rows_per_head", "engram.{}[]"} == documented("budget") | PROVENANCE

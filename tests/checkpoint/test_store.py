@@ -1,6 +1,7 @@
 import json
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,30 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path):
         assert link.is_symlink()
         assert target.read_bytes() == content
     assert [file.name for file in target.parent.iterdir()] == ["target.json"]
+
+
+def test_of_saves_at_the_same_time_one_stands_whole(tmp_path):
+    """Who comes while another is at it is refused in words."""
+    done, refused = [], []
+
+    def save(number):
+        for _ in range(8):
+            rows = torch.full((500, 16), float(number))
+            try:
+                write_store(tmp_path / "memory", {"rows": rows, "more": rows + 1}, {**FIELDS, "writer": number})
+                done.append(number)
+            except CheckpointError as error:
+                refused.append(str(error))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(save, range(3)))
+    assert len(done) + len(refused) == 24
+    assert all("another process is changing it" in reason for reason in refused)
+    description = read_description(tmp_path / "memory")
+    with open_tensors(tmp_path / "memory", description) as tensors:
+        assert torch.equal(tensors.get_tensor("rows"), torch.full((500, 16), float(description["writer"])))
+        assert torch.equal(tensors.get_tensor("more"), tensors.get_tensor("rows") + 1)
+    assert len(list((tmp_path / "memory").glob("*.safetensors"))) == 1
 
 
 def test_a_pipe_is_written_into(tmp_path):

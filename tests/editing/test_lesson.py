@@ -1,12 +1,15 @@
 """How prompts are put together in batches, and models that cannot be taught."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from engram import Fact, TeachError, TeachSettings
-from engram.editing import teaching
+from engram import Fact, MemoryEditor, TeachError, TeachSettings
+from engram.editing import lesson, teaching
 from engram.editing.lesson import in_batches
 from engram.evaluation import check_facts
+from engram.testing import tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS, make_editor, same, tensors
 
 
@@ -34,6 +37,42 @@ def test_few_long_prompts_are_read_in_the_streams_of_others_too(monkeypatch):
     assert report.not_exact == {}
     assert ([len(batch) for batch, _ in seen[:2]], [len(lent) for _, lent in seen[:2]]) == ([20, 1], [0, 3])
     assert all(answer.exact for answer in check_facts(editor.memory, editor.tokenizer, facts))
+
+
+def test_a_prompt_is_learnt_in_the_streams_of_others_and_then_in_its_own(monkeypatch):
+    """It leaves the batch at the first pass in its own stream in which it is right, after as many right ones elsewhere as asked for."""
+    lessons, judge, optimise_rows = [], lesson._judge, teaching.optimise_rows
+
+    def judged(upper, members, streams, margin):
+        loss, learnt = judge(upper, members, streams, margin)
+        lessons[-1].append((members.tolist(), streams.tolist(), learnt.tolist()))
+        return loss, learnt
+
+    monkeypatch.setattr(lesson, "_judge", judged)
+    monkeypatch.setattr(teaching, "optimise_rows", lambda *given: lessons.append([]) or optimise_rows(*given))
+    facts = [Fact((f"KEY:word {n}",), f"{n * 37}", id=f"word{n}") for n in range(12)]
+    assert make_editor().teach(facts, TeachSettings(contexts=3)).not_exact == {}
+    for passes in lessons:
+        right_in_a_row = dict.fromkeys(passes[0][0], 0)
+        for (members, streams, learnt), (still, *_) in pairwise(passes):
+            for member, stream, right in zip(members, streams, learnt):
+                last = right_in_a_row[member] == 3
+                assert stream == member or not last
+                assert (member not in still) == (last and right)
+                right_in_a_row[member] = right_in_a_row[member] + 1 if right else 0
+    assert {stream != member for members, streams, _ in lessons[0] for member, stream in zip(members, streams)} == {True, False}
+
+
+def test_dropout_of_a_model_in_training_does_not_reach_a_lesson():
+    def taught(training):
+        model = tiny_model(hidden_size=64, intermediate_size=96, attention_dropout=0.5).train(training)
+        editor = MemoryEditor.create(model, tiny_tokenizer())
+        assert editor.teach(FACTS).not_exact == {}
+        assert model.training == training
+        assert editor.memory.training == training
+        return tensors(editor)
+
+    assert same(taught(True), taught(False))
 
 
 class _NoGradient(torch.autograd.Function):

@@ -22,7 +22,8 @@ def table(header, rows):
 
 
 def source(result, command=None):
-    return f"\n\nRegenerate: `{command or result['command']}` ({result['hardware']}; torch {result['versions']['torch']})."
+    hardware = result["hardware"].replace(", 1 threads", ", 1 thread")
+    return f"\n\nRegenerate: `{command or result['command']}` ({hardware}; torch {result['versions']['torch']})."
 
 
 def percent(entries, key):
@@ -58,16 +59,21 @@ def demo():
         )
     known = [run["capitals"] for run in runs]
     kept = ", ".join(sorted({f"{k['still_right']} of {k['known']}" for k in known}))
-    rows.append(("capitals the base knew, still right", known[0]["prompts"], known[0]["known"], f"**{kept}**", "83 -> 67 %"))
+    rows.append(
+        ("capitals the base model knew, still right", known[0]["prompts"], known[0]["known"], f"**{kept}**", "83 -> 67 %")
+    )
     bits = [run["bits_per_byte"] for run in runs]
     change = max(abs(b["change_percent"]) for b in bits)
     after = "-".join(sorted({f"{b['after']:.4f}" for b in bits}))
-    rows.append(("held-out bits per byte", "", f"{bits[0]['before']:.4f}", f"**{after}** (at most {change:.3f} % off)", ""))
+    rows.append(
+        ("held-out bits per byte", "", f"{bits[0]['before']:.4f}", f"**{after}** (changed by at most {change:.3f} %)", "")
+    )
     drift = max(run["drift"]["mean_kl"] for run in runs)
-    rows.append(("KL to the base on 60 neutral prompts (nats per token)", 60, "0", f"{drift:.4f}", ""))
+    rows.append(("KL to the base model on 60 neutral prompts (nats per token)", 60, "0", f"{drift:.4f}", ""))
     seconds = "-".join(str(s) for s in sorted({min(r["seconds"] for r in runs), max(r["seconds"] for r in runs)}))
     text = table(("", "prompts", "before", "after", "engram-poc"), rows)
-    note = f"\n\n{len(runs)} seeds of the random reader, {seconds} s each; ranges over seeds. engram-poc: its published figures, another base."
+    note = f"\n\n{len(runs)} seeds of the random reader, {seconds} s each; ranges are over seeds."
+    note += " engram-poc: its published figures, for another base."
     return text + note + source(result)
 
 
@@ -82,7 +88,7 @@ def knowledge():
         "other tables of the standard library (9 categories)": (
             ["html", "mime", "errno_text", "errno_number", "signal", "http_status", "codec", "locale", "opcode"]
         ),
-        "arbitrary pairs": ("synthetic",),
+        "made-up pairs": ("synthetic",),
     }
     rows = []
     for name, members in groups.items():
@@ -91,7 +97,7 @@ def knowledge():
         held = [sum(e["categories_held_out"][c]["exact"] for c in members) for e in everything]
         asked = sum(everything[0]["categories_held_out"][c]["prompts"] for c in members)
         rows.append((name, f"{prompts:,}", f"**{_range(exact)}**", f"{_range(held)} of {asked:,}"))
-    facts = table(("one memory of everything", "prompts", "exact", "exact, phrasings never taught"), rows)
+    facts = table(("one memory of everything", "prompts", "exact", "exact, untaught phrasings"), rows)
     first = everything[0]
     texts = sum(kind["tokens"] for kind in first["harm"].values())
     known = first["known"]
@@ -103,22 +109,28 @@ def knowledge():
     more = [
         (f"teaching {first['facts']:,} facts", f"{_range(map(round, minutes))} minutes, {first['file_bytes'] / 1e6:.0f} MB"),
         (
-            "KL to the base on text nobody taught",
+            "KL to the base model on untaught text",
             f"{max(e['kl_to_base'] for e in everything):g} nats per token ({texts:,} tokens)",
         ),
         ("held-out bits per byte", f"at most {max(bits):+.3f} %"),
-        ("capitals the base knew, still right", f"{right} of {known['known']}, {changed} answers changed"),
+        ("capitals the base model knew, still right", f"{right} of {known['known']}, {changed} answers changed"),
         ("1,000 facts", f"{seconds:.0f} s, {thousand[0]['file_bytes'] / 1e6:.1f} MB; not exact: {failed}"),
-        ("one more fact into those", f"at most {max(max(t['one_more_seconds']) for t in thousand):.2f} s, saving included"),
+        (
+            "adding one more fact to those",
+            f"at most {max(max(t['one_more_seconds']) for t in thousand):.2f} s, saving included",
+        ),
         ("forgetting it again", "bit for bit" if all(t["forget_bit_for_bit"] for t in thousand) else "NOT bit for bit"),
         (
-            "asked behind 2,000 tokens of other text",
+            "asked after 2,000 tokens of other text",
             f"{min(f['exact'] for f in far)} of {far[0]['asked']} exact (memory off: {far[0]['exact_off']})",
         ),
-        ("time per token of text that reads no row", f"x{min(ratios):.2f} to x{max(ratios):.2f} of the base's (7M parameters)"),
+        (
+            "time per token of text that reads no row",
+            f"x{min(ratios):.2f} to x{max(ratios):.2f} of the base model's (7M parameters)",
+        ),
     ]
-    note = f"\n\n{len(runs)} seeds of addresses, reader and arbitrary values; ranges over seeds. Bits per byte move only where a taught "
-    note += "n-gram occurs, the code pattern `for key, value in` for instance."
+    note = f"\n\n{len(runs)} seeds of addresses, reader and made-up values; ranges are over seeds. Bits per byte change only where a "
+    note += "taught n-gram occurs, such as the code pattern `for key, value in`."
     return facts + "\n\n" + table(("", ""), more) + note + source(result)
 
 
@@ -148,12 +160,13 @@ def baselines():
     ]
     header = ("", f"facts ({asked[0]})", f"patterns ({asked[1]})", f"facts, unseen phrasing ({asked[2]})")
     header += (f"patterns, unseen phrasing ({asked[3]})", f"capitals right, of {runs[0]['base']['capitals']['known']}")
-    header += ("KL to the base on other text", "loss, first and last epoch", "size")
+    header += ("KL to the base model on other text", "loss, first and last epoch", "size")
     header += ("time of the processor" if "cpu_seconds" in runs[0]["base"] else "time",)
-    seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds, ranges over seeds"
-    note = f"\n\nExact answers, {seeds}; one thread. {_how_trained(result)} "
+    seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds (ranges are over seeds)"
+    note = f"\n\nCounts of exact answers; {seeds}, one thread. {_how_trained(result)} "
     note += (
-        "Stuffing puts the three nearest taught prompts in front. engram-poc reported 8.6 -> 14.1 % for its LoRA on patterns."
+        "Prompt stuffing puts the three nearest taught prompts, with their answers, in front of the question. engram-poc reported "
+        "8.6 -> 14.1 % on patterns for its LoRA."
     )
     return table(header, rows) + note + source(result)
 
@@ -173,13 +186,13 @@ def stacked():
     header = (
         "facts on top of",
         "exact",
-        "KL to what is beneath",
+        "KL to the same without the facts",
         "next tokens changed",
-        "held-out bits per byte, before and after",
+        "held-out bits per byte, without and with the facts",
     )
     seeds = len({run["seed"] for run in result["runs"]})
-    note = f"\n\n{seeds} seeds of addresses and reader; ranges over seeds, KL (nats per token) and changes: the worst."
-    return table((*header, "capitals known before, still right"), rows) + note + source(result)
+    note = f"\n\n{seeds} seeds of addresses and reader; ranges are over seeds, KL (nats per token) and changes are the worst."
+    return table((*header, "capitals known without the facts, still right"), rows) + note + source(result)
 
 
 def _size(count):
@@ -192,14 +205,14 @@ def _how_trained(result):
         return f"{note} Times were taken beside other work on the second core." if result.get("beside_other_work") else note
     names = dict.fromkeys(part["system"] for part in result["settings"])
     rates = {name: [p["lr"] for p in result["settings"] if p["system"] == name and not p["replay"]] for name in names}
-    told = "; ".join(f"{name} {', '.join(f'{rate:g}' for rate in rates[name])}" for name in names)
+    tried = "; ".join(f"{name} {', '.join(f'{rate:g}' for rate in rates[name])}" for name in names)
     shown = "; ".join(f"{name} {_setting([run['systems'][name] for run in result['runs']], rates[name])}" for name in names)
     return (
         "Fine-tuning and LoRA (rank 16): AdamW, stopped once every taught prompt is exact, at most "
-        f"{result['protocol']['epochs']} epochs; tried: rates ({told}), each with replay of the base's training text (half of the tokens "
-        "of every batch) and without. Shown: the least KL on texts that are not reported among the settings with the highest recall "
-        f"({shown}). Suffix dictionary: the shortest distinctive end of each taught prompt and its answer, without a network; the base "
-        "answers the rest."
+        f"{result['protocol']['epochs']} epochs. Learning rates tried: {tried}; each with and without replay (half of the tokens of "
+        "every batch are the base model's own training text). Shown: of the settings with the highest recall, the one with the least "
+        f"KL, chosen on texts other than those reported ({shown}). Suffix dictionary: the shortest distinctive end of each taught "
+        "prompt and its answer, without a network; the base model answers everything else."
     )
 
 
@@ -235,21 +248,21 @@ def peers():
     kept = _range(s["Engram"]["capitals"]["still_right"] for s in systems)
     facts = _exact([s["Engram"] for s in systems], "categories", False)
     rows = [
-        ("hash of 16,384 tokens; of one", f"{many}; {one}", "1 (the paper's demo, NumPy)", "speed.md#addresses"),
+        ("speed of hashing 16,384 tokens; one token", f"{many}; {one}", "1 (the paper's demo, NumPy)", "speed.md#addresses"),
         (
-            f"training step, two layers of {largest['rows_per_layer'] / 1e6:.0f}M rows of 64 floats",
+            f"training step, two layers of {largest['rows_per_layer'] / 1e6:.0f}M rows of 64 floats (time, peak memory)",
             f"{ours['seconds']['median']:.2f} s, {ours['peak_bytes'] / 1e9:.1f} GB",
             f"{theirs['seconds']['median']:.2f} s, {theirs['peak_bytes'] / 1e9:.1f} GB (engram-peft)",
             "speed.md#a-training-step",
         ),
         (
-            f"the step in {several['processes']} processes, of one",
+            f"training step in {several['processes']} processes, relative to one",
             f"x{several['ways']['copies']['of_one']['median']:.2f}",
             f"x{several['engram_peft']['of_one']['median']:.2f} (engram-peft)",
             "speed.md#several-processes",
         ),
         (
-            "decoding, what two layers add to a token",
+            "decoding, time that two layers add per token",
             f"{decoding['Engram, 2 layers']:+.1f} %",
             f"{decoding['engram-peft, 2 layers, M = 1']:+.1f} % (engram-peft)",
             "speed.md#a-decoding-step",
@@ -261,7 +274,7 @@ def peers():
             "taught_memories.md#against-other-ways-of-teaching-the-same-facts",
         ),
         (
-            "what the base knew, still right",
+            "capitals the base model knew, still right",
             f"{kept} of {known}",
             "83 -> 67 % (engram-poc)",
             "taught_memories.md#against-other-ways-of-teaching-the-same-facts",
@@ -276,13 +289,13 @@ def peers():
     cells = [
         (what, f"**{engram}**", others, f"[docs/{link.partition('#')[0]}](docs/{link})") for what, engram, others, link in rows
     ]
-    note = "\n\nOf what the linked tables hold, with the commands that regenerate them; each measured side by side in one run, engram-peft "
-    note += "1.2.7 for instance, but for its processes, which ran after ours; training steps are of the trainers. engram-poc's are its "
-    note += "published figures, of another base."
+    note = f"\n\nExcerpts from the linked tables. engram-peft is version 1.2.7; with {largest['rows_per_layer'] / 1e6:.0f}M rows each library "
+    note += "runs its own trainer. Both sides were measured in one run, except engram-peft in several processes, which ran after ours. "
+    note += "engram-poc: its published figures, for another base."
     behind = [load(name) for name in ("bench", "bench_avx2", "train_step_peer", "processes", "decode", "baselines")]
     commands = ", ".join(f"`{result['command']}`" for result in behind)
     hardware = ", ".join(dict.fromkeys(result["hardware"].rpartition(",")[0] for result in behind))
-    return table(("", "engram", "beside it", "measured in"), cells) + f"{note}\n\nRegenerate: {commands} ({hardware})."
+    return table(("", "engram", "compared with", "measured in"), cells) + f"{note}\n\nRegenerate: {commands} ({hardware})."
 
 
 def capacity():
@@ -297,7 +310,8 @@ def capacity():
             shown = [f"{_share(min(p['recall'] for p in c))}, {max(p['kl'] for p in c):.2g}" if c else "" for c in cells]
             rows.append((f"{rows_per_head:,}", "yes" if tags else "ignored", *shown))
     header = ("rows per head", "tags", *(f"{count:,} facts" for count in counts))
-    note = "\n\nExact answers and KL to the base on text nobody taught (nats per token). One attempt per fact; a fact that fails is taken out."
+    note = "\n\nEach cell: exact answers, and KL to the base model on untaught text (nats per token). A fact gets one attempt; if it fails it "
+    note += "is left out, and counts as wrong."
     seeds = len(result["seed"])
     note += f" {'One seed' if seeds == 1 else f'{seeds} seeds, the worst of each'}."
     return table(header, rows) + note + source(result)
@@ -325,10 +339,13 @@ def readers():
         "reader",
         f"facts that failed, of {runs[0]['facts']}",
         "passes",
-        "exact behind 500 tokens",
+        "exact after 500 tokens of other text",
         "row bytes per fact",
     )
-    return table(header, rows) + f"\n\n{len({r['seed'] for r in runs})} seeds, ranges over seeds." + source(result)
+    note = (
+        f"\n\n{len({r['seed'] for r in runs})} seeds; ranges are over seeds. Passes: over the prompts that are not learned yet."
+    )
+    return table(header, rows) + note + source(result)
 
 
 def routing():
@@ -345,8 +362,8 @@ def routing():
             changed.append(sum(h["tokens_changed"] for h in s["harm"].values()))
         exact = f"{_range(s['exact'] for s in same)} of {same[0]['prompts']}"
         rows.append((tags, router, exact, f"{max(kl):.2g}", f"{_range(changed)} of {tokens:,}"))
-    header = ("rows", "router", "taught prompts, exact", "KL to the base, text nobody taught", "next tokens changed")
-    return table(header, rows) + f"\n\n{len(runs)} seeds, ranges over seeds (KL: the worst)." + source(result)
+    header = ("rows", "router", "taught prompts, exact", "KL to the base model on untaught text", "next tokens changed")
+    return table(header, rows) + f"\n\n{len(runs)} seeds; ranges are over seeds, KL is the worst." + source(result)
 
 
 def route_by_gain():
@@ -357,9 +374,16 @@ def route_by_gain():
         gains = [[kind[which] for kind in same] for which in ("always", "routed", "best")]
         shown = [f"{statistics.mean(found):+.3f} ({min(found):+.2f} to {max(found):+.2f})" for found in gains]
         rows.append((same[0]["kind"], f"{_range(kind['read'] for kind in same)} of {same[0]['texts']}", *shown))
-    header = ("kind of text", "texts that read the memory", "gain if all do", "gain, routed", "gain if those do that it helps")
-    note = f"\n\nNats per token over the model alone, on texts left out of the fit; mean and range of {len(runs)} divisions of the "
-    note += f"texts. The router looks at the first {result['first_tokens']} tokens; whole texts are judged, the first 256 tokens of long ones."
+    header = (
+        "kind of text",
+        "texts that the router lets read the memory",
+        "gain if all read it",
+        "gain, routed",
+        "gain if only texts that it helps read it",
+    )
+    note = f"\n\nGain in nats per token over the model alone, on texts left out of the fit; mean and range over {len(runs)} ways to divide the "
+    note += f"texts. The router looks at the first {result['first_tokens']} tokens; gains are over whole texts, or the first "
+    note += "256 tokens of long ones."
     return table(header, rows) + note + source(result)
 
 
@@ -367,13 +391,16 @@ def joint_training():
     result = load("joint_training")
     rows = [
         (name, f"{statistics.mean(entry['seeds']):.3f}", f"{entry['min']:.3f}-{entry['max']:.3f}")
-        for name, entry in (("without", result["held_out_loss"]["dense"]), ("with Engram", result["held_out_loss"]["engram"]))
+        for name, entry in (
+            ("without a memory", result["held_out_loss"]["dense"]),
+            ("with a memory", result["held_out_loss"]["engram"]),
+        )
     ]
     gain, seeds = result["gain"], len(result["gain"]["seeds"])
     ends = _interval(mean_interval(gain["seeds"]), 3)
     note = (
-        f"\n\n{result['sizes']['steps']} steps; the memory gains {ends} nats per token (95 %, Student's t over seeds). Same steps and text; "
-        "the memory's parameters and operations come on top, and one learning rate that nobody tuned serves both."
+        f"\n\n{result['sizes']['steps']} steps. The memory gains {ends} nats per token (95 %, Student's t over seeds). Steps and text are the "
+        "same; the memory's parameters and operations come on top, and both runs use one learning rate, which was not tuned."
     )
     return (
         table(("", f"held-out loss, mean of {seeds} seeds (nats per token)", "range over seeds"), rows) + note + source(result)
@@ -389,25 +416,26 @@ def bundle():
     result = load("bundle")
     bits, capitals = result["bits_per_byte"], result["capitals_known"]
     names = {
-        "before": "before (`runs/base`)",
-        "plain": "trained on without a memory",
-        "joint": "trained on with a memory",
-        "shipped": "as bundled (bfloat16, int8 rows)",
-        "shipped, memory off": "the same, memory off",
+        "before": "after the first stage (`runs/base`)",
+        "plain": "second stage without a memory",
+        "joint": "second stage with a memory",
+        "shipped": "as bundled (bfloat16 weights, int8 rows)",
+        "shipped, memory off": "as bundled, memory off",
     }
     rows = [(text, f"{bits[name]:.4f}", f"{capitals[name]} of {capitals['asked']}") for name, text in names.items()]
     gain, off = (_interval(result["difference"][pair], 4) for pair in ("joint - plain", "shipped, memory off - plain"))
     tokens, size = result["runs"]["joint"]["tokens"], sum(result["shipped_bytes"].values())
     note = (
-        f"\n\n{tokens / 1e6:.0f}M tokens each, one run each, {result['documents']} held-out documents. With a memory less without: {gain} "
-        f"bits per byte; memory off less trained without: {off} (95 %, over documents). The bundled pair is {size / 1e6:.1f} MB in all."
+        f"\n\n{tokens / 1e6:.0f}M tokens in the second stage, one run each, {result['documents']} held-out documents. With a memory minus "
+        f"without: {gain} bits per byte. Bundled with its memory off minus without a memory: {off} (95 %, over documents). Model and memory "
+        f"take {size / 1e6:.1f} MB together."
     )
     overlap = load("bundle_overlap")
     (worst, share), files = next(iter(overlap["most_shared"].items())), overlap["all"]["files"]
     switched = [_interval(overlap[of]["on - off"], 4) for of in ("all", "apart")]
     note += (
-        f" The documents are of {files} files, and {100 * share:.0f} % of the word 13-grams of one (`{worst}`) stand in the training text too: "
-        f"memory on less off is {switched[0]} on all, {switched[1]} without documents that share more than half."
+        f" The documents come from {files} files, and {100 * share:.0f} % of the word 13-grams of one (`{worst}`) are in the training text "
+        f"too: memory on minus off is {switched[0]} on all, {switched[1]} without documents that share more than half of their 13-grams."
     )
     both = f"{result['command']}` and `{overlap['command']}"
     return table(("", "held-out bits per byte", "capitals known"), rows) + note + source(result, both)
@@ -427,7 +455,7 @@ def _train_step(file):
         "frozen": "tables frozen",
         "sparse": "row-sparse Adam (EngramAdamW)",
         "dense": "dense gradients, torch AdamW",
-        "dense_fused": "the same, fused",
+        "dense_fused": "dense gradients, torch AdamW (fused)",
     }
     counts = sorted({entry["rows_per_layer"] for entry in result["entries"]})
     rows = []
@@ -437,8 +465,8 @@ def _train_step(file):
             continue
         peak = cells[counts[-1]]["peak_bytes"] / 1e9
         rows.append((name, *(_step_cell(cells[n]) for n in counts), f"{peak:.1f} GB"))
-    note = "\n\nMedian seconds; in brackets median and mean as multiples of row-sparse Adam at the smallest size. Tables are random and every "
-    note += "step reads new rows."
+    note = "\n\nMedian seconds; in brackets median and mean, relative to row-sparse Adam at the smallest size. Tables hold random values, "
+    note += "and every step reads new rows."
     header = ("rows per layer", *(f"{n:,}" for n in counts), f"peak memory at {counts[-1]:,}")
     return table(header, rows) + note + source(result)
 
@@ -465,7 +493,7 @@ def processes():
         "one": "one process with the whole batch",
         "copies": "copies (`replicate_tables`)",
         "divided": "parts (`sharded=True`)",
-        "model": "parts, the model in parts too (`shard_model`)",
+        "model": "parts, and the model divided too (`shard_model`)",
         "ddp": "DistributedDataParallel alone: dense gradients, torch's AdamW",
     }
     rows = []
@@ -474,12 +502,12 @@ def processes():
         sizes = [f"{measured['bytes'][kind] / 1e6:,.0f} MB" for kind in ("rows", "states", "weights")]
         of_one = "" if way == "one" else _ratio(measured["of_one"])
         rows.append((name, f"{measured['seconds']['median']:.2f} s", of_one, *sizes))
-    header = ("", "step", "of one process", "rows, in each process", "what the optimiser remembers of them", "other weights")
+    header = ("", "step", "relative to one process", "rows per process", "their optimiser state", "other weights")
     peer, count = result["engram_peft"], result["processes"]
-    note = f"\n\n{count} processes of one thread on one machine, gloo; {result['rows'][0]:,} rows of 64 floats in each of two layers."
-    note += " Medians; all ways take turns step by step, with the same losses; in brackets the least and the most."
-    note += f" engram-peft {peer['versions']['engram-peft']} (its trainer, run after run): {peer['one']['median']:.2f} s in one process,"
-    note += f" {peer['several']['median']:.2f} s in {count}, x{peer['of_one']['median']:.2f}."
+    note = f"\n\n{count} processes of one thread each on one machine, gloo; {result['rows'][0]:,} rows of 64 floats in each of two layers."
+    note += " Medians, in brackets least and most; all ways run in turn, step by step, and give the same losses."
+    note += f" engram-peft {peer['versions']['engram-peft']} (its trainer, the runs one after the other): {peer['one']['median']:.2f} s in"
+    note += f" one process, {peer['several']['median']:.2f} s in {count}, x{peer['of_one']['median']:.2f}."
     return table(header, rows) + note + source(result)
 
 
@@ -488,23 +516,23 @@ def own_tables():
     size, tokens = result["table_bytes"] / 1e9, result["sizes"]["tokens"]
     rows = []
     for name, measured in result["variants"].items():
-        same = "to the last bit" if measured["same_logits"] else f"{measured['same_tokens']} of {tokens} tokens the same"
+        same = "the same bit for bit" if measured["same_logits"] else f"{measured['same_tokens']} of {tokens} tokens the same"
         ratio = "" if name == "transformers" else _ratio(measured["times_transformers"])
         peak = f"{measured['peak_bytes']['median'] / 1e6:,.0f} MB"
         shown = "transformers, `nn.Embedding`" if name == "transformers" else name
         rows.append((shown, peak, f"{1000 * measured['seconds_per_token']['median']:.1f} ms", ratio, same))
-    header = ("rows in", "most memory held", "per token", "of transformers' time", "answers")
+    header = ("rows in", "peak memory", "per token", "relative to transformers", "answers")
     note = f"\n\nA table of {size:.1f} GB in float32, random weights, {tokens} tokens decoded; medians, in brackets the range over rounds."
-    note += " Where weights are random many tokens are nearly as likely, and fewer bits soon choose others."
+    note += " With random weights many tokens are almost equally likely, so rows in fewer bits soon lead to others."
     tight = result["in_half_of_the_memory"]
     if tight["memory_limit_bytes"]:
-        told = [f"{name} {_in_little_memory(tight[name], tokens)}" for name in ("transformers", "file")]
-        note += f" In a control group of {tight['memory_limit_bytes'] / 1e9:.1f} GB: {', '.join(told)}."
+        found = [f"{name} {_in_little_memory(tight[name.strip('`')], tokens)}" for name in ("transformers", "`file`")]
+        note += f" In a control group limited to {tight['memory_limit_bytes'] / 1e9:.1f} GB, {' and '.join(found)}."
     return table(header, rows) + note + source(result)
 
 
 def _in_little_memory(found, tokens):
-    return "was killed" if found is None else f"gave {found['same_tokens']} of {tokens} tokens as before"
+    return "was killed" if found is None else f"gave the same {found['same_tokens']} of {tokens} tokens"
 
 
 def _ratio(values):
@@ -521,11 +549,15 @@ def bench(name, file="bench"):
     for variant in names:
         measured = [setting["variants"].get(variant) for setting in settings]
         rows.append((variant, *("" if m is None else _speed(m) for m in measured)))
-    text = table((f"M {unit} per second", *(setting["label"] for setting in settings)), rows)
-    note = f"\n\nMedians of {result['rounds']} rounds in which all take turns; in brackets times as fast as the first line."
+    text = table((f"M {unit} per second", *map(_label, settings)), rows)
+    note = f"\n\nMedians of {result['rounds']} rounds, in each of which every line has its turn; in brackets: speed relative to the first line."
     for limit, meaning in result["benchmarks"][name]["notes"].items():
-        note += f" {limit[0].upper()}{limit[1:]}: {meaning}."
+        note += f" `{limit}`: {meaning}."
     return text + note + source(result)
+
+
+def _label(setting):
+    return "1 token" if setting["label"] == "1 tokens" else setting["label"]
 
 
 def _speed(measured):
@@ -551,10 +583,10 @@ def bench_gather(file="bench"):
         rows = [
             (name, f"{m['per_second'] / 1e6:.1f}", f"x{m['speedup']['median']:.2f}") for name, m in setting["variants"].items()
         ]
-        parts.append(table((setting["label"], "M rows per second", "times as fast as the first line"), rows))
-    note = "\n\nLimit: every byte of the rows read and summed, many loads in flight; nothing is written unless it says so. Where PyTorch "
-    note += "makes outputs of this size (33 MB) the first touch of their pages costs more than anything else; engram keeps such memory "
-    note += "for the next time."
+        parts.append(table((setting["label"], "M rows per second", "relative to the first line"), rows))
+    note = "\n\nLimit: every byte of the rows is read and summed, with many loads in flight; nothing is written unless the line says so. Where "
+    note += "PyTorch allocates outputs of this size (33 MB), touching their pages for the first time costs more than anything else; engram "
+    note += "keeps such memory and reuses it."
     return "\n\n".join(parts) + note + source(load(file))
 
 
@@ -571,8 +603,11 @@ def bench_layer():
     settings = result["benchmarks"]["layer"]["settings"]
     names = list(settings[0]["variants"])
     rows = [(name, *(f"{1e6 * s['variants'][name]['seconds']['median']:,.0f}" for s in settings)) for name in names]
-    note = "\n\nHidden size 576, d_mem 1280, orders 2 and 3 with 8 heads, a convolution; the hash covers one layer."
-    return table(("microseconds", *(s["label"] for s in settings)), rows) + note + source(result)
+    note = (
+        "\n\nHidden size 576, d_mem 1280 (values read per token), orders 2 and 3 with 8 heads each, a convolution; the hash is "
+    )
+    note += "that of one layer."
+    return table(("microseconds", *map(_label, settings)), rows) + note + source(result)
 
 
 def decode():
@@ -586,8 +621,9 @@ def decode():
             noise = 100 * entry["overhead_paired"]
         else:
             rows.append((name, f"{1e3 * entry['seconds']['median']:.1f} ms", f"{100 * entry['overhead_paired']:+.1f} %"))
-    note = "\n\nLlama of 30 layers, hidden size 576, 135M parameters; Engram: d_mem 1280, orders 2 and 3, M = 1, a convolution. Medians of the "
-    note += f"ratios token by token; the base against a copy of itself: {noise:+.1f} %. engram-peft 1.2.7 runs beside its own copy of the base."
+    note = "\n\nLlama of 30 layers, hidden size 576, 135M parameters. Engram: d_mem 1280, orders 2 and 3, M = 1, a convolution (M: residual "
+    note += f"streams). Overheads are medians of ratios token by token; that of the base against a copy of itself is {noise:+.1f} %. "
+    note += "engram-peft 1.2.7 is compared with a copy of the base of its own."
     return table(("", "per token", "overhead"), rows) + note + source(result)
 
 
@@ -604,8 +640,8 @@ def formats():
         error = max(j[name]["relative_error"] for j in joint)
         facts = f"{exact} of {runs[0]['taught'][name]['facts']}"
         rows.append((name, f"x{size:.2f}", f"{error:.4f}", f"{worst:+.3f} %", facts))
-    header = ("rows", "size", "relative RMS error", "held-out loss, jointly trained", "taught facts exact")
-    note = f"\n\n{len(runs)} seeds, the worst of each; joint training for {result['sizes']['steps']} steps."
+    header = ("rows", "size", "relative RMS error of rows", "change of held-out loss, jointly trained", "taught facts exact")
+    note = f"\n\n{len(runs)} seeds, the worst of each; jointly trained for {result['sizes']['steps']} steps."
     return table(header, rows) + note + source(result)
 
 
@@ -618,7 +654,13 @@ def larger_than_memory():
         per_second = [f"{speeds[k]:,.0f}" for k in ("looked up at random", "trained at random", "walked in order")]
         rows.append((bound, *per_second, f"{entry['peak_bytes'] / 2**20:.0f} MB"))
     first = result["variants"][0]
-    header = ("`resident_bytes`", "rows per second: random look-ups", "training steps", "in order", "peak memory")
+    header = (
+        "`resident_bytes`",
+        "rows per second: random look-ups",
+        "rows per second: training steps",
+        "rows per second: in order",
+        "peak memory",
+    )
     limit = first["memory_limit_bytes"]
     process = (
         f"that is given {limit / 2**20:.0f} MB (control group), from disk" if limit else "without a limit, from disk or cache"
@@ -648,12 +690,13 @@ def allocation():
     for name, curve in curves.items():
         row, point = next(iter(curve.values())), next(p for p in result["points"] if p["labels"]["budget"] == name)
         notes.append(
-            f"`{name}`: {row['total'] / 1e6:.2f} M parameters, {row['active'] / 1e3:.0f} k per token (embeddings left out), "
+            f"`{name}`: {row['total'] / 1e6:.2f} M parameters, {row['active'] / 1e3:.0f} k per token (without embeddings), "
             f"{point['tokens'] / 1e6:.1f} M tokens"
         )
     heads = [f"{name}: {what}" for name in curves for what in ("experts, rows", "held-out loss", "gain")]
     seeds = next(iter(result["summary"].values()))["curve"][0]["loss"]["n"]
-    note = f"\n\n{'; '.join(notes)}; {seeds} seeds. Gain over experts alone, seed by seed, with 95 % intervals.{_mixed(counts)}"
+    note = f"\n\n{'; '.join(notes)}; {seeds} seeds. Gain: loss of experts alone minus this loss, seed by seed, with 95 % intervals."
+    note += _mixed(counts)
     both = f"{result['command']}` and `{counts['command']}"
     return table(["experts' share of sparse parameters", *heads], rows) + note + source(result, both)
 
@@ -666,7 +709,7 @@ def _mixed(counts):
         return ""
     alone, mixed = (same[0][what]["bits_per_byte"] for what in ("without - with", "without + counts - with + counts"))
     return (
-        f" A memory gives a dense model {_interval(alone, 3)} bits per byte; where both are mixed with those counts, "
+        f" With a memory a dense model gains {_interval(alone, 3)} bits per byte; if both are mixed with the trigram counts, "
         f"{_interval(mixed, 3)}."
     )
 
@@ -676,8 +719,8 @@ def _trigram_cells(counts, budget):
     (entry,) = (e for e in counts["summary"] if (e["budget"], e["order"]) == (budget, 3))
     kept = statistics.fmean(sum(p["ngrams"]) for p in counts["points"] if (p["budget"], p["order"]) == (budget, 3))
     gain = entry["less"]["experts alone"]["test"]["loss"]
-    told = f"{-gain['mean']:.3f} ({-gain['high']:.3f}-{-gain['low']:.3f})"
-    return [f"{kept:,.0f} n-grams", f"{entry['test']['loss']['mean']:.3f}", told]
+    shown = f"{-gain['mean']:.3f} ({-gain['high']:.3f}-{-gain['low']:.3f})"
+    return [f"{kept:,.0f} n-grams", f"{entry['test']['loss']['mean']:.3f}", shown]
 
 
 def base_model():
@@ -717,8 +760,8 @@ def base_model():
         )
         for kind, found in result["kinds_of_text"].items()
     ]
-    header = ("kind of text", "tokens", "nats per token, alone", "with its memory", "lost without it")
-    return table(("", ""), rows) + f"\n\nTrained by {commands}.\n\n" + table(header, kinds) + source(result)
+    header = ("kind of text", "tokens", "nats per token, alone", "with its memory", "loss alone minus with memory")
+    return table(("", ""), rows) + f"\n\nMade by {commands}.\n\n" + table(header, kinds) + source(result)
 
 
 def main():

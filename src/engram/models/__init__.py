@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from engram.models.placed import PlacedEmbedding, load_placed, place_embeddings
     from engram.models.router import EngramRouter, LearnedRouter, Router, RouteRule
     from engram.models.static_decoding import StaticDecoder
+    from engram.models.transfer import TransferredLayer, transfer_memory
 
 _HOMES = {
     "ARCHITECTURES": "engram.models.architectures",
@@ -23,6 +24,7 @@ _HOMES = {
     "RouteRule": "engram.models.router",
     "Router": "engram.models.router",
     "StaticDecoder": "engram.models.static_decoding",
+    "TransferredLayer": "engram.models.transfer",
     "find_decoder": "engram.models.architectures",
     "get_engram_model": "engram.models.engram_model",
     "load_bundled": "engram.models.bundled",
@@ -31,6 +33,7 @@ _HOMES = {
     "place_embeddings": "engram.models.placed",
     "register_architecture": "engram.models.architectures",
     "shard_model": "engram.models.fsdp",
+    "transfer_memory": "engram.models.transfer",
 }
 
 __all__ = [
@@ -43,6 +46,7 @@ __all__ = [
     "RouteRule",
     "Router",
     "StaticDecoder",
+    "TransferredLayer",
     "find_decoder",
     "get_engram_model",
     "load_bundled",
@@ -51,6 +55,7 @@ __all__ = [
     "place_embeddings",
     "register_architecture",
     "shard_model",
+    "transfer_memory",
 ]
 
 __getattr__ = loaded_on_use(__name__, _HOMES)

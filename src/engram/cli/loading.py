@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -64,6 +65,7 @@ class Running:
         self.check()
         if not is_terminal(sys.stderr):
             disable_progress_bar()
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a model in 8 bits it would tell every layer's types
         model, tokenizer = load_model(name, getattr(torch, self.dtype))
         return self.place(model, repr(name)), tokenizer
 

@@ -35,6 +35,7 @@ from engram.models.cache import rename_cache
 from engram.models.hooks import DecoderHooks
 from engram.models.identity import adapter_parameters
 from engram.models.packing import Packing
+from engram.models.quantised import forget_layout, lay_out_for_gradients, note_layout, parameter_count
 from engram.models.turns import Turns
 from engram.tables import is_sharded, refuse_other_rows, row_file
 
@@ -126,6 +127,8 @@ class EngramModel(nn.Module):
     engrams: Any  # an nn.ModuleDict, whose items torch types as bare modules
     is_distributed_loading_by_transformers = False
     """Whatever its base model says of itself: transformers' ``Trainer`` would neither divide readers nor save what is to be resumed."""
+    is_quantized = False
+    """Of a base model that is, ``Trainer`` would refuse to train what is on it; ``EngramTrainer`` says what of it cannot be trained."""
 
     def __init__(
         self,
@@ -177,6 +180,7 @@ class EngramModel(nn.Module):
         self.prefetch_rows: bool | None = None
         self._flags_before = trainable_flags(model)
         freeze(model, {} if config.verify_rows else adapter_parameters(base))
+        note_layout(base)
         self._hooks: DecoderHooks | None = DecoderHooks(self, decoder)
         decoder.module.__dict__[ATTACHED] = self.owner_token
         self.train(base.training)
@@ -196,6 +200,12 @@ class EngramModel(nn.Module):
         """Where the tables live, in the format that they have now."""
         table = next(iter(self.engrams.values())).multi_head_embedding.embedding
         return replace(self._placed, dtype=table.format_name, files=None, stamps=None)
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``torch.nn.Module.train``; 4-bit weights of the base model that bitsandbytes laid out for inference pass gradients again."""
+        if mode:
+            lay_out_for_gradients(self.base_model)
+        return super().train(mode)
 
     def forward(self, *args: Any, engram_input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """The base model's forward pass with the memory; takes and returns what the base model does.
@@ -327,6 +337,8 @@ class EngramModel(nn.Module):
         marks.pop(ATTACHED)
         if self.beneath is not None:
             marks[ATTACHED] = self.beneath.owner_token
+        else:
+            forget_layout(self.base_model)
         if trainable_flags(self.below).keys() == self._flags_before.keys():
             for name, parameter in self.below.named_parameters():
                 parameter.requires_grad_(self._flags_before[name])
@@ -344,7 +356,7 @@ class EngramModel(nn.Module):
         tables = sum(home.embedding.stored_rows * self.engram_config.head_dim for home in homes)
         in_tables = {id(p) for home in homes for p in home.parameters()}
         reader = sum(p.numel() for p in self.engrams.parameters() if id(p) not in in_tables)
-        return {"tables": tables, "reader": reader, "base": sum(p.numel() for p in self.base_model.parameters())}
+        return {"tables": tables, "reader": reader, "base": sum(map(parameter_count, self.base_model.parameters()))}
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters would be trained, as peft does, and where they are."""

@@ -19,6 +19,7 @@ from engram.errors import ConfigError
 from engram.models import EngramModel
 from engram.models.fsdp import refuse_undivided
 from engram.models.identity import adapter_parameters
+from engram.models.quantised import is_quantised, refusal_of_training
 from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES, EngramAdamW, EngramMuon, build_param_groups, clip_grad_norm_
 from engram.tables import Replicas, copy_all_but_tables, replicate_tables, row_parameters
 from engram.training.safe_trainer import SafeTrainer
@@ -117,6 +118,7 @@ class EngramTrainer(SafeTrainer):
                 "with train_backbone=True."
             )
         _check_arguments(args, bool(_trained_adapters(model)))
+        _check_quantised(model, args)
         if isinstance(model, EngramModel):
             _check_divided(model, args)
         put_apart(model)  # what is set for parameters that FSDP left together would be lost with them
@@ -360,6 +362,19 @@ def _check_arguments(args: EngramTrainingArguments, has_adapters: bool) -> None:
         raise ConfigError(
             "EngramTrainingArguments.backbone_optimizer: got 'muon' with train_backbone=False; "
             "a frozen base model needs no optimiser: set train_backbone or leave this at 'adamw'."
+        )
+
+
+def _check_quantised(model: EngramModel | PreTrainedModel, args: EngramTrainingArguments) -> None:
+    base = model.base_model if isinstance(model, EngramModel) else model
+    if args.train_backbone and is_quantised(base):
+        raise ConfigError(
+            "EngramTrainingArguments.train_backbone: got True with a quantised base model, whose weights cannot be stepped, expected False: "
+            "the memory is trained, and adapters (peft) on the base with it. Or load the model in full precision."
+        )
+    if because := refusal_of_training(base):
+        raise ConfigError(
+            f"EngramTrainer: {because}, expected one of bitsandbytes (4 or 8 bits) or in full precision: load the model so."
         )
 
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -477,9 +477,11 @@ def _check_base(
             os.fspath(path),
         )
     if differences and (sizes_differ or not allow_other_base):
+        about_quantisation = _told_of_quantisation(saved, present, differences)
         raise FingerprintError(
             f"the memory in {path} belongs to base model {saved.get('name_or_path') or 'unknown'!r}, "
             f"not to {getattr(model.config, 'name_or_path', '') or type(model).__name__!r}: {'; '.join(differences)}."
+            + about_quantisation
             + (_ON_TOP if any(d.startswith("memory beneath") for d in differences) else "")
             + (
                 ""
@@ -487,3 +489,17 @@ def _check_base(
                 else " If they differ on purpose (a fine-tuned base, one with more tokens), load it in Python with allow_other_base=True."
             )
         )
+
+
+def _told_of_quantisation(saved: dict[str, Any], present: dict[str, Any], differences: Sequence[str]) -> str:
+    """What quantised weights have to do with differing bases, for a message; empty if nothing."""
+    if (
+        "quantized" not in saved
+        and [d.partition(":")[0] for d in differences] == ["weights_sha256"]
+        and not present["quantized"]
+    ):
+        return " Was it made by an earlier version on a quantised form of this model, the weights are the same, and only their layout is not."
+    if bool(saved.get("quantized")) == present["quantized"]:
+        return ""
+    forms = ["quantised" if identity.get("quantized") else "not quantised" for identity in (saved, present)]
+    return f" (Made on a base that is {forms[0]}, and this one is {forms[1]}; that alone is no reason: weights are not compared then.)"

@@ -486,7 +486,8 @@ def _check_base(
             + (
                 ""
                 if sizes_differ
-                else " If they differ on purpose (a fine-tuned base, one with more tokens), load it in Python with allow_other_base=True."
+                else " If they differ on purpose (a fine-tuned base, one with more tokens), load it with --allow-other-base, in Python "
+                "allow_other_base=True."
             )
         )
 

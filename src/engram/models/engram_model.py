@@ -116,6 +116,7 @@ class EngramModel(nn.Module):
             None for where it pays (``RowPrefetcher``).
         ledger: JSON-ready account of what was taught (kept by ``MemoryEditor``, saved with the memory), or None.
         turns: what threads wait for; memories on one model share it.
+        trained_beside: kinds of adapters (peft) that were on the base model while it was trained; saved with the memory.
         known_versions: what was read or written here (``engram.checkpoint.saved_version``).
         is_being_changed: whether facts are just being taught or forgotten: rows and ledger are not in step then, and saving is refused.
     """
@@ -169,6 +170,7 @@ class EngramModel(nn.Module):
         self.engram_config, self.mapping, self.rollback_window = config, mapping, rollback_window
         self._placed = table_config or TableConfig()
         self.ledger: dict[str, Any] | None = None
+        self.trained_beside: list[str] = []
         self.known_versions: set[str | None] = set()
         self.is_being_changed = False
         self.owner_token = secrets.token_hex(8)
@@ -359,14 +361,30 @@ class EngramModel(nn.Module):
         return {"tables": tables, "reader": reader, "base": sum(map(parameter_count, self.base_model.parameters()))}
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters would be trained, as peft does, and where they are."""
-        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.parameters())
-        kinds = self.num_parameters_by_kind()
+        """Print how many parameters would be trained, as peft does, and of which kind they are: of so many of that kind so many."""
+        trainable = sum(parameter_count(p) for p in self.parameters() if p.requires_grad)
+        total = sum(map(parameter_count, self.parameters()))
+        kinds = ", ".join(f"{kind} {trained:,} of {count:,}" for kind, (trained, count) in self._trained_by_kind().items())
         print(
-            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f} "
-            f"(tables {kinds['tables']:,}, reader {kinds['reader']:,}, base {kinds['base']:,})"
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f} ({kinds})"
         )
+
+    def _trained_by_kind(self) -> dict[str, tuple[int, int]]:
+        """Per kind of parameter how many would be trained, and how many there are. Adapters are a kind of their own where there are any."""
+        tables = {id(p) for engram in self.engrams.values() for p in engram.multi_head_embedding.parameters()}
+        adapters = {id(p) for p in adapter_parameters(self.base_model).values()}
+        own = [p for p in self.engrams.parameters() if id(p) in tables]
+        groups = {
+            "reader": [p for p in self.engrams.parameters() if id(p) not in tables],
+            "adapters": [p for p in self.base_model.parameters() if id(p) in adapters],
+            "base": [p for p in self.base_model.parameters() if id(p) not in adapters],
+        }
+        counts = {"tables": (sum(p.numel() for p in own if p.requires_grad), self.num_parameters_by_kind()["tables"])}
+        for kind, members in groups.items():
+            if members or kind != "adapters":
+                trained = sum(parameter_count(p) for p in members if p.requires_grad)
+                counts[kind] = (trained, sum(map(parameter_count, members)))
+        return counts
 
     def save_pretrained(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Save the memory (not the base model) into the folder ``path``, atomically; see ``engram.models.files``.

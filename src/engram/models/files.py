@@ -33,7 +33,7 @@ from engram.errors import AttachError, CheckpointError, ConfigError, Fingerprint
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram, layer_classes
 from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_NAME
-from engram.models.identity import attached_identity, identity_mismatch
+from engram.models.identity import adapter_kinds, adapter_parameters, attached_identity, identity_mismatch
 from engram.models.saved_rows import (
     PLACEMENT,
     TABLE,
@@ -61,10 +61,12 @@ if TYPE_CHECKING:
 
     from engram.models.engram_model import EngramModel
 
-__all__ = ["PLACED_FIELDS", "check_memory", "load_memory", "save_memory", "saved_aside"]
+__all__ = ["PEFT_FOLDER", "PLACED_FIELDS", "check_memory", "load_memory", "save_memory", "saved_aside"]
 
 PLACED_FIELDS = {"tier", "path", "hot_rows", "resident_bytes"}
 """Fields of a ``TableConfig`` that a saved memory's placement may have."""
+PEFT_FOLDER = "adapters"
+"""Beside a memory that was trained with adapters: those, as ``PeftModel.from_pretrained`` reads them."""
 _READER = ("value_proj.", "key_projs.", "norm1.", "norm2.")
 
 
@@ -118,6 +120,7 @@ def _save(memory: EngramModel, path: str | os.PathLike[str], together: bool) -> 
         "table_dtype": memory.table_config.dtype,
         "base_model": attached_identity(memory.below),
         **_own_parts(memory),
+        **({"trained_beside": beside} if (beside := _adapters_beside(memory)) else {}),
     }
     if memory.engram_config.reader == "seeded":
         _check_unmoved(memory)
@@ -341,6 +344,7 @@ def _load(
             for name, tensor in own.items():
                 write_whole(tensor, tensors.get_tensor(name))
     memory.ledger = ledger
+    memory.trained_beside = list(description.get("trained_beside") or [])
     memory.known_versions.add(description["weights"]["file"])
     memory.folder = folder_name(path)
 
@@ -471,6 +475,8 @@ def _check_base(
     # Addresses are the tokenizer's: more tokens in the model leave them as they are.
     grown = ("vocab_size",) if isinstance(before, int) and before <= present["vocab_size"] else ()
     sizes_differ = any(not d.startswith(("embedding_sha256", "weights_sha256", "memory beneath", *grown)) for d in differences)
+    if tell:
+        _note_missing_adapters(description, model, path)
     if tell and saved.get("weights_sha256") and present["weights_sha256"] is None:
         logging.getLogger("engram").warning(
             "%s: the base model's weights are offloaded, so that nobody can tell whether they are those that this memory was made for.",
@@ -504,3 +510,34 @@ def _told_of_quantisation(saved: dict[str, Any], present: dict[str, Any], differ
         return ""
     forms = ["quantised" if identity.get("quantized") else "not quantised" for identity in (saved, present)]
     return f" (Made on a base that is {forms[0]}, and this one is {forms[1]}; that alone is no reason: weights are not compared then.)"
+
+
+def _adapters_beside(memory: EngramModel) -> list[str]:
+    """Kinds of adapters that a trained memory leans on: those that the trainer noted, or that a loop of one's own trains now. Facts are exact
+    with adapters or without, or are found not to be.
+    """
+    if memory.engram_config.verify_rows:
+        return []
+    trained = any(p.requires_grad for p in adapter_parameters(memory.base_model).values())
+    return memory.trained_beside or (adapter_kinds(memory.base_model) if trained else [])
+
+
+def _note_missing_adapters(
+    description: dict[str, Any], model: PreTrainedModel | EngramModel, path: str | os.PathLike[str]
+) -> None:
+    """Say that a memory was trained beside adapters which its base model does not have now."""
+    beside, base = (
+        description.get("trained_beside"),
+        getattr(model, "base_model", model) if hasattr(model, "engrams") else model,
+    )
+    if not beside or adapter_parameters(base):
+        return
+    folder = Path(path) / PEFT_FOLDER
+    where = f"those in {folder}" if folder.is_dir() else "them"
+    logging.getLogger("engram").warning(
+        "%s: this memory was trained beside adapters (%s), and the base model has none: answers will differ from those in training. Load %s "
+        "first: PeftModel.from_pretrained(model, ...).get_base_model().",
+        os.fspath(path),
+        ", ".join(map(str, beside)),
+        where,
+    )

@@ -16,7 +16,7 @@ from engram.models.devices import input_device
 from engram.models.positions import text_config
 from engram.models.quantised import is_quantised, is_quantised_parameter
 
-__all__ = ["adapter_parameters", "attached_identity", "base_identity", "identity_mismatch", "memory_identity"]
+__all__ = ["adapter_kinds", "adapter_parameters", "attached_identity", "base_identity", "identity_mismatch", "memory_identity"]
 
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 256, 16
 _SAMPLED_WEIGHTS = 64
@@ -112,6 +112,14 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that peft has put into a model, by name; those of the model itself are left out."""
     own = {id(parameter) for parameter in _own_parameters(model)}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in own}
+
+
+def adapter_kinds(model: Any) -> list[str]:
+    """What kinds of adapters of peft are on a model (``LORA``), sorted; empty if there are none."""
+    if not adapter_parameters(model):
+        return []
+    kinds = {getattr(config.peft_type, "value", config.peft_type) for config in getattr(model, "peft_config", {}).values()}
+    return sorted(map(str, kinds)) or ["adapters"]
 
 
 def _name(config: Any) -> str:

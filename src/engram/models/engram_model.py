@@ -32,6 +32,7 @@ from engram.models.attaching import (
     trainable_flags,
 )
 from engram.models.cache import rename_cache
+from engram.models.counting import parameters_by_kind
 from engram.models.hooks import DecoderHooks
 from engram.models.identity import adapter_parameters
 from engram.models.packing import Packing
@@ -353,38 +354,18 @@ class EngramModel(nn.Module):
             memory = memory.beneath
 
     def num_parameters_by_kind(self) -> dict[str, int]:
-        """Parameter counts: ``tables``, ``reader`` (projections, norms, convolution) and ``base``."""
-        homes = [engram.multi_head_embedding for engram in self.engrams.values()]
-        tables = sum(home.embedding.stored_rows * self.engram_config.head_dim for home in homes)
-        in_tables = {id(p) for home in homes for p in home.parameters()}
-        reader = sum(p.numel() for p in self.engrams.parameters() if id(p) not in in_tables)
-        return {"tables": tables, "reader": reader, "base": sum(map(parameter_count, self.base_model.parameters()))}
+        """Parameter counts: ``tables``, ``reader`` (projections, norms, convolution) and ``base``, with what adapters are on it."""
+        counts = {kind: count for kind, (_, count) in parameters_by_kind(self).items()}
+        return {"tables": counts["tables"], "reader": counts["reader"], "base": counts["base"] + counts.get("adapters", 0)}
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters would be trained, as peft does, and of which kind they are: of so many of that kind so many."""
         trainable = sum(parameter_count(p) for p in self.parameters() if p.requires_grad)
         total = sum(map(parameter_count, self.parameters()))
-        kinds = ", ".join(f"{kind} {trained:,} of {count:,}" for kind, (trained, count) in self._trained_by_kind().items())
+        kinds = ", ".join(f"{kind} {trained:,} of {count:,}" for kind, (trained, count) in parameters_by_kind(self).items())
         print(
             f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f} ({kinds})"
         )
-
-    def _trained_by_kind(self) -> dict[str, tuple[int, int]]:
-        """Per kind of parameter how many would be trained, and how many there are. Adapters are a kind of their own where there are any."""
-        tables = {id(p) for engram in self.engrams.values() for p in engram.multi_head_embedding.parameters()}
-        adapters = {id(p) for p in adapter_parameters(self.base_model).values()}
-        own = [p for p in self.engrams.parameters() if id(p) in tables]
-        groups = {
-            "reader": [p for p in self.engrams.parameters() if id(p) not in tables],
-            "adapters": [p for p in self.base_model.parameters() if id(p) in adapters],
-            "base": [p for p in self.base_model.parameters() if id(p) not in adapters],
-        }
-        counts = {"tables": (sum(p.numel() for p in own if p.requires_grad), self.num_parameters_by_kind()["tables"])}
-        for kind, members in groups.items():
-            if members or kind != "adapters":
-                trained = sum(parameter_count(p) for p in members if p.requires_grad)
-                counts[kind] = (trained, sum(map(parameter_count, members)))
-        return counts
 
     def save_pretrained(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Save the memory (not the base model) into the folder ``path``, atomically; see ``engram.models.files``.

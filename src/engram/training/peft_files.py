@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engram.models.files import PEFT_FOLDER
+from engram.models.base_check import PEFT_FOLDER
 
 __all__ = ["save_for_peft"]
 
@@ -23,8 +23,8 @@ _PREFIX = "base_model.model."
 def save_for_peft(base: Any, trained: Mapping[str, Tensor], folder: Path) -> None:
     """Write the adapters of a base model that were trained as peft does; what an earlier run left there goes.
 
-    An adapter named ``default`` lies in ``folder/adapters``, others in a folder of their name in it. Adapters that peft cannot take out of the model
-    alone are left out, with a warning: the checkpoint resumes all the same.
+    An adapter named ``default`` lies in ``folder/adapters``, others in a folder of their name in it. Adapters that peft cannot take out
+    of the model alone are left out, with a warning: the checkpoint resumes all the same.
 
     Args:
         base: the model with the adapters.

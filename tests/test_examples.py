@@ -17,6 +17,7 @@ SAYS = {
     "train_jointly": ("trainable",),
     "train_in_processes": ("321,238 rows, 10,279,616 bytes of them in each of 1 process", r"losses: 3\.\d+"),
     "train_plain_loop": ("lower: True", "from what was saved: True"),
+    "train_with_lora": ("adapters ([0-9,]+) of \\1, base 0 of", "same logits: True"),
     "memory_with_lora": (r"both: \['4711'\]", r"LoRA alone: \[(?!'4711)", r"loaded again: \['4711'\]"),
     "facts_over_trained_memory": (
         r"both: \['4711', 'Paris'\]",

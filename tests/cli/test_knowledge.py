@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
 
 import pytest
+import torch
 
 from engram import Fact
 from engram.checkpoint import lock_store
@@ -268,6 +270,37 @@ def test_a_memory_of_another_model_is_refused_by_name(engram, taught, world):
     assert code == 1
     assert str(world / "base") in err
     assert "stranger" in err
+
+
+def test_a_tuned_base_is_accepted_where_that_is_asked_for(engram, taught, world, tmp_path):
+    tuned = tiny_model(hidden_size=64, intermediate_size=96)
+    with torch.no_grad():
+        tuned.model.layers[0].mlp.up_proj.weight += 0.001
+    tuned.save_pretrained(tmp_path / "tuned")
+    tiny_tokenizer().save_pretrained(tmp_path / "tuned")
+    (tmp_path / "texts.yaml").write_text("prose: [The memory is addressed by the last tokens.]")
+    (tmp_path / "text.txt").write_text("The memory is addressed by the last tokens of the text.")
+    other = tmp_path / "other"
+    shutil.copytree(taught, other)
+    on_tuned = ("--model", tmp_path / "tuned", "--allow-other-base")
+    code, _, err = engram("ask", "KEY:beta 20", "--memory", taught, *on_tuned[:2])
+    assert code == 1
+    assert "--allow-other-base" in err
+    for arguments in (
+        ("ask", "KEY:beta 20", "--memory", taught),
+        ("why", "KEY:beta 20", "--memory", taught),
+        ("eval", "--memory", taught, "--facts", "one.yaml", "--texts", tmp_path / "texts.yaml"),
+        ("trace", "KEY:beta 20", "--memory", taught),
+        ("recall", "--memory", taught, "--lengths", "128", "--examples", "1", "--tasks", "needle"),
+        ("look", taught, "--what", "gates", "--texts", tmp_path / "text.txt", "--out", tmp_path / "look"),
+        ("convert", taught, "--dtype", "float32", "--out", tmp_path / "converted"),
+        ("merge", taught, other, "--out", tmp_path / "union"),
+        ("teach", "two.yaml", "--memory", taught),
+        ("forget", "alpha", "--memory", other),
+    ):
+        code, out, err = engram(*arguments, *on_tuned)
+        assert code == 0, (arguments, out, err)
+        assert "not verified" not in err
 
 
 def test_prompts_are_taught_and_asked_as_chat_turns(engram, world, tmp_path):

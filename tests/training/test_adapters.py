@@ -1,10 +1,13 @@
 """Adapters on the base model: trained with a memory, saved beside it, and part of a backbone that is trained."""
 
+import json
+import logging
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from engram import CheckpointError, ConfigError, MemoryEditor, get_engram_model
+from engram import CheckpointError, ConfigError, EngramModel, Fact, MemoryEditor, get_engram_model
 from engram.models.identity import adapter_parameters
 from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from engram.training import weight_files
@@ -174,3 +177,97 @@ def test_the_first_process_of_every_node_writes_whole_adapters(tmp_path, monkeyp
     adapters = adapter_parameters(adapted_memory().base_model)
     weight_files.save_adapters(adapters, tmp_path / "adapters.safetensors")
     assert load_file(tmp_path / "adapters.safetensors").keys() == adapters.keys()
+
+
+def test_adapters_have_a_rate_of_their_own(tmp_path):
+    trainer = make(tmp_path, adapted_memory(), backbone_lr=1e-4, max_steps=1)
+    rates = {group["name"]: group["lr"] for group in trainer.create_optimizer().param_groups}
+    assert rates["backbone"] == 1e-4
+    assert rates["reader"] == 1e-2
+    with pytest.raises(ConfigError, match=r"backbone_lr: got 0.0001 .* no trainable adapters .* add adapters"):
+        make(tmp_path, backbone_lr=1e-4)
+
+
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["lm_head"]}], ids=["lora", "modules_to_save"])
+def test_saved_adapters_are_read_by_peft(tmp_path, way, changes, caplog):
+    trainer = make(tmp_path, adapted_memory(way, **changes), **SAVING)
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        wanted = trainer.memory.eval()(input_ids=ids).logits
+    for folder in (tmp_path / "final", tmp_path / "run" / "checkpoint-6"):
+        adapted = peft.PeftModel.from_pretrained(tiny_model(), folder / "adapters").eval()
+        with caplog.at_level(logging.WARNING, "engram"):
+            memory = EngramModel.from_pretrained(adapted.get_base_model(), folder, tiny_tokenizer()).eval()
+        with torch.no_grad():
+            assert torch.equal(memory(input_ids=ids).logits, wanted)
+    assert not caplog.records
+
+
+def test_adapters_of_an_earlier_run_do_not_stay(tmp_path):
+    make(tmp_path, adapted_memory(), max_steps=1).save_model(tmp_path / "final")
+    assert (tmp_path / "final" / "adapters" / "adapter_config.json").is_file()
+    make(tmp_path, max_steps=1).save_model(tmp_path / "final")
+    assert not (tmp_path / "final" / "adapters").exists()
+
+
+def test_several_adapters_lie_in_folders_of_their_names(tmp_path):
+    memory = tiny_memory(speak=False)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(memory.base_model, config, adapter_name="first")
+    adapted.add_adapter("second", config)
+    adapted.base_model.set_adapter(["first", "second"])
+    make(tmp_path, memory, max_steps=1).save_model(tmp_path / "final")
+    for name in ("first", "second"):
+        peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "final" / "adapters" / name)
+
+
+def test_adapters_that_peft_cannot_take_out_are_told_of_and_resume(tmp_path, caplog, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise KeyError("base_model.vera_A.default")
+
+    monkeypatch.setattr(peft, "get_peft_model_state_dict", refuse)
+    trainer = make(tmp_path, adapted_memory(), **SAVING)
+    with caplog.at_level(logging.WARNING, "engram"):
+        trainer.train()
+    assert "was not written as peft does" in caplog.text
+    again = make(tmp_path, adapted_memory(), **SAVING)
+    again.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-3")
+
+
+def test_a_memory_trained_beside_adapters_says_so_once(tmp_path, caplog):
+    trainer = make(tmp_path, adapted_memory(), max_steps=1)
+    trainer.train()
+    trainer.save_model(tmp_path / "both")
+    assert json.loads((tmp_path / "both" / "engram.json").read_text())["trained_beside"] == ["LORA"]
+    with caplog.at_level(logging.WARNING, "engram"):
+        memory = EngramModel.from_pretrained(tiny_model(), tmp_path / "both", tiny_tokenizer())
+    (record,) = caplog.records
+    assert "trained beside adapters (LORA), and the base model has none" in record.getMessage()
+    assert str(tmp_path / "both" / "adapters") in record.getMessage()
+    memory.save_pretrained(tmp_path / "again")  # and does not forget it
+    assert json.loads((tmp_path / "again" / "engram.json").read_text())["trained_beside"] == ["LORA"]
+
+
+def test_a_loop_of_ones_own_notes_trained_adapters_and_facts_note_none(tmp_path):
+    adapted_memory().save_pretrained(tmp_path / "loop")
+    assert json.loads((tmp_path / "loop" / "engram.json").read_text())["trained_beside"] == ["LORA"]
+    tiny_memory().save_pretrained(tmp_path / "alone")
+    assert "trained_beside" not in json.loads((tmp_path / "alone" / "engram.json").read_text())
+    editor = MemoryEditor.create(adapted_before(), tiny_tokenizer())
+    editor.teach([Fact(("ACRONYM:GPU",), "G", id="gpu")])
+    editor.save(tmp_path / "facts")
+    assert "trained_beside" not in json.loads((tmp_path / "facts" / "engram.json").read_text())
+
+
+def test_counts_are_printed_by_kind(capsys):
+    memory = adapted_memory()
+    memory.engrams.requires_grad_(True)
+    memory.print_trainable_parameters()
+    kinds = memory.num_parameters_by_kind()
+    adapters = sum(p.numel() for p in adapter_parameters(memory.base_model).values())
+    tables, reader, base = (f"{n:,}" for n in (kinds["tables"], kinds["reader"], kinds["base"] - adapters))
+    words = f"tables {tables} of {tables}, reader {reader} of {reader}, adapters {adapters:,} of {adapters:,}, base 0 of {base}"
+    assert words in capsys.readouterr().out

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engram.cli.knowledge import ChatOption
-from engram.cli.loading import DeviceOption, ModelDtypeOption, ModelOption, Running, open_editor, open_memory
+from engram.cli.loading import (
+    AllowOtherBaseOption,
+    DeviceOption,
+    ModelDtypeOption,
+    ModelOption,
+    Running,
+    open_editor,
+    open_memory,
+)
 from engram.cli.outputs import check_prompt, is_terminal, more_bar
 
 if TYPE_CHECKING:
@@ -44,6 +52,7 @@ def ask_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of prompts and answers.")] = False,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
+    allow_other_base: AllowOtherBaseOption = False,
 ) -> None:
     r"""Answer prompts with a model and its memory.
 
@@ -62,7 +71,7 @@ def ask_command(
             param_hint="--off",
         )
     decides: Router | None = EngramRouter.from_yaml(rules) if route or rules else None
-    asked, tokenizer, facts = _to_ask(memory, model, Running(device, model_dtype))
+    asked, tokenizer, facts = _to_ask(memory, model, Running(device, model_dtype, allow_other_base))
     if router is not None:
         decides = LearnedRouter.load(router, asked, tokenizer)
     texts = [chat_prompt(tokenizer, prompt) for prompt in wanted] if chat else wanted

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, ModelOption, Running, check_out, open_base
+from engram.cli.loading import AllowOtherBaseOption, DeviceOption, ModelDtypeOption, ModelOption, Running, check_out, open_base
 from engram.cli.outputs import check_writable, command_line, made_with, new_console, print_whole
 from engram.errors import first_of
 
@@ -36,6 +36,7 @@ def convert_command(
     verify: Annotated[bool, typer.Option(help="Load the base model and ask every taught fact before and after.")] = True,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
+    allow_other_base: AllowOtherBaseOption = False,
 ) -> None:
     """Save a memory with its rows in another number format.
 
@@ -50,7 +51,7 @@ def convert_command(
     check_out(out)
     check_dtype(dtype)
     check_writable(json_out)
-    running = Running(device, model_dtype)
+    running = Running(device, model_dtype, allow_other_base)
     running.check()
     if model is not None and verify:
         from engram.models.bundled import load_tokenizer
@@ -132,7 +133,7 @@ def _compare(source: Path, out: Path, model: str | None, text: str | None, runni
         return {}
     try:
         base, tokenizer = open_base(source, model, running)
-        before, after = (_measure(base, tokenizer, folder, taught, text) for folder in (source, out))
+        before, after = (_measure(base, tokenizer, folder, taught, text, running) for folder in (source, out))
     except EngramError as error:
         if text is not None:
             raise
@@ -141,7 +142,7 @@ def _compare(source: Path, out: Path, model: str | None, text: str | None, runni
     return _differences(before, after)
 
 
-def _measure(base: Any, tokenizer: Any, folder: Path, taught: bool, text: str | None) -> dict[str, Any]:
+def _measure(base: Any, tokenizer: Any, folder: Path, taught: bool, text: str | None, running: Running) -> dict[str, Any]:
     from engram.checkpoint import read_description
     from engram.config import TableConfig
     from engram.editing import MemoryEditor
@@ -154,7 +155,7 @@ def _measure(base: Any, tokenizer: Any, folder: Path, taught: bool, text: str | 
     # Rows that were taught are found by tags, which are in memory.
     in_place = not description["engram_config"].get("verify_rows")
     placement = TableConfig(tier="mmap", dtype=form.name) if in_place else None  # type: ignore[arg-type]
-    memory = EngramModel.from_pretrained(base, folder, tokenizer, placement)
+    memory = EngramModel.from_pretrained(base, folder, tokenizer, placement, allow_other_base=running.allow_other_base)
     try:
         memory.eval()
         return {

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, ModelOption, Running, open_editor, taught_folder
+from engram.cli.loading import (
+    AllowOtherBaseOption,
+    DeviceOption,
+    ModelDtypeOption,
+    ModelOption,
+    Running,
+    open_editor,
+    taught_folder,
+)
 from engram.cli.outputs import check_writable, command_line, made_with, more_bar, new_console
 
 __all__ = ["eval_command"]
@@ -33,6 +41,7 @@ def eval_command(
     ] = False,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
+    allow_other_base: AllowOtherBaseOption = False,
 ) -> None:
     """Measure a taught memory: recall, harm, latency, size."""
     from rich.markdown import Markdown
@@ -48,7 +57,7 @@ def eval_command(
         check_writable(file)
     asked = load_facts(facts)
     other = load_texts(texts or _BUNDLED / "none_of_its_business.yaml")
-    running = Running(device, model_dtype)
+    running = Running(device, model_dtype, allow_other_base)
     editor = open_editor(taught_folder(memory), model, running)
     if chat:
         asked = with_chat_prompts(editor.tokenizer, asked)

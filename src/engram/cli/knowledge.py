@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from engram.cli.loading import (
+    AllowOtherBaseOption,
     DeviceOption,
     ModelDtypeOption,
     ModelOption,
@@ -52,6 +53,7 @@ def why_command(
     chat: ChatOption = False,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
+    allow_other_base: AllowOtherBaseOption = False,
 ) -> None:
     """Answer a prompt and show which facts fired at each token.
 
@@ -60,7 +62,7 @@ def why_command(
     from engram.data import chat_prompt
 
     check_prompt(prompt, "PROMPT")
-    editor = open_editor(taught_folder(memory), model, Running(device, model_dtype))
+    editor = open_editor(taught_folder(memory), model, Running(device, model_dtype, allow_other_base))
     if chat:
         prompt = chat_prompt(editor.tokenizer, prompt)
     explanation = editor.why(prompt)
@@ -126,6 +128,7 @@ def forget_command(
     model: ModelOption = None,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
+    allow_other_base: AllowOtherBaseOption = False,
 ) -> None:
     """Remove facts and their rows from a taught memory.
 
@@ -136,7 +139,7 @@ def forget_command(
     memory = taught_folder(memory)
     _require(memory)
     with lock_store(memory):
-        editor = open_editor(memory, model, Running(device, model_dtype))
+        editor = open_editor(memory, model, Running(device, model_dtype, allow_other_base))
         by_prompt = {prompt.text: fact.id for fact in editor.facts for prompt in fact.prompts}
         known = {fact.id for fact in editor.facts}  # an id is meant as one, even if it is some other fact's prompt too
         report = editor.forget([name if name in known else by_prompt.get(name, name) for name in fact_ids])
@@ -197,6 +200,7 @@ def merge_command(
     verify: Annotated[bool, typer.Option(help="Ask the model every fact of the merged memory before it is written.")] = True,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
+    allow_other_base: AllowOtherBaseOption = False,
 ) -> None:
     """Merge two taught memories; conflicts are never hidden."""
     from engram.checkpoint import lock_store
@@ -210,7 +214,7 @@ def merge_command(
     check_out(out)
     if out.resolve() in (a.resolve(), b.resolve()):
         raise typer.BadParameter("the union would overwrite one of the two; choose another folder", param_hint="--out")
-    running = Running(device, model_dtype)
+    running = Running(device, model_dtype, allow_other_base)
     running.check()
     with lock_store(out):
         refuse_other_memory(out, a, b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from engram.models import EngramModel
 
 __all__ = [
+    "AllowOtherBaseOption",
     "DeviceOption",
     "ModelDtypeOption",
     "ModelOption",
@@ -40,15 +42,23 @@ ModelOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, mps.")]
 ModelDtypeOption = Annotated[str, typer.Option(help="Data type of the model's weights: float32, bfloat16 or float16.")]
+AllowOtherBaseOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-other-base",
+        help="Accept another model of the same sizes than the memory was made for (a fine-tuned one, or with more tokens).",
+    ),
+]
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Running:
-    """Where a model runs and in which type, as the options say."""
+    """Where a model runs, in which type, and whether a memory may be read on another than its own, as the options say."""
 
     device: str = "cpu"
     dtype: str = "float32"
+    allow_other_base: bool = False
 
     def load(self, name: str) -> tuple[Any, Any]:
         """A model and its tokenizer (``models.load_model``), moved there.
@@ -64,6 +74,7 @@ class Running:
         self.check()
         if not is_terminal(sys.stderr):
             disable_progress_bar()
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a model in 8 bits it would tell every layer's types
         model, tokenizer = load_model(name, getattr(torch, self.dtype))
         return self.place(model, repr(name)), tokenizer
 
@@ -100,7 +111,8 @@ class Running:
     def options(self) -> str:
         """The options of a command line that say the same; empty for the defaults."""
         device = "" if self.device == "cpu" else f" --device {self.device}"
-        return device + ("" if self.dtype == "float32" else f" --model-dtype {self.dtype}")
+        dtype = "" if self.dtype == "float32" else f" --model-dtype {self.dtype}"
+        return device + dtype + (" --allow-other-base" if self.allow_other_base else "")
 
 
 def taught_folder(memory: Path, hint: str = "--memory") -> Path:
@@ -147,7 +159,7 @@ def open_base(memory: Path, model: str | None, running: Running) -> tuple[Any, A
     with _named_by(memory, model) as name:
         base, tokenizer = running.load(name)
     beneath = _told_of_beneath(memory)
-    return (base if beneath is None else _attach_beneath(base, tokenizer, beneath, memory)), tokenizer
+    return (base if beneath is None else _attach_beneath(base, tokenizer, beneath, memory, running)), tokenizer
 
 
 def _told_of_beneath(memory: Path) -> dict[str, Any] | None:
@@ -157,14 +169,14 @@ def _told_of_beneath(memory: Path) -> dict[str, Any] | None:
     return (read_description(memory).get("base_model") or {}).get("memory")
 
 
-def _attach_beneath(base: Any, tokenizer: Any, beneath: dict[str, Any], memory: Path) -> EngramModel:
+def _attach_beneath(base: Any, tokenizer: Any, beneath: dict[str, Any], memory: Path, running: Running) -> EngramModel:
     """The memories that a saved one was made on top of, the lowest first."""
     from engram.checkpoint import DESCRIPTION_NAME
     from engram.models import EngramModel
     from engram.models.bundled_files import memory_folder
 
     if beneath.get("memory"):
-        base = _attach_beneath(base, tokenizer, beneath["memory"], memory)
+        base = _attach_beneath(base, tokenizer, beneath["memory"], memory, running)
     folder = memory_folder(Path(beneath.get("folder") or ""))
     if beneath.get("folder") and not (folder / DESCRIPTION_NAME).exists():  # both may have moved together
         folder = memory_folder(Path(os.path.abspath(memory)).parent / folder.name)
@@ -173,7 +185,7 @@ def _attach_beneath(base: Any, tokenizer: Any, beneath: dict[str, Any], memory: 
             f"the memory in {memory} was made on top of another, which is not in {beneath.get('folder')!r} any more, nor beside it. Put it "
             "back there, or load both in Python: EngramModel.from_pretrained(model, BENEATH, tokenizer), then MemoryEditor.load(that, ...)."
         )
-    return EngramModel.from_pretrained(base, folder, tokenizer)
+    return EngramModel.from_pretrained(base, folder, tokenizer, allow_other_base=running.allow_other_base)
 
 
 def is_beneath(over: Path, memory: Path) -> bool:
@@ -239,7 +251,7 @@ def open_editor(memory: Path, model: str | None, running: Running) -> MemoryEdit
 
     refuse_trained(EngramConfig.from_dict(read_description(memory)["engram_config"]))  # before a model is loaded
     base, tokenizer = open_base(memory, model, running)
-    return MemoryEditor.load(base, memory, tokenizer)
+    return MemoryEditor.load(base, memory, tokenizer, running.allow_other_base)
 
 
 def open_memory(memory: Path, model: str | None, running: Running) -> tuple[EngramModel, Any]:
@@ -247,4 +259,4 @@ def open_memory(memory: Path, model: str | None, running: Running) -> tuple[Engr
     from engram.models import EngramModel
 
     base, tokenizer = open_base(memory, model, running)
-    return EngramModel.from_pretrained(base, memory, tokenizer=tokenizer), tokenizer
+    return EngramModel.from_pretrained(base, memory, tokenizer, allow_other_base=running.allow_other_base), tokenizer

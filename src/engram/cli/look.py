@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_memory
+from engram.cli.loading import AllowOtherBaseOption, DeviceOption, ModelDtypeOption, Running, open_memory
 from engram.cli.outputs import check_folder, check_writable, made_with, new_console
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def look_command(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the result to this file too.")] = None,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
+    allow_other_base: AllowOtherBaseOption = False,
 ) -> None:
     """Draw and measure what a memory does inside a model.
 
@@ -80,7 +81,7 @@ def look_command(
         raise typer.BadParameter("got a file that --what does not ask for, expected 'phrases' in it", param_hint="--phrases")
     wanted = None if phrases is None else read_phrases(phrases)
     read, source = _read(texts, (memory, model), max(tokens, row_tokens), length)
-    running = Running(device, model_dtype)
+    running = Running(device, model_dtype, allow_other_base)
     subject, tokenizer = _open(memory, model, running)
     second = None if against is None else _open_second(against, running)
     with _bars() as start:
@@ -161,7 +162,8 @@ def _open_second(name: str, running: Running) -> tuple[Subject, Any]:
     base, tokenizer = running.load(str(run / "model"))
     if not (run / "memory" / DESCRIPTION_NAME).is_file():
         return Subject(_short(run), base), tokenizer
-    return Subject(_short(run), EngramModel.from_pretrained(base, run / "memory", tokenizer).eval()), tokenizer
+    memory = EngramModel.from_pretrained(base, run / "memory", tokenizer, allow_other_base=running.allow_other_base)
+    return Subject(_short(run), memory.eval()), tokenizer
 
 
 def _short(folder: Path) -> str:

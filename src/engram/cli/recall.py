@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_base
+from engram.cli.loading import AllowOtherBaseOption, DeviceOption, ModelDtypeOption, Running, open_base
 from engram.cli.outputs import check_writable, command_line, made_with, print_whole
 
 __all__ = ["recall_command"]
@@ -47,6 +47,7 @@ def recall_command(
     json_out: Annotated[Path | None, typer.Option("--json", help="File for the result.")] = None,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
+    allow_other_base: AllowOtherBaseOption = False,
 ) -> None:
     """Test whether a model finds notes hidden in long text.
 
@@ -60,7 +61,7 @@ def recall_command(
     tokens = _numbers(lengths)
     check_writable(json_out)
     hidden_in = [text for group in load_documents(texts).values() for text in group] if texts is not None else _library_text()
-    running = Running(device, model_dtype)
+    running = Running(device, model_dtype, allow_other_base)
     subject, tokenizer = _subject(model, memory, running)
 
     def measure() -> dict[str, Any]:
@@ -123,7 +124,7 @@ def _subject(model: str | None, memory: Path | None, running: Running) -> tuple[
         return running.load(model or "bundled")
     memory = memory_folder(memory)
     base, tokenizer = open_base(memory, model, running)
-    return EngramModel.from_pretrained(base, memory, tokenizer), tokenizer
+    return EngramModel.from_pretrained(base, memory, tokenizer, allow_other_base=running.allow_other_base), tokenizer
 
 
 def _provenance(

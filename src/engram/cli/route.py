@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, ModelOption, Running, open_memory
+from engram.cli.loading import AllowOtherBaseOption, DeviceOption, ModelDtypeOption, ModelOption, Running, open_memory
 from engram.cli.outputs import check_writable, made_with, print_whole
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def route_command(
     json_out: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
+    allow_other_base: AllowOtherBaseOption = False,
 ) -> None:
     """Fit a router that decides which texts read a memory.
 
@@ -49,7 +50,7 @@ def route_command(
     for path in texts or []:
         for kind, group in load_documents(path).items():
             kinds.setdefault(kind, []).extend(group)
-    running = Running(device, model_dtype)
+    running = Running(device, model_dtype, allow_other_base)
     with_memory, tokenizer = open_memory(memory_folder(memory), model, running)
     router, judged = fit_router_to_texts(with_memory, tokenizer, kinds or standard_texts(), first_tokens)
     if out is not None:

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from engram.cli.knowledge import folder_size
-from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, is_beneath, open_beneath, open_editor, taught_folder
+from engram.cli.loading import (
+    AllowOtherBaseOption,
+    DeviceOption,
+    ModelDtypeOption,
+    Running,
+    is_beneath,
+    open_beneath,
+    open_editor,
+    taught_folder,
+)
 from engram.cli.outputs import count_bar
 from engram.errors import DataError, first_of
 
@@ -60,6 +69,7 @@ def teach_command(
     ] = None,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
+    allow_other_base: AllowOtherBaseOption = False,
 ) -> None:
     """Teach facts to a memory, making it if it does not exist.
 
@@ -72,7 +82,7 @@ def teach_command(
     memory = taught_folder(memory)
     lessons, checksum = _read_facts(facts)
     with lock_store(memory):
-        editor = _open(memory, model, seed, over, Running(device, model_dtype))
+        editor = _open(memory, model, seed, over, Running(device, model_dtype, allow_other_base))
         if chat:
             lessons = with_chat_prompts(editor.tokenizer, lessons)
         taught = known = 0

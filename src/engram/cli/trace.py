@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_memory
+from engram.cli.loading import AllowOtherBaseOption, DeviceOption, ModelDtypeOption, Running, open_memory
 from engram.cli.outputs import check_text, print_folded
 from engram.errors import ConfigError
 
@@ -46,6 +46,7 @@ def trace_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     device: DeviceOption = "cpu",
     model_dtype: ModelDtypeOption = "float32",
+    allow_other_base: AllowOtherBaseOption = False,
 ) -> None:
     """Show what a memory looks up for each token of a sentence.
 
@@ -66,7 +67,7 @@ def trace_command(
     if not text.strip():
         raise ConfigError("trace: the text is empty.")
     check_text(text, "TEXT")
-    running = Running(device, model_dtype)
+    running = Running(device, model_dtype, allow_other_base)
     running.check()
     torch.manual_seed(seed)
     engram_model, tokens = _demo_sized(tokenizer, running) if demo_size else _attached(model, memory, running)

@@ -14,6 +14,7 @@ from engram.editing.keys import KeyedPrompt
 from engram.editing.upper import UpperModel, answer_logits, prompt_tensors
 from engram.errors import ConfigError, TeachError
 from engram.models import EngramModel
+from engram.models.quantised import gradients_pass
 from engram.tables import DraftTable
 
 __all__ = ["TeachSettings", "answers_exactly", "in_batches", "optimise_rows", "stream_sizes"]
@@ -86,6 +87,20 @@ def optimise_rows(
     Raises:
         TeachError: the model passes no gradients.
     """
+    with gradients_pass(memory.base_model):
+        return _descend(memory, prompts, new_rows, lr, settings, max_steps, progress, others)
+
+
+def _descend(
+    memory: EngramModel,
+    prompts: Sequence[KeyedPrompt],
+    new_rows: dict[str, tuple[Tensor, Tensor]],
+    lr: dict[str, float],
+    settings: TeachSettings,
+    max_steps: int,
+    progress: Callable[[int], None] | None,
+    others: Sequence[KeyedPrompt],
+) -> int:
     upper = UpperModel(memory, [*prompts, *others])
     generator = torch.Generator().manual_seed(memory.engram_config.seed)
     pending, step = torch.arange(len(prompts)), 0

@@ -21,6 +21,7 @@ from engram.experiments.backbone import BackboneConfig, build_backbone
 from engram.hashing.layout import prime_layout
 from engram.models import EngramModel, find_decoder
 from engram.models.positions import text_config
+from engram.models.quantised import parameter_count
 
 __all__ = ["Counts", "count_model", "count_reader", "count_rows", "predict_counts", "predict_flops"]
 
@@ -91,11 +92,12 @@ def count_model(model: nn.Module, experts_per_token: int | None = None) -> Count
     for p in model.parameters():
         if id(p) in outside or id(p) in tables:
             continue
-        unused = p.numel() * (len(p) - chosen[id(p)]) // len(p) if id(p) in routed else 0
+        size = parameter_count(p)
+        unused = size * (len(p) - chosen[id(p)]) // len(p) if id(p) in routed else 0
         idle += unused
-        active += p.numel() - unused
-        matrices += p.numel() - unused if p.dim() >= 2 else 0
-    embedding = sum(p.numel() for p in base.parameters() if id(p) in outside)
+        active += size - unused
+        matrices += size - unused if p.dim() >= 2 else 0
+    embedding = sum(parameter_count(p) for p in base.parameters() if id(p) in outside)
     rows = sum(e.multi_head_embedding.embedding.rows * e.config.head_dim for e in memory.engrams.values()) if memory else 0
     return Counts(embedding, idle, rows, active, matrices)
 

@@ -26,6 +26,7 @@ from engram.experiments.recipe import PointRecipe
 from engram.models import EngramModel, get_engram_model, load_model, shard_model
 from engram.models.identity import base_identity
 from engram.models.positions import context_length
+from engram.models.quantised import is_quantised
 from engram.tables import is_in_parts
 from engram.training import EngramTrainer, EngramTrainingArguments
 from engram.training.balance import BalanceCallback, find_routers
@@ -48,10 +49,18 @@ def _build_base(recipe: PointRecipe, tokenizer: Any) -> PreTrainedModel:
 
     Raises:
         CheckpointError: a model to go on from cannot be loaded.
-        ConfigError: it takes no blocks as long as the recipe's.
+        ConfigError: it takes no blocks as long as the recipe's, or is to be trained and quantised.
     """
     set_seed(recipe.seed)
-    return build_backbone(recipe.backbone, tokenizer) if recipe.model is None else _load(recipe.model, recipe.data.seq_len)
+    if recipe.model is None:
+        return build_backbone(recipe.backbone, tokenizer)
+    model = _load(recipe.model, recipe.data.seq_len)
+    if recipe.train_backbone and is_quantised(model):
+        raise ConfigError(
+            f"PointRecipe.train_backbone: got True with {recipe.model}, whose weights are quantised and cannot be stepped, expected "
+            "train_backbone: false with a memory, or a model in full precision."
+        )
+    return model
 
 
 def _attach_memory(recipe: PointRecipe, model: PreTrainedModel, tokenizer: Any, out: Path) -> PreTrainedModel | EngramModel:

@@ -122,6 +122,11 @@ def _readable_errors(name: str) -> Iterator[None]:
         )
     try:
         yield
+    except ImportError as error:  # of what unpacks its weights, bitsandbytes say
+        raise CheckpointError(
+            f"cannot load model {name!r}: {reason_of(error)}. Expected the package that reads its weights: install it, or give a model in full "
+            "precision."
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"cannot load model {name!r}: {reason_of(error)}. Expected a folder with config.json and weights, or a hub name."

@@ -32,9 +32,11 @@ from engram.models.attaching import (
     trainable_flags,
 )
 from engram.models.cache import rename_cache
+from engram.models.counting import parameters_by_kind
 from engram.models.hooks import DecoderHooks
 from engram.models.identity import adapter_parameters
 from engram.models.packing import Packing
+from engram.models.quantised import forget_layout, lay_out_for_gradients, note_layout, parameter_count
 from engram.models.turns import Turns
 from engram.tables import is_sharded, refuse_other_rows, row_file
 
@@ -115,6 +117,7 @@ class EngramModel(nn.Module):
             None for where it pays (``RowPrefetcher``).
         ledger: JSON-ready account of what was taught (kept by ``MemoryEditor``, saved with the memory), or None.
         turns: what threads wait for; memories on one model share it.
+        trained_beside: kinds of adapters (peft) that were on the base model while it was trained; saved with the memory.
         known_versions: what was read or written here (``engram.checkpoint.saved_version``).
         is_being_changed: whether facts are just being taught or forgotten: rows and ledger are not in step then, and saving is refused.
     """
@@ -126,6 +129,8 @@ class EngramModel(nn.Module):
     engrams: Any  # an nn.ModuleDict, whose items torch types as bare modules
     is_distributed_loading_by_transformers = False
     """Whatever its base model says of itself: transformers' ``Trainer`` would neither divide readers nor save what is to be resumed."""
+    is_quantized = False
+    """Of a base model that is, ``Trainer`` would refuse to train what is on it; ``EngramTrainer`` says what of it cannot be trained."""
 
     def __init__(
         self,
@@ -166,6 +171,7 @@ class EngramModel(nn.Module):
         self.engram_config, self.mapping, self.rollback_window = config, mapping, rollback_window
         self._placed = table_config or TableConfig()
         self.ledger: dict[str, Any] | None = None
+        self.trained_beside: list[str] = []
         self.known_versions: set[str | None] = set()
         self.is_being_changed = False
         self.owner_token = secrets.token_hex(8)
@@ -177,6 +183,7 @@ class EngramModel(nn.Module):
         self.prefetch_rows: bool | None = None
         self._flags_before = trainable_flags(model)
         freeze(model, {} if config.verify_rows else adapter_parameters(base))
+        note_layout(base)
         self._hooks: DecoderHooks | None = DecoderHooks(self, decoder)
         decoder.module.__dict__[ATTACHED] = self.owner_token
         self.train(base.training)
@@ -196,6 +203,12 @@ class EngramModel(nn.Module):
         """Where the tables live, in the format that they have now."""
         table = next(iter(self.engrams.values())).multi_head_embedding.embedding
         return replace(self._placed, dtype=table.format_name, files=None, stamps=None)
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``torch.nn.Module.train``; 4-bit weights of the base model that bitsandbytes laid out for inference pass gradients again."""
+        if mode:
+            lay_out_for_gradients(self.base_model)
+        return super().train(mode)
 
     def forward(self, *args: Any, engram_input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """The base model's forward pass with the memory; takes and returns what the base model does.
@@ -327,6 +340,8 @@ class EngramModel(nn.Module):
         marks.pop(ATTACHED)
         if self.beneath is not None:
             marks[ATTACHED] = self.beneath.owner_token
+        else:
+            forget_layout(self.base_model)
         if trainable_flags(self.below).keys() == self._flags_before.keys():
             for name, parameter in self.below.named_parameters():
                 parameter.requires_grad_(self._flags_before[name])
@@ -339,21 +354,17 @@ class EngramModel(nn.Module):
             memory = memory.beneath
 
     def num_parameters_by_kind(self) -> dict[str, int]:
-        """Parameter counts: ``tables``, ``reader`` (projections, norms, convolution) and ``base``."""
-        homes = [engram.multi_head_embedding for engram in self.engrams.values()]
-        tables = sum(home.embedding.stored_rows * self.engram_config.head_dim for home in homes)
-        in_tables = {id(p) for home in homes for p in home.parameters()}
-        reader = sum(p.numel() for p in self.engrams.parameters() if id(p) not in in_tables)
-        return {"tables": tables, "reader": reader, "base": sum(p.numel() for p in self.base_model.parameters())}
+        """Parameter counts: ``tables``, ``reader`` (projections, norms, convolution) and ``base``, with what adapters are on it."""
+        counts = {kind: count for kind, (_, count) in parameters_by_kind(self).items()}
+        return {"tables": counts["tables"], "reader": counts["reader"], "base": counts["base"] + counts.get("adapters", 0)}
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters would be trained, as peft does, and where they are."""
-        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.parameters())
-        kinds = self.num_parameters_by_kind()
+        """Print how many parameters would be trained, as peft does, and of which kind they are: of so many of that kind so many."""
+        trainable = sum(parameter_count(p) for p in self.parameters() if p.requires_grad)
+        total = sum(map(parameter_count, self.parameters()))
+        kinds = ", ".join(f"{kind} {trained:,} of {count:,}" for kind, (trained, count) in parameters_by_kind(self).items())
         print(
-            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f} "
-            f"(tables {kinds['tables']:,}, reader {kinds['reader']:,}, base {kinds['base']:,})"
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f} ({kinds})"
         )
 
     def save_pretrained(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:

@@ -32,8 +32,9 @@ from engram.distributed import is_fully_sharded, process_rank, put_apart, saving
 from engram.errors import AttachError, CheckpointError, ConfigError, FingerprintError, TableError
 from engram.hashing import NgramHashMapping, build_mapping, count_ids
 from engram.layers import Engram, layer_classes
+from engram.models.base_check import adapters_beside, check_base
 from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_NAME
-from engram.models.identity import attached_identity, identity_mismatch
+from engram.models.identity import attached_identity
 from engram.models.saved_rows import (
     PLACEMENT,
     TABLE,
@@ -118,6 +119,7 @@ def _save(memory: EngramModel, path: str | os.PathLike[str], together: bool) -> 
         "table_dtype": memory.table_config.dtype,
         "base_model": attached_identity(memory.below),
         **_own_parts(memory),
+        **({"trained_beside": beside} if (beside := adapters_beside(memory)) else {}),
     }
     if memory.engram_config.reader == "seeded":
         _check_unmoved(memory)
@@ -218,7 +220,7 @@ def check_memory(
         mapping = build_mapping(config, tokenizer, description.get("multipliers"))
     mapping.check_config(config)
     _check_fingerprint(description, mapping, path)
-    _check_base(description, model, path, allow_other_base)
+    check_base(description, model, path, allow_other_base)
     saved_dtype = description.get("table_dtype", "float32")
     asked = placement is not None
     if placement is None:
@@ -318,7 +320,7 @@ def _load(
         )
     _check_layer_classes(description, {layer_id: type(engram) for layer_id, engram in memory.engrams.items()}, path)
     _check_fingerprint(description, memory.mapping, path)
-    _check_base(description, memory.below, path, allow_other_base, tell=not just_checked)
+    check_base(description, memory.below, path, allow_other_base, tell=not just_checked)
     ledger = read_ledger(path, description)
     if saved.reader == "seeded" and description.get("reader_sha256") != _reader_digest(memory):
         raise CheckpointError(
@@ -341,6 +343,7 @@ def _load(
             for name, tensor in own.items():
                 write_whole(tensor, tensors.get_tensor(name))
     memory.ledger = ledger
+    memory.trained_beside = list(description.get("trained_beside") or [])
     memory.known_versions.add(description["weights"]["file"])
     memory.folder = folder_name(path)
 
@@ -447,43 +450,6 @@ def _belongs_to(description: dict[str, Any]) -> str:
     return f"It belongs to base model {base!r}: load that model's tokenizer."
 
 
-_ON_TOP = (
-    " A memory that was made on top of another is attached to that one: EngramModel.from_pretrained(the one beneath, ...)."
-)
-
-
 def folder_name(path: str | os.PathLike[str]) -> str:
     """How a memory says where another lies: by its whole path, the one that ships with engram by name."""
     return BUNDLED_NAME if os.path.realpath(path) == os.path.realpath(BUNDLED_MEMORY) else os.path.abspath(path)
-
-
-def _check_base(
-    description: dict[str, Any],
-    model: PreTrainedModel | EngramModel,
-    path: str | os.PathLike[str],
-    allow_other_base: bool,
-    tell: bool = True,
-) -> None:
-    """Refuse another base than the one that a memory was made for; ``tell``: warn where nobody can know."""
-    saved, present = description.get("base_model") or {}, attached_identity(model)
-    differences = identity_mismatch(saved, present)
-    before = saved.get("vocab_size")
-    # Addresses are the tokenizer's: more tokens in the model leave them as they are.
-    grown = ("vocab_size",) if isinstance(before, int) and before <= present["vocab_size"] else ()
-    sizes_differ = any(not d.startswith(("embedding_sha256", "weights_sha256", "memory beneath", *grown)) for d in differences)
-    if tell and saved.get("weights_sha256") and present["weights_sha256"] is None:
-        logging.getLogger("engram").warning(
-            "%s: the base model's weights are offloaded, so that nobody can tell whether they are those that this memory was made for.",
-            os.fspath(path),
-        )
-    if differences and (sizes_differ or not allow_other_base):
-        raise FingerprintError(
-            f"the memory in {path} belongs to base model {saved.get('name_or_path') or 'unknown'!r}, "
-            f"not to {getattr(model.config, 'name_or_path', '') or type(model).__name__!r}: {'; '.join(differences)}."
-            + (_ON_TOP if any(d.startswith("memory beneath") for d in differences) else "")
-            + (
-                ""
-                if sizes_differ
-                else " If they differ on purpose (a fine-tuned base, one with more tokens), load it in Python with allow_other_base=True."
-            )
-        )

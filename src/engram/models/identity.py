@@ -14,8 +14,9 @@ from engram.distributed import whole
 from engram.models.bundled_files import BUNDLED_NAME
 from engram.models.devices import input_device
 from engram.models.positions import text_config
+from engram.models.quantised import is_quantised, is_quantised_parameter
 
-__all__ = ["adapter_parameters", "attached_identity", "base_identity", "identity_mismatch", "memory_identity"]
+__all__ = ["adapter_kinds", "adapter_parameters", "attached_identity", "base_identity", "identity_mismatch", "memory_identity"]
 
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 256, 16
 _SAMPLED_WEIGHTS = 64
@@ -27,11 +28,11 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
     """Name, sizes, a checksum of a corner of the input embeddings and one of a sample of every weight.
 
     Checksums are taken in bfloat16, so that the same weights loaded as float32 or bfloat16 have the same identity; those of float16 weights
-    say nothing about the others, which they round otherwise. Adapters of peft on the model do not count: they come and go. Of a model that
-    FSDP has divided all processes ask.
+    say nothing about the others, which they round otherwise. Quantised weights are left out, and what is left of a quantised model says nothing
+    about one that is not. Adapters of peft on the model do not count: they come and go. Of a model that FSDP has divided all processes ask.
     """
     config: Any = model.config
-    text = text_config(config)
+    text, quantised = text_config(config), is_quantised(model)
     return {
         "name_or_path": _name(config),
         "model_type": config.model_type,
@@ -39,18 +40,20 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
         "hidden_size": int(text.hidden_size),
         "num_hidden_layers": int(text.num_hidden_layers),
         "float16": model.get_input_embeddings().weight.dtype == torch.float16,  # type: ignore[operator]
+        "quantized": quantised,
         "embedding_sha256": _embedding_digest(model),
-        "weights_sha256": _weights_digest(model),
+        "weights_sha256": _weights_digest(model, quantised),
     }
 
 
 def identity_mismatch(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """Fields in which two identities differ, as ``field: saved ... , present ...``; names and unknown checksums do not count."""
-    comparable = bool(saved.get("float16")) == bool(present.get("float16"))
+    alike = {name: bool(saved.get(name)) == bool(present.get(name)) for name in ("float16", "quantized")}
+    comparable = {"embedding_sha256": alike["float16"], "weights_sha256": all(alike.values())}
     return _memory_mismatch(saved.get("memory"), present.get("memory")) + [
         f"{field}: saved with {saved.get(field)!r}, this model has {present.get(field)!r}"
         for field in _COMPARED
-        if (comparable or not field.endswith("sha256"))
+        if comparable.get(field, True)
         and saved.get(field) is not None
         and present.get(field) is not None
         and saved[field] != present[field]
@@ -111,6 +114,14 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in own}
 
 
+def adapter_kinds(model: Any) -> list[str]:
+    """What kinds of adapters of peft are on a model (``LORA``), sorted; empty if there are none."""
+    if not adapter_parameters(model):
+        return []
+    kinds = {getattr(config.peft_type, "value", config.peft_type) for config in getattr(model, "peft_config", {}).values()}
+    return sorted(map(str, kinds)) or ["adapters"]
+
+
 def _name(config: Any) -> str:
     """What a model was loaded by. A folder has its whole path: from another directory a relative one would be another, or a hub's name."""
     name = getattr(config, "name_or_path", "") or getattr(config, "_name_or_path", "")
@@ -121,15 +132,19 @@ def _name(config: Any) -> str:
 
 def _embedding_digest(model: nn.Module) -> str | None:
     weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    if weight.is_meta:
+    if weight.is_meta or is_quantised_parameter(weight):
         return None
     return hashlib.sha256(_bits(whole(weight.detach())[:_SAMPLE_ROWS, :_SAMPLE_COLUMNS])).hexdigest()
 
 
-def _weights_digest(model: nn.Module) -> str | None:
-    """Of some evenly spaced values of every parameter, in the order of the model; None where a parameter is not in memory."""
+def _weights_digest(model: nn.Module, quantised: bool) -> str | None:
+    """Of some evenly spaced values of every parameter, in the order of the model; None where a parameter is not in memory. Those of a quantised
+    model that are quantised are left out: bitsandbytes lays them out anew when the model first runs.
+    """
     digest = hashlib.sha256()
     for parameter in _own_parameters(model):
+        if quantised and is_quantised_parameter(parameter):
+            continue
         if parameter.is_meta:
             return None
         flat = whole(parameter.detach()).reshape(-1)

@@ -44,7 +44,7 @@ def build_param_groups(
         table_lr_multiplier: factor for tables.
         weight_decay: of matrices.
         table_weight_decay: of table rows (touched rows only).
-        backbone_lr: of the base model; None means ``lr``.
+        backbone_lr: of the base model, adapters on it included; None means ``lr``.
         backbone_optimizer: ``adamw`` or ``muon``; the latter needs ``EngramMuon``.
 
     Raises:

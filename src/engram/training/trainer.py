@@ -18,9 +18,11 @@ from engram.distributed import is_fully_sharded, process_count, put_apart, sum_e
 from engram.errors import ConfigError
 from engram.models import EngramModel
 from engram.models.fsdp import refuse_undivided
-from engram.models.identity import adapter_parameters
+from engram.models.identity import adapter_kinds, adapter_parameters
+from engram.models.quantised import is_quantised, refusal_of_training
 from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES, EngramAdamW, EngramMuon, build_param_groups, clip_grad_norm_
 from engram.tables import Replicas, copy_all_but_tables, replicate_tables, row_parameters
+from engram.training.peft_files import save_for_peft
 from engram.training.safe_trainer import SafeTrainer
 from engram.training.weight_files import (
     BACKBONE_WEIGHTS,
@@ -78,7 +80,7 @@ class EngramTrainingArguments(TrainingArguments):
         },
     )
     backbone_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the base model; the base one if not given."}
+        default=None, metadata={"help": "Learning rate of the base model, or of the adapters on it; the base one if not given."}
     )
     backbone_optimizer: str = field(
         default="adamw",
@@ -94,8 +96,9 @@ class EngramTrainer(SafeTrainer):
     as ``save_pretrained`` writes it (and the backbone, when that is trained), and resuming is exact. A plain model's checkpoint is a
     folder that ``from_pretrained`` reads, if there are no adapters on the model.
 
-    Adapters (peft) on the base model that are trainable when the trainer is made are trained with the memory, at the base learning rate,
-    and are in its checkpoints; ``get_engram_model`` freezes those that it finds, so add them after it, or make them trainable again.
+    Adapters (peft) on the base model that are trainable when the trainer is made are trained with the memory, at ``backbone_lr`` if that is
+    given, and are in its checkpoints and in what ``save_model`` writes: as peft reads them (``PeftModel.from_pretrained``) in the folder
+    ``adapters``. The memory is saved as one that was trained beside them. Weights of a base model in 4 or 8 bits stay as they are.
 
     Several processes divide every batch between them (``torchrun --nproc-per-node N train.py``): the step is that of one process with
     N times the batch. Each holds a copy of the tables, and what travels between them are the gradients of the rows that were read
@@ -117,6 +120,7 @@ class EngramTrainer(SafeTrainer):
                 "with train_backbone=True."
             )
         _check_arguments(args, bool(_trained_adapters(model)))
+        _check_quantised(model, args)
         if isinstance(model, EngramModel):
             _check_divided(model, args)
         put_apart(model)  # what is set for parameters that FSDP left together would be lost with them
@@ -180,6 +184,8 @@ class EngramTrainer(SafeTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``SafeTrainer.train``; several processes keep their copies of the tables equal."""
+        if isinstance(self.model, EngramModel):
+            self.model.trained_beside = adapter_kinds(self.backbone)
         if process_count() == 1 or not isinstance(self.model, EngramModel):
             return super().train(*args, **kwargs)
         divided = is_fully_sharded(self.model)
@@ -306,7 +312,9 @@ class EngramTrainer(SafeTrainer):
         if self.args.train_backbone:  # type: ignore[attr-defined]
             save_backbone(self.backbone, self._backbone_folder(folder))
         else:
-            save_adapters(_trained_adapters(self.model), folder / _ADAPTERS, together=divided)
+            trained = save_adapters(_trained_adapters(self.model), folder / _ADAPTERS, together=divided)
+            if trained is not None and isinstance(self.model, EngramModel):
+                save_for_peft(self.backbone, trained, folder)
 
     def _backbone_folder(self, checkpoint: Path) -> Path:
         return checkpoint / _BACKBONE if isinstance(self.model, EngramModel) else checkpoint
@@ -348,9 +356,10 @@ def _check_arguments(args: EngramTrainingArguments, has_adapters: bool) -> None:
         value = getattr(args, name)
         if isinstance(value, bool) or not 0 <= value < math.inf:
             raise ConfigError(f"EngramTrainingArguments.{name}: got {value!r}, expected a number from 0 on.")
-    if args.backbone_lr is not None and not args.train_backbone:
+    if args.backbone_lr is not None and not (args.train_backbone or has_adapters):
         raise ConfigError(
-            f"EngramTrainingArguments.backbone_lr: got {args.backbone_lr!r} with train_backbone=False; set train_backbone or leave it out."
+            f"EngramTrainingArguments.backbone_lr: got {args.backbone_lr!r} with train_backbone=False and no trainable adapters on the base "
+            "model, of which it is the rate; set train_backbone, add adapters (peft), or leave it out."
         )
     if isinstance(args.memory_dropout, bool) or not 0 <= args.memory_dropout < 1:
         raise ConfigError(
@@ -360,6 +369,19 @@ def _check_arguments(args: EngramTrainingArguments, has_adapters: bool) -> None:
         raise ConfigError(
             "EngramTrainingArguments.backbone_optimizer: got 'muon' with train_backbone=False; "
             "a frozen base model needs no optimiser: set train_backbone or leave this at 'adamw'."
+        )
+
+
+def _check_quantised(model: EngramModel | PreTrainedModel, args: EngramTrainingArguments) -> None:
+    base = model.base_model if isinstance(model, EngramModel) else model
+    if args.train_backbone and is_quantised(base):
+        raise ConfigError(
+            "EngramTrainingArguments.train_backbone: got True with a quantised base model, whose weights cannot be stepped, expected False: "
+            "the memory is trained, and adapters (peft) on the base with it. Or load the model in full precision."
+        )
+    if because := refusal_of_training(base):
+        raise ConfigError(
+            f"EngramTrainer: {because}, expected one of bitsandbytes (4 or 8 bits) or in full precision: load the model so."
         )
 
 

@@ -136,18 +136,19 @@ def _fill(base: nn.Module, saved: Mapping[str, Tensor]) -> None:
         write_whole(state[alike[0]], found)
 
 
-def save_adapters(adapters: Mapping[str, nn.Parameter], file: Path, together: bool = False) -> None:
+def save_adapters(adapters: Mapping[str, nn.Parameter], file: Path, together: bool = False) -> dict[str, Tensor] | None:
     """Parameters of adapters by name; without any, the file is removed. ``together``: all processes save, each with its part of them, and the
-    first writes.
+    first writes. Returns what was written, whole; None in a process that does not write.
     """
     with saving_together(together):
         tensors = {name: (_gathered(p) if together else p.detach()).clone().contiguous() for name, p in adapters.items()}
         if together and process_rank() > 0:
-            return
+            return None
         if tensors:
             save_file(tensors, file)
         else:
             file.unlink(missing_ok=True)  # of an earlier run in this folder
+        return tensors
 
 
 def load_adapters(adapters: Mapping[str, nn.Parameter], file: Path) -> None:

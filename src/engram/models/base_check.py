@@ -1,0 +1,107 @@
+"""Whether a saved memory belongs to the model that it shall be attached to, adapters and quantisation included."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engram.errors import FingerprintError
+from engram.models.identity import adapter_kinds, adapter_parameters, attached_identity, identity_mismatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from engram.models.engram_model import EngramModel
+
+__all__ = ["PEFT_FOLDER", "adapters_beside", "check_base"]
+
+PEFT_FOLDER = "adapters"
+"""Beside a memory that was trained with adapters: those, as ``PeftModel.from_pretrained`` reads them."""
+_ON_TOP = (
+    " A memory that was made on top of another is attached to that one: EngramModel.from_pretrained(the one beneath, ...)."
+)
+
+
+def check_base(
+    description: dict[str, Any],
+    model: PreTrainedModel | EngramModel,
+    path: str | os.PathLike[str],
+    allow_other_base: bool,
+    tell: bool = True,
+) -> None:
+    """Refuse another base than the one that a memory was made for; ``tell``: warn where nobody can know."""
+    saved, present = description.get("base_model") or {}, attached_identity(model)
+    differences = identity_mismatch(saved, present)
+    before = saved.get("vocab_size")
+    # Addresses are the tokenizer's: more tokens in the model leave them as they are.
+    grown = ("vocab_size",) if isinstance(before, int) and before <= present["vocab_size"] else ()
+    sizes_differ = any(not d.startswith(("embedding_sha256", "weights_sha256", "memory beneath", *grown)) for d in differences)
+    if tell:
+        _note_missing_adapters(description, model, path)
+    if tell and saved.get("weights_sha256") and present["weights_sha256"] is None:
+        logging.getLogger("engram").warning(
+            "%s: the base model's weights are offloaded, so that nobody can tell whether they are those that this memory was made for.",
+            os.fspath(path),
+        )
+    if differences and (sizes_differ or not allow_other_base):
+        about_quantisation = _told_of_quantisation(saved, present, differences)
+        raise FingerprintError(
+            f"the memory in {path} belongs to base model {saved.get('name_or_path') or 'unknown'!r}, "
+            f"not to {getattr(model.config, 'name_or_path', '') or type(model).__name__!r}: {'; '.join(differences)}."
+            + about_quantisation
+            + (_ON_TOP if any(d.startswith("memory beneath") for d in differences) else "")
+            + (
+                ""
+                if sizes_differ
+                else " If they differ on purpose (a fine-tuned base, one with more tokens), load it with --allow-other-base, in Python "
+                "allow_other_base=True."
+            )
+        )
+
+
+def _told_of_quantisation(saved: dict[str, Any], present: dict[str, Any], differences: Sequence[str]) -> str:
+    """What quantised weights have to do with differing bases, for a message; empty if nothing."""
+    if (
+        "quantized" not in saved
+        and [d.partition(":")[0] for d in differences] == ["weights_sha256"]
+        and not present["quantized"]
+    ):
+        return " Was it made by an earlier version on a quantised form of this model, the weights are the same, and only their layout is not."
+    if bool(saved.get("quantized")) == present["quantized"]:
+        return ""
+    forms = ["quantised" if identity.get("quantized") else "not quantised" for identity in (saved, present)]
+    return f" (Made on a base that is {forms[0]}, and this one is {forms[1]}; that alone is no reason: weights are not compared then.)"
+
+
+def adapters_beside(memory: EngramModel) -> list[str]:
+    """Kinds of adapters that a trained memory leans on: those that the trainer noted, or that a loop of one's own trains now. Facts are exact
+    with adapters or without, or are found not to be.
+    """
+    if memory.engram_config.verify_rows:
+        return []
+    trained = any(p.requires_grad for p in adapter_parameters(memory.base_model).values())
+    return memory.trained_beside or (adapter_kinds(memory.base_model) if trained else [])
+
+
+def _note_missing_adapters(
+    description: dict[str, Any], model: PreTrainedModel | EngramModel, path: str | os.PathLike[str]
+) -> None:
+    """Say that a memory was trained beside adapters which its base model does not have now."""
+    beside, base = (
+        description.get("trained_beside"),
+        getattr(model, "base_model", model) if hasattr(model, "engrams") else model,
+    )
+    if not beside or adapter_parameters(base):
+        return
+    folder = Path(path) / PEFT_FOLDER
+    where = f"those in {folder}" if folder.is_dir() else "them"
+    logging.getLogger("engram").warning(
+        "%s: this memory was trained beside adapters (%s), and the base model has none: answers will differ from those in training. Load %s "
+        "first: PeftModel.from_pretrained(model, ...).get_base_model().",
+        os.fspath(path),
+        ", ".join(map(str, beside)),
+        where,
+    )

@@ -17,7 +17,6 @@ from filelock import FileLock
 from engram import CheckpointError, ConfigError, DataError, TrainingError
 from engram.checkpoint import sole_writer
 from engram.config import EngramConfig
-from engram.data.recipe import read_value
 from engram.experiments import BackboneConfig, read_base, read_point, read_sweep, run_point, run_sweep
 from engram.experiments import point as point_module
 from engram.experiments import sweep as sweep_module
@@ -494,7 +493,6 @@ def test_numbers_may_be_written_without_a_point(tmp_path):
     text = (RECIPES / "train_tiny.yaml").read_text()
     (tmp_path / "run.yaml").write_text(text.replace("../corpus", str(RECIPES.parent / "corpus")) + "\nlearning_rate: 1e-3\n")
     assert read_point(tmp_path / "run.yaml").learning_rate == 1e-3
-    assert [read_value(x) for x in ("1E+2", "-2.5e3", ".5e-1", "e3", "1e", "12")] == [100.0, -2500.0, 0.05, "e3", "1e", 12]
 
 
 def test_measuring_takes_nothing_from_the_tokens_per_second_of_a_point(monkeypatch):

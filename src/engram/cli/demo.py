@@ -162,13 +162,13 @@ class _Demo:
 
     def result(self, **provenance: Any) -> dict[str, Any]:
         """Everything shown, as JSON-ready fields; ``plots.report`` draws from nothing else."""
-        import yaml
-
+        from engram.errors import DataError
         from engram.evaluation import measure_drift, score_by_category, trace_text
+        from engram.models.yaml_text import parse_yaml
 
         before, after = self.sides
         scores = zip(score_by_category(self.facts, before.answers), score_by_category(self.facts, after.answers))
-        neutral = yaml.safe_load((_FACTS / "neutral_prompts.yaml").read_text(encoding="utf-8"))
+        neutral = parse_yaml((_FACTS / "neutral_prompts.yaml").read_text(encoding="utf-8"), "the neutral prompts", DataError)
         examples = _spread(range(len(before.answers)), _EXAMPLES)
         traced = [before.answers[i].prompt + _space(before.answers[i].prompt) + after.answers[i].said for i in examples]
         return {

@@ -106,19 +106,14 @@ def _workers() -> int:
 
 
 def _changes(given: list[str] | None) -> dict[str, Any]:
-    import yaml
-
-    from engram.data.recipe import read_value
+    from engram.models.yaml_text import parse_yaml
 
     changes = {}
     for text in given or []:
         key, equals, value = text.partition("=")
         if not key or not equals:
             raise typer.BadParameter(f"--set: got {text!r}, expected FIELD=VALUE, e.g. tokens=200000")
-        try:
-            changes[key] = read_value(value)
-        except yaml.YAMLError:
-            raise typer.BadParameter(f"--set: got {text!r}, whose value is not YAML") from None
+        changes[key] = parse_yaml(value, f"the value of --set {key}", typer.BadParameter)
     return changes
 
 
@@ -143,7 +138,7 @@ def _known(file: Path) -> dict[str, Any]:
         return {}
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError):
+    except (ValueError, RecursionError):
         result = None
     if not isinstance(result, dict) or "sweep" not in result:
         raise DataError(f"{file} is no result of a sweep; choose another file for --json (nothing was overwritten).")

@@ -363,7 +363,7 @@ def _files_of(folder: Path) -> dict[str, Path]:
             return {key: folder / file for key, file in names.items() if Path(file).name == file}
         with TensorReader(folder / _SINGLE) as tensors:
             return dict.fromkeys(tensors.specs, folder / _SINGLE)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder}: its safetensors cannot be read ({error}); expected a model that save_pretrained wrote."
         ) from None

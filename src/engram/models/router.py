@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -22,6 +21,7 @@ from engram.errors import CheckpointError, ConfigError, FingerprintError
 from engram.models.identity import base_identity, identity_mismatch
 from engram.models.mode import evaluation_mode
 from engram.models.positions import context_length, text_config
+from engram.models.yaml_text import parse_yaml
 
 __all__ = ["EngramRouter", "LearnedRouter", "RouteRule", "Router"]
 
@@ -85,9 +85,10 @@ class EngramRouter:
         """
         path = _BUNDLED_RULES if path is None else path
         try:
-            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read routing rules {path}: {' '.join(str(error).split())}") from None
+        fields = parse_yaml(text, f"routing rules {path}", ConfigError)
         if not isinstance(fields, dict) or not isinstance(fields.get("rules"), list):
             raise ConfigError(f"{path}: expected a mapping with 'rules', a list of {{name, pattern, score}}.")
         unknown = sorted(str(key) for key in set(fields) - {"rules", "otherwise", "threshold"})

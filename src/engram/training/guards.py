@@ -29,7 +29,7 @@ def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint was saved to its end: the trainer's state, written last, is there and whole."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return True
 

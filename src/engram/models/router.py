@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engram.checkpoint import write_atomically
 from engram.errors import CheckpointError, ConfigError, FingerprintError
+from engram.models.devices import input_device
 from engram.models.identity import base_identity, identity_mismatch
 from engram.models.mode import evaluation_mode
 from engram.models.positions import context_length, text_config
@@ -315,7 +316,7 @@ def _mean_states(model: Any, tokenizer: Any, prompts: Sequence[str], first_token
     """Mean over the (first) tokens of the last hidden state, float32 ``[prompts, d]``, computed by the base model alone; zero of no
     tokens.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     context = context_length(model.config)
     longest = min((n for n in (first_tokens, context) if n is not None), default=None)
     states = []

@@ -32,7 +32,8 @@ def _new_lock() -> None:
     _SWAPPING = Lock()
 
 
-os.register_at_fork(after_in_child=_new_lock)  # a thread that held it is not there to give it back
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)  # a thread that held it is not there to give it back
 
 
 class _Copies(NamedTuple):

@@ -135,9 +135,10 @@ def test_rows_belong_to_facts():
     rows = {fact.id: editor.rows_of(fact.id)["2"] for fact in editor.facts}
     assert sorted(row for owned in rows.values() for row in owned) == sorted(editor.table("2").row_ids.tolist())
     assert editor.owners("2", rows["beta"][:2]) == {row: ["beta"] for row in rows["beta"][:2]}
-    with editor.without(["beta"]):
-        assert answers(editor, FACTS[1:2]) != ["7319"]
-        assert len(editor.facts) == 2
+    for left_out in ("beta", ["beta"], iter(["beta", "beta"])):  # one id, and no list of its letters
+        with editor.without(left_out):
+            assert answers(editor, FACTS[1:2]) != ["7319"]
+            assert len(editor.facts) == 2
     assert answers(editor, FACTS[1:2]) == ["7319"]
 
 
@@ -701,6 +702,10 @@ def test_a_memory_over_another_is_saved_without_a_warning(tmp_path, caplog):
 def test_what_is_no_id_is_not_forgotten():
     with pytest.raises(TeachError, match="forget: got None, expected the id of a fact"):
         make_editor().forget(None)
+    with pytest.raises(TeachError, match="without: got None, expected the id of a fact"), make_editor().without(None):
+        pass
+    with pytest.raises(TeachError, match="no fact 'nope'"), make_editor().without("nope"):
+        pass
 
 
 def test_a_save_waits_for_a_lesson_or_is_refused_within_one(tmp_path):

@@ -529,6 +529,12 @@ def test_a_folder_of_another_point_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"another recipe; nothing was trained there yet: delete .*recipe.json"):
         run_point(recipe, data, tmp_path)
     assert (tmp_path / "recipe.json").read_text() == "{}"
+    for damaged in ('{"identity": ', "[]", "[" * 100_000):
+        (tmp_path / "recipe.json").write_text(damaged)
+        with pytest.raises(
+            CheckpointError, match=r"recipe.json is damaged, .*nothing was trained there yet: delete .*recipe.json"
+        ):
+            run_point(recipe, data, tmp_path)
 
 
 def test_a_finished_point_is_not_taken_for_one_on_other_text(tmp_path):

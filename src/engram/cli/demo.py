@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running
-from engram.cli.outputs import made_with, new_console, print_whole
+from engram.cli.outputs import command_line, made_with, new_console, print_whole
 
 if TYPE_CHECKING:
     from engram.data.facts import Fact
@@ -98,8 +96,7 @@ def _refuse_to_lose(memory: Path, facts: list[Fact]) -> None:
 
 
 def _command(facts: Path | None, model: str, seed: int, running: Running) -> str:
-    chosen = f" --facts {facts}" if facts else ""
-    return f"engram demo{chosen} --model {model} --seed {seed}{running.options()}"
+    return command_line("demo", options=(("facts", facts), ("model", model), ("seed", seed))) + running.options()
 
 
 @dataclass
@@ -173,8 +170,7 @@ class _Demo:
         traced = [before.answers[i].prompt + _space(before.answers[i].prompt) + after.answers[i].said for i in examples]
         return {
             **provenance,
-            "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": made_with()["versions"],
+            **made_with(),
             "facts": len(self.facts),
             "steps": self.report.steps,
             "rows_written": self.report.rows_written,

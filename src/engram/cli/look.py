@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running, open_memory
-from engram.cli.outputs import check_folder, check_writable, made_with, new_console
+from engram.cli.outputs import check_folder, check_writable, command_line, made_with, new_console
 
 if TYPE_CHECKING:
     from engram.analysis import Subject
@@ -204,9 +204,6 @@ def _provenance(
     running: Running,
 ) -> dict[str, Any]:
     options = {"model": model, "texts": texts, "what": what, "against": against, "phrases": phrases}
-    given = "".join(f" --{name} {value}" for name, value in options.items() if value is not None)
-    command = f"engram look{'' if memory is None else f' {memory}'}{given}"
-    return {
-        "command": f"{command} --tokens {tokens} --row-tokens {row_tokens} --length {length}{running.options()}",
-        **made_with(),
-    }
+    sizes = {"tokens": tokens, "row-tokens": row_tokens, "length": length}
+    words = ["look"] if memory is None else ["look", str(memory)]
+    return {"command": command_line(*words, options=(options | sizes).items()) + running.options(), **made_with()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.outputs import check_writable, print_whole
+from engram.cli.outputs import check_writable, command_line, made_with, print_whole
 from engram.errors import first_of
 
 if TYPE_CHECKING:
@@ -170,17 +169,14 @@ def _wrong_points(result: dict[str, Any]) -> str:
 
 def _command(recipe: Path, file: Path, changes: list[str] | None) -> str:
     """What to type for the same result."""
-    options = "".join(f" --set {shlex.quote(change)}" for change in changes or ())
-    return f"engram sweep {recipe} --out RUN --json {file}{options}"
+    options = [("out", "RUN"), ("json", file), *(("set", change) for change in changes or ())]
+    return command_line("sweep", str(recipe), options=options)
 
 
 def _write(file: Path, result: dict[str, Any], command: str) -> None:
-    from engram.bench import machine
     from engram.checkpoint import write_json_atomically
-    from engram.experiments import versions
 
-    provenance = {"command": command, "hardware": machine()["hardware"], "versions": versions()}
-    write_json_atomically(file, {**provenance, **result})
+    write_json_atomically(file, {"command": command, **made_with(), **result})
 
 
 def _show_summary(result: dict[str, Any]) -> None:

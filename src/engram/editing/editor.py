@@ -254,23 +254,23 @@ class MemoryEditor:
             found.refuse_contradictions()
         return in_parts(self._holdings.ledger, facts, size)
 
-    def forget(self, fact_ids: Sequence[str]) -> ForgetReport:
+    def forget(self, fact_ids: str | Iterable[str]) -> ForgetReport:
         """Take facts out: rows that only they own are deleted. If nothing was taught with them or after them, the memory is bit for bit what it
         was before; other facts stay as they were taught, some beside those that leave. (Where rows were in conflict, a fact may have taken one
         that an earlier fact had done without: that stays with the earlier one.)
 
+        Args:
+            fact_ids: the id of a fact, or several.
+
         Raises:
-            TeachError: an id is unknown; nothing is forgotten then.
+            TeachError: an id is unknown, or none is given; nothing is forgotten then.
         """
-        if not isinstance(fact_ids, Iterable):
-            raise TeachError(f"forget: got {fact_ids!r}, expected the id of a fact, or several.")
-        fact_ids = [fact_ids] if isinstance(fact_ids, str) else list(fact_ids)
+        fact_ids = _one_or_several(fact_ids, "forget")
         unknown = [fact_id for fact_id in fact_ids if fact_id not in self._holdings.ledger]
         if unknown or not fact_ids:
             raise TeachError(
                 f"forget: no fact {', '.join(map(repr, unknown)) or '(no id given)'} in this memory; `engram facts` lists ids."
             )
-        fact_ids = list(dict.fromkeys(fact_ids))
         with self._holdings.all_or_nothing():
             only_theirs, shared = self._holdings.take_out(fact_ids)
             broken = self._holdings.not_exact(self._holdings.leaning_on(only_theirs))
@@ -278,13 +278,16 @@ class MemoryEditor:
         return ForgetReport(fact_ids, rows, shared, broken)
 
     @contextmanager
-    def without(self, fact_ids: Sequence[str]) -> Iterator[None]:
+    def without(self, fact_ids: str | Iterable[str]) -> Iterator[None]:
         """Inside this context the memory is as if these facts were forgotten.
+
+        Args:
+            fact_ids: the id of a fact, or several.
 
         Raises:
             TeachError: an id is unknown.
         """
-        with self._holdings.without(fact_ids):
+        with self._holdings.without(_one_or_several(fact_ids, "without")):
             self._holdings.write_down()  # for whoever saves or compares the memory inside
             yield
 
@@ -469,3 +472,14 @@ class _WouldBeLostError(Exception):
     def __init__(self, reasons: dict[str, str]) -> None:
         super().__init__()
         self.reasons = {fact_id: f"{reason}; what the memory said before is kept" for fact_id, reason in reasons.items()}
+
+
+def _one_or_several(fact_ids: str | Iterable[str], asked: str) -> list[str]:
+    """Ids, each once: text is one id, and no list of its letters.
+
+    Raises:
+        TeachError: it is neither an id nor several.
+    """
+    if not isinstance(fact_ids, Iterable):
+        raise TeachError(f"{asked}: got {fact_ids!r}, expected the id of a fact, or several.")
+    return [fact_ids] if isinstance(fact_ids, str) else list(dict.fromkeys(fact_ids))

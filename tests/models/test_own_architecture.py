@@ -97,7 +97,7 @@ def test_attached_trained_looked_at_saved_and_loaded(make, tmp_path):
         base = model(IDS).logits
     memory = get_engram_model(model, tiny_config(), tiny_tokenizer())
     memory(input_ids=IDS, labels=IDS).loss.backward()
-    assert memory.engrams["0"].multi_head_embedding.embedding.weight.grad is not None
+    assert memory.engrams["0"].table.weight.grad is not None
     memory.unload()
     memory = tiny_memory(model)
     with torch.no_grad():

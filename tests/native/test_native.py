@@ -68,7 +68,7 @@ def test_verified_rows_are_found_as_pytorch_finds_them(data):
     owner = torch.zeros(len(written), dtype=torch.int32).scatter_(
         0, at, tags.flatten()[chosen]
     )  # of several n-grams, one owns the row
-    table = engram.multi_head_embedding.embedding
+    table = engram.table
     table.insert(written, owner, torch.ones(len(written), table.dim))
     expected = engram.find_slots(hash_ids, tags, mask)
     found = engram.find(ids, history, mask)

@@ -257,7 +257,7 @@ def _latency(memory: EngramModel, tokenizer: Any, text: str) -> dict[str, float]
 
 
 def _bytes(memory: EngramModel) -> dict[str, int]:
-    tables = [engram.multi_head_embedding.embedding for engram in memory.engrams.values()]
+    tables = [engram.table for engram in memory.engrams.values()]
     rows = sum(t.numel() * t.element_size() for table in tables for t in [*table.buffers(), *table.parameters()])
     return {"rows": rows, "base": sum(p.numel() * p.element_size() for p in memory.base_model.parameters())}
 

@@ -96,7 +96,7 @@ def count_model(model: nn.Module, experts_per_token: int | None = None) -> Count
         active += p.numel() - unused
         matrices += p.numel() - unused if p.dim() >= 2 else 0
     embedding = sum(p.numel() for p in base.parameters() if id(p) in outside)
-    rows = sum(e.multi_head_embedding.embedding.rows * e.config.head_dim for e in memory.engrams.values()) if memory else 0
+    rows = sum(e.table.rows * e.config.head_dim for e in memory.engrams.values()) if memory else 0
     return Counts(embedding, idle, rows, active, matrices)
 
 

@@ -298,7 +298,7 @@ def _memory_counts(recipe: PointRecipe, model: Any) -> dict[str, Any]:
     modules = model.engrams.values() if isinstance(model, EngramModel) else ()
     return {
         **count_model(model).to_dict(),
-        "table_rows": sum(e.multi_head_embedding.embedding.rows for e in modules),
+        "table_rows": sum(e.table.rows for e in modules),
         "rows_per_head": list(recipe.engram.engram_vocab_size) if recipe.engram else [],  # type: ignore[arg-type]
     }
 

@@ -194,7 +194,7 @@ class EngramModel(nn.Module):
     @property
     def table_config(self) -> TableConfig:
         """Where the tables live, in the format that they have now."""
-        table = next(iter(self.engrams.values())).multi_head_embedding.embedding
+        table = next(iter(self.engrams.values())).table
         return replace(self._placed, dtype=table.format_name, files=None, stamps=None)
 
     def forward(self, *args: Any, engram_input_ids: Tensor | None = None, **kwargs: Any) -> Any:

@@ -167,7 +167,7 @@ class StaticDecoder:
 
     def _tables(self) -> list[tuple[int, int, int]]:
         """Where rows are: teaching, forgetting and moving put them elsewhere."""
-        tables = [engram.multi_head_embedding.embedding for engram in self._memory.engrams.values()]
+        tables = [engram.table for engram in self._memory.engrams.values()]
         return [(id(table), getattr(table, "version", 0), table.weight.data_ptr()) for table in tables]
 
     def _forward(self) -> None:
@@ -216,7 +216,7 @@ class StaticDecoder:
         """Refuse rows that pass through the CPU before anything is captured: inside, torch would tell of the capture alone."""
         device = self.tokens.device
         for engram in self._memory.engrams.values() if self._memory.is_enabled else ():
-            table = engram.multi_head_embedding.embedding
+            table = engram.table
             if not isinstance(table, VerifiedTable) and table.tier != "device" and not table.is_read_by(device):
                 raise not_in_graphs(table)
 

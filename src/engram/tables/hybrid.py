@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engram.errors import TableError
 from engram.ops import lookup_rows
-from engram.tables.base import EmbeddingTable
+from engram.tables.base import EmbeddingTable, refuse_assign
 from engram.tables.counts import AccessCounts
 from engram.tables.formats import row_format
 from engram.tables.host import HostTable
@@ -124,10 +124,7 @@ class HybridTable(EmbeddingTable):
         Raises:
             TableError: as the cold table; or loaded tensors shall take the place of its own (``assign``).
         """
-        if local_metadata.get("assign_to_params_buffers") and any(name.startswith(prefix) for name in state_dict):
-            raise TableError(
-                "HybridTable: got load_state_dict(assign=True), which would leave the cold rows; load without assign."
-            )
+        refuse_assign(state_dict, prefix, local_metadata, "HybridTable", "the cold rows")
         self.cold._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._forget_copies()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from engram.errors import TableError
 from engram.native import touch_rows
 from engram.ops import read_rows
-from engram.tables.base import EmbeddingTable, tell_before_steps
+from engram.tables.base import EmbeddingTable, refuse_assign, tell_before_steps
 from engram.tables.formats import RowFormat, row_format
 from engram.tables.host import HostTable
 from engram.tables.pinned import through_host
@@ -291,11 +291,8 @@ class MappedRows(EmbeddingTable):
             TableError: the file is mapped read-only (what is loaded would lie in pages of this process, and go with them) or was truncated, or
                 loaded tensors shall take the place of the mapped ones (``assign``).
         """
+        refuse_assign(state_dict, prefix, local_metadata, f"rows in {self.path}", "the file")
         if any(name.startswith(prefix) for name in state_dict):
-            if local_metadata.get("assign_to_params_buffers"):
-                raise TableError(
-                    f"rows in {self.path}: got load_state_dict(assign=True), which would leave the file; load without assign."
-                )
             self._refuse_read_only()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
@@ -369,7 +366,7 @@ class MmapTable(MappedRows, HostTable):
         unchanged: str | None = None,
     ) -> None:
         self._map(path, mode, (offset,), (dim * dtype.itemsize,), rows, resident_bytes, unchanged)
-        super().__init__(rows, dim, "zero", dtype)
+        super().__init__(rows, dim, dtype)
         self.weight.requires_grad_(mode == "r+")
         if mode == "r+":
             file = self._file

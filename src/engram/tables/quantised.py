@@ -39,7 +39,7 @@ class QuantisedTable(EmbeddingTable):
         super().__init__()
         self._lock = PageLock()
         self.rows, self.dim, self.form, self.host = rows, dim, row_format(form), host
-        if not self.form.quantised or self.form.scale_dtype is None:
+        if self.form.scale_dtype is None:
             raise TableError(f"QuantisedTable: got format {form!r}, expected one with scales; use a DeviceTable or HostTable.")
         weight, scales = self._allocate(device)
         self.register_buffer("weight", weight)

@@ -160,7 +160,7 @@ class _Demo:
     def result(self, **provenance: Any) -> dict[str, Any]:
         """Everything shown, as JSON-ready fields; ``plots.report`` draws from nothing else."""
         from engram.errors import DataError
-        from engram.evaluation import measure_drift, score_by_category, trace_text
+        from engram.evaluation import compare_answers, measure_drift, score_by_category, trace_text
         from engram.models.yaml_text import parse_yaml
 
         before, after = self.sides
@@ -178,7 +178,7 @@ class _Demo:
                 {"category": was.category, "prompts": was.prompts, "before": was.exact, "after": now.exact}
                 for was, now in scores
             ],
-            "capitals": _capitals(before.capitals, after.capitals),
+            "capitals": compare_answers(before.capitals, after.capitals) if before.capitals else None,
             "bits_per_byte": {
                 "before": before.bits,
                 "after": after.bits,
@@ -192,17 +192,6 @@ class _Demo:
             ],
             "traces": [trace_text(self.memory, self.tokenizer, text).to_dict() for text in [*traced, neutral[0]]],
         }
-
-
-def _capitals(before: list[Any], after: list[Any]) -> dict[str, int] | None:
-    if not before:
-        return None
-    return {
-        "prompts": len(before),
-        "known": sum(answer.exact for answer in before),
-        "still_right": sum(was.exact and now.exact for was, now in zip(before, after)),
-        "changed": sum(was.said != now.said for was, now in zip(before, after)),
-    }
 
 
 def _space(prompt: str) -> str:
@@ -256,10 +245,8 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:
-    from engram.checkpoint import write_json_atomically
+    from engram.checkpoint import write_json_atomically, write_text_atomically
     from engram.plots import render_report
 
     write_json_atomically(out / "result.json", result)
-    temporary = out / ".report.html.tmp"
-    temporary.write_text(render_report(result), encoding="utf-8")
-    temporary.replace(out / "report.html")
+    write_text_atomically(out / "report.html", render_report(result))

@@ -63,7 +63,7 @@ def look_command(
     Gates, ends of phrases, logit lens, similarity of layers, memory off, rows, caches, n-grams: one page, pictures and JSON.
     """
     from engram.analysis import ANALYSES, look
-    from engram.checkpoint import write_json_atomically
+    from engram.checkpoint import write_json_atomically, write_text_atomically
     from engram.data.phrases import read_phrases
     from engram.plots import plot_look, render_look
     from engram.plots.figure import new_figure
@@ -91,7 +91,7 @@ def look_command(
         if file is not None:
             write_json_atomically(file, result)
     page = out / "look.html"
-    page.write_text(render_look(result, plot_look(result, out)), encoding="utf-8")
+    write_text_atomically(page, render_look(result, plot_look(result, out)))
     capped = "" if result["text"]["complete"] else " (a part of the text; --tokens takes more)"
     print(f"looked at {result['text']['tokens']:,} tokens of {source}{capped}: {page}")
     for name, reason in result["skipped"].items():

@@ -33,25 +33,7 @@ _HOMES = {
     "shard_model": "engram.models.fsdp",
 }
 
-__all__ = [
-    "ARCHITECTURES",
-    "DecoderLayout",
-    "EngramModel",
-    "EngramRouter",
-    "LearnedRouter",
-    "PlacedEmbedding",
-    "RouteRule",
-    "Router",
-    "StaticDecoder",
-    "find_decoder",
-    "get_engram_model",
-    "load_bundled",
-    "load_model",
-    "load_placed",
-    "place_embeddings",
-    "register_architecture",
-    "shard_model",
-]
+__all__ = sorted(_HOMES)
 
 __getattr__ = loaded_on_use(__name__, _HOMES)
 

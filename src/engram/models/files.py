@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
     from engram.models.engram_model import EngramModel
 
-__all__ = ["PLACED_FIELDS", "check_memory", "load_memory", "save_memory", "saved_aside"]
+__all__ = ["PLACED_FIELDS", "check_memory", "folder_name", "load_memory", "save_memory", "saved_aside"]
 
 PLACED_FIELDS = {"tier", "path", "hot_rows", "resident_bytes"}
 """Fields of a ``TableConfig`` that a saved memory's placement may have."""
@@ -333,9 +333,8 @@ def _load(
             if saved.verify_rows:
                 fill_verified_tables(memory, tensors, saved_dtype, path)
             else:
-                with TensorReader(
-                    Path(path) / description["weights"]["file"]
-                ) as reader:  # its pages do not count as the process's own
+                # Its pages do not count as the process's own.
+                with TensorReader(Path(path) / description["weights"]["file"]) as reader:
                     fill_tables(memory, reader, saved_dtype, changed_rows)
                 promote_rows(memory, tensors)
             for name, tensor in own.items():

@@ -321,7 +321,7 @@ def _mean_states(model: Any, tokenizer: Any, prompts: Sequence[str], first_token
     longest = min((n for n in (first_tokens, context) if n is not None), default=None)
     states = []
     with ExitStack() as off, evaluation_mode(model):
-        for memory in model._and_beneath() if hasattr(model, "disable_engram") else ():
+        for memory in model.and_beneath() if hasattr(model, "disable_engram") else ():
             off.enter_context(memory.disable_engram())
         for prompt in prompts:
             ids = tokenizer(prompt, verbose=False)["input_ids"][:longest]

@@ -177,7 +177,7 @@ class StaticDecoder:
         dtype = memory.base_model.dtype
         mask = torch.zeros(readable.shape, dtype=dtype, device=readable.device)
         mask = mask.masked_fill_(~readable, torch.finfo(dtype).min)[:, None, None, :]
-        memory._static = self
+        memory.static_decoder = self
         try:
             logits = memory(
                 input_ids=self.tokens,
@@ -187,7 +187,7 @@ class StaticDecoder:
                 **{cache_argument(memory.base_model): self.cache},
             ).logits
         finally:
-            memory._static = None
+            memory.static_decoder = None
         self.logits.copy_(logits[:, -1])
         self._place.add_(1)
         self._position.add_(1)

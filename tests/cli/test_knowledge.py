@@ -121,9 +121,8 @@ def test_what_is_not_exact_is_listed(engram, world, tmp_path, monkeypatch):
     assert code == 1
     assert "taught 0 facts" in out
     assert "not exact: 'KEY:beta 20'" in err
-    assert (
-        "reword the prompt or shorten the answer (in Python also: TeachSettings" in err
-    )  # what this command can do comes first
+    # What this command can do comes first.
+    assert "reword the prompt or shorten the answer (in Python also: TeachSettings" in err
 
 
 def test_facts_that_are_not_found_in_running_text_are_counted(engram, world, tmp_path):

@@ -166,9 +166,8 @@ def test_a_tail_that_is_trimmed_beyond_its_end_stays_as_it_is():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script_method`:DeprecationWarning", "ignore:The .grad attribute:UserWarning"
-)  # torch's own
+# Torch's own.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
 def test_training_compiles():
     """Inductor cannot hold the sparse gradient of a table within a graph."""
     weight = torch.randn(50, 8, requires_grad=True)

@@ -56,9 +56,8 @@ def _gather_kernel(
     asked_N = number_N < count
     row_N = tl.load(row_ids + number_N, mask=asked_N, other=0)
     there_N = asked_N & (row_N >= 0) & (row_N < rows)
-    there_ND = (
-        there_N[:, None] & (column_D < DIM)[None, :]
-    )  # everything else reads zero bits, which every format takes for zero
+    # Everything else reads zero bits, which every format takes for zero.
+    there_ND = there_N[:, None] & (column_D < DIM)[None, :]
     if KIND == 3:  # two values per byte
         item_D = column_D // 2
     else:

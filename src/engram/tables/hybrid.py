@@ -77,9 +77,8 @@ class HybridTable(EmbeddingTable):
         if hot_rows < 1:
             raise TableError(f"hot_rows: got {hot_rows}, expected at least 1; use the cold table alone for none.")
         self.rows, self.dim, self.hot_rows = cold.rows, cold.dim, hot_rows
-        self.__dict__["cold"] = (
-            cold  # not a submodule: its parameter is registered here, under the name that other tables save it
-        )
+        # Not a submodule: its parameter is registered here, under the name that other tables save it.
+        self.__dict__["cold"] = cold
         self.form = row_format(cold.format_name)
         if isinstance(cold, QuantisedTable):
             self.register_buffer("weight", cold.weight)

@@ -232,9 +232,8 @@ class MappedRows(EmbeddingTable):
         """
         blocks = super().iter_row_blocks(block_rows)  # type: ignore[safe-super]  # of the table that this stands in front of
         for start in range(0, self.rows, block_rows):
-            self._read_ahead(
-                start, block_rows
-            )  # some tables read a block when it is asked for, others leave that to whoever gets it
+            # Some tables read a block when it is asked for, others leave that to whoever gets it.
+            self._read_ahead(start, block_rows)
             _, block = next(blocks)
             yield start, block
             self._file.check_unchanged()
@@ -370,9 +369,8 @@ class MmapTable(MappedRows, HostTable):
         self.weight.requires_grad_(mode == "r+")
         if mode == "r+":
             file = self._file
-            self.weight.register_post_accumulate_grad_hook(
-                lambda _: file.changing()
-            )  # a step may follow, by anybody's optimiser
+            # A step may follow, by anybody's optimiser.
+            self.weight.register_post_accumulate_grad_hook(lambda _: file.changing())
             tell_before_steps(self.weight, file.changing)  # with a save between the two
 
     def _allocate(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:

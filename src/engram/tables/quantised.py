@@ -54,9 +54,8 @@ class QuantisedTable(EmbeddingTable):
             unlock_what_waits()
             return lazy_zeros(shape, form.dtype, "tier='host'"), lazy_zeros(scale_shape, form.scale_dtype, "tier='host'")
         check_fits(rows * form.row_bytes(dim), device, "tier='device'")
-        weight = torch.zeros(shape, dtype=torch.uint8, device=device).view(
-            form.dtype
-        )  # zeros() knows fewer types than tensors do
+        # As bytes: zeros() knows fewer types than tensors do.
+        weight = torch.zeros(shape, dtype=torch.uint8, device=device).view(form.dtype)
         return weight, torch.zeros(scale_shape, dtype=form.scale_dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

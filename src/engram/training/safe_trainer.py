@@ -165,9 +165,8 @@ class SafeTrainer(Trainer):
                 display.close()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # resumed from the last checkpoint: transformers would take one step more
+        # Resumed from the last checkpoint: transformers would take one step more.
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)

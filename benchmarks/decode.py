@@ -58,7 +58,7 @@ def taught(base, tokenizer):
     """A memory of verified rows before the last block, filled with rows of n-grams that nobody says."""
     config = EngramConfig.for_teaching(layer_ids=(base.config.num_hidden_layers - 1,), pad_id=0)
     memory = get_engram_model(copy.deepcopy(base), config, tokenizer)
-    table = next(iter(memory.engrams.values())).multi_head_embedding.embedding
+    table = next(iter(memory.engrams.values())).table
     row_ids = torch.randint(table.rows, (TAUGHT_ROWS,)).unique()
     table.insert(row_ids, torch.randint(1, 1 << 30, row_ids.shape, dtype=torch.int32), torch.randn(len(row_ids), table.dim))
     return memory.eval()

@@ -84,7 +84,7 @@ def attach(base, sizes, table_bytes, tier, device):
     memory = get_engram_model(base, config, Vocabulary(sizes["vocab"]), TableConfig(tier=tier, dtype="bfloat16"))
     memory.engrams.to(torch.bfloat16)
     memory.eval()
-    tables = [engram.multi_head_embedding.embedding for engram in memory.engrams.values()]
+    tables = [engram.table for engram in memory.engrams.values()]
     for table in tables:  # rows that can be told apart, spread over the table
         for start in sample_starts(table):
             rows = torch.randn(min(SAMPLE_ROWS, table.rows), table.dim, generator=torch.Generator().manual_seed(start))

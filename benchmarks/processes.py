@@ -46,7 +46,7 @@ class Way:
         self.name, count = name, process_count()
         torch.manual_seed(SEED)
         self.memory = build_model(rows, sizes, TableConfig(sharded=name in ("divided", "model")), "zero")
-        self.tables = [engram.multi_head_embedding.embedding for engram in self.memory.engrams.values()]
+        self.tables = [engram.table for engram in self.memory.engrams.values()]
         if name == "model":
             shard_model(self.memory)
         groups = build_param_groups(self.memory, self.memory.engrams, lr=1e-3)

@@ -110,7 +110,7 @@ def measure(name, rows, optimizer, args):
     entry = {
         "backbone": name,
         "optimizer": optimizer,
-        "table_rows": sum(e.multi_head_embedding.embedding.rows for e in with_memory.engrams.values()),
+        "table_rows": sum(e.table.rows for e in with_memory.engrams.values()),
         "parameters": {"without": count_model(plain).to_dict(), "with": count_model(with_memory).to_dict()},
         "tokens_per_step": shape[0] * shape[1],
         "seconds": {arm: spread(values) for arm, values in wall.items()},

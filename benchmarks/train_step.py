@@ -66,7 +66,7 @@ class Bench:
 
     def __init__(self, rows, sizes):
         self.model = build_model(rows, sizes)
-        self.tables = [e.multi_head_embedding.embedding.weight for e in self.model.engrams.values()]
+        self.tables = [e.table.weight for e in self.model.engrams.values()]
         self.rows = [table.shape[0] for table in self.tables]
         self.optimizers = {kind: EngramAdamW(self._groups(), lr=1e-3, row_state=state) for kind, state in ROW_STATES.items()}
         self.optimizers["frozen"] = self.optimizers["sparse"]

@@ -39,7 +39,7 @@ def main(steps: int = 6) -> None:
         trainer.save_model(f"{folder}/memory")  # by all processes: the first writes, the others send their rows
         if trainer.is_world_process_zero():
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-            table = memory.engrams["1"].multi_head_embedding.embedding
+            table = memory.engrams["1"].table
             print(f"{table.rows:,} rows, {table.nbytes:,} bytes of them in each of {args.world_size} processes")
             print("losses:", " ".join(f"{loss:.3f}" for loss in losses))
 

@@ -1,5 +1,7 @@
+import ast
 import contextlib
 import importlib
+import importlib.util
 import pkgutil
 import re
 import subprocess
@@ -7,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import engram
 
@@ -31,6 +34,68 @@ def test_every_module_lists_what_it_has(module):
     assert len(names) == len(set(names))
     for name in names:
         assert hasattr(loaded, name), f"{module}.__all__ names {name}"
+
+
+FOREIGN = {"_buffers", "_context", "_indices", "_replace"}
+"""Private names that others' classes have too: of torch, filelock and named tuples, where there are no public ones."""
+
+
+def _names_listed(module):
+    return getattr(importlib.import_module(module), "__all__", None)
+
+
+def _private_names_set(tree):
+    """What a file's own classes and functions call theirs."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name):
+            names |= {node.attr} if node.value.id in ("self", "cls") else set()
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return {name for name in names if name.startswith("_") and not name.startswith("__")}
+
+
+def test_modules_take_from_each_other_what_is_listed():
+    wrong = []
+    for file in (ROOT / "src" / "engram").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if (
+                not isinstance(node, ast.ImportFrom)
+                or not (node.module or "").startswith("engram")
+                or node.module == "engram._version"
+            ):
+                continue
+            if node.module.rpartition(".")[2].startswith("triton_"):
+                continue
+            listed = _names_listed(node.module)
+            for name in (alias.name for alias in node.names):
+                is_module = importlib.util.find_spec(node.module).submodule_search_locations and importlib.util.find_spec(
+                    f"{node.module}.{name}"
+                )
+                if not is_module and name not in (listed or ()):
+                    wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: {node.module}.{name}")
+    assert not wrong, "not in __all__"
+
+
+def test_modules_leave_private_names_of_each_other_alone():
+    trees = {file: ast.parse(file.read_text()) for file in (ROOT / "src" / "engram").rglob("*.py")}
+    own = {file: _private_names_set(tree) for file, tree in trees.items()}
+    of_somebody = set().union(*own.values()) - FOREIGN - set(dir(torch.nn.Module))
+    wrong = [
+        f"{file.relative_to(ROOT)}:{node.lineno}: {node.attr}"
+        for file, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in of_somebody - own[file] and _is_of_another(node.value)
+    ]
+    assert not wrong, "private to another module"
+
+
+def _is_of_another(value):
+    """Whether what has a name is neither the object itself nor what it inherits."""
+    inherited = isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "super"
+    return not inherited and not (isinstance(value, ast.Name) and value.id in ("self", "cls"))
 
 
 def test_public_things_are_documented():

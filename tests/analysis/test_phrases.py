@@ -107,9 +107,8 @@ def test_phrases_may_overlap_and_words_at_the_edge_may_be_cut():
     chain = found_in("the standard library module is here.", ["standard library", "library module"])
     assert chain == {"library module": 1, "standard library": 1}
     assert found_in("event loop and event loop", ["event loop"]) == {"event loop": 1}  # more may follow the second
-    assert found_in("event loop and event loop.", ["event loop"], is_beginning=False) == {
-        "event loop": 1
-    }  # and stand before the first
+    # And stand before the first.
+    assert found_in("event loop and event loop.", ["event loop"], is_beginning=False) == {"event loop": 1}
     assert found_in("an event loopy loop, event loop.", ["event loop"]) == {"event loop": 1}
     assert found_in("\u0130stanbul \u00dcniversitesi.", ["\u0130stanbul \u00dcniversitesi"])
 

@@ -59,9 +59,8 @@ def test_every_gate_turns_red_when_something_is_wrong(name, monkeypatch):
     for table in (tiers.DeviceTable, tiers.MmapTable):
         monkeypatch.setattr(table, "lookup", off_by_one(table.lookup))
     settings = list(BENCHMARKS[name].settings(True))
-    assert all(
-        each.verify() is not None for each in (settings[:1] if name == "layer" else settings)
-    )  # one token has a way of its own
+    # One token has a way of its own.
+    assert all(each.verify() is not None for each in (settings[:1] if name == "layer" else settings))
 
 
 def test_the_result_is_json_and_can_be_drawn(tmp_path):

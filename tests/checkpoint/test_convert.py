@@ -172,9 +172,8 @@ def test_a_killed_conversion_leaves_no_memory_and_runs_again(tmp_path):
         process.wait()
         process.stdout.close()
         assert not (tmp_path / "b" / "engram.json").exists()
-        assert (
-            len(set(files(tmp_path / "b")) - {".engram.lock"}) == number
-        )  # an interruption tidies up; a kill cannot, the next run does
+        # An interruption tidies up; a kill cannot, the next run does.
+        assert len(set(files(tmp_path / "b")) - {".engram.lock"}) == number
     convert_memory(tmp_path / "a", tmp_path / "b", "int8")
     assert len(set(files(tmp_path / "b")) - {".engram.lock"}) == 2
     assert weights(tmp_path / "b")[WEIGHT].shape == (200_000, 64)

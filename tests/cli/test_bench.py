@@ -4,7 +4,7 @@ from tests.cli.test_cli import invoke
 
 
 def test_bench_shows_and_saves_what_it_measured(monkeypatch, capsys, tmp_path):
-    out = tmp_path / "new" / "bench.json"
+    out = tmp_path / "a new folder" / "bench.json"
     code, shown, err = invoke(
         monkeypatch, capsys, "bench", "hash", "--quick", "--rounds", "2", "--json", out, "--plots", tmp_path
     )
@@ -12,7 +12,7 @@ def test_bench_shows_and_saves_what_it_measured(monkeypatch, capsys, tmp_path):
     assert "hash: 2,048 tokens" in shown
     assert "times as fast as NumPy" in shown
     result = json.loads(out.read_text())
-    assert result["command"] == f"engram bench hash --quick --rounds 2 --json {out}"
+    assert result["command"] == f"engram bench hash --quick --rounds 2 --json '{out}'"
     assert result["rounds"] == 2
     assert (tmp_path / "bench_hash.png").stat().st_size > 1000
 

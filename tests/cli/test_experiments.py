@@ -162,6 +162,8 @@ def test_a_plan_lists_all_points_and_trains_nothing(monkeypatch, capsys, tmp_pat
     ("options", "words"),
     [
         (("--set", "tokens"), "expected FIELD=VALUE"),
+        (("--set", "tokens=[1"), "cannot read the value of --set tokens"),
+        (("--set", "tokens=2024-99-99"), "cannot read the value of --set tokens: a value is not what it looks like"),
         (("--set", "nothing.here=1"), "no mapping 'nothing'"),
         (("--set", "budget.rho=7"), "rho"),
         (("--set", "tokns=5"), "--set: got 'tokns', expected a field of the base"),
@@ -177,13 +179,14 @@ def test_impossible_changes_are_one_clear_error(monkeypatch, capsys, tmp_path, o
     assert not (tmp_path / "run").exists()
 
 
-def test_a_file_that_is_no_result_is_not_written_over(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("notes", ["my notes", "[" * 100_000])
+def test_a_file_that_is_no_result_is_not_written_over(monkeypatch, capsys, tmp_path, notes):
     file = tmp_path / "notes.json"
-    file.write_text("my notes")
+    file.write_text(notes)
     code, _, err = invoke(monkeypatch, capsys, "sweep", SWEEP, "--out", tmp_path / "run", "--json", file)
     assert code == 2
     assert "nothing was overwritten" in err
-    assert file.read_text() == "my notes"
+    assert file.read_text() == notes
 
 
 def test_a_run_folder_with_the_result_of_another_sweep_keeps_it(monkeypatch, capsys, tmp_path):

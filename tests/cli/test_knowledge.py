@@ -134,9 +134,8 @@ def test_what_is_not_exact_is_listed(engram, world, tmp_path, monkeypatch):
     assert code == 1
     assert "taught 0 facts" in out
     assert "not exact: 'KEY:beta 20'" in err
-    assert (
-        "reword the prompt or shorten the answer (in Python also: TeachSettings" in err
-    )  # what this command can do comes first
+    # What this command can do comes first.
+    assert "reword the prompt or shorten the answer (in Python also: TeachSettings" in err
 
 
 def test_facts_that_are_not_found_in_running_text_are_counted(engram, world, tmp_path):
@@ -566,19 +565,19 @@ def test_a_router_is_fitted_to_gains_and_decides_who_reads(engram, taught, tmp_p
         "What is alpha 17? blue window",
         "KEY:alpha 17 blue window KEY:beta 20 7319",
     ]
-    (tmp_path / "facts.txt").write_text("\n<|doc|>\n".join(helped))
+    (tmp_path / "my facts.txt").write_text("\n<|doc|>\n".join(helped))
     (tmp_path / "other.yaml").write_text(
         json.dumps({"[/prose]": [f"The memory is {word} the text." for word in ("in", "on", "by", "at")]})
     )
-    files = (tmp_path / "facts.txt", tmp_path / "other.yaml")
+    files = (tmp_path / "my facts.txt", tmp_path / "other.yaml")
     router, figures = tmp_path / "new" / "router.safetensors", tmp_path / "route.json"
     code, out, err = engram("route", taught, *files, "--first-tokens", 3, "--out", router, "--json", figures)
     assert code == 0, err
     assert "read it" in out
     assert f"{router}: reads texts as far as the memory helps them" in out.replace("\n", " ")
     result = json.loads(figures.read_text())
-    assert result["command"].endswith("--first-tokens 3")
-    assert [(kind["kind"], kind["texts"], kind["read"]) for kind in result["kinds"]] == [("facts", 2, 2), ("[/prose]", 2, 0)]
+    assert result["command"] == f"engram route {taught} '{files[0]}' {files[1]} --first-tokens 3"
+    assert [(kind["kind"], kind["texts"], kind["read"]) for kind in result["kinds"]] == [("my facts", 2, 2), ("[/prose]", 2, 0)]
     assert engram("ask", "KEY:beta 20", "--memory", taught, "--router", router)[:2] == (0, "7319\n")
     plain = engram("ask", "The memory is under the text.", "--memory", taught, "--off")
     assert engram("ask", "The memory is under the text.", "--memory", taught, "--router", router) == plain

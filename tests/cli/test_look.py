@@ -25,8 +25,8 @@ def run(tmp_path):
 
 def test_a_run_folder_named_in_three_ways(monkeypatch, capsys, run, tmp_path):
     common = ["--texts", tmp_path / "texts.yaml", "--tokens", 100, "--row-tokens", 100, "--length", 32]
-    (tmp_path / "phrases.txt").write_text("the memory\n")
-    phrases = ["--phrases", tmp_path / "phrases.txt"]
+    (tmp_path / "my phrases.txt").write_text("the memory\n")
+    phrases = ["--phrases", tmp_path / "my phrases.txt"]
     ways = [[run / "memory", "--model", run / "model", *phrases], [run], ["--model", run]]
     gates = []
     for number, way in enumerate(ways):
@@ -43,8 +43,10 @@ def test_a_run_folder_named_in_three_ways(monkeypatch, capsys, run, tmp_path):
     full = json.loads((tmp_path / "out0" / "look.json").read_text())
     assert set(full) >= set(ANALYSES)
     assert full["phrases"]["phrases"] == {"the memory": 3}
-    assert "engram look" in (command := full["provenance"]["command"])
-    assert f"--phrases {tmp_path / 'phrases.txt'}" in command
+    assert (command := full["provenance"]["command"]).startswith(
+        f"engram look {run / 'memory'} --model {run / 'model'} --texts "
+    )
+    assert command.endswith(f" --phrases '{tmp_path / 'my phrases.txt'}' --tokens 100 --row-tokens 100 --length 32")
 
 
 def test_a_second_model_and_text_from_a_file(monkeypatch, capsys, run, tmp_path):

@@ -1,14 +1,18 @@
 import io
+import json
 import os
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import typer
 from rich.table import Table
 
 from engram.checkpoint import ConversionReport
+from engram.cli import demo, sweep
 from engram.cli.convert import print_report
+from engram.cli.loading import Running
 from engram.cli.outputs import check_writable, is_terminal, new_console, print_folded, print_whole
 from engram.cli.place import _print_layers
 from engram.cli.trace import _print_table
@@ -81,3 +85,21 @@ def test_texts_are_shown_as_they_are(monkeypatch, capsys):
         assert ":cat: [bold]1[/bold]" in page
     new_console().print(":cat: [bold]17[/bold]")
     assert capsys.readouterr().out == ":cat: [bold]17[/bold]\n"
+
+
+def test_commands_that_are_recorded_can_be_typed_as_they_are():
+    facts, running = Path("my facts.yaml"), Running("cuda", "bfloat16")
+    assert demo._command(facts, "a model", 3, running) == (
+        "engram demo --facts 'my facts.yaml' --model 'a model' --seed 3 --device cuda --model-dtype bfloat16"
+    )
+    assert demo._command(None, "bundled", 0, Running()) == "engram demo --model bundled --seed 0"
+    assert sweep._command(Path("my recipe.yaml"), Path("out 1/r.json"), ["budget.rho=[1, 0.5]", "seed=1"]) == (
+        "engram sweep 'my recipe.yaml' --out RUN --json 'out 1/r.json' --set 'budget.rho=[1, 0.5]' --set seed=1"
+    )
+
+
+def test_the_result_of_a_sweep_names_the_device_that_worked(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "a fast one")
+    sweep._write(tmp_path / "r.json", {"points": []}, "engram sweep")
+    assert json.loads((tmp_path / "r.json").read_text())["hardware"] == "a fast one"

@@ -52,7 +52,7 @@ def test_a_memory_is_moved_and_used_there(engram, tmp_path):
         code, out, err = engram("place", "m", *options, "--out", name)
         assert code == 0, err
         memory = EngramModel.from_pretrained(base, name, tokenizer)
-        table = memory.engrams["0"].multi_head_embedding.embedding
+        table = memory.engrams["0"].table
         assert table.tier == options[1]
         with torch.no_grad():
             seen[name] = memory(input_ids=ids).logits

@@ -42,9 +42,8 @@ def test_recall_with_a_memory_and_without(monkeypatch, capsys, tmp_path):
         ("tracking", 220),
     ]
     assert alone["provenance"]["command"].endswith("--examples 2 --seed 0")
-    code, shown, err = invoke(
-        monkeypatch, capsys, "recall", "--memory", memory, *common
-    )  # the model is the one it was made for
+    # The model is the one it was made for.
+    code, shown, err = invoke(monkeypatch, capsys, "recall", "--memory", memory, *common)
     assert code == 0, err
     plain = tmp_path / "all.txt"
     plain.write_text("the memory is addressed by the last tokens.\n" * 40)

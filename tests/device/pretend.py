@@ -146,9 +146,8 @@ def _refuse_two_devices(func, args, here):
     if func in _INDEXED:
         if not isinstance(args[0], PretendTensor):
             raise RuntimeError(f"{func}: indices on {DEVICE} of a tensor on the CPU")
-        here = [
-            x for x in here if func in _WRITES_AT and x is args[2]
-        ]  # a device takes indices from the CPU, values it does not
+        # A device takes indices from the CPU, values it does not.
+        here = [x for x in here if func in _WRITES_AT and x is args[2]]
     if here:
         raise RuntimeError(
             f"{func}: expected all tensors on one device, got {DEVICE} and, on the CPU, {[tuple(x.shape) for x in here]}"

@@ -104,7 +104,7 @@ def test_facts_that_are_taught_again_are_not_counted_twice():
 def test_forgetting_undoes_teaching_bit_for_bit(tmp_path):
     editor = make_editor()
     editor.teach(FACTS)
-    before, ledger = tensors(editor), editor._holdings.ledger.to_dict()
+    before, ledger = tensors(editor), editor.holdings.ledger.to_dict()
     text = [logits(editor, prompt) for fact in [*FACTS, *MORE] for prompt in fact.prompts]
     editor.save(tmp_path / "before")
     editor.teach(MORE)
@@ -114,7 +114,7 @@ def test_forgetting_undoes_teaching_bit_for_bit(tmp_path):
     assert report.rows_removed > 0
     assert report.no_longer_exact == []
     assert same(tensors(editor), before)
-    assert editor._holdings.ledger.to_dict() == ledger
+    assert editor.holdings.ledger.to_dict() == ledger
     after = [logits(editor, prompt) for fact in [*FACTS, *MORE] for prompt in fact.prompts]
     assert all(torch.equal(a, b) for a, b in zip(text, after))
     editor.save(tmp_path / "after")
@@ -135,9 +135,10 @@ def test_rows_belong_to_facts():
     rows = {fact.id: editor.rows_of(fact.id)["2"] for fact in editor.facts}
     assert sorted(row for owned in rows.values() for row in owned) == sorted(editor.table("2").row_ids.tolist())
     assert editor.owners("2", rows["beta"][:2]) == {row: ["beta"] for row in rows["beta"][:2]}
-    with editor.without(["beta"]):
-        assert answers(editor, FACTS[1:2]) != ["7319"]
-        assert len(editor.facts) == 2
+    for left_out in ("beta", ["beta"], iter(["beta", "beta"])):  # one id, and no list of its letters
+        with editor.without(left_out):
+            assert answers(editor, FACTS[1:2]) != ["7319"]
+            assert len(editor.facts) == 2
     assert answers(editor, FACTS[1:2]) == ["7319"]
 
 
@@ -222,13 +223,13 @@ def test_contradictions_are_refused_or_replaced():
     assert same(tensors(editor), before)
     editor.teach([new], replace_answers=True)
     assert answers(editor, [new]) == ["9999"]
-    assert "beta" not in editor._holdings.ledger
+    assert "beta" not in editor.holdings.ledger
 
 
 def test_an_interruption_leaves_the_memory_as_it_was():
     editor = make_editor()
     editor.teach(FACTS)
-    before, ledger, saved = tensors(editor), editor._holdings.ledger.to_dict(), editor.memory.ledger
+    before, ledger, saved = tensors(editor), editor.holdings.ledger.to_dict(), editor.memory.ledger
 
     def stop(done, total):
         raise KeyboardInterrupt
@@ -236,7 +237,7 @@ def test_an_interruption_leaves_the_memory_as_it_was():
     with pytest.raises(KeyboardInterrupt):
         editor.teach(MORE, progress=stop)
     assert same(tensors(editor), before)
-    assert editor._holdings.ledger.to_dict() == ledger
+    assert editor.holdings.ledger.to_dict() == ledger
     assert editor.memory.ledger == saved
     assert type(editor.table("2")).__name__ == "VerifiedTable"
     assert not any("forward" in block.__dict__ for block in editor.memory.base_model.model.layers)
@@ -365,11 +366,11 @@ def test_keys_are_the_shortest_distinctive_ends():
 def test_the_ledger_round_trips():
     editor = make_editor()
     editor.teach(FACTS, source="f.yaml", checksum="c")
-    fields = editor._holdings.ledger.to_dict()
+    fields = editor.holdings.ledger.to_dict()
     assert Ledger.from_dict(fields).to_dict() == fields
     assert fields["sources"] == [{"file": "f.yaml", "sha256": "c"}]
-    assert len(editor._holdings.ledger) == 3
-    assert "beta" in editor._holdings.ledger
+    assert len(editor.holdings.ledger) == 3
+    assert "beta" in editor.holdings.ledger
 
 
 def test_a_memory_already_attached_is_refused():
@@ -400,15 +401,15 @@ def test_new_phrasings_join_a_known_fact():
     more = Fact(("KEY:beta 20", "Say beta."), "7319", "number")
     report = editor.teach([more])
     assert (report.taught, report.already_known, report.replaced) == (["beta"], [], [])
-    assert [p.text for p in editor._holdings.ledger["beta"].prompts] == ["KEY:beta 20", "Say beta."]
+    assert [p.text for p in editor.holdings.ledger["beta"].prompts] == ["KEY:beta 20", "Say beta."]
     assert answers(editor, [more]) == ["7319", "7319"]
     assert editor.teach([Fact(("Say beta.",), "7319")]).taught == []
     assert editor.teach([Fact(("Beta, please:",), "7319", id="beta")]).taught == ["beta"]  # by its id
-    assert len(editor._holdings.ledger["beta"].prompts) == 3
+    assert len(editor.holdings.ledger["beta"].prompts) == 3
     assert all(editor.verify().values())
     both = [Fact(("Say beta.", "one more"), "7319"), Fact(("Beta, please:", "and more"), "7319")]
     assert editor.teach(both).taught == ["beta"]  # two that join the same fact
-    assert len(editor._holdings.ledger["beta"].prompts) == 5
+    assert len(editor.holdings.ledger["beta"].prompts) == 5
     assert len(editor.facts) == 3
     assert all(editor.verify().values())
 
@@ -542,9 +543,9 @@ def test_replacing_asks_whoever_leant_on_what_leaves(monkeypatch):
     editor = make_editor()
     editor.teach(FACTS)
     before = tensors(editor)
-    leaning = editor._holdings.ledger["door"]
-    monkeypatch.setattr(editor._holdings, "leaning_on", lambda rows: [leaning])
-    monkeypatch.setattr(editor._holdings, "not_exact", lambda facts, *_: [fact.id for fact in facts if fact is leaning])
+    leaning = editor.holdings.ledger["door"]
+    monkeypatch.setattr(editor.holdings, "leaning_on", lambda rows: [leaning])
+    monkeypatch.setattr(editor.holdings, "not_exact", lambda facts, *_: [fact.id for fact in facts if fact is leaning])
     with pytest.raises(TeachError, match="'KEY:alpha 18'"):
         editor.teach([Fact(FACTS[1].prompts, "other", id="beta")], replace_answers=True)
     assert same(tensors(editor), before)
@@ -553,16 +554,16 @@ def test_replacing_asks_whoever_leant_on_what_leaves(monkeypatch):
 def test_a_lesson_that_would_change_an_earlier_answer_is_not_written(monkeypatch):
     editor = make_editor()
     editor.teach(FACTS)
-    before, ledger = tensors(editor), editor._holdings.ledger.to_dict()
-    leaning, not_exact = editor._holdings.ledger["door"], editor._holdings.not_exact
-    monkeypatch.setattr(editor._holdings, "leaning_on", lambda rows: [leaning])
+    before, ledger = tensors(editor), editor.holdings.ledger.to_dict()
+    leaning, not_exact = editor.holdings.ledger["door"], editor.holdings.not_exact
+    monkeypatch.setattr(editor.holdings, "leaning_on", lambda rows: [leaning])
     monkeypatch.setattr(
-        editor._holdings, "not_exact", lambda facts, *rest: ["door"] if facts == [leaning] else not_exact(facts, *rest)
+        editor.holdings, "not_exact", lambda facts, *rest: ["door"] if facts == [leaning] else not_exact(facts, *rest)
     )
     with pytest.raises(TeachError, match=r"would change 1 earlier answer\(s\): 'KEY:alpha 18'"):
         editor.teach(MORE)
     assert same(tensors(editor), before)
-    assert editor._holdings.ledger.to_dict() == ledger == editor.memory.ledger
+    assert editor.holdings.ledger.to_dict() == ledger == editor.memory.ledger
 
 
 def test_editors_of_one_memory_know_of_each_other():
@@ -701,6 +702,10 @@ def test_a_memory_over_another_is_saved_without_a_warning(tmp_path, caplog):
 def test_what_is_no_id_is_not_forgotten():
     with pytest.raises(TeachError, match="forget: got None, expected the id of a fact"):
         make_editor().forget(None)
+    with pytest.raises(TeachError, match="without: got None, expected the id of a fact"), make_editor().without(None):
+        pass
+    with pytest.raises(TeachError, match="no fact 'nope'"), make_editor().without("nope"):
+        pass
 
 
 def test_a_save_waits_for_a_lesson_or_is_refused_within_one(tmp_path):
@@ -843,8 +848,8 @@ def test_a_forgotten_fact_is_told_once_with_the_facts_that_it_breaks(monkeypatch
     editor = make_editor()
     editor.teach(FACTS)
     others = [fact for fact in editor.facts if fact.id != FACTS[0].id]
-    monkeypatch.setattr(editor._holdings, "leaning_on", lambda rows: others[:2])
-    monkeypatch.setattr(editor._holdings, "not_exact", lambda facts, *_: [fact.id for fact in facts[1:]])
+    monkeypatch.setattr(editor.holdings, "leaning_on", lambda rows: others[:2])
+    monkeypatch.setattr(editor.holdings, "not_exact", lambda facts, *_: [fact.id for fact in facts[1:]])
     report = editor.forget([FACTS[0].id, FACTS[0].id])
     assert report.forgotten == [FACTS[0].id]
     assert report.no_longer_exact == [others[1].id]

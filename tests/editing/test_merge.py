@@ -94,7 +94,7 @@ def test_contradictions_are_refused_or_decided_aloud(tmp_path):
         union.memory.load_memory(tmp_path / side / "c")
         union = type(union)(union.memory, union.tokenizer)
         assert {f.id for f in union.facts} == {"alpha", "gamma", kept}
-        assert union._holdings.ledger[kept].answer == answer
+        assert union.holdings.ledger[kept].answer == answer
         assert all(union.verify().values())
 
 

@@ -44,14 +44,14 @@ def knowing():
     facts = load_facts(BUNDLED_MODEL.parent / "facts.yaml")[::12]
     editor = MemoryEditor.create(model, tokenizer, dtype="float32")
     assert not editor.teach(facts).not_exact
-    return editor, facts, editor._holdings.rows()
+    return editor, facts, editor.holdings.rows()
 
 
 @pytest.mark.parametrize("form", ["int8", "float8", "int4"])
 def test_facts_survive_in_fewer_bits_and_behind_other_text(knowing, form):
     editor, facts, rows = knowing
     convert(editor, "float32")
-    editor._holdings.put_back(rows)
+    editor.holdings.put_back(rows)
     convert(editor, form)
     assert all(editor.verify().values())  # 4 bits too, on these facts; see the lab notes for its margins
     few = [Fact(fact.prompts[:1], fact.answer, fact.category, (), fact.id) for fact in facts[::6]]
@@ -67,9 +67,8 @@ def test_more_is_taught_and_forgotten_bit_for_bit(form, tmp_path):
     assert not editor.teach(EXTRA).not_exact
     held = editor.table("2").stored
     kept = held.select(torch.isin(held.row_ids, before[0]))
-    assert same_bits(
-        [x for x in vars(kept).values() if isinstance(x, torch.Tensor)], before
-    )  # rows written earlier were not touched
+    # Rows written earlier were not touched.
+    assert same_bits([x for x in vars(kept).values() if isinstance(x, torch.Tensor)], before)
     assert all(editor.verify().values())
     assert list(editor.why("KEY:gamma 4").facts) == ["gamma"]
     editor.save(tmp_path)
@@ -82,9 +81,8 @@ def test_more_is_taught_and_forgotten_bit_for_bit(form, tmp_path):
     with again.without(["alpha"]):
         pass
     assert same_bits(bits(again), before)
-    again.memory.to(
-        torch.bfloat16 if FORMATS[form].quantised else getattr(torch, form)
-    )  # stored bits are no floating point weights
+    # Stored bits are no floating point weights.
+    again.memory.to(torch.bfloat16 if FORMATS[form].quantised else getattr(torch, form))
     assert same_bits(bits(again), before)
 
 

@@ -19,7 +19,7 @@ def write_rows(memory):
     from engram.editing.keys import plan_rows
 
     for layer, planned in plan_rows(memory.mapping, PROMPTS).items():
-        table = memory.engrams[layer].multi_head_embedding.embedding
+        table = memory.engrams[layer].table
         rows, where = planned.row_ids.flatten().unique(return_inverse=True)
         tags = torch.zeros(len(rows), dtype=torch.int32).scatter(0, where, planned.tags.flatten())
         table.insert(rows, tags, torch.randn(len(rows), table.dim))
@@ -62,7 +62,7 @@ def test_gradients_equal_those_of_the_whole_model():
     config = EngramConfig.for_teaching(layer_ids=(1,), pad_id=1, max_ngram_size=8)
     memory = get_engram_model(tiny_model(), config, tiny_tokenizer())
     write_rows(memory)
-    table = memory.engrams["1"].multi_head_embedding.embedding
+    table = memory.engrams["1"].table
     table.weight.requires_grad_()
     ids, mask, answer = prompt_tensors(memory, PROMPTS)
     memory(input_ids=ids, attention_mask=mask, use_cache=False).logits[answer].square().sum().backward()

@@ -77,3 +77,7 @@ def test_a_model_without_experts_is_left_alone():
     before = model.config._experts_implementation
     experts.multiply_as_autocast(model)
     assert model.config._experts_implementation == before
+
+
+def test_the_factor_of_experts_may_be_a_whole_number():
+    assert BackboneConfig(architecture="deepseek_v3", routed_scaling_factor=2).to_transformers().routed_scaling_factor == 2.0

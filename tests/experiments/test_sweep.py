@@ -17,12 +17,11 @@ from filelock import FileLock
 from engram import CheckpointError, ConfigError, DataError, TrainingError
 from engram.checkpoint import sole_writer
 from engram.config import EngramConfig
-from engram.data.recipe import read_value
 from engram.experiments import BackboneConfig, read_base, read_point, read_sweep, run_point, run_sweep
 from engram.experiments import point as point_module
 from engram.experiments import sweep as sweep_module
 from engram.experiments.data import prepare_data
-from engram.experiments.recipe import BudgetRecipe, DataRecipe
+from engram.experiments.recipe import BudgetRecipe, DataRecipe, PointRecipe
 from engram.experiments.summary import summarise
 from engram.experiments.sweep import changes_since, kept_aside
 from tests.training.paused import Paused
@@ -368,6 +367,7 @@ def test_models_side_by_side_are_compared_with_the_one_that_the_recipe_names():
         ({"variants": {"rho": {"0.6": {"learning_rate": float("nan")}}}, "tune": None}, "learning_rate: got nan"),
         ({"variants": {"rho": {"0.6": {"balance_rate": float("inf")}}}, "tune": None}, "balance_rate: got inf"),
         ({"tune": ["x"]}, "wrong form"),
+        ({"variants": {"rho": {"0.6": ["x"]}}, "tune": None}, "wrong form"),
         ({"base": ["x"]}, "expected a mapping as in"),
         ({"variants": ["x"]}, "wrong form"),
         ({"variants": {"rho": {0.6: {"budget.rho": 0.6}}}}, 'expected text: write "0.6"'),
@@ -427,6 +427,7 @@ def test_impossible_sweeps_are_refused_before_anything_runs(tmp_path, change, wo
         ({"data": None}, "data: got None, expected a mapping"),
         ({"data": {"corpus": None}}, "DataRecipe.corpus"),
         ({"backbone": None}, "backbone: got None, expected a mapping"),
+        ({"backbone": {"hidden_size": 10**30}}, "hidden_size: got 10*, expected an int of at least 1 and below"),
         ({"engram": {"layer_ids": 1}}, "layer_ids: got 1"),
         ({"engram": {"layer_ids": [0, 9]}}, r"engram.layer_ids: got \[9\], expected 0..1: backbone.num_hidden_layers is 2"),
     ],
@@ -436,6 +437,16 @@ def test_impossible_runs_are_refused_too(tmp_path, change, words):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(fields))
     with pytest.raises(ConfigError, match=words):
         read_point(tmp_path / "run.yaml")
+
+
+def test_errors_of_the_library_are_not_put_down_to_the_recipe(monkeypatch):
+    def broken(self):
+        return [].nothing
+
+    monkeypatch.setattr(PointRecipe, "solved", broken)
+    for read, recipe in ((read_point, RECIPES / "train_tiny.yaml"), (read_sweep, TINY)):
+        with pytest.raises(AttributeError, match="nothing"):
+            read(recipe)
 
 
 @pytest.mark.parametrize(
@@ -494,7 +505,6 @@ def test_numbers_may_be_written_without_a_point(tmp_path):
     text = (RECIPES / "train_tiny.yaml").read_text()
     (tmp_path / "run.yaml").write_text(text.replace("../corpus", str(RECIPES.parent / "corpus")) + "\nlearning_rate: 1e-3\n")
     assert read_point(tmp_path / "run.yaml").learning_rate == 1e-3
-    assert [read_value(x) for x in ("1E+2", "-2.5e3", ".5e-1", "e3", "1e", "12")] == [100.0, -2500.0, 0.05, "e3", "1e", 12]
 
 
 def test_measuring_takes_nothing_from_the_tokens_per_second_of_a_point(monkeypatch):
@@ -531,6 +541,12 @@ def test_a_folder_of_another_point_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"another recipe; nothing was trained there yet: delete .*recipe.json"):
         run_point(recipe, data, tmp_path)
     assert (tmp_path / "recipe.json").read_text() == "{}"
+    for damaged in ('{"identity": ', "[]", "[" * 100_000):
+        (tmp_path / "recipe.json").write_text(damaged)
+        with pytest.raises(
+            CheckpointError, match=r"recipe.json is damaged, .*nothing was trained there yet: delete .*recipe.json"
+        ):
+            run_point(recipe, data, tmp_path)
 
 
 def test_a_finished_point_is_not_taken_for_one_on_other_text(tmp_path):

@@ -74,12 +74,11 @@ def test_odd_sizes_and_numbers_out_of_range(name, dim):
         numbers = torch.randint(70, (count,))
         numbers[: count // 20] = 70
         numbers[: count // 40] = -1
-        out, bad = torch.full((count, dim), float("nan"), device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
-        kernel(stored.cuda(), None if scales is None else scales.cuda(), numbers.cuda(), out, bad)
+        out = torch.full((count, dim), float("nan"), device="cuda")
+        kernel(stored.cuda(), None if scales is None else scales.cuda(), numbers.cuda(), out)
         expected = FORMATS[name].decode(stored, scales)[numbers.clamp(0, 69)]
         expected[(numbers < 0) | (numbers >= 70)] = 0
         assert torch.equal(out.cpu(), expected)
-        assert bool(bad) == (count >= 20)
 
 
 def test_host_memory_is_read_by_the_device_itself_and_unlocked_again():
@@ -127,7 +126,7 @@ def test_training_steps_are_those_of_the_cpu(kernels, tier, mode, tmp_path):
         memory = get_engram_model(tiny_model().to(device), tiny_config(table_init="normal"), tiny_tokenizer(), config)
         memory.prefetch_rows = mode
         for engram in memory.engrams.values():
-            table = engram.multi_head_embedding.embedding
+            table = engram.table
             table.load_rows(0, random_rows(table.rows, table.dim))
         with torch.no_grad():
             for name, parameter in memory.engrams.named_parameters():
@@ -213,7 +212,7 @@ def test_verified_rows_on_the_gpu():
         rows = engram.multi_head_embedding.row_ids(hash_ids)[0, ::3].flatten()
         unique, where = torch.unique(rows, return_inverse=True)
         owners = torch.zeros(len(unique), dtype=torch.int32).scatter_(0, where, tags[0, ::3].flatten())
-        engram.multi_head_embedding.embedding.insert(unique, owners, random_rows(len(unique), 4))
+        engram.table.insert(unique, owners, random_rows(len(unique), 4))
     memory.eval()
     with torch.no_grad():
         expected = memory(input_ids=IDS, use_cache=False).logits

@@ -60,7 +60,7 @@ def test_a_compiled_model_that_replays_graphs(tier):
 
 def test_a_table_is_made_on_the_device():
     memory = memory_on_the_device(table_init="zero")
-    table = memory.engrams["0"].multi_head_embedding.embedding
+    table = memory.engrams["0"].table
     assert table.weight.device.type == DEVICE
     cpu = get_engram_model(tiny_model(), tiny_config(table_init="zero"), tiny_tokenizer()).eval()
     with torch.no_grad():

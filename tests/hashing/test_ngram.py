@@ -26,9 +26,8 @@ class Vocabulary:
         return f"raw{i}"
 
 
-SIZES = st.one_of(
-    st.integers(1, 5000), st.integers(8192, 10**6), st.integers(2**31, 2**33)
-)  # below 8192 kernels divide in integers
+# Below 8192 kernels divide in integers.
+SIZES = st.one_of(st.integers(1, 5000), st.integers(8192, 10**6), st.integers(2**31, 2**33))
 
 
 @st.composite

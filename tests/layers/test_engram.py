@@ -70,7 +70,7 @@ def test_table_gradient_holds_touched_rows_only():
     layer = randomise(make_layer())
     hidden, ids = inputs()
     layer(hidden, ids).sum().backward()
-    gradient = layer.multi_head_embedding.embedding.weight.grad
+    gradient = layer.table.weight.grad
     assert gradient.is_sparse
     touched = layer.multi_head_embedding.row_ids(layer.mapping.hash(ids)[1]).unique()
     assert torch.equal(gradient.coalesce().indices()[0], touched)

@@ -133,7 +133,7 @@ def test_what_it_holds_itself_gets_gradients():
     layer(hidden, ids).sum().backward()
     assert layer.openness.grad
     assert layer.value_proj.weight.grad.abs().sum() > 0
-    assert layer.multi_head_embedding.embedding.weight.grad.is_sparse
+    assert layer.table.weight.grad.is_sparse
     assert layer.key_projs[0].weight.grad is None
 
 

@@ -127,7 +127,7 @@ def test_only_parameters_that_are_used_exist():
 def test_a_layer_is_as_wide_as_its_orders():
     layer = make_layer(1, layer_orders={1: [3]})
     assert (layer.num_heads, layer.value_proj.in_features, layer.key_projs[0].in_features) == (4, 16, 16)
-    assert layer.multi_head_embedding.embedding.rows == sum(make_layer().mapping.head_sizes(1)[4:])
+    assert layer.table.rows == sum(make_layer().mapping.head_sizes(1)[4:])
     hidden, ids = inputs()
     with pytest.raises(ConfigError, match=r"hash_ids: got \[2, 13, 8\], expected \[2, 13, 4\]"):
         layer(hidden, hash_ids=make_layer().mapping.hash(ids)[1])
@@ -187,7 +187,7 @@ def test_concat_starts_as_add_and_everything_in_it_learns(branches):
     assert_close(layers[0](hidden, ids), layers[1](hidden, ids))
     new = make_layer(branches, fuse="concat")  # rows are zero
     optimiser = torch.optim.SGD([p for n, p in new.named_parameters() if "embedding" not in n], lr=0.1)
-    tables = torch.optim.SparseAdam([new.multi_head_embedding.embedding.weight], lr=0.1)
+    tables = torch.optim.SparseAdam([new.table.weight], lr=0.1)
     for _ in range(2):
         new.zero_grad()
         (new(hidden, ids) - hidden).square().mean().backward()
@@ -254,7 +254,7 @@ def test_raw_ids_are_no_compression(branches):
     whole = layer(hidden, ids)
     whole.sum().backward()
     touched = layer.multi_head_embedding.row_ids(torch.from_numpy(raw)).unique()
-    assert torch.equal(layer.multi_head_embedding.embedding.weight.grad.coalesce().indices()[0], touched)
+    assert torch.equal(layer.table.weight.grad.coalesce().indices()[0], touched)
     state = EngramState()
     with torch.no_grad():
         parts = [layer(hidden[:, t : t + 1], ids[:, t : t + 1], state=state) for t in range(13)]

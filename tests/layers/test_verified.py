@@ -37,7 +37,7 @@ def write(layer, ids, positions, order, seed=0):
     columns = slice((order - 2) * 2, (order - 1) * 2)
     rows = layer.multi_head_embedding.row_ids(hash_ids)[0, positions][:, columns].flatten()
     values = torch.randn(len(rows), 4, generator=torch.Generator().manual_seed(seed))
-    layer.multi_head_embedding.embedding.insert(rows, tags[0, positions][:, columns].flatten(), values)
+    layer.table.insert(rows, tags[0, positions][:, columns].flatten(), values)
 
 
 def inputs(branches=1, length=11):
@@ -56,10 +56,10 @@ def test_equals_a_dense_layer_that_holds_the_same_rows(branches, use_conv):
     write(tagged, ids, [7], 4, seed=1)
     config = tagged.config.replace(verify_rows=False)
     dense = Engram(config, tagged.mapping, 1)
-    table = tagged.multi_head_embedding.embedding
+    table = tagged.table
     dense.load_state_dict({k: v for k, v in tagged.state_dict().items() if ".embedding." not in k}, strict=False)
     with torch.no_grad():
-        dense.multi_head_embedding.embedding.weight[table.row_ids] = table.weight
+        dense.table.weight[table.row_ids] = table.weight
     read = dense.mapping.hash(ids)[1]
     hit = torch.isin(dense.multi_head_embedding.row_ids(read), table.row_ids).sum()
     assert int(hit) == len(table.row_ids)  # no row is read by chance

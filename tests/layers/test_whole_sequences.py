@@ -168,9 +168,8 @@ def test_checkpointed_and_compiled_layers_give_the_same(calls):
     got = step(recomputed, hidden, hash_ids, mask)
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
     calls.clear()
-    compiled = torch.compile(
-        layer, backend="eager"
-    )  # the look-up, whose gradient is sparse, stays out of a graph that is trained
+    # The look-up, whose gradient is sparse, stays out of a graph that is trained.
+    compiled = torch.compile(layer, backend="eager")
     compiled.zero_grad = layer.zero_grad
     result = compiled(hidden, hash_ids=hash_ids, attention_mask=mask)
     assert_close(result, expected["output"])

@@ -94,9 +94,8 @@ def test_four_dimensional_masks_tell_padding_too(memory):
     for four in (allowed, additive, {"full_attention": additive}):
         with torch.no_grad(), memory.record() as traces:
             if isinstance(four, dict):
-                with pytest.raises(
-                    (AttributeError, TypeError, ValueError)
-                ):  # Llama itself takes no dict, but padding is read from it first
+                # Llama itself takes no dict, but padding is read from it first.
+                with pytest.raises((AttributeError, TypeError, ValueError)):
                     memory(input_ids=ids, attention_mask=four, position_ids=positions(mask), use_cache=False)
                 continue
             got = memory(input_ids=ids, attention_mask=four, position_ids=positions(mask), use_cache=False).logits

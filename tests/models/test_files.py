@@ -404,7 +404,7 @@ def test_a_save_without_its_note_is_known_again(saved, tmp_path, monkeypatch):
     """Killed between the save and the note of what the row files hold."""
     monkeypatch.chdir(tmp_path)
     memory = load(saved, table_config=ROW_FILES)
-    memory.engrams["0"].multi_head_embedding.embedding.update_rows(torch.tensor([1, 2]), lambda rows: rows + 1)
+    memory.engrams["0"].table.update_rows(torch.tensor([1, 2]), lambda rows: rows + 1)
     expected = logits_of(memory)
     with monkeypatch.context() as patch:
         patch.setattr(files, "stamp_rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -446,7 +446,7 @@ except TableError as error:
         assert reader.stdout.readline() == "trained: True\n"
         assert reader.stdout.readline() == "ready\n"
         assert torch.equal(torch.load("logits"), expected)
-        first.engrams["0"].multi_head_embedding.embedding.update_rows(torch.tensor([1]), lambda rows: rows + 1)
+        first.engrams["0"].table.update_rows(torch.tensor([1]), lambda rows: rows + 1)
         said, _ = reader.communicate("go\n")
     assert "another process changes its rows" in said
 
@@ -461,7 +461,7 @@ def test_copies_that_a_writer_saves_take_nothing_from_readers(saved, tmp_path, m
         assert torch.equal(logits_of(reader), expected)
     for folder in (saved, tmp_path / "checkpoint-19"):
         assert torch.equal(logits_of(load(folder, table_config=ROW_FILES)), expected)
-    writer.engrams["0"].multi_head_embedding.embedding.update_rows(torch.tensor([1]), lambda rows: rows + 1)
+    writer.engrams["0"].table.update_rows(torch.tensor([1]), lambda rows: rows + 1)
     writer.save_pretrained(tmp_path / "checkpoint-20")
     with pytest.raises(TableError, match="another process changes its rows"):
         logits_of(reader)
@@ -478,7 +478,7 @@ def test_a_save_while_a_second_reader_loads_is_read(saved, tmp_path, monkeypatch
         loads.append(args)
         if len(loads) == 1:
             for engram in writer.engrams.values():
-                engram.multi_head_embedding.embedding.update_rows(torch.tensor([1, 2]), lambda rows: rows + 1)
+                engram.table.update_rows(torch.tensor([1, 2]), lambda rows: rows + 1)
             writer.save_pretrained(saved)
         return read(*args, **kwargs)
 

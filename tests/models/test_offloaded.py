@@ -1,10 +1,16 @@
 """Blocks whose weights are elsewhere until they run: on the meta device, with accelerate's hooks."""
 
+from typing import ClassVar
+
 import accelerate
 import pytest
 import torch
 
 from engram import AttachError, MemoryEditor, get_engram_model
+from engram.analysis import Subject
+from engram.evaluation.copying import measure_copying
+from engram.experiments.held_out import measure
+from engram.models import LearnedRouter
 from engram.testing import tiny_config, tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS
 
@@ -54,6 +60,36 @@ def test_facts_are_taught_to_a_model_that_is_offloaded_as_a_whole(tmp_path, capl
     accelerate.cpu_offload(other, execution_device=torch.device("cpu"))
     MemoryEditor.load(other, tmp_path / "plain", tiny_tokenizer())
     assert caplog.text.count("nobody can tell whether they are those") == 1
+
+
+def test_measures_bring_ids_to_where_a_model_that_is_offloaded_computes():
+    plain, model = tiny_model(), tiny_model()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.get_input_embeddings().weight.is_meta
+    assert measure_copying(model, 4, 2) == pytest.approx(measure_copying(plain, 4, 2))
+    prompts = ["the memory", "the text", "of the last", "tokens"]
+    routers = [LearnedRouter.fit(one, tiny_tokenizer(), prompts[:2], prompts[2:]) for one in (model, plain)]
+    assert routers[0].scores(prompts) == pytest.approx(routers[1].scores(prompts))
+    ids = torch.tensor([[5, 6, 7]])
+    logits = [Subject("m", one).logits(ids, torch.ones_like(ids)) for one in (model, plain)]
+    torch.testing.assert_close(*logits)
+    losses = [measure(one, _Blocks())["loss"] for one in (model, plain)]
+    assert losses[0] == pytest.approx(losses[1])
+
+
+class _Blocks:
+    """One block to predict."""
+
+    bytes_by_kind: ClassVar = {"prose": 9}
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, place):
+        return {"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([5, 6, 7])}
+
+    def sum_by_kind(self, losses, indices):
+        return {"prose": (float(losses[0].sum()), 2)}
 
 
 def test_weights_that_are_nowhere_are_refused():

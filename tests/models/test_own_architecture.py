@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from engram import AttachError, EngramModel, get_engram_model, register_architecture
+from engram.analysis.streams import Lens
 from engram.analysis.subject import Subject
 from engram.models import ARCHITECTURES, DecoderLayout
 from engram.testing import tiny_config, tiny_memory, tiny_tokenizer
@@ -96,7 +97,7 @@ def test_attached_trained_looked_at_saved_and_loaded(make, tmp_path):
         base = model(IDS).logits
     memory = get_engram_model(model, tiny_config(), tiny_tokenizer())
     memory(input_ids=IDS, labels=IDS).loss.backward()
-    assert memory.engrams["0"].multi_head_embedding.embedding.weight.grad is not None
+    assert memory.engrams["0"].table.weight.grad is not None
     memory.unload()
     memory = tiny_memory(model)
     with torch.no_grad():
@@ -114,6 +115,17 @@ def test_attached_trained_looked_at_saved_and_loaded(make, tmp_path):
     again = EngramModel.from_pretrained(make(), tmp_path, tiny_tokenizer()).eval()
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, spoken)
+
+
+@pytest.mark.parametrize("make", [lambda: Complete(MyConfig(**SIZES)), Bare], ids=["transformers", "torch"])
+def test_the_lens_wants_to_know_the_head_and_nothing_else(make, monkeypatch):
+    memory = tiny_memory(make().eval())
+    with pytest.raises(AttachError, match=r"logit lens: got a \w+ without get_output_embeddings\(\) that gives its head"):
+        Lens(Subject("mine", memory))
+    monkeypatch.setattr(type(memory.base_model), "get_output_embeddings", lambda self: self.head, raising=False)
+    lens = Lens(Subject("mine", memory))
+    with torch.no_grad():
+        torch.testing.assert_close(lens.logits(memory.base_model.trunk(IDS)[0]), memory.base_model(IDS).logits[0])
 
 
 def refused(model, message):

@@ -102,9 +102,8 @@ def test_an_own_layer_is_trained():
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     still = {name for name, p in memory.engrams.named_parameters() if torch.equal(p, before[name])}
-    assert still == {
-        name for name in before if "key_projs" in name or "norm1" in name or "norm2" in name
-    }  # it does not ask these
+    # It does not ask these.
+    assert still == {name for name in before if "key_projs" in name or "norm1" in name or "norm2" in name}
 
 
 def test_an_own_layer_is_saved_under_its_name_and_loaded_by_its_class(tmp_path):

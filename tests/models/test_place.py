@@ -33,7 +33,7 @@ def logits(memory):
 
 
 def table_of(memory, layer="0"):
-    return memory.engrams[layer].multi_head_embedding.embedding
+    return memory.engrams[layer].table
 
 
 def test_places_and_costs_are_told(saved):

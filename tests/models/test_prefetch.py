@@ -23,7 +23,7 @@ def placed(tier, path):
     config = TableConfig(tier=tier, path=str(path) if tier == "mmap" else None)
     memory = get_engram_model(tiny_model(), tiny_config(table_init="normal"), tiny_tokenizer(), config)
     for engram in memory.engrams.values():
-        table = engram.multi_head_embedding.embedding
+        table = engram.table
         table.load_rows(0, torch.randn(table.rows, table.dim, generator=torch.Generator().manual_seed(3)))
     return memory.eval()
 

@@ -47,6 +47,11 @@ def test_rules_are_checked(tmp_path):
     assert EngramRouter.from_yaml(tmp_path / "r.yaml").scores(["x", "y"]) == [0.4, 0.0]
 
 
+def test_scores_of_rules_may_be_written_as_in_recipes(tmp_path):
+    (tmp_path / "r.yaml").write_text("rules:\n- {name: a, pattern: x, score: 9e-1}\notherwise: 1e-1\n")
+    assert EngramRouter.from_yaml(tmp_path / "r.yaml").scores(["x", "y"]) == [0.9, 0.1]
+
+
 @pytest.mark.parametrize("make", [lambda: make_taught().memory, lambda: tiny_memory(tiny_model())], ids=["taught", "trained"])
 def test_a_bypassed_sequence_equals_the_base_bit_for_bit(make):
     memory = make()

@@ -159,7 +159,7 @@ def test_facts_over_facts():
     upper = MemoryEditor.create(lower.memory, tiny_tokenizer(), seed=1)
     upper.teach(FACTS[1:])
     assert all(upper.verify().values())
-    with upper._holdings.evaluating():
+    with upper.holdings.evaluating():
         assert all(lower.verify().values())
 
 

@@ -84,7 +84,7 @@ def test_verified_rows_on_fixed_buffers(monkeypatch, with_native):
         rows = engram.multi_head_embedding.row_ids(hash_ids)[:, -3:].flatten()
         unique, first = torch.unique(rows, return_inverse=True)
         owners = torch.zeros(len(unique), dtype=torch.int32).scatter_(0, first, tags[:, -3:].flatten())
-        engram.multi_head_embedding.embedding.insert(unique, owners, torch.randn(len(unique), 4))
+        engram.table.insert(unique, owners, torch.randn(len(unique), 4))
     memory.eval()
     if not with_native:
         monkeypatch.setattr(native, "_core", None)

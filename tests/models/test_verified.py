@@ -75,7 +75,7 @@ def test_rows_that_are_damaged_are_refused(editor, tmp_path):
         with pytest.raises(CheckpointError, match="out of order or out of range"):
             base.load_memory(tmp_path)
         (tmp_path / "engram.json").write_text(text)
-        assert base.engrams["2"].multi_head_embedding.embedding.stored_rows == 0
+        assert base.engrams["2"].table.stored_rows == 0
     save_file(whole, file)
     entry = {"file": file.name, "bytes": file.stat().st_size}
     (tmp_path / "engram.json").write_text(json.dumps({**description, "weights": entry, "reader_sha256": "0" * 64}))

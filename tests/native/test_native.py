@@ -65,10 +65,9 @@ def test_verified_rows_are_found_as_pytorch_finds_them(data):
     rows = (hash_ids + engram.multi_head_embedding.offsets).flatten()
     chosen = torch.randperm(len(rows), generator=rng)[: data.draw(st.integers(0, 60))]
     written, at = rows[chosen].unique(return_inverse=True)
-    owner = torch.zeros(len(written), dtype=torch.int32).scatter_(
-        0, at, tags.flatten()[chosen]
-    )  # of several n-grams, one owns the row
-    table = engram.multi_head_embedding.embedding
+    # Of several n-grams, one owns the row.
+    owner = torch.zeros(len(written), dtype=torch.int32).scatter_(0, at, tags.flatten()[chosen])
+    table = engram.table
     table.insert(written, owner, torch.ones(len(written), table.dim))
     expected = engram.find_slots(hash_ids, tags, mask)
     found = engram.find(ids, history, mask)

@@ -41,13 +41,12 @@ def machine_code(kernel, types, constants, architecture):
     ids=["plain", "int8", "float8", "int4"],
 )
 def test_the_gather_compiles(kind, data, scales, architecture):
-    types = {"data": data, "scales": scales, "row_ids": "*i64", "out": "*bf16", "bad": "*i32", "rows": "i64", "count": "i32"}
+    types = {"data": data, "scales": scales, "row_ids": "*i64", "out": "*bf16", "rows": "i64", "count": "i32"}
     constants = {
         "KIND": kind,
         "DIM": 64,
         "WIDTH": 32 if kind == 3 else 64,
         "SCALES": 2,
-        "FLAG": True,
         "BLOCK_N": 8,
         "BLOCK_D": 64,
     }

@@ -72,15 +72,13 @@ def test_pictures_of_sweeps(question, tmp_path):
 
 
 def test_pictures_of_one_seed_and_of_little(tmp_path):
-    assert (
-        len(plot_sweep(made_up.allocation((0,), shares=(0.8, 0.6)), tmp_path, "few", PAPER)) == 2
-    )  # no experts alone: no gain
+    # No experts alone: no gain.
+    assert len(plot_sweep(made_up.allocation((0,), shares=(0.8, 0.6)), tmp_path, "few", PAPER)) == 2
     assert len(plot_sweep(made_up.slots((0,)), tmp_path, "one")) == 2  # nothing of the paper beside it
     assert len(plot_sweep(made_up.ablation((0,), {"no conv": {}}), tmp_path, "arm", PAPER)) == 1  # curves: no reference
     assert plot_sweep(made_up.sweep("slots", {"rows": {"none": {}}}, []), tmp_path, "none", PAPER) == []
-    alone = made_up.allocation(
-        (0,), shares=(1.0,)
-    )  # no best share: nothing to name in a legend, which matplotlib would warn of
+    # No best share: nothing to name in a legend, which matplotlib would warn of.
+    alone = made_up.allocation((0,), shares=(1.0,))
     assert len(plot_sweep(alone, tmp_path, "alone", PAPER)) == 2
 
 

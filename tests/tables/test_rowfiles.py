@@ -432,7 +432,7 @@ def test_a_step_after_a_save_withdraws_the_note_of_the_save(tmp_path):
     def noted():
         return [note_beside(table.path).exists() for table in tables]
 
-    tables = [engram.multi_head_embedding.embedding for engram in memory.engrams.values()]
+    tables = [engram.table for engram in memory.engrams.values()]
     memory(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     memory.save_pretrained(tmp_path / "memory")
     assert all(noted())
@@ -454,13 +454,13 @@ def test_a_memory_made_in_inference_mode_is_one_like_others(tier):
 def test_a_save_is_done_even_if_a_row_file_is_gone(tmp_path, caplog):
     placed = TableConfig(tier="mmap", path=str(tmp_path / "rows"))
     memory = get_engram_model(tiny_model(), tiny_config(table_init="normal"), tiny_tokenizer(), placed)
-    expected = [engram.multi_head_embedding.embedding.weight.detach().clone() for engram in memory.engrams.values()]
+    expected = [engram.table.weight.detach().clone() for engram in memory.engrams.values()]
     (tmp_path / "rows" / "layer-0.rows").unlink()
     memory.save_pretrained(tmp_path / "memory")
     assert "saved, but not noted beside the row file" in caplog.text
     assert note_beside(tmp_path / "rows" / "layer-2.rows").exists()
     again = EngramModel.from_pretrained(tiny_model(), tmp_path / "memory", tiny_tokenizer(), TableConfig())
-    found = [engram.multi_head_embedding.embedding.weight for engram in again.engrams.values()]
+    found = [engram.table.weight for engram in again.engrams.values()]
     assert all(map(torch.equal, found, expected))
 
 
@@ -559,8 +559,8 @@ def test_rows_that_were_half_filled_are_filled_whatever_for(tmp_path, monkeypatc
     gc.collect()
     again = EngramModel.from_pretrained(tiny_model(), tmp_path / "b", tiny_tokenizer(), placed)
     for layer, engram in memory.engrams.items():
-        found = again.engrams[layer].multi_head_embedding.embedding.weight
-        assert torch.equal(found, engram.multi_head_embedding.embedding.weight)
+        found = again.engrams[layer].table.weight
+        assert torch.equal(found, engram.table.weight)
 
 
 def test_a_dense_step_after_a_save_withdraws_the_note_too(tmp_path):

@@ -922,7 +922,7 @@ IDS = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(5))
 def trained_memory(placement=None):
     memory = get_engram_model(tiny_model(), tiny_config(table_init="normal"), tiny_tokenizer(), placement)
     for engram in memory.engrams.values():
-        table = engram.multi_head_embedding.embedding
+        table = engram.table
         table.load_rows(0, random_rows(table.rows, table.dim, 3))
     return memory
 
@@ -940,11 +940,11 @@ def test_a_new_memory_does_not_start_with_the_rows_of_another(tmp_path):
         return get_engram_model(tiny_model(), config, tiny_tokenizer(), dataclasses.replace(placement, **changes))
 
     def rows(memory):
-        return [memory.engrams[layer].multi_head_embedding.embedding.lookup(torch.arange(5)) for layer in memory.engrams]
+        return [memory.engrams[layer].table.lookup(torch.arange(5)) for layer in memory.engrams]
 
     memory = new()
     for engram in memory.engrams.values():
-        engram.multi_head_embedding.embedding.update_rows(torch.arange(5), lambda values: values + 1)
+        engram.table.update_rows(torch.arange(5), lambda values: values + 1)
     with pytest.raises(TableError, match=r"layer-0\.rows exists: .*changed_rows='keep'"):
         new()
     assert all(bool((part == 1).all()) for part in rows(memory))
@@ -1011,7 +1011,7 @@ def test_mapped_rows_are_saved_and_a_truncated_file_is_an_error_then(placement, 
     memory = EngramModel.from_pretrained(tiny_model(), tmp_path / "a", tiny_tokenizer(), placement)
     memory.save_pretrained(tmp_path / "b")
     assert torch.equal(logits(EngramModel.from_pretrained(tiny_model(), tmp_path / "b", tiny_tokenizer())), expected)
-    table = memory.engrams["0"].multi_head_embedding.embedding
+    table = memory.engrams["0"].table
     os.truncate(table.path, 4096)
     with pytest.raises(TableError, match="was truncated"):
         memory.save_pretrained(tmp_path / "b")
@@ -1022,7 +1022,7 @@ def test_rows_mapped_in_place_are_those_of_one_memory_only(tmp_path):
     memory = trained_memory()
     memory.save_pretrained(tmp_path / "a")
     with torch.no_grad():
-        list(memory.engrams.values())[-1].multi_head_embedding.embedding.weight[-1] += 1
+        list(memory.engrams.values())[-1].table.weight[-1] += 1
     memory.save_pretrained(tmp_path / "b")
     memory.unload()
     memory = EngramModel.from_pretrained(tiny_model(), tmp_path / "a", tiny_tokenizer(), TableConfig(tier="mmap"))
@@ -1036,7 +1036,7 @@ def test_loading_into_a_memory_leaves_rows_that_nobody_saved(tmp_path):
     trained_memory().save_pretrained(tmp_path / "a")
     memory = EngramModel.from_pretrained(tiny_model(), tmp_path / "a", tiny_tokenizer(), placement)
     assert memory.table_config == placement  # usable as it is
-    weight = next(iter(memory.engrams.values())).multi_head_embedding.embedding.weight
+    weight = next(iter(memory.engrams.values())).table.weight
     saved = weight[0].clone()
     with torch.no_grad():
         weight[0] += 1

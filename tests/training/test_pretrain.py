@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engram import CheckpointError, ConfigError, DataError
 from engram.data.corpus import build_corpus
 from engram.evaluation import bits_per_byte
+from engram.evaluation.versions import made_with
+from engram.testing import tiny_model, tiny_tokenizer
 from engram.training import pretrain as pretraining
-from engram.training.pretrain import pretrain, read_recipe
+from engram.training.pretrain import export_model, pretrain, read_recipe
 from engram.training.safe_trainer import last_checkpoint
 from tests.training.paused import Paused
 
@@ -44,6 +46,7 @@ def test_a_run_writes_a_model_that_loads(recipe, tmp_path, monkeypatch):
     assert tokenizer(text)["input_ids"][0] == tokenizer.bos_token_id == tokenizer.eos_token_id == 0
     report = json.loads((target / "training.json").read_text())
     assert report["tokens_seen"] == 20 * 4 * 64
+    assert (report["hardware"], report["versions"]) == (made_with()["device"], made_with()["versions"])
     assert report["parameters"] == model.num_parameters()
     assert report["loss"][0]["loss"] > report["loss"][-1]["loss"]
     assert 0 < bits_per_byte(model.float(), tokenizer, ["The capital of France is Paris."]) < 9
@@ -57,6 +60,28 @@ def test_a_run_writes_a_model_that_loads(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining, "build_corpus", lambda *_: changed)
     with pytest.raises(CheckpointError, match="other text"):
         pretrain(recipe, tmp_path / "run", RECIPES)
+
+
+def test_a_model_is_put_back_where_its_successor_was_stopped_between_two_names(recipe, tmp_path, monkeypatch):
+    target, rename = tmp_path / "model", Path.rename
+
+    def stop(self, to):
+        if self.name == ".model.tmp":
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    export_model(tiny_model(), tiny_tokenizer(), target, {"number": 1})
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export_model(tiny_model(), tiny_tokenizer(), target, {"number": 2})
+    monkeypatch.undo()
+    assert not target.exists()
+    with pytest.raises(CheckpointError, match="holds the model of an earlier run"):
+        pretrain(recipe, tmp_path, RECIPES, resume=False)
+    assert json.loads((target / "training.json").read_text()) == {"number": 1}
+    export_model(tiny_model(), tiny_tokenizer(), target, {"number": 3})
+    assert json.loads((target / "training.json").read_text()) == {"number": 3}
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("fresh", [False, True])

@@ -93,7 +93,7 @@ def assert_curves_agree(found, expected, of_loss, of_norm):
 
 
 def rows_of(memory):
-    tables = [engram.multi_head_embedding.embedding for engram in memory.engrams.values()]
+    tables = [engram.table for engram in memory.engrams.values()]
     return [torch.cat([block.clone() for _, block in table.iter_row_blocks()]) for table in tables]
 
 
@@ -245,7 +245,7 @@ def drifted(folder):
     class Drifts(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **_):
             with torch.no_grad():
-                first_layer(model).multi_head_embedding.embedding.weight[0] += process_rank()
+                first_layer(model).table.weight[0] += process_rank()
 
     trainer.add_callback(Drifts())
     import logging
@@ -273,7 +273,7 @@ def stacked(folder):
     for number, (name, memory) in enumerate({"below": below, "middle": middle, "top": top}.items()):
         with torch.no_grad():
             for engram in memory.engrams.values():
-                engram.multi_head_embedding.embedding.weight.fill_(1.0 + number)
+                engram.table.weight.fill_(1.0 + number)
         memory.save_pretrained(folder / name)
     return {"logits": top(input_ids=torch.arange(5, 17)[None]).logits.detach()}
 

@@ -383,7 +383,7 @@ def test_what_came_after_the_division_and_other_divisions_are_refused(seen):
 
 def test_rows_that_are_buffers_are_out_of_sight_while_a_model_is_divided():
     memory = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer(), TableConfig(dtype="int8", tier="host"))
-    tables = [engram.multi_head_embedding.embedding for engram in memory.engrams.values()]
+    tables = [engram.table for engram in memory.engrams.values()]
     before = [dict(table.named_buffers()) for table in tables]
     assert all(before)
     with fsdp._buffers_aside(tables):

@@ -29,6 +29,7 @@ from engram.training import kept_memory, safe_trainer
 from engram.training.guards import is_complete
 from engram.training.lean_loss import causal_lm_loss
 from engram.training.safe_trainer import SaveOnInterrupt, last_checkpoint
+from engram.training.stops import STOPS, give_back, signals_given_back
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -251,8 +252,80 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     assert losses(again)[-5:] == losses(whole)[-5:]
 
 
+_CLOSED = textwrap.dedent(
+    """
+    import os, pty, select, subprocess, sys, time
+    from pathlib import Path
+    screen, terminal = pty.openpty()
+    code, folder = sys.argv[1:]
+    run = ["import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)", code]  # its terminal, with which the system's signal comes
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    child = subprocess.Popen([sys.executable, "-c", chr(10).join(run), folder], start_new_session=True, **streams)
+    os.close(terminal)
+    while child.poll() is None and not Path(folder, "at step 5").exists():
+        if select.select([screen], [], [], 0.05)[0]:
+            os.read(screen, 1 << 16)
+    os.close(screen)
+    sys.exit(child.wait(60))
+    """
+)
+_WATCHED = textwrap.dedent(
+    """
+    import sys, time
+    from pathlib import Path
+    from transformers import TrainerCallback
+    from engram.training.progress import LiveProgress
+    from tests.training.test_trainer import make, tiny_memory, tiny_model
+
+    class Wait(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 5:
+                Path(sys.argv[1], "at step 5").touch()
+                until = time.monotonic() + 30
+                while not trainer.interrupt.interrupted and time.monotonic() < until:
+                    time.sleep(0.05)
+
+    folder = Path(sys.argv[1])
+    trainer = make(folder, tiny_memory(tiny_model(), speak=False), [Wait(), LiveProgress()], save_strategy="steps", save_steps=50)
+    trainer.train()
+    print("nobody reads this", flush=True)
+    """
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal that can be closed")
+def test_a_run_whose_terminal_is_closed_saves_and_ends(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _CLOSED, _WATCHED, str(tmp_path)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "checkpoint-6" / "trainer_state.json").exists()
+
+
+def test_signals_mean_afterwards_what_they_meant_before():
+    before = [signal.getsignal(number) for number in STOPS]
+    heard = []
+    with signals_given_back(lambda number, frame: heard.append(number)):
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)  # the shell's, after the system's
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    assert heard == [signal.SIGHUP, signal.SIGTERM, signal.SIGTERM]
+    assert [signal.getsignal(number) for number in STOPS] == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        with signals_given_back(lambda number, frame: heard.clear()):
+            signal.raise_signal(signal.SIGHUP)
+        assert (len(heard), signal.getsignal(signal.SIGHUP)) == (3, signal.SIG_IGN)
+        give_back({signal.SIGHUP: None})  # as `getsignal` says of what is not Python's
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before[STOPS.index(signal.SIGHUP)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_an_interrupted_run_saves_and_goes_on(tmp_path, signal_name):
     whole = make(tmp_path / "whole", tiny_memory(tiny_model(), speak=False))
     whole.train()

@@ -178,9 +178,8 @@ def _means(sums: np.ndarray) -> dict[str, Any]:
         return lambda totals: mean(place)(totals) - mean(other)(totals)
 
     wanted = {name: mean(name) for name in ("completes", "begins", "same_word", "other")}
-    wanted["completes_less_begins"] = less(
-        "completes_begun", "begins"
-    )  # a phrase of one word has no first word to compare with
+    # A phrase of one word has no first word to compare with.
+    wanted["completes_less_begins"] = less("completes_begun", "begins")
     wanted |= {f"completes_less_{name}": less("completes", name) for name in ("same_word", "other")}
     return {name: as_interval("mean", *document_statistic(sums, statistic)) for name, statistic in wanted.items()}
 

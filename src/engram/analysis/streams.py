@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engram.analysis.subject import Subject
 from engram.errors import AttachError
 from engram.models import find_decoder
+from engram.models.positions import text_config
 
 __all__ = ["Lens", "record_blocks"]
 
@@ -52,13 +53,13 @@ class Lens:
     (Cohere, Granite) or on what enters the head (MiniCPM) is measured.
 
     Raises:
-        AttachError: the last block's output does not give the model's own logits in this way.
+        AttachError: the model does not say which module its head is, or the last block's output does not give its own logits in this way.
     """
 
     def __init__(self, subject: Subject) -> None:
         self._tail, self._mean_first = _modules_after_last_block(subject)
-        self._head = subject.base.get_output_embeddings()
-        text = subject.base.config.get_text_config()
+        self._head = _head_of(subject.base)
+        text = text_config(subject.base.config)
         self._softcap = next((cap for name in _SOFTCAPS if (cap := getattr(text, name, None)) is not None), None)
         self._factor = 1.0
         self.chunk = max(16, _VALUES_AT_ONCE // subject.vocab_size)
@@ -88,6 +89,24 @@ class Lens:
                 f"logit lens: {type(subject.base).__name__} does more to its last block's output than its norm and head "
                 f"(logits differ by {float((got - expected).abs().max()):.3g}); leave logit_lens out for this model."
             )
+
+
+def _head_of(model: Any) -> nn.Module:
+    """What makes logits of hidden states; a model of one's own need not name it.
+
+    Raises:
+        AttachError: nothing does.
+    """
+    try:
+        head = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):  # the latter is transformers' own answer
+        head = None
+    if head is None:
+        raise AttachError(
+            f"logit lens: got a {type(model).__name__} without get_output_embeddings() that gives its head, expected one; add that method, or "
+            "leave logit_lens out for this model."
+        )
+    return head
 
 
 def _least_squares(x: Tensor, y: Tensor) -> float:

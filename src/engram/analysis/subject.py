@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engram.models import EngramModel, find_decoder
 from engram.models.architectures import accepts
+from engram.models.devices import input_device
 
 __all__ = ["Subject"]
 
@@ -37,7 +38,7 @@ class Subject:
     @property
     def device(self) -> Any:
         """Where token ids go."""
-        return self.base.get_input_embeddings().weight.device
+        return input_device(self.base)
 
     @property
     def vocab_size(self) -> int:

@@ -18,6 +18,7 @@ from engram.checkpoint.store import (
     write_atomically,
     write_json_atomically,
     write_store,
+    write_text_atomically,
 )
 from engram.checkpoint.stream import TensorReader, TensorSpec, write_tensors
 from engram.checkpoint.tree import load_tree, save_tree
@@ -47,4 +48,5 @@ __all__ = [
     "write_json_atomically",
     "write_store",
     "write_tensors",
+    "write_text_atomically",
 ]

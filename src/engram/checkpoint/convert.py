@@ -26,7 +26,7 @@ from engram.config import EngramConfig
 from engram.errors import CheckpointError, ConfigError, TableError
 from engram.tables import RowFormat, row_format
 
-__all__ = ["ConversionReport", "LayerError", "StoredTable", "convert_memory", "stored_tables"]
+__all__ = ["ConversionReport", "LayerError", "StoredTable", "check_target", "convert_memory", "stored_tables"]
 
 _BLOCK_BYTES = 8 << 20
 """Of float32 values; encoding and measuring a block takes a few times as much."""

@@ -40,6 +40,7 @@ __all__ = [
     "write_atomically",
     "write_json_atomically",
     "write_store",
+    "write_text_atomically",
 ]
 
 DESCRIPTION_NAME = "engram.json"
@@ -209,6 +210,11 @@ def _write_locked(
 def write_json_atomically(path: Path, fields: Mapping[str, Any]) -> None:
     """Replace ``path`` by the JSON of ``fields`` in one rename, on disk before it returns."""
     write_atomically(path, _as_json(fields))
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` in UTF-8 in one rename, on disk before it returns."""
+    write_atomically(path, text.encode("utf-8"))
 
 
 def _as_json(fields: Mapping[str, Any]) -> bytes:

@@ -59,7 +59,7 @@ def load_tree(path: str | os.PathLike[str]) -> Any:
         if saved.get("pair") != pair:
             raise ValueError("its two files are of different saves, of which one was stopped on the way")
         return _unpack(skeleton, tensors)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the saved state {path}: {error}; resume from an earlier checkpoint.") from error
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engram.cli.outputs import check_folder, check_writable, print_whole
+from engram.cli.outputs import check_folder, check_writable, command_line, print_whole
 
 __all__ = ["bench_command"]
 
@@ -37,9 +37,8 @@ def bench_command(
     check_writable(json_out)
     check_folder(plots)
     result = run_benchmarks(names or list(BENCHMARKS), rounds or (5 if quick else 21), quick, _show)
-    given = [*(names or []), *(["--quick"] if quick else []), *([f"--rounds {rounds}"] if rounds else [])]
-    given += [] if json_out is None else [f"--json {json_out}"]
-    result = {"command": " ".join(["engram bench", *given]), **result}
+    options = (("quick", quick), ("rounds", rounds), ("json", json_out))
+    result = {"command": command_line("bench", *(names or []), options=options), **result}
     print(f"{result['hardware']}; kernels: {result['instruction_set'] or 'PyTorch alone'}")
     if json_out is not None:
         write_json_atomically(json_out, result)

@@ -17,7 +17,7 @@ from engram.errors import first_of
 if TYPE_CHECKING:
     from engram.checkpoint import ConversionReport
 
-__all__ = ["convert_command"]
+__all__ = ["check_dtype", "convert_command", "print_report", "progress_bar", "read_text"]
 
 _LISTED = 20
 

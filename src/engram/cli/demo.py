@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engram.cli.loading import DeviceOption, ModelDtypeOption, Running
-from engram.cli.outputs import made_with, new_console, print_whole
+from engram.cli.outputs import command_line, made_with, new_console, print_whole
 
 if TYPE_CHECKING:
     from engram.data.facts import Fact
@@ -98,8 +96,7 @@ def _refuse_to_lose(memory: Path, facts: list[Fact]) -> None:
 
 
 def _command(facts: Path | None, model: str, seed: int, running: Running) -> str:
-    chosen = f" --facts {facts}" if facts else ""
-    return f"engram demo{chosen} --model {model} --seed {seed}{running.options()}"
+    return command_line("demo", options=(("facts", facts), ("model", model), ("seed", seed))) + running.options()
 
 
 @dataclass
@@ -162,19 +159,18 @@ class _Demo:
 
     def result(self, **provenance: Any) -> dict[str, Any]:
         """Everything shown, as JSON-ready fields; ``plots.report`` draws from nothing else."""
-        import yaml
-
-        from engram.evaluation import measure_drift, score_by_category, trace_text
+        from engram.errors import DataError
+        from engram.evaluation import compare_answers, measure_drift, score_by_category, trace_text
+        from engram.models.yaml_text import parse_yaml
 
         before, after = self.sides
         scores = zip(score_by_category(self.facts, before.answers), score_by_category(self.facts, after.answers))
-        neutral = yaml.safe_load((_FACTS / "neutral_prompts.yaml").read_text(encoding="utf-8"))
+        neutral = parse_yaml((_FACTS / "neutral_prompts.yaml").read_text(encoding="utf-8"), "the neutral prompts", DataError)
         examples = _spread(range(len(before.answers)), _EXAMPLES)
         traced = [before.answers[i].prompt + _space(before.answers[i].prompt) + after.answers[i].said for i in examples]
         return {
             **provenance,
-            "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": made_with()["versions"],
+            **made_with(),
             "facts": len(self.facts),
             "steps": self.report.steps,
             "rows_written": self.report.rows_written,
@@ -182,7 +178,7 @@ class _Demo:
                 {"category": was.category, "prompts": was.prompts, "before": was.exact, "after": now.exact}
                 for was, now in scores
             ],
-            "capitals": _capitals(before.capitals, after.capitals),
+            "capitals": compare_answers(before.capitals, after.capitals) if before.capitals else None,
             "bits_per_byte": {
                 "before": before.bits,
                 "after": after.bits,
@@ -196,17 +192,6 @@ class _Demo:
             ],
             "traces": [trace_text(self.memory, self.tokenizer, text).to_dict() for text in [*traced, neutral[0]]],
         }
-
-
-def _capitals(before: list[Any], after: list[Any]) -> dict[str, int] | None:
-    if not before:
-        return None
-    return {
-        "prompts": len(before),
-        "known": sum(answer.exact for answer in before),
-        "still_right": sum(was.exact and now.exact for was, now in zip(before, after)),
-        "changed": sum(was.said != now.said for was, now in zip(before, after)),
-    }
 
 
 def _space(prompt: str) -> str:
@@ -260,10 +245,8 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:
-    from engram.checkpoint import write_json_atomically
+    from engram.checkpoint import write_json_atomically, write_text_atomically
     from engram.plots import render_report
 
     write_json_atomically(out / "result.json", result)
-    temporary = out / ".report.html.tmp"
-    temporary.write_text(render_report(result), encoding="utf-8")
-    temporary.replace(out / "report.html")
+    write_text_atomically(out / "report.html", render_report(result))

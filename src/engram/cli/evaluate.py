@@ -46,7 +46,7 @@ def eval_command(
     """Measure a taught memory: recall, harm, latency, size."""
     from rich.markdown import Markdown
 
-    from engram.checkpoint import write_json_atomically
+    from engram.checkpoint import write_json_atomically, write_text_atomically
     from engram.data import load_facts, with_chat_prompts
     from engram.data.corpus import held_out_standard_library
     from engram.data.texts import load_texts
@@ -81,7 +81,7 @@ def eval_command(
     if json_out is not None:
         write_json_atomically(json_out, fields)
     if markdown is not None:
-        markdown.write_text(markdown_table(fields), encoding="utf-8")
+        write_text_atomically(markdown, markdown_table(fields))
     if plots is not None:
         from engram.plots import plot_evaluation
 

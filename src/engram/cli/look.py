@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engram.cli.loading import AllowOtherBaseOption, DeviceOption, ModelDtypeOption, Running, open_memory
-from engram.cli.outputs import check_folder, check_writable, made_with, new_console
+from engram.cli.outputs import check_folder, check_writable, command_line, made_with, new_console
 
 if TYPE_CHECKING:
     from engram.analysis import Subject
@@ -64,7 +64,7 @@ def look_command(
     Gates, ends of phrases, logit lens, similarity of layers, memory off, rows, caches, n-grams: one page, pictures and JSON.
     """
     from engram.analysis import ANALYSES, look
-    from engram.checkpoint import write_json_atomically
+    from engram.checkpoint import write_json_atomically, write_text_atomically
     from engram.data.phrases import read_phrases
     from engram.plots import plot_look, render_look
     from engram.plots.figure import new_figure
@@ -92,7 +92,7 @@ def look_command(
         if file is not None:
             write_json_atomically(file, result)
     page = out / "look.html"
-    page.write_text(render_look(result, plot_look(result, out)), encoding="utf-8")
+    write_text_atomically(page, render_look(result, plot_look(result, out)))
     capped = "" if result["text"]["complete"] else " (a part of the text; --tokens takes more)"
     print(f"looked at {result['text']['tokens']:,} tokens of {source}{capped}: {page}")
     for name, reason in result["skipped"].items():
@@ -206,9 +206,6 @@ def _provenance(
     running: Running,
 ) -> dict[str, Any]:
     options = {"model": model, "texts": texts, "what": what, "against": against, "phrases": phrases}
-    given = "".join(f" --{name} {value}" for name, value in options.items() if value is not None)
-    command = f"engram look{'' if memory is None else f' {memory}'}{given}"
-    return {
-        "command": f"{command} --tokens {tokens} --row-tokens {row_tokens} --length {length}{running.options()}",
-        **made_with(),
-    }
+    sizes = {"tokens": tokens, "row-tokens": row_tokens, "length": length}
+    words = ["look"] if memory is None else ["look", str(memory)]
+    return {"command": command_line(*words, options=(options | sizes).items()) + running.options(), **made_with()}

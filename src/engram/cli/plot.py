@@ -120,6 +120,7 @@ def _report(files: Sequence[ResultFile], pictures: dict, command: str, study: bo
 
 
 def _write(report: Report, html: Path | None, markdown: Path | None) -> None:
+    from engram.checkpoint import write_text_atomically
     from engram.plots import render_page
 
     if markdown is not None:
@@ -128,8 +129,8 @@ def _write(report: Report, html: Path | None, markdown: Path | None) -> None:
         def link(path: Path) -> str:
             return f"<{Path(os.path.relpath(path, folder)).as_posix()}>"
 
-        markdown.write_text(report.markdown(link), encoding="utf-8")
+        write_text_atomically(markdown, report.markdown(link))
         print(markdown)
     if html is not None:
-        html.write_text(render_page(report.markdown), encoding="utf-8")
+        write_text_atomically(html, render_page(report.markdown))
         print(html)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from engram.cli.loading import AllowOtherBaseOption, DeviceOption, ModelDtypeOption, ModelOption, Running, open_memory
-from engram.cli.outputs import check_writable, made_with, print_whole
+from engram.cli.outputs import check_writable, command_line, made_with, print_whole
 
 if TYPE_CHECKING:
     from engram.evaluation import RoutedKind
@@ -59,9 +59,8 @@ def route_command(
     if out is not None:
         print(f"{out}: reads texts as far as the memory helps them; `LearnedRouter.load`, or `engram ask --router`")
     if json_out is not None:
-        named = " ".join(str(path) for path in (memory, *(texts or [])))
-        base = "" if model is None else f" --model {model}"
-        command = f"engram route {named} --first-tokens {first_tokens}{base}{running.options()}"
+        named, options = (memory, *(texts or [])), (("first-tokens", first_tokens), ("model", model))
+        command = command_line("route", *map(str, named), options=options) + running.options()
         write_json_atomically(json_out, {"command": command, **made_with(), "kinds": [asdict(kind) for kind in judged]})
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.outputs import check_writable, print_whole
+from engram.cli.outputs import check_writable, command_line, made_with, print_whole
 from engram.errors import first_of
 
 if TYPE_CHECKING:
@@ -106,19 +105,14 @@ def _workers() -> int:
 
 
 def _changes(given: list[str] | None) -> dict[str, Any]:
-    import yaml
-
-    from engram.data.recipe import read_value
+    from engram.models.yaml_text import parse_yaml
 
     changes = {}
     for text in given or []:
         key, equals, value = text.partition("=")
         if not key or not equals:
             raise typer.BadParameter(f"--set: got {text!r}, expected FIELD=VALUE, e.g. tokens=200000")
-        try:
-            changes[key] = read_value(value)
-        except yaml.YAMLError:
-            raise typer.BadParameter(f"--set: got {text!r}, whose value is not YAML") from None
+        changes[key] = parse_yaml(value, f"the value of --set {key}", typer.BadParameter)
     return changes
 
 
@@ -143,7 +137,7 @@ def _known(file: Path) -> dict[str, Any]:
         return {}
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError):
+    except (ValueError, RecursionError):
         result = None
     if not isinstance(result, dict) or "sweep" not in result:
         raise DataError(f"{file} is no result of a sweep; choose another file for --json (nothing was overwritten).")
@@ -175,17 +169,14 @@ def _wrong_points(result: dict[str, Any]) -> str:
 
 def _command(recipe: Path, file: Path, changes: list[str] | None) -> str:
     """What to type for the same result."""
-    options = "".join(f" --set {shlex.quote(change)}" for change in changes or ())
-    return f"engram sweep {recipe} --out RUN --json {file}{options}"
+    options = [("out", "RUN"), ("json", file), *(("set", change) for change in changes or ())]
+    return command_line("sweep", str(recipe), options=options)
 
 
 def _write(file: Path, result: dict[str, Any], command: str) -> None:
-    from engram.bench import machine
     from engram.checkpoint import write_json_atomically
-    from engram.experiments import versions
 
-    provenance = {"command": command, "hardware": machine()["hardware"], "versions": versions()}
-    write_json_atomically(file, {**provenance, **result})
+    write_json_atomically(file, {"command": command, **made_with(), **result})
 
 
 def _show_summary(result: dict[str, Any]) -> None:

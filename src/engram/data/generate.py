@@ -16,6 +16,7 @@ from locale import locale_alias
 from opcode import opmap
 from pathlib import Path
 
+from engram.checkpoint import write_text_atomically
 from engram.data.write_facts import quoted_yaml
 from engram.errors import DataError
 
@@ -145,7 +146,7 @@ def write_generated(path: Path, kinds: Sequence[str] | None = None, limit: int |
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text_atomically(path, "\n".join(lines) + "\n")
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}; choose another file.") from None
     return len(data["facts"])

@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from engram.data.records import RECORD_SUFFIXES, holds_records
 from engram.errors import ConfigError, DataError
+from engram.models.yaml_text import parse_yaml
 
 __all__ = [
     "KINDS",
@@ -24,7 +22,6 @@ __all__ = [
     "build_fields",
     "parse_corpus",
     "read_corpus_recipe",
-    "read_value",
     "read_yaml",
 ]
 
@@ -193,24 +190,6 @@ def parse_corpus(fields: Mapping[str, Any], where: str) -> CorpusRecipe:
     return build_fields(CorpusRecipe, corpus, "corpus")
 
 
-class _Loader(yaml.SafeLoader):
-    """With numbers as YAML 1.2 has them: 1e-3 is one, which YAML 1.1 takes for text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?|\d*\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_value(text: str) -> Any:
-    """The plain data that a YAML text says.
-
-    Raises:
-        yaml.YAMLError: it is not YAML.
-    """
-    return yaml.load(text, Loader=_Loader)
-
-
 def read_yaml(path: str | os.PathLike[str]) -> Any:
     """The plain data in a recipe file.
 
@@ -218,11 +197,12 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         DataError: the file is missing or not YAML.
     """
     try:
-        return read_value(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise DataError(f"recipe {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from None
+    return parse_yaml(text, f"recipe {path}", DataError)
 
 
 def build_fields(cls: type, fields: Mapping[str, Any], where: str) -> Any:

@@ -115,7 +115,7 @@ class TokenStore:
             try:
                 lines = (self.folder / NAMES_NAME).read_text(encoding="utf-8").splitlines()
                 self._names = [json.loads(line) for line in lines]
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise _broken(self.folder, f"{NAMES_NAME} cannot be read ({error})") from None
             if len(self._names) != len(self):
                 raise _broken(self.folder, f"{NAMES_NAME} has {len(self._names)} names, expected {len(self)}")
@@ -251,7 +251,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"no token store in {folder}: {STORE_NAME} is missing; make one with `engram corpus`.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _broken(folder, f"{STORE_NAME} cannot be read ({error})") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("identity"), dict):
         raise _broken(folder, f"{STORE_NAME} does not describe one")

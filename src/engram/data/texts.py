@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from engram.data.blocks import held_out_order
 from engram.data.corpus import held_out_standard_library
@@ -16,6 +15,7 @@ from engram.data.records import holds_records, read_records
 from engram.data.sources import split_documents
 from engram.data.store import TokenStore
 from engram.errors import DataError
+from engram.models.yaml_text import parse_yaml
 
 __all__ = ["held_out_texts", "load_documents", "load_texts", "standard_texts"]
 
@@ -29,9 +29,10 @@ def load_texts(path: str | os.PathLike[str]) -> dict[str, list[str]]:
         DataError: the file is missing or malformed.
     """
     try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read texts {path}: {' '.join(str(error).split())}") from None
+    fields = parse_yaml(text, f"texts {path}", DataError)
     kinds = {"text": fields} if isinstance(fields, list) else fields
     if not isinstance(kinds, dict) or not kinds:
         raise DataError(f"{path}: expected a mapping from kinds to lists of texts, or a list of texts.")

@@ -30,22 +30,7 @@ _HOMES = {
     "merge_memories": "engram.editing.merge",
 }
 
-__all__ = [
-    "Explanation",
-    "ForgetReport",
-    "Ledger",
-    "LedgerFact",
-    "MemoryDiff",
-    "MemoryEditor",
-    "MergeReport",
-    "RowConflict",
-    "TeachReport",
-    "TeachSettings",
-    "diff_memories",
-    "explain",
-    "fit_reader_to_head",
-    "merge_memories",
-]
+__all__ = sorted(_HOMES)
 
 __getattr__ = loaded_on_use(__name__, _HOMES)
 

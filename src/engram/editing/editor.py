@@ -82,7 +82,7 @@ class MemoryEditor:
         if config.use_conv:
             raise ConfigError("facts: got use_conv=True, expected False: a convolution carries facts past their own rows.")
         self.memory, self.tokenizer = memory, tokenizer
-        self._holdings = Holdings(memory)
+        self.holdings = Holdings(memory)
         self._speller = Speller(memory.base_model, tokenizer)
         self._checked_on = attached_identity(memory.below)
         self._told_of_end = False
@@ -153,7 +153,7 @@ class MemoryEditor:
     @property
     def facts(self) -> list[LedgerFact]:
         """What the memory holds, in the order in which it was taught."""
-        return self._holdings.facts
+        return self.holdings.facts
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Save memory and ledger into a folder, atomically, under the folder's lock. What is saved belongs to the base model as it is now: a
@@ -234,7 +234,7 @@ class MemoryEditor:
         kept = dict[str, str]()
         while wanted := [fact for fact in facts if fact.id not in kept]:
             try:
-                with self._holdings.all_or_nothing():
+                with self.holdings.all_or_nothing():
                     report = self._lesson(wanted, settings, (source, checksum), replace_answers, progress, on_conflicts)
             except _WouldBeLostError as lost:  # all is as before; those facts are left out and the rest is taught
                 kept.update(lost.reasons)
@@ -249,43 +249,46 @@ class MemoryEditor:
         Raises:
             TeachError: a fact contradicts the memory (and ``replace_answers`` is off); ``teach`` would say so in the middle.
         """
-        found = sort_out(self._holdings.ledger, facts)
+        found = sort_out(self.holdings.ledger, facts)
         if not replace_answers:
             found.refuse_contradictions()
-        return in_parts(self._holdings.ledger, facts, size)
+        return in_parts(self.holdings.ledger, facts, size)
 
-    def forget(self, fact_ids: Sequence[str]) -> ForgetReport:
+    def forget(self, fact_ids: str | Iterable[str]) -> ForgetReport:
         """Take facts out: rows that only they own are deleted. If nothing was taught with them or after them, the memory is bit for bit what it
         was before; other facts stay as they were taught, some beside those that leave. (Where rows were in conflict, a fact may have taken one
         that an earlier fact had done without: that stays with the earlier one.)
 
+        Args:
+            fact_ids: the id of a fact, or several.
+
         Raises:
-            TeachError: an id is unknown; nothing is forgotten then.
+            TeachError: an id is unknown, or none is given; nothing is forgotten then.
         """
-        if not isinstance(fact_ids, Iterable):
-            raise TeachError(f"forget: got {fact_ids!r}, expected the id of a fact, or several.")
-        fact_ids = [fact_ids] if isinstance(fact_ids, str) else list(fact_ids)
-        unknown = [fact_id for fact_id in fact_ids if fact_id not in self._holdings.ledger]
+        fact_ids = _one_or_several(fact_ids, "forget")
+        unknown = [fact_id for fact_id in fact_ids if fact_id not in self.holdings.ledger]
         if unknown or not fact_ids:
             raise TeachError(
                 f"forget: no fact {', '.join(map(repr, unknown)) or '(no id given)'} in this memory; `engram facts` lists ids."
             )
-        fact_ids = list(dict.fromkeys(fact_ids))
-        with self._holdings.all_or_nothing():
-            only_theirs, shared = self._holdings.take_out(fact_ids)
-            broken = self._holdings.not_exact(self._holdings.leaning_on(only_theirs))
+        with self.holdings.all_or_nothing():
+            only_theirs, shared = self.holdings.take_out(fact_ids)
+            broken = self.holdings.not_exact(self.holdings.leaning_on(only_theirs))
         rows = sum(len(row_ids) for row_ids, _ in only_theirs.values())
         return ForgetReport(fact_ids, rows, shared, broken)
 
     @contextmanager
-    def without(self, fact_ids: Sequence[str]) -> Iterator[None]:
+    def without(self, fact_ids: str | Iterable[str]) -> Iterator[None]:
         """Inside this context the memory is as if these facts were forgotten.
+
+        Args:
+            fact_ids: the id of a fact, or several.
 
         Raises:
             TeachError: an id is unknown.
         """
-        with self._holdings.without(fact_ids):
-            self._holdings.write_down()  # for whoever saves or compares the memory inside
+        with self.holdings.without(_one_or_several(fact_ids, "without")):
+            self.holdings.write_down()  # for whoever saves or compares the memory inside
             yield
 
     def verify(self, batch_size: int = 256) -> dict[str, bool]:
@@ -297,8 +300,8 @@ class MemoryEditor:
 
     def _stale(self, facts: Sequence[LedgerFact], batch_size: int) -> list[str]:
         """Ids of those facts that the memory holds and nobody is told."""
-        with self._holdings.evaluating():
-            wrong = self._holdings.not_exact(facts, batch_size)
+        with self.holdings.evaluating():
+            wrong = self.holdings.not_exact(facts, batch_size)
         return list(dict.fromkeys([*wrong, *out_of_reach(self.tokenizer, facts)]))
 
     def why(self, prompt: str, max_new_tokens: int | None = None) -> Explanation:
@@ -313,7 +316,7 @@ class MemoryEditor:
         """
         from engram.editing.why import explain
 
-        with self._holdings.evaluating():
+        with self.holdings.evaluating():
             return explain(self, prompt, max_new_tokens)
 
     def diff(self, other: str | os.PathLike[str]) -> MemoryDiff:
@@ -341,7 +344,7 @@ class MemoryEditor:
         Raises:
             TeachError: there is no such fact.
         """
-        owned = self._holdings.owned_rows([self._holdings.ledger[fact_id]])
+        owned = self.holdings.owned_rows([self.holdings.ledger[fact_id]])
         return {layer: rows.tolist() for layer, rows in owned.items()}
 
     def owners(self, layer: int | str, row_ids: Sequence[int]) -> dict[int, list[str]]:
@@ -354,7 +357,7 @@ class MemoryEditor:
         Raises:
             ConfigError: the memory has no such layer.
         """
-        return self._holdings.owners(self._name_of(layer), row_ids)
+        return self.holdings.owners(self._name_of(layer), row_ids)
 
     def table(self, layer: int | str) -> VerifiedTable:
         """Rows of one layer.
@@ -365,7 +368,7 @@ class MemoryEditor:
         Raises:
             ConfigError: the memory has no such layer.
         """
-        return self._holdings.table(self._name_of(layer))
+        return self.holdings.table(self._name_of(layer))
 
     def _name_of(self, layer: int | str) -> str:
         """A layer as tables are called."""
@@ -402,7 +405,7 @@ class MemoryEditor:
         Raises:
             _WouldBeLostError: a fact cannot be made exact for which others had to make way.
         """
-        holdings = self._holdings
+        holdings = self.holdings
         found = sort_out(holdings.ledger, facts)
         if stale := self._stale([holdings.ledger[fact_id] for fact_id in found.holding], settings.batch_size):
             found = sort_out(holdings.ledger, facts, stale)
@@ -435,7 +438,7 @@ class MemoryEditor:
         self, facts: list[Fact], settings: TeachSettings, origin: tuple[str, str]
     ) -> tuple[list[LedgerFact], dict[str, str]]:
         """Facts as they will stand in the ledger, and those whose answers nobody would read as they are written, with the reason."""
-        held = self._holdings.facts
+        held = self.holdings.facts
         entries = make_entries(self.memory, self.tokenizer, self._speller, facts, held, settings, *origin)
         refused = not_given_back(self.tokenizer, entries)
         if refused:  # keys need not be told apart from theirs
@@ -469,3 +472,14 @@ class _WouldBeLostError(Exception):
     def __init__(self, reasons: dict[str, str]) -> None:
         super().__init__()
         self.reasons = {fact_id: f"{reason}; what the memory said before is kept" for fact_id, reason in reasons.items()}
+
+
+def _one_or_several(fact_ids: str | Iterable[str], asked: str) -> list[str]:
+    """Ids, each once: text is one id, and no list of its letters.
+
+    Raises:
+        TeachError: it is neither an id nor several.
+    """
+    if not isinstance(fact_ids, Iterable):
+        raise TeachError(f"{asked}: got {fact_ids!r}, expected the id of a fact, or several.")
+    return [fact_ids] if isinstance(fact_ids, str) else list(dict.fromkeys(fact_ids))

@@ -60,7 +60,7 @@ class Holdings:
 
     def table(self, layer: str) -> VerifiedTable:
         """Rows of one layer."""
-        return self.memory.engrams[layer].multi_head_embedding.embedding
+        return self.memory.engrams[layer].table
 
     # -- for a while -----------------------------------------------------------------------------------------------------------------
 

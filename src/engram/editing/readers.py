@@ -27,7 +27,7 @@ def fit_reader_to_head(memory: EngramModel) -> None:
         raise ConfigError(
             f"fit_reader_to_head: got reader={config.reader!r}, expected 'trained' (a seeded reader follows from its seed alone)."
         )
-    if any(getattr(engram.multi_head_embedding.embedding, "stored_rows", 0) for engram in memory.engrams.values()):
+    if any(getattr(engram.table, "stored_rows", 0) for engram in memory.engrams.values()):
         raise ConfigError("fit_reader_to_head: the memory holds rows, which another reader would misread; fit before teaching.")
     head = memory.base_model.get_output_embeddings()
     if head is None:

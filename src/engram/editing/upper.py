@@ -58,7 +58,8 @@ def answer_logits(memory: EngramModel, ids: Tensor, mask: Tensor, answer: Tensor
     """Logits ``[answer tokens, V]`` of the whole model."""
     with at_answers_only(memory, answer):
         logits = memory(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return logits[answer] if logits.shape[:2] == answer.shape and answer.shape != (1, int(answer.sum())) else logits[0]
+    # Nothing is asked at the last position, so answer tokens alone are never of the shape of the whole.
+    return logits[answer] if logits.shape[:2] == answer.shape else logits[0]
 
 
 class UpperModel:

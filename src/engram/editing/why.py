@@ -156,7 +156,7 @@ def _shares(editor: MemoryEditor, ids: Tensor, start: int, on: Tensor, hits: lis
     full = _log_probability(on, ids, start)
     shares = {}
     for fact_id in spoke:
-        with editor._holdings.without([fact_id]):
+        with editor.holdings.without([fact_id]):
             logits = editor.memory(input_ids=ids, use_cache=False).logits[0].float()
         shares[fact_id] = round(full - _log_probability(logits, ids, start), 4)
     return shares

@@ -1,6 +1,14 @@
 """Floor 5: what a memory does to a model, measured."""
 
-from engram.evaluation.answers import Answer, CategoryScore, ask, check_facts, score_by_category, wilson_interval
+from engram.evaluation.answers import (
+    Answer,
+    CategoryScore,
+    ask,
+    check_facts,
+    compare_answers,
+    score_by_category,
+    wilson_interval,
+)
 from engram.evaluation.bits_per_byte import bits_per_byte
 from engram.evaluation.copying import measure_copying
 from engram.evaluation.drift import Drift, measure_drift
@@ -35,6 +43,7 @@ __all__ = [
     "ask",
     "bits_per_byte",
     "check_facts",
+    "compare_answers",
     "evaluate_memory",
     "fit_router_to_texts",
     "markdown_table",

@@ -17,7 +17,16 @@ from engram.models import Router
 from engram.models.devices import input_device
 from engram.models.positions import last_position
 
-__all__ = ["Answer", "CategoryScore", "ask", "check_facts", "score_by_category", "wilson_interval"]
+__all__ = [
+    "Answer",
+    "CategoryScore",
+    "ask",
+    "check_facts",
+    "compare_answers",
+    "reads_memory",
+    "score_by_category",
+    "wilson_interval",
+]
 
 
 @dataclass(frozen=True)
@@ -145,6 +154,24 @@ def check_facts(
     longest = max(*(_answer_length(tokenizer, fact, index) for index, fact in enumerate(facts)), _longest_taught(model, facts))
     said = ask(model, tokenizer, [prompt for _, prompt, _ in rows], longest + 2, batch_size, progress, router)
     return [Answer(index, prompt, expected, text) for (index, prompt, expected), text in zip(rows, said)]
+
+
+def compare_answers(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, int]:
+    """What became of answers that a model knew by itself, prompt by prompt.
+
+    Args:
+        before: without the memory.
+        after: to the same prompts, with it.
+
+    Returns:
+        ``prompts``; ``known``, exact before; ``still_right``, exact in both; ``changed``, said otherwise.
+    """
+    return {
+        "prompts": len(before),
+        "known": sum(answer.exact for answer in before),
+        "still_right": sum(was.exact and now.exact for was, now in zip(before, after)),
+        "changed": sum(was.said != now.said for was, now in zip(before, after)),
+    }
 
 
 def score_by_category(facts: Sequence[Fact], answers: Sequence[Answer]) -> list[CategoryScore]:

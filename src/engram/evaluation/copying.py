@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from engram.errors import ConfigError
+from engram.models.devices import input_device
 from engram.models.mode import evaluation_mode
 from engram.models.positions import context_length
 
@@ -37,9 +38,9 @@ def measure_copying(model: Any, tokens: int = 64, sequences: int = 32, seed: int
         raise ConfigError(
             f"measure_copying: got {tokens} tokens to show twice, expected at most {limit // 2}: the model has {limit} positions."
         )
-    embeddings = model.get_input_embeddings().weight
-    once = torch.randint(embeddings.shape[0], (sequences, tokens), generator=torch.Generator().manual_seed(seed))
-    ids = torch.cat([once, once], dim=1).to(embeddings.device)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    once = torch.randint(vocabulary, (sequences, tokens), generator=torch.Generator().manual_seed(seed))
+    ids = torch.cat([once, once], dim=1).to(input_device(model))
     with evaluation_mode(model):
         cost = torch.cat([_costs(model, part) for part in ids.split(8)])
     # The first token of either showing is left out: no context tells it.

@@ -12,7 +12,7 @@ import torch
 
 from engram.data.facts import Fact, pad_right, tokenize_prompt
 from engram.errors import DataError
-from engram.evaluation.answers import Answer, check_facts, reads_memory, score_by_category, wilson_interval
+from engram.evaluation.answers import Answer, check_facts, compare_answers, reads_memory, score_by_category, wilson_interval
 from engram.evaluation.bits_per_byte import bits_per_byte
 from engram.evaluation.drift import measure_drift
 from engram.models import EngramModel, Router
@@ -205,13 +205,7 @@ def _known(memory: EngramModel, tokenizer: Any, facts: Sequence[Fact], router: R
         return None
     with memory.disable_engram():
         before = check_facts(memory, tokenizer, facts)
-    after = check_facts(memory, tokenizer, facts, router=router)
-    return {
-        "prompts": len(before),
-        "known": sum(answer.exact for answer in before),
-        "still_right": sum(was.exact and now.exact for was, now in zip(before, after)),
-        "changed": sum(was.said != now.said for was, now in zip(before, after)),
-    }
+    return compare_answers(before, check_facts(memory, tokenizer, facts, router=router))
 
 
 @torch.no_grad()
@@ -257,7 +251,7 @@ def _latency(memory: EngramModel, tokenizer: Any, text: str) -> dict[str, float]
 
 
 def _bytes(memory: EngramModel) -> dict[str, int]:
-    tables = [engram.multi_head_embedding.embedding for engram in memory.engrams.values()]
+    tables = [engram.table for engram in memory.engrams.values()]
     rows = sum(t.numel() * t.element_size() for table in tables for t in [*table.buffers(), *table.parameters()])
     return {"rows": rows, "base": sum(p.numel() * p.element_size() for p in memory.base_model.parameters())}
 

@@ -88,7 +88,7 @@ def trace_text(memory: EngramModel, tokenizer: Any, text: str) -> Trace:
         )
         for t, token in enumerate(ids)
     ]
-    tables = {i: memory.engrams[str(i)].multi_head_embedding.embedding for i in config.layer_ids}
+    tables = {i: memory.engrams[str(i)].table for i in config.layer_ids}
     places = {
         i: f"{table.rows:,} rows x {table.dim} {str(table.dtype).removeprefix('torch.')} on {table.location}"
         for i, table in tables.items()

@@ -17,6 +17,9 @@ __all__ = ["BackboneConfig", "build_backbone"]
 Architecture = Literal["llama", "deepseek_v3", "deepseek_v4"]
 
 
+_MOST = 1 << 31  # far from any model, and near enough for torch to count with
+
+
 @dataclass(frozen=True)
 class BackboneConfig:
     """Sizes of a backbone; fields are transformers' own names.
@@ -61,9 +64,11 @@ class BackboneConfig:
         for f in dataclasses.fields(self):
             value, least = getattr(self, f.name), 0 if f.name == "first_k_dense_replace" else 1
             if f.name not in ("architecture", "attn_implementation", "routed_scaling_factor") and (
-                not isinstance(value, int) or isinstance(value, bool) or value < least
+                not isinstance(value, int) or isinstance(value, bool) or not least <= value < _MOST
             ):
-                raise ConfigError(f"BackboneConfig.{f.name}: got {value!r}, expected an int of at least {least}.")
+                raise ConfigError(
+                    f"BackboneConfig.{f.name}: got {value!r}, expected an int of at least {least} and below 2**31."
+                )
         scale = self.routed_scaling_factor
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
             raise ConfigError(f"BackboneConfig.routed_scaling_factor: got {scale!r}, expected a positive number.")
@@ -131,9 +136,9 @@ class BackboneConfig:
             "n_routed_experts",
             "num_experts_per_tok",
             "n_shared_experts",
-            "routed_scaling_factor",
         )
-        return {name: getattr(self, name) for name in names}
+        scale = float(self.routed_scaling_factor)  # YAML writes 2, of which transformers wants 2.0
+        return {**{name: getattr(self, name) for name in names}, "routed_scaling_factor": scale}
 
     def _deepseek_v3(self) -> dict[str, Any]:
         return {

@@ -98,7 +98,7 @@ def count_model(model: nn.Module, experts_per_token: int | None = None) -> Count
         active += size - unused
         matrices += size - unused if p.dim() >= 2 else 0
     embedding = sum(parameter_count(p) for p in base.parameters() if id(p) in outside)
-    rows = sum(e.multi_head_embedding.embedding.rows * e.config.head_dim for e in memory.engrams.values()) if memory else 0
+    rows = sum(e.table.rows * e.config.head_dim for e in memory.engrams.values()) if memory else 0
     return Counts(embedding, idle, rows, active, matrices)
 
 

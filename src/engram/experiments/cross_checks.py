@@ -22,6 +22,7 @@ __all__ = [
     "on_validation",
     "parabola_above",
     "pooled_half_width",
+    "shares_from",
 ]
 
 _SAME_SIZE = 0.02

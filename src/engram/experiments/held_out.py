@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engram.data.blocks import IGNORED, HeldOutBlocks
+from engram.models.devices import input_device
 from engram.models.mode import evaluation_mode
 
 __all__ = ["measure"]
@@ -30,7 +31,7 @@ def measure(model: nn.Module, blocks: HeldOutBlocks, every: int = 1, batch_size:
         ``loss`` (nats per token), ``tokens``, ``by_kind`` with loss and tokens of each kind of text; and ``bits_per_byte`` where all blocks are
         measured.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     indices, losses = list(range(0, len(blocks), every)), []
     with evaluation_mode(model):
         for start in range(0, len(indices), batch_size):

@@ -30,6 +30,7 @@ from engram.models.quantised import is_quantised
 from engram.tables import is_in_parts
 from engram.training import EngramTrainer, EngramTrainingArguments
 from engram.training.balance import BalanceCallback, find_routers
+from engram.training.guards import read_claim
 from engram.training.safe_trainer import InOrder, SafeTrainer, last_checkpoint
 from engram.training.several import first_process_first
 from engram.training.weight_files import gathered_state
@@ -163,14 +164,18 @@ def _claim(out: Path, recipe: dict[str, Any]) -> None:
     """One folder holds one run: of one recipe, whatever has no effect on the result aside, on one text. The first process writes so."""
     file = out / _RECIPE
     if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
+        instead = (
+            "choose another folder"
+            if _has_begun(out)
+            else f"nothing was trained there yet: delete {file}, or choose another folder"
+        )
+        found = read_claim(file)
+        if found is None:
+            raise CheckpointError(
+                f"{file} is damaged, and says no longer what the run there is of; {instead} (nothing was overwritten)."
+            )
         for name, what in (("identity", "of another recipe"), ("text", "on other text"), ("model", "from another model")):
             if found.get(name) != recipe.get(name):
-                instead = (
-                    "choose another folder"
-                    if _has_begun(out)
-                    else f"nothing was trained there yet: delete {file}, or choose another folder"
-                )
                 raise CheckpointError(f"{out} holds a run {what}; {instead} (nothing was overwritten).")
     if process_rank() > 0:
         return
@@ -302,7 +307,7 @@ def _memory_counts(recipe: PointRecipe, model: Any) -> dict[str, Any]:
     modules = model.engrams.values() if isinstance(model, EngramModel) else ()
     return {
         **count_model(model).to_dict(),
-        "table_rows": sum(e.multi_head_embedding.embedding.rows for e in modules),
+        "table_rows": sum(e.table.rows for e in modules),
         "rows_per_head": list(recipe.engram.engram_vocab_size) if recipe.engram else [],  # type: ignore[arg-type]
     }
 

@@ -302,7 +302,7 @@ def read_point(path: str | os.PathLike[str]) -> PointRecipe:
     with wrong_forms(f"recipe {path}", "recipes/train_tiny.yaml"):
         insert_corpus(fields, path)
         recipe = build_fields(PointRecipe, fields, f"recipe {path}")
-        recipe.solved()
+    recipe.solved()
     return recipe
 
 
@@ -321,7 +321,7 @@ def wrong_forms(where: str, example: str) -> Iterator[None]:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"{where}: a value has the wrong form ({reason}); expected lists, mappings and numbers as in {example}."
-        ) from None
+        ) from error
 
 
 def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:

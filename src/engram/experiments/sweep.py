@@ -11,9 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,14 @@ from engram.experiments.summary import summarise
 from engram.experiments.sweep_recipe import Choice, Point, SweepRecipe, check_distinct
 from engram.experiments.worker import FAILED, FATAL
 from engram.training.cpu_types import warning_of_slow_bfloat16
+from engram.training.stops import STOPS, signals_given_back
 
 __all__ = ["SweepRun", "changes_since", "kept_aside", "run_sweep"]
 
 _TASK = "task.json"
 _KEPT = ("points", "tuning", "other_points")
 """Where a result holds entries of points."""
+_STOPS_LIKE_CTRL_C = [number for number in STOPS if number != signal.SIGINT]
 Show = Callable[[str], None]
 
 
@@ -368,7 +369,7 @@ def run_sweep(
         raise CheckpointError(
             f"the given result is of sweep {known.get('sweep')!r}, expected {recipe.name!r}; choose another file."
         )
-    with sole_writer(out, f"running a sweep in {out}"), _stopped_by_sigterm():
+    with sole_writer(out, f"running a sweep in {out}"), signals_given_back(_stop_by_signal, _STOPS_LIKE_CTRL_C):
         _make_room(out)
         return SweepRun(recipe, Path(folder), out, known or {}, workers, threads, show, save, retry).run(**options)
 
@@ -382,20 +383,6 @@ def _make_room(out: Path) -> None:
         raise CheckpointError(f"{out}: less than 64 MiB are free on this disk; make room first. Finished points are kept.")
 
 
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
+def _stop_by_signal(number: int, frame: Any) -> None:
     """A scheduler's SIGTERM, or a terminal that is closed, ends a sweep as Ctrl-C does: running points save a checkpoint first."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt("stopped; running points saved a checkpoint, and the same command goes on from there")
-
-    stops = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, stop) for number in stops}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    raise KeyboardInterrupt("stopped; running points saved a checkpoint, and the same command goes on from there")

@@ -243,10 +243,13 @@ def read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
         ConfigError: a key is unknown, a value impossible, or a budget cannot be met.
     """
     with wrong_forms(f"sweep {path}", "recipes/sweep_tiny.yaml"):
-        return _read_sweep(path, changes)
+        recipe = _build_sweep(path, changes)
+        points = {tuple(labels.items()): recipe.recipe_of(labels, recipe.seeds[0]) for labels in recipe.combinations()}
+    _check_points(recipe, points, path)
+    return recipe
 
 
-def _read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None) -> SweepRecipe:
+def _build_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None) -> SweepRecipe:
     fields = read_mapping(path)
     tune = fields.pop("tune", None)
     if tune is not None:
@@ -264,15 +267,23 @@ def _read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None)
             raise ConfigError("--set: got 'seed', but the seeds of a sweep are the list 'seeds' in its recipe.")
         _check_field(key)
         _change(base, key, value, "--set")
-    recipe = build_flat(SweepRecipe, {**fields, "base": base, "tune": tune}, f"sweep {path}")
+    return build_flat(SweepRecipe, {**fields, "base": base, "tune": tune}, f"sweep {path}")
+
+
+def _check_points(
+    recipe: SweepRecipe, points: Mapping[tuple[tuple[str, str], ...], PointRecipe], path: str | os.PathLike[str]
+) -> None:
+    """Refuse points that do not make one sweep, or cannot be built.
+
+    Raises:
+        ConfigError: they share no text, start from a model, are the same, or a budget cannot be met.
+    """
     without_memory, data = set(), None
-    for labels in recipe.combinations():
-        point = recipe.recipe_of(labels, recipe.seeds[0])
+    for pairs, point in points.items():
+        labels = dict(pairs)
         data = data or point.data
         if point.data != data:
-            raise ConfigError(
-                f"sweep.variants: {dict(labels)} changes 'data', which all points share; make a sweep of each text."
-            )
+            raise ConfigError(f"sweep.variants: {labels} changes 'data', which all points share; make a sweep of each text.")
         if point.model is not None:
             raise ConfigError(
                 f"sweep {path}: got model: {point.model}, but the points of a sweep start from fresh backbones; use engram train."
@@ -285,7 +296,6 @@ def _read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None)
             "the others are compared with it."
         )
     _check_distinct_but_for_rates(recipe)
-    return recipe
 
 
 def check_distinct(points: Sequence[Point]) -> None:

@@ -34,9 +34,8 @@ def main(folder: Path) -> int:
     torch.set_num_threads(task["threads"])
     try:
         recipe = build_fields(PointRecipe, task["recipe"], "task")
-        with FileLock(
-            folder / ".lock"
-        ):  # a sweep that was killed may have left its worker running: then its result is waited for
+        # A sweep that was killed may have left its worker running: then its result is waited for.
+        with FileLock(folder / ".lock"):
             run_point(recipe, load_data(recipe.data, Path(task["data"])), folder)
     except (EngramError, OSError) as error:
         print(f"engram: {error}", file=sys.stderr)

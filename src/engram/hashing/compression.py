@@ -13,7 +13,15 @@ from tokenizers import Regex, normalizers
 
 from engram.errors import ConfigError
 
-__all__ = ["CompressedTokenizer", "ExactTokenizer", "TokenizerLike", "build_normalizer", "count_ids"]
+__all__ = [
+    "CompressedTokenizer",
+    "ExactTokenizer",
+    "TokenizerLike",
+    "build_normalizer",
+    "check_id_range",
+    "count_ids",
+    "unknown_id",
+]
 
 _REPLACEMENT_CHARACTER = "\ufffd"
 _LONE_SPACE = "\ue000"  # private-use character that carries a single space through Strip

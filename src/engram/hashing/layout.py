@@ -47,9 +47,8 @@ def given_multipliers(
     """
     count, largest = config.max_ngram_size, int(np.iinfo(np.int64).max) // vocab_size
     try:
-        read = {
-            int(layer): [index(number) for number in numbers] for layer, numbers in given.items()
-        }  # JSON's keys are strings
+        # JSON's keys are strings.
+        read = {int(layer): [index(number) for number in numbers] for layer, numbers in given.items()}
     except (AttributeError, TypeError, ValueError):
         read = {}
     fit = all(1 <= number <= largest for numbers in read.values() for number in numbers)

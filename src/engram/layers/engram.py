@@ -88,6 +88,11 @@ class Engram(nn.Module):
         self._join()
 
     @property
+    def table(self) -> Any:
+        """Where the layer's rows are: an ``EmbeddingTable``, whatever its place."""
+        return self.multi_head_embedding.embedding
+
+    @property
     def num_heads(self) -> int:
         """Rows read per token, H."""
         return self.config.num_heads_of(self.layer_id)
@@ -210,7 +215,7 @@ class Engram(nn.Module):
             history: raw ids ``[B, X]`` that came before.
             attention_mask: ``[B, T]``, zero at padding, which reads nothing.
         """
-        if self.multi_head_embedding.embedding.stored_rows == 0:
+        if self.table.stored_rows == 0:
             return None
         index = (
             None

@@ -36,27 +36,7 @@ _HOMES = {
     "transfer_memory": "engram.models.transfer",
 }
 
-__all__ = [
-    "ARCHITECTURES",
-    "DecoderLayout",
-    "EngramModel",
-    "EngramRouter",
-    "LearnedRouter",
-    "PlacedEmbedding",
-    "RouteRule",
-    "Router",
-    "StaticDecoder",
-    "TransferredLayer",
-    "find_decoder",
-    "get_engram_model",
-    "load_bundled",
-    "load_model",
-    "load_placed",
-    "place_embeddings",
-    "register_architecture",
-    "shard_model",
-    "transfer_memory",
-]
+__all__ = sorted(_HOMES)
 
 __getattr__ = loaded_on_use(__name__, _HOMES)
 

@@ -45,7 +45,7 @@ def check_free(decoder: Decoder, beneath: EngramModel | None) -> None:
         AttachError: it is refused.
     """
     if beneath is not None:
-        beneath._check_attached()
+        beneath.check_attached()
         if is_fully_sharded(beneath):
             raise AttachError(
                 "got a memory that FSDP has divided, expected a whole one: attach all memories before shard_model."
@@ -65,7 +65,7 @@ def check_topmost(memory: EngramModel) -> None:
     Raises:
         AttachError: it is refused.
     """
-    memory._check_attached()
+    memory.check_attached()
     if not is_topmost(memory):
         raise AttachError("another memory was attached on top of this one; call unload() on that one first.")
 

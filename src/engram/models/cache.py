@@ -25,6 +25,7 @@ __all__ = [
     "bound_state",
     "cache_argument",
     "cache_in",
+    "cached_length",
     "forget_state",
     "rename_cache",
     "state_of",

@@ -176,10 +176,10 @@ class EngramModel(nn.Module):
         self.is_being_changed = False
         self.owner_token = secrets.token_hex(8)
         self._enabled = True
-        self._given_ids: Tensor | None = None
+        self.given_ids: Tensor | None = None  # beside inputs_embeds, for the pass under way
         self._route: Tensor | None = None
         self._traces: dict[int, dict[str, Tensor]] | None = None
-        self._static: Any = None
+        self.static_decoder: Any = None  # the StaticDecoder whose buffers hold the state, while it is one
         self.prefetch_rows: bool | None = None
         self._flags_before = trainable_flags(model)
         freeze(model, {} if config.verify_rows else adapter_parameters(base))
@@ -201,7 +201,7 @@ class EngramModel(nn.Module):
     @property
     def table_config(self) -> TableConfig:
         """Where the tables live, in the format that they have now."""
-        table = next(iter(self.engrams.values())).multi_head_embedding.embedding
+        table = next(iter(self.engrams.values())).table
         return replace(self._placed, dtype=table.format_name, files=None, stamps=None)
 
     def train(self, mode: bool = True) -> Self:
@@ -218,18 +218,18 @@ class EngramModel(nn.Module):
             engram_input_ids: token ids ``[B, T]`` that address the memory when ``inputs_embeds`` is given instead of ``input_ids``.
             **kwargs: as for the base model; the cache may go by its older name, ``past_key_values``, or its newer one, ``cache``.
         """
-        self._check_attached()
+        self.check_attached()
         rename_cache(self.base_model, kwargs)
         if kwargs.get("use_cache") is False and not accepts(self.base_model, "use_cache"):
             del kwargs["use_cache"]  # a model that knows no cache keeps none
         with nullcontext() if torch.compiler.is_compiling() else self.turns:
-            for memory in self._and_beneath():
-                memory._given_ids = engram_input_ids
+            for memory in self.and_beneath():
+                memory.given_ids = engram_input_ids
             try:
                 return self.base_model(*args, **kwargs)
             finally:
-                for memory in self._and_beneath():
-                    memory._given_ids = None
+                for memory in self.and_beneath():
+                    memory.given_ids = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate`` with the memory: KV cache, batches, beams and speculative decoding included.
@@ -238,17 +238,17 @@ class EngramModel(nn.Module):
         would copy a table in host memory at every step. Steps are taken as they are, unless ``compile_config`` or ``disable_compile`` says
         otherwise; ``StaticDecoder`` has a step in one graph.
         """
-        self._check_attached()
+        self.check_attached()
         config = kwargs.get("generation_config") or self.generation_config
         asked = kwargs.get("compile_config") or getattr(config, "compile_config", None)
-        if any(memory.is_enabled for memory in self._and_beneath()) and asked is None and self.base_model.device.type != "cpu":
+        if any(memory.is_enabled for memory in self.and_beneath()) and asked is None and self.base_model.device.type != "cpu":
             if kwargs.get("generation_config") is None:
                 kwargs.setdefault("disable_compile", True)
             elif "disable_compile" not in kwargs:  # transformers warns of arguments beside a configuration
                 kwargs["generation_config"] = copy.copy(config)
                 kwargs["generation_config"].disable_compile = True
         rename_cache(self.base_model, kwargs)
-        if process_count() > 1 and any(map(is_sharded, self._and_beneath())):  # rows are asked of each other until all are done
+        if process_count() > 1 and any(map(is_sharded, self.and_beneath())):  # rows are asked of each other until all are done
             kwargs.setdefault("synced_gpus", True)
         with self.turns:
             return self.base_model.generate(*args, **kwargs)
@@ -347,7 +347,8 @@ class EngramModel(nn.Module):
                 parameter.requires_grad_(self._flags_before[name])
         return self.below
 
-    def _and_beneath(self) -> Iterator[EngramModel]:
+    def and_beneath(self) -> Iterator[EngramModel]:
+        """This memory, the one that it is attached to, the one beneath that, and so on."""
         memory: EngramModel | None = self
         while memory is not None:
             yield memory
@@ -498,7 +499,12 @@ class EngramModel(nn.Module):
             raise
         return memory
 
-    def _check_attached(self) -> None:
+    def check_attached(self) -> None:
+        """Refuse to go on with a memory that is on no model any more.
+
+        Raises:
+            AttachError: it was unloaded.
+        """
         if self._hooks is None:
             raise AttachError("this memory was unloaded; attach it again with get_engram_model or EngramModel.from_pretrained.")
 
@@ -507,14 +513,15 @@ class EngramModel(nn.Module):
         """Whether this is inside ``record()``."""
         return self._traces is not None
 
-    def _trace_for(self, layer_id: int, hash_ids: Tensor | None) -> dict[str, Tensor] | None:
+    def trace_for(self, layer_id: int, hash_ids: Tensor | None) -> dict[str, Tensor] | None:
+        """Where a layer writes down what ``record`` is to show of this pass; None outside of it."""
         if self._traces is None:
             return None
         assert hash_ids is not None
         self._traces[layer_id] = {"hash_ids": hash_ids}
         return self._traces[layer_id]
 
-    def _put_together(self, layer_id: int, packing: Packing) -> None:
+    def put_together(self, layer_id: int, packing: Packing) -> None:
         """What was recorded of packed texts, by row."""
         trace = (self._traces or {}).get(layer_id, {})
         trace.update({name: packing.together(values) for name, values in trace.items()})

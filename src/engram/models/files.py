@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
     from engram.models.engram_model import EngramModel
 
-__all__ = ["PLACED_FIELDS", "check_memory", "load_memory", "save_memory", "saved_aside"]
+__all__ = ["PLACED_FIELDS", "check_memory", "folder_name", "load_memory", "save_memory", "saved_aside"]
 
 PLACED_FIELDS = {"tier", "path", "hot_rows", "resident_bytes"}
 """Fields of a ``TableConfig`` that a saved memory's placement may have."""
@@ -140,7 +140,7 @@ def _save(memory: EngramModel, path: str | os.PathLike[str], together: bool) -> 
     memory.known_versions.add(version)
     memory.folder = memory.folder or folder_name(path)
     for layer_id, engram in memory.engrams.items():  # row files hold what was saved
-        table = engram.multi_head_embedding.embedding
+        table = engram.table
         cold = cold_table(table)
         if isinstance(cold, MappedRows) and cold.mode == "r+":
             try:
@@ -335,9 +335,8 @@ def _load(
             if saved.verify_rows:
                 fill_verified_tables(memory, tensors, saved_dtype, path)
             else:
-                with TensorReader(
-                    Path(path) / description["weights"]["file"]
-                ) as reader:  # its pages do not count as the process's own
+                # Its pages do not count as the process's own.
+                with TensorReader(Path(path) / description["weights"]["file"]) as reader:
                     fill_tables(memory, reader, saved_dtype, changed_rows)
                 promote_rows(memory, tensors)
             for name, tensor in own.items():
@@ -374,7 +373,8 @@ def _check_tensors(
     memory: EngramModel, tensors: Any, own: dict[str, Tensor], saved_dtype: str, path: str | os.PathLike[str]
 ) -> None:
     """Refuse a file whose names or shapes are not those of this memory."""
-    expected = {**{name: tuple(t.shape) for name, t in own.items()}, **table_shapes(memory, saved_dtype)}
+    of_tables = table_shapes(memory, saved_dtype)
+    expected = {**{name: tuple(t.shape) for name, t in own.items()}, **of_tables}
     names = {name for name in tensors.keys() if not name.startswith(PLACEMENT)}  # noqa: SIM118
     if names != set(expected):
         missing, unknown = sorted(set(expected) - names), sorted(names - set(expected))
@@ -387,8 +387,8 @@ def _check_tensors(
             )
     form = row_format(saved_dtype)
     types = {"row_ids": torch.int64, "tags": torch.int32, "weight": form.dtype, "scales": form.scale_dtype}
-    for name in table_shapes(memory, saved_dtype):
-        code, expected_type = tensors.get_slice(name).get_dtype(), types[name.removeprefix(name[: name.index(TABLE)] + TABLE)]
+    for name in of_tables:
+        code, expected_type = tensors.get_slice(name).get_dtype(), types[name.rpartition(".")[2]]
         if expected_type is not None and code != type_code(expected_type):
             raise CheckpointError(
                 f"{path}: {name} is of type {code}, expected {type_code(expected_type)}. Copy the file again."

@@ -77,7 +77,7 @@ class DecoderHooks:
         _refuse_unknown_kind(cache)
         input_ids = arguments.get("input_ids")
         if input_ids is None:
-            input_ids = self._memory._given_ids
+            input_ids = self._memory.given_ids
         if input_ids is None:
             raise AttachError(
                 "got inputs_embeds without token ids, but the memory is addressed by token ids: pass input_ids, or in forward "
@@ -96,7 +96,7 @@ class DecoderHooks:
         return bool(getattr(text_config(config), "use_cache", False) if use_cache is None else use_cache)
 
     def _prepare(self, input_ids: Tensor, arguments: dict[str, Any], cache: Cache | None, wants_cache: bool) -> ForwardContext:
-        memory, config, static = self._memory, self._memory.engram_config, self._memory._static
+        memory, config, static = self._memory, self._memory.engram_config, self._memory.static_decoder
         packing, route = None, self._route(len(input_ids))
         if static is not None:  # fixed shapes: the state is given, and asking the cache for its length would be a wait
             state, mask = static.state, None
@@ -133,7 +133,7 @@ class DecoderHooks:
 
     def _addresses(self, ids: Tensor, history: Tensor | None, mask: Tensor | None, route: Tensor | None) -> ForwardContext:
         """Addresses of all layers with their rows on the way, or for verified rows what was found there."""
-        memory, static = self._memory, self._memory._static
+        memory, static = self._memory, self._memory.static_decoder
         if not memory.engram_config.verify_rows:
             hash_ids = memory.mapping.hash(ids, history)
             prefetcher = self._prefetcher if static is None else static.prefetcher
@@ -176,7 +176,7 @@ class DecoderHooks:
         else:
             contribution = self._read(layer_id, block, packing.apart(hidden_states))
             contribution = None if contribution is None else packing.together(contribution)
-            self._memory._put_together(layer_id, packing)
+            self._memory.put_together(layer_id, packing)
         if contribution is None:
             return None
         hidden_states = hidden_states + contribution
@@ -189,7 +189,7 @@ class DecoderHooks:
         device = hidden_states.device
         mask = None if context.mask is None else context.mask.to(device)
         hash_ids = context.hash_ids[layer_id].to(device) if layer_id in context.hash_ids else None
-        trace = self._memory._trace_for(layer_id, hash_ids)
+        trace = self._memory.trace_for(layer_id, hash_ids)
         slots = None
         if context.slots is not None:
             slots = context.slots[layer_id]
@@ -217,7 +217,7 @@ class DecoderHooks:
         context, self._context = self._context, None
         if context is None or context.state is None:
             return
-        if self._memory._static is not None:
+        if self._memory.static_decoder is not None:
             context.state.ids.append(context.input_ids)
             return
         cache = cache_in(output)
@@ -241,9 +241,8 @@ def _is_recomputed(block: nn.Module) -> bool:
 @torch.compiler.disable
 def _commit(cache: Cache, context: ForwardContext) -> None:
     on_cuda = context.input_ids.device.type == "cuda"
-    context.state.ids.append(
-        context.input_ids if on_cuda else context.input_ids.clone()
-    )  # the caller may write the next ids into its tensor
+    # The caller may write the next ids into its tensor.
+    context.state.ids.append(context.input_ids if on_cuda else context.input_ids.clone())
     if on_cuda:
         context.state.own()
     bind_state(cache, context.state)

@@ -74,7 +74,7 @@ def memory_identity(memory: Any) -> dict[str, Any]:
     """
     reader, rows = hashlib.sha256(), hashlib.sha256()
     for engram in memory.engrams.values():
-        table = engram.multi_head_embedding.embedding
+        table = engram.table
         own = {id(parameter) for parameter in table.parameters()}
         for parameter in engram.parameters():
             if id(parameter) not in own:

@@ -60,7 +60,7 @@ def find_verified(
     Returns:
         Slots ``[B, T, H]`` per layer, None for a layer in which nothing is read; and the counts, where they are known.
     """
-    written = {int(layer): e for layer, e in memory.engrams.items() if e.multi_head_embedding.embedding.stored_rows > 0}
+    written = {int(layer): e for layer, e in memory.engrams.items() if e.table.stored_rows > 0}
     slots: dict[int, Tensor | None] = dict.fromkeys(map(int, memory.engrams))
     native = memory.mapping.kernel_for(ids) is not None
     hashed = {} if native or not written else memory.mapping.hash_with_tags(ids, history, mask)

@@ -209,9 +209,8 @@ def _cost(
     if placement.tier == "device":
         used["device"] = size
     elif placement.tier == "mmap":
-        used["disk"] = (
-            0 if placement.path is None and form == tables[0].form else size
-        )  # read where it lies, or in files of its own
+        # Read where it lies, or in files of its own.
+        used["disk"] = 0 if placement.path is None and form == tables[0].form else size
     else:
         used["disk" if placement.path is not None else "host"] = size
         used["device"] = few if placement.tier == "hybrid" else 0

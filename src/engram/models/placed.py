@@ -152,9 +152,8 @@ def load_placed(
     model = _without_embeddings(kind, pattern, waiting).from_pretrained(folder, **options)
     model.__class__ = kind
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    parts = {
-        place: _parts_of(place, weight, files) for place, weight in waiting.items()
-    }  # all are found before the first is read
+    # All are found before the first is read.
+    parts = {place: _parts_of(place, weight, files) for place, weight in waiting.items()}
     sources = {place: _source_of(saved) for place, saved in parts.items()}
     tables = _tables(waiting, placement, sources)
     for place, saved in parts.items():
@@ -363,7 +362,7 @@ def _files_of(folder: Path) -> dict[str, Path]:
             return {key: folder / file for key, file in names.items() if Path(file).name == file}
         with TensorReader(folder / _SINGLE) as tensors:
             return dict.fromkeys(tensors.specs, folder / _SINGLE)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder}: its safetensors cannot be read ({error}); expected a model that save_pretrained wrote."
         ) from None

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from engram.checkpoint import write_atomically
 from engram.errors import CheckpointError, ConfigError, FingerprintError
+from engram.models.devices import input_device
 from engram.models.identity import base_identity, identity_mismatch
 from engram.models.mode import evaluation_mode
 from engram.models.positions import context_length, text_config
+from engram.models.yaml_text import parse_yaml
 
 __all__ = ["EngramRouter", "LearnedRouter", "RouteRule", "Router"]
 
@@ -85,9 +86,10 @@ class EngramRouter:
         """
         path = _BUNDLED_RULES if path is None else path
         try:
-            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read routing rules {path}: {' '.join(str(error).split())}") from None
+        fields = parse_yaml(text, f"routing rules {path}", ConfigError)
         if not isinstance(fields, dict) or not isinstance(fields.get("rules"), list):
             raise ConfigError(f"{path}: expected a mapping with 'rules', a list of {{name, pattern, score}}.")
         unknown = sorted(str(key) for key in set(fields) - {"rules", "otherwise", "threshold"})
@@ -314,12 +316,12 @@ def _mean_states(model: Any, tokenizer: Any, prompts: Sequence[str], first_token
     """Mean over the (first) tokens of the last hidden state, float32 ``[prompts, d]``, computed by the base model alone; zero of no
     tokens.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     context = context_length(model.config)
     longest = min((n for n in (first_tokens, context) if n is not None), default=None)
     states = []
     with ExitStack() as off, evaluation_mode(model):
-        for memory in model._and_beneath() if hasattr(model, "disable_engram") else ():
+        for memory in model.and_beneath() if hasattr(model, "disable_engram") else ():
             off.enter_context(memory.disable_engram())
         for prompt in prompts:
             ids = tokenizer(prompt, verbose=False)["input_ids"][:longest]

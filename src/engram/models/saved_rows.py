@@ -53,7 +53,7 @@ def gathered_tables(memory: EngramModel) -> dict[str, MappedRows | ShardedTable]
     return {
         f"layers.{layer_id}.{TABLE}": cold
         for layer_id, engram in memory.engrams.items()
-        if isinstance(cold := cold_table(engram.multi_head_embedding.embedding), MappedRows | ShardedTable)
+        if isinstance(cold := cold_table(engram.table), MappedRows | ShardedTable)
     }
 
 
@@ -62,7 +62,7 @@ def table_shapes(memory: EngramModel, saved_dtype: str) -> dict[str, tuple[int, 
     shapes: dict[str, tuple[int, ...]] = {}
     form = row_format(saved_dtype)
     for layer_id, engram in memory.engrams.items():
-        table, prefix = engram.multi_head_embedding.embedding, f"layers.{layer_id}.{TABLE}"
+        table, prefix = engram.table, f"layers.{layer_id}.{TABLE}"
         if memory.engram_config.verify_rows:
             shapes |= {f"{prefix}row_ids": (-1,), f"{prefix}tags": (-1,)}
         rows = -1 if memory.engram_config.verify_rows else table.rows
@@ -81,7 +81,7 @@ def fill_tables(memory: EngramModel, tensors: TensorReader, saved_dtype: str, ch
         CheckpointError: a row file holds other rows, and nobody said what to do with them (``TableConfig.changed_rows``); no row was changed.
     """
     form = row_format(saved_dtype)
-    tables = {layer_id: engram.multi_head_embedding.embedding for layer_id, engram in memory.engrams.items()}
+    tables = {layer_id: engram.table for layer_id, engram in memory.engrams.items()}
     stamps = {layer_id: row_stamp(tensors.file.name, layer_id, table.format_name) for layer_id, table in tables.items()}
     # All are looked at before the first is changed.
     empty = {
@@ -180,7 +180,7 @@ def row_stamp(source: str, layer_id: int | str, dtype: str) -> str:
 def promote_rows(memory: EngramModel, tensors: Any) -> None:
     """Hot rows that were chosen when the memory was placed."""
     for layer_id, engram in memory.engrams.items():
-        table, name = engram.multi_head_embedding.embedding, f"{PLACEMENT}{layer_id}.hot_ids"
+        table, name = engram.table, f"{PLACEMENT}{layer_id}.hot_ids"
         if isinstance(table, HybridTable) and name in tensors.keys():  # noqa: SIM118
             table.promote(tensors.get_tensor(name)[: table.hot_rows])  # the most frequent come first
 
@@ -189,7 +189,7 @@ def fill_verified_tables(memory: EngramModel, tensors: Any, saved_dtype: str, pa
     """Exchange the rows of every layer; all are checked before the first is changed."""
     form, new = row_format(saved_dtype), []
     for layer_id, engram in memory.engrams.items():
-        table: VerifiedTable = engram.multi_head_embedding.embedding
+        table: VerifiedTable = engram.table
         names = ("row_ids", "tags", "weight", *(("scales",) if form.quantised else ()))
         saved = [tensors.get_tensor(f"layers.{layer_id}.{TABLE}{name}") for name in names]
         row_ids, tags, count = saved[0], saved[1], saved[0].shape[0]

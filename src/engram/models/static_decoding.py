@@ -167,7 +167,7 @@ class StaticDecoder:
 
     def _tables(self) -> list[tuple[int, int, int]]:
         """Where rows are: teaching, forgetting and moving put them elsewhere."""
-        tables = [engram.multi_head_embedding.embedding for engram in self._memory.engrams.values()]
+        tables = [engram.table for engram in self._memory.engrams.values()]
         return [(id(table), getattr(table, "version", 0), table.weight.data_ptr()) for table in tables]
 
     def _forward(self) -> None:
@@ -177,7 +177,7 @@ class StaticDecoder:
         dtype = memory.base_model.dtype
         mask = torch.zeros(readable.shape, dtype=dtype, device=readable.device)
         mask = mask.masked_fill_(~readable, torch.finfo(dtype).min)[:, None, None, :]
-        memory._static = self
+        memory.static_decoder = self
         try:
             logits = memory(
                 input_ids=self.tokens,
@@ -187,7 +187,7 @@ class StaticDecoder:
                 **{cache_argument(memory.base_model): self.cache},
             ).logits
         finally:
-            memory._static = None
+            memory.static_decoder = None
         self.logits.copy_(logits[:, -1])
         self._place.add_(1)
         self._position.add_(1)
@@ -216,7 +216,7 @@ class StaticDecoder:
         """Refuse rows that pass through the CPU before anything is captured: inside, torch would tell of the capture alone."""
         device = self.tokens.device
         for engram in self._memory.engrams.values() if self._memory.is_enabled else ():
-            table = engram.multi_head_embedding.embedding
+            table = engram.table
             if not isinstance(table, VerifiedTable) and table.tier != "device" and not table.is_read_by(device):
                 raise not_in_graphs(table)
 

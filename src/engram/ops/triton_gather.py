@@ -42,14 +42,12 @@ def _gather_kernel(
     scales,
     row_ids,
     out,
-    bad,
     rows,
     count,
     KIND: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     SCALES: tl.constexpr,
-    FLAG: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -58,11 +56,8 @@ def _gather_kernel(
     asked_N = number_N < count
     row_N = tl.load(row_ids + number_N, mask=asked_N, other=0)
     there_N = asked_N & (row_N >= 0) & (row_N < rows)
-    if FLAG:
-        tl.atomic_max(bad + number_N * 0, 1, mask=asked_N & (there_N == 0))
-    there_ND = (
-        there_N[:, None] & (column_D < DIM)[None, :]
-    )  # everything else reads zero bits, which every format takes for zero
+    # Everything else reads zero bits, which every format takes for zero.
+    there_ND = there_N[:, None] & (column_D < DIM)[None, :]
     if KIND == 3:  # two values per byte
         item_D = column_D // 2
     else:
@@ -89,11 +84,10 @@ def _gather_kernel(
     tl.store(out + (number_N[:, None] * DIM + column_D[None, :]), value_ND.to(out.dtype.element_ty), mask=written_ND)
 
 
-def gather_rows_triton(data: Tensor, scales: Tensor | None, row_ids: Tensor, out: Tensor, bad: Tensor | None = None) -> None:
+def gather_rows_triton(data: Tensor, scales: Tensor | None, row_ids: Tensor, out: Tensor) -> None:
     """Rows by number into ``out``, in its type, on the current stream of the device of ``row_ids``.
 
-    A number out of range reads nothing and gives zeros: raising would make every look-up wait for the device. Whoever wants to know
-    gives ``bad`` and reads it when waiting costs nothing.
+    A number out of range reads nothing and gives zeros: raising would make every look-up wait for the device.
 
     Args:
         data: ``[rows, width]`` contiguous, on the device or a view of page-locked host memory: float32, bfloat16 or float16; or with
@@ -101,7 +95,6 @@ def gather_rows_triton(data: Tensor, scales: Tensor | None, row_ids: Tensor, out
         scales: float32 ``[rows]``, for float8 uint8 exponents ``[rows, ceil(dim / 32)]``; None for floating point rows.
         row_ids: int64, any shape, contiguous.
         out: ``[*row_ids.shape, dim]`` contiguous: float32, bfloat16 or float16.
-        bad: int32 ``[1]`` that becomes 1 if a number was out of range, and else stays as it is.
 
     Raises:
         ValueError: types or shapes do not go together.
@@ -119,14 +112,12 @@ def gather_rows_triton(data: Tensor, scales: Tensor | None, row_ids: Tensor, out
         row_ids if scales is None else scales,
         row_ids,
         out,
-        row_ids if bad is None else bad,
         data.shape[0],
         count,
         KIND=kind,
         DIM=dim,
         WIDTH=data.shape[1],
         SCALES=scales.shape[1] if kind == _FLOAT8 and scales is not None else 1,
-        FLAG=bad is not None,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         num_warps=4 if block_n * block_d > 512 else 1,

@@ -59,9 +59,8 @@ def progress(result: Mapping[str, Any]) -> str:
 
 def failures(result: Mapping[str, Any]) -> str:
     """What failed, one line each; empty if nothing did."""
-    told = [
-        (failure["point"], re.sub(r"(?<!\S)/\S*/", "", failure["error"])) for failure in result["failures"]
-    ]  # no machine's folders
+    # No machine's folders.
+    told = [(failure["point"], re.sub(r"(?<!\S)/\S*/", "", failure["error"])) for failure in result["failures"]]
     lines = [f"- {literal_text(point)}: {literal_text(error)}" for point, error in told]
     return "\n".join([f"{plural(len(lines), 'run')} failed:", "", *lines]) if lines else ""
 

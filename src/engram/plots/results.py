@@ -187,7 +187,7 @@ def read_result(path: Path, strict: bool = True) -> ResultFile | None:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"result {path}: {error.strerror}; expected a JSON file that engram wrote.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if not strict:  # what a command that is at work, or was cut off, left there
             return None
         raise DataError(f"result {path}: not JSON ({error}); write it again with the command that made it.") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from engram.errors import TableError
 from engram.tables.prefetch import RowPrefetcher
 
-__all__ = ["EmbeddingTable", "announce_step", "check_place", "check_row_ids", "replaced", "row_parameters", "tell_before_steps"]
+__all__ = [
+    "EmbeddingTable",
+    "announce_step",
+    "check_place",
+    "check_row_ids",
+    "refuse_assign",
+    "replaced",
+    "row_parameters",
+    "tell_before_steps",
+]
 
 _TOLD = "_engram_before_step"
 
@@ -162,6 +171,23 @@ def replaced(old: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     if new.shape != old.shape:
         raise TableError(f"update_rows: fn returned shape {list(new.shape)}, expected {list(old.shape)}.")
     return new
+
+
+def refuse_assign(state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], table: str, left: str) -> None:
+    """Refuse to load tensors in the place of a table's own, where those are more than a tensor.
+
+    Args:
+        state_dict: as ``nn.Module._load_from_state_dict`` is given it, and the next two too.
+        prefix: what the table's names begin with.
+        local_metadata: says whether they shall be assigned.
+        table: who refuses, for people.
+        left: what would be left.
+
+    Raises:
+        TableError: there is one to be assigned.
+    """
+    if local_metadata.get("assign_to_params_buffers") and any(name.startswith(prefix) for name in state_dict):
+        raise TableError(f"{table}: got load_state_dict(assign=True), which would leave {left}; load without assign.")
 
 
 def check_place(start: int, rows: Tensor, count: int, dim: int) -> None:

@@ -24,7 +24,7 @@ from engram.tables.rownotes import check_form, is_untouched, note_form, rows_are
 from engram.tables.sharded import ShardedTable
 from engram.tables.verified import VerifiedTable
 
-__all__ = ["build_table", "check_room", "row_file"]
+__all__ = ["build_table", "check_room", "refuse_other_rows", "row_file"]
 
 _ROWS_AT_ONCE = 1 << 18
 

@@ -17,12 +17,11 @@ __all__ = ["DeviceTable"]
 
 
 class DeviceTable(EmbeddingTable):
-    """A table held in one parameter ``weight [rows, dim]`` (the name the paper's demo uses).
+    """A table held in one parameter ``weight [rows, dim]`` (the name the paper's demo uses), all zero at first.
 
     Args:
         rows: number of rows.
         dim: values per row.
-        init: ``zero`` or ``normal`` (standard normal, as ``torch.nn.Embedding``).
         dtype: storage type.
         device: where the parameter is made.
 
@@ -34,15 +33,12 @@ class DeviceTable(EmbeddingTable):
         self,
         rows: int,
         dim: int,
-        init: str = "zero",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.rows, self.dim = rows, dim
         self.weight = nn.Parameter(self._allocate(dtype, device))
-        if init == "normal":
-            nn.init.normal_(self.weight)
 
     def _allocate(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         """Zeros ``[rows, dim]`` where the rows shall live."""

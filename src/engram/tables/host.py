@@ -27,16 +27,15 @@ class HostTable(DeviceTable):
     Args:
         rows: number of rows.
         dim: values per row.
-        init: ``zero`` or ``normal``.
         dtype: storage type.
 
     Raises:
         TableError: the table would not fit into the memory there is.
     """
 
-    def __init__(self, rows: int, dim: int, init: str = "zero", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, rows: int, dim: int, dtype: torch.dtype = torch.float32) -> None:
         self._lock = PageLock()
-        super().__init__(rows, dim, init, dtype, "cpu")
+        super().__init__(rows, dim, dtype, "cpu")
 
     def _allocate(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         unlock_what_waits()  # of tables that are gone, whose memory this one may need

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engram.errors import TableError
 from engram.ops import lookup_rows
-from engram.tables.base import EmbeddingTable
+from engram.tables.base import EmbeddingTable, refuse_assign
 from engram.tables.counts import AccessCounts
 from engram.tables.formats import row_format
 from engram.tables.host import HostTable
@@ -32,7 +32,8 @@ def _new_lock() -> None:
     _SWAPPING = Lock()
 
 
-os.register_at_fork(after_in_child=_new_lock)  # a thread that held it is not there to give it back
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)  # a thread that held it is not there to give it back
 
 
 class _Copies(NamedTuple):
@@ -76,9 +77,8 @@ class HybridTable(EmbeddingTable):
         if hot_rows < 1:
             raise TableError(f"hot_rows: got {hot_rows}, expected at least 1; use the cold table alone for none.")
         self.rows, self.dim, self.hot_rows = cold.rows, cold.dim, hot_rows
-        self.__dict__["cold"] = (
-            cold  # not a submodule: its parameter is registered here, under the name that other tables save it
-        )
+        # Not a submodule: its parameter is registered here, under the name that other tables save it.
+        self.__dict__["cold"] = cold
         self.form = row_format(cold.format_name)
         if isinstance(cold, QuantisedTable):
             self.register_buffer("weight", cold.weight)
@@ -123,10 +123,7 @@ class HybridTable(EmbeddingTable):
         Raises:
             TableError: as the cold table; or loaded tensors shall take the place of its own (``assign``).
         """
-        if local_metadata.get("assign_to_params_buffers") and any(name.startswith(prefix) for name in state_dict):
-            raise TableError(
-                "HybridTable: got load_state_dict(assign=True), which would leave the cold rows; load without assign."
-            )
+        refuse_assign(state_dict, prefix, local_metadata, "HybridTable", "the cold rows")
         self.cold._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._forget_copies()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from engram.errors import TableError
 from engram.native import touch_rows
 from engram.ops import read_rows
-from engram.tables.base import EmbeddingTable, tell_before_steps
+from engram.tables.base import EmbeddingTable, refuse_assign, tell_before_steps
 from engram.tables.formats import RowFormat, row_format
 from engram.tables.host import HostTable
 from engram.tables.pinned import through_host
@@ -232,9 +232,8 @@ class MappedRows(EmbeddingTable):
         """
         blocks = super().iter_row_blocks(block_rows)  # type: ignore[safe-super]  # of the table that this stands in front of
         for start in range(0, self.rows, block_rows):
-            self._read_ahead(
-                start, block_rows
-            )  # some tables read a block when it is asked for, others leave that to whoever gets it
+            # Some tables read a block when it is asked for, others leave that to whoever gets it.
+            self._read_ahead(start, block_rows)
             _, block = next(blocks)
             yield start, block
             self._file.check_unchanged()
@@ -291,11 +290,8 @@ class MappedRows(EmbeddingTable):
             TableError: the file is mapped read-only (what is loaded would lie in pages of this process, and go with them) or was truncated, or
                 loaded tensors shall take the place of the mapped ones (``assign``).
         """
+        refuse_assign(state_dict, prefix, local_metadata, f"rows in {self.path}", "the file")
         if any(name.startswith(prefix) for name in state_dict):
-            if local_metadata.get("assign_to_params_buffers"):
-                raise TableError(
-                    f"rows in {self.path}: got load_state_dict(assign=True), which would leave the file; load without assign."
-                )
             self._refuse_read_only()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
@@ -369,13 +365,12 @@ class MmapTable(MappedRows, HostTable):
         unchanged: str | None = None,
     ) -> None:
         self._map(path, mode, (offset,), (dim * dtype.itemsize,), rows, resident_bytes, unchanged)
-        super().__init__(rows, dim, "zero", dtype)
+        super().__init__(rows, dim, dtype)
         self.weight.requires_grad_(mode == "r+")
         if mode == "r+":
             file = self._file
-            self.weight.register_post_accumulate_grad_hook(
-                lambda _: file.changing()
-            )  # a step may follow, by anybody's optimiser
+            # A step may follow, by anybody's optimiser.
+            self.weight.register_post_accumulate_grad_hook(lambda _: file.changing())
             tell_before_steps(self.weight, file.changing)  # with a save between the two
 
     def _allocate(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:

@@ -125,9 +125,8 @@ class RowPrefetcher:
             return RowHandle(row_ids, fetch())
         if torch.cuda.is_current_stream_capturing():
             raise not_in_graphs(table)
-        return RowHandle(
-            row_ids, self._in_thread(fetch)
-        )  # the CPU would wait for the numbers here, and so for all that is enqueued
+        # The CPU would wait for the numbers here, and so for all that is enqueued.
+        return RowHandle(row_ids, self._in_thread(fetch))
 
     def _in_thread(self, fetch: Callable[[], tuple[Tensor, Any]]) -> Future[Any]:
         if self._thread is None or self._process != os.getpid():

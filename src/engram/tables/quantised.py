@@ -39,7 +39,7 @@ class QuantisedTable(EmbeddingTable):
         super().__init__()
         self._lock = PageLock()
         self.rows, self.dim, self.form, self.host = rows, dim, row_format(form), host
-        if not self.form.quantised or self.form.scale_dtype is None:
+        if self.form.scale_dtype is None:
             raise TableError(f"QuantisedTable: got format {form!r}, expected one with scales; use a DeviceTable or HostTable.")
         weight, scales = self._allocate(device)
         self.register_buffer("weight", weight)
@@ -54,9 +54,8 @@ class QuantisedTable(EmbeddingTable):
             unlock_what_waits()
             return lazy_zeros(shape, form.dtype, "tier='host'"), lazy_zeros(scale_shape, form.scale_dtype, "tier='host'")
         check_fits(rows * form.row_bytes(dim), device, "tier='device'")
-        weight = torch.zeros(shape, dtype=torch.uint8, device=device).view(
-            form.dtype
-        )  # zeros() knows fewer types than tensors do
+        # As bytes: zeros() knows fewer types than tensors do.
+        weight = torch.zeros(shape, dtype=torch.uint8, device=device).view(form.dtype)
         return weight, torch.zeros(scale_shape, dtype=form.scale_dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -9,6 +9,7 @@ import gc
 import mmap
 import os
 import shutil
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,13 +33,15 @@ from engram.tables.rownotes import (
 
 __all__ = ["RowFile", "new_row_file"]
 
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has the name since 3.12; 0x4000 on Linux
+# Python has the name since 3.12.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 _AROUND = 1 << 16
 """Bytes that Linux maps around a page that is read, if they are in memory anyway."""
 _PROBES = 16
 """Places of a file that are looked at for huge pages."""
 _ELSEWHERE = "have the rows elsewhere: in Python by another TableConfig(...), on the command line by `engram place`"
+_ZEROS = bytes(1 << 20)
 _SHARE = 2
 """Residency is looked at whenever half of the budget may have come in, and pages go if half of it has: the sum is the budget. Smaller parts
 would leave the threads that read cold rows too little to read together."""
@@ -310,7 +313,7 @@ def _create(path: Path, size: int) -> BinaryIO | None:
             f"{path}: got {size:,} bytes of rows, expected at most the {free:,} bytes free on the disk; free space there, or {_ELSEWHERE}."
         )
     with hidden_beside(path) as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+        _reserve(file.fileno(), size)
         try:
             _name_with_note(
                 file, path, {**state_of_file(file.fileno()), "filling": None, "inode": os.fstat(file.fileno()).st_ino}
@@ -320,13 +323,31 @@ def _create(path: Path, size: int) -> BinaryIO | None:
         return os.fdopen(os.dup(file.fileno()), "r+b")  # the same lock
 
 
-def _fill_holes(handle: int) -> None:
-    """Have the disk give all blocks of a file that a sparse copy left without some: writing into a hole of a map on a full disk would end the
-    process.
+def _reserve(handle: int, size: int) -> None:
+    """Have the disk give all blocks of a new file, which is zeros then.
 
     Raises:
         OSError: the disk is full.
     """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+        return
+    for place in range(0, size, len(_ZEROS)):  # macOS has no such call; what is written has its blocks
+        left = memoryview(_ZEROS)[: size - place]
+        while left:
+            written = os.pwrite(handle, left, place)
+            left, place = left[written:], place + written
+
+
+def _fill_holes(handle: int) -> None:
+    """Have the disk give all blocks of a file that a sparse copy left without some: writing into a hole of a map on a full disk would end the
+    process. Without effect on systems that cannot be asked for it (macOS).
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
     found = os.fstat(handle)
     # Some systems compress, and say fewer blocks; some call blocks that were reserved and never written holes.
     if found.st_blocks * 512 < found.st_size and os.lseek(handle, 0, os.SEEK_HOLE) < found.st_size:
@@ -356,7 +377,7 @@ def new_row_file(path: Path, size: int, source: str, placing: str) -> Iterator[B
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with hidden_beside(path) as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+        _reserve(file.fileno(), size)
         yield file
         file.flush()
         os.fsync(file.fileno())

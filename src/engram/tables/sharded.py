@@ -22,7 +22,7 @@ from engram.distributed import (
 )
 from engram.errors import TableError
 from engram.ops import gradient_at
-from engram.tables.base import EmbeddingTable, check_place, check_row_ids, replaced
+from engram.tables.base import EmbeddingTable, check_place, check_row_ids, refuse_assign, replaced
 from engram.tables.device import DeviceTable
 
 __all__ = ["ShardedTable", "is_in_parts", "is_sharded"]
@@ -81,8 +81,7 @@ class ShardedTable(EmbeddingTable):
         Raises:
             TableError: loaded tensors shall take the place of its own (``assign``).
         """
-        if local_metadata.get("assign_to_params_buffers") and any(name.startswith(prefix) for name in state_dict):
-            raise TableError("ShardedTable: got load_state_dict(assign=True), which would leave its part; load without assign.")
+        refuse_assign(state_dict, prefix, local_metadata, "ShardedTable", "its part")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engram.errors import TableError
 from engram.ops import lookup_rows
-from engram.tables.base import EmbeddingTable, check_row_ids
+from engram.tables.base import EmbeddingTable, check_row_ids, replaced
 from engram.tables.formats import FORMATS, RowFormat, row_format
 from engram.tables.stored import StoredRows
 
@@ -188,9 +188,7 @@ class VerifiedTable(EmbeddingTable):
         slot = torch.searchsorted(self.row_ids, row_ids).clamp_max(max(self.stored_rows - 1, 0))
         if self.stored_rows == 0 or not bool((self.row_ids[slot] == row_ids).all()):
             raise TableError("update_rows: some rows are not written yet; insert() them with the tags of their n-grams.")
-        new = fn(self.gather(slot))
-        if new.shape != (row_ids.shape[0], self.dim):
-            raise TableError(f"update_rows: fn returned shape {list(new.shape)}, expected {[row_ids.shape[0], self.dim]}.")
+        new = replaced(self.gather(slot), fn)
         kept = torch.ones(self.stored_rows, dtype=torch.bool, device=slot.device)
         kept[slot] = False
         changed = StoredRows.encode(self.form, row_ids, self.tags[slot], new.to(self.weight.device))

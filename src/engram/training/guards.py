@@ -20,7 +20,15 @@ from engram.distributed import anywhere, is_divided, own_part
 from engram.errors import CheckpointError, ConfigError, TableError, TrainingError
 from engram.tables import row_parameters
 
-__all__ = ["check_reports", "is_complete", "last_checkpoint", "no_number", "weights_are_finite", "whole_or_removed"]
+__all__ = [
+    "check_reports",
+    "is_complete",
+    "last_checkpoint",
+    "no_number",
+    "read_claim",
+    "weights_are_finite",
+    "whole_or_removed",
+]
 
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
@@ -29,9 +37,18 @@ def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint was saved to its end: the trainer's state, written last, is there and whole."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return True
+
+
+def read_claim(file: Path) -> dict[str, Any] | None:
+    """What a run's folder says that it is a run of; None, which no recipe equals, for a file that is damaged."""
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) else None
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +21,16 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers import __version__ as transformers_version
 
-from engram._version import __version__
 from engram.checkpoint import write_json_atomically
 from engram.data.corpus import Corpus, CorpusRecipe, build_corpus
 from engram.data.packing import pack
 from engram.data.recipe import build_fields, parse_corpus, read_yaml
 from engram.errors import CheckpointError, ConfigError
 from engram.evaluation.bits_per_byte import bits_per_byte
+from engram.evaluation.versions import made_with
 from engram.models.mode import evaluation_mode
+from engram.training.guards import read_claim
 from engram.training.progress import LiveProgress
 from engram.training.safe_trainer import InOrder, SafeTrainer, last_checkpoint
 from engram.training.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
@@ -172,6 +171,7 @@ def pretrain(
         CheckpointError: the folder holds another run, or any run where ``resume`` is False; nothing is overwritten.
     """
     out = Path(out)
+    _put_back(out / "model")
     checkpoints = out / "checkpoints"
     last = last_checkpoint(checkpoints)
     corpus = build_corpus(recipe.corpus, Path(folder))
@@ -271,7 +271,7 @@ def _claim_folder(out: Path, recipe: PretrainRecipe, corpus: Corpus, fresh: bool
         raise CheckpointError(
             f"{out} holds {what} of an earlier run, expected neither; resume it or choose another folder (nothing was overwritten)."
         )
-    if file.is_file() and _read_claim(file) != present:
+    if file.is_file() and read_claim(file) != present:
         raise CheckpointError(
             f"{out} holds a run of another recipe or on other text; choose another folder (nothing was overwritten)."
         )
@@ -286,14 +286,6 @@ def _claim_folder(out: Path, recipe: PretrainRecipe, corpus: Corpus, fresh: bool
         raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from None
 
 
-def _read_claim(file: Path) -> Any:
-    """None, which no recipe equals, for a file that is no JSON."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-
-
 def _text_digest(corpus: Corpus) -> str:
     digest = hashlib.sha256()
     for document in (*corpus.train, *corpus.held_out):
@@ -306,6 +298,7 @@ def _finish(run: _Run, trainer: SafeTrainer, losses: list[dict[str, float]], tar
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     held_out = [doc.text for doc in run.corpus.held_out]
     curve = [entry for entry in trainer.state.log_history if "bits_per_byte" in entry]
+    made = made_with()
     report = {
         "recipe": run.recipe.to_dict(),
         "parameters": model.num_parameters(),
@@ -319,16 +312,19 @@ def _finish(run: _Run, trainer: SafeTrainer, losses: list[dict[str, float]], tar
         "seconds": round(trainer.seconds),
         "loss": losses[:: max(1, len(losses) // 200)],
         "bits_per_byte": curve,
-        "versions": {"engram": __version__, "torch": torch.__version__, "transformers": transformers_version},
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores"
-        if not torch.cuda.is_available()
-        else torch.cuda.get_device_name(),
+        "versions": made["versions"],
+        "hardware": made["device"],
     }
     return export_model(model, run.tokenizer, target, report)
 
 
 def export_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, target: Path, report: dict[str, Any]) -> Path:
-    """Write model (bfloat16 safetensors), tokenizer and ``training.json`` to a folder that appears whole or not at all."""
+    """Write model (bfloat16 safetensors), tokenizer and ``training.json`` to a folder, which is never half written.
+
+    A model that is there already is put aside (``.NAME.old``) for the moment between two renames. What is stopped right then leaves neither
+    at ``target``; the next export, and the next run in the folder, begins by putting the old one back.
+    """
+    _put_back(target)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     half: Any = model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
@@ -336,7 +332,7 @@ def export_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, ta
     tokenizer.save_pretrained(temporary)
     (temporary / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if target.exists():
-        old = target.with_name(f".{target.name}.old")
+        old = _aside(target)
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         temporary.rename(target)
@@ -344,3 +340,13 @@ def export_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, ta
     else:
         temporary.rename(target)
     return target
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _put_back(target: Path) -> None:
+    """Give a model its place again that an export put aside and never replaced."""
+    if _aside(target).exists() and not target.exists():
+        _aside(target).rename(target)

@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` that keeps its state without pickle, stops cleanly on Ctrl-C or SIGTERM and at once where nothing can be learnt."""
+"""A `transformers.Trainer` that keeps its state without pickle, stops cleanly when it is told to and at once where nothing can be learnt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -37,11 +36,11 @@ from engram.training.kept_memory import kept_memory
 from engram.training.lean_loss import lean_loss
 from engram.training.progress import LiveProgress
 from engram.training.several import check_processes, check_shared_folder
+from engram.training.stops import give_back, listen, say, signals_given_back
 from engram.training.throughput import Throughput
 
 __all__ = ["InOrder", "SafeTrainer", "SaveOnInterrupt", "last_checkpoint"]
 
-_STOPS = (signal.SIGINT, signal.SIGTERM)
 _OPTIMIZER, _SCHEDULER, _RANDOM, _SCALER = "optimizer", "scheduler", "random_state", "scaler"
 _TIME = "time.json"
 
@@ -56,7 +55,8 @@ class InOrder:
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C, or the SIGTERM of a scheduler, ends training after the running step, with a checkpoint; a second one ends it at once.
+    """Ctrl-C, the SIGTERM of a scheduler, or a terminal that is closed ends training after the running step, with a checkpoint; a second one
+    ends it at once.
 
     Stopping between steps is what makes the checkpoint exact: within one, gradients are half accumulated or half applied.
     """
@@ -69,14 +69,14 @@ class SaveOnInterrupt(TrainerCallback):
         """Listen for signals."""
         self.interrupted = False
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._on_signal) for number in _STOPS}
+            self._previous = listen(self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
         if process_rank() == 0:
-            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+            say("\nstopping after this step; press Ctrl-C again to stop at once")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ask for a checkpoint and the end once the step is whole; a signal to one of several processes stops all at the same step."""
@@ -87,13 +87,10 @@ class SaveOnInterrupt(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Give signals back and say where to go on."""
-        _give_back(self._previous)
+        give_back(self._previous)
         self._previous = {}
         if self.interrupted and state.is_world_process_zero:
-            print(
-                f"stopped at step {state.global_step}; resume from {args.output_dir}/checkpoint-{state.global_step}",
-                file=sys.stderr,
-            )
+            say(f"stopped at step {state.global_step}; resume from {args.output_dir}/checkpoint-{state.global_step}")
 
 
 class SafeTrainer(Trainer):
@@ -161,16 +158,15 @@ class SafeTrainer(Trainer):
         self.throughput.reset()
         self._started, self._seconds_before = time.monotonic(), 0.0
         try:
-            with _interrupt_handler_given_back(), kept_memory(self._keeps_memory()), lean_loss(self._model_with_loss()):
+            with signals_given_back(), kept_memory(self._keeps_memory()), lean_loss(self._model_with_loss()):
                 return super().train(_complete_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
         finally:
             for display in self._displays():
                 display.close()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # resumed from the last checkpoint: transformers would take one step more
+        # Resumed from the last checkpoint: transformers would take one step more.
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -438,22 +434,3 @@ def _complete_checkpoint(asked: str | bool | None, output_dir: str | None) -> st
             "resume from an earlier one, or pass True for the newest."
         )
     return str(asked)
-
-
-@contextmanager
-def _interrupt_handler_given_back() -> Iterator[None]:
-    """Whatever happens inside, signals mean afterwards what they meant before; a training that fails would leave them caught."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in _STOPS}
-    try:
-        yield
-    finally:
-        _give_back(before)
-
-
-def _give_back(handlers: Mapping[signal.Signals, Any]) -> None:
-    for number, handler in handlers.items():
-        if handler is not None:  # None: set by something other than Python, which cannot be set from here
-            signal.signal(number, handler)

@@ -426,7 +426,7 @@ def _refuse_untrainable(model: EngramModel) -> None:
             "by fact; expected train_tables=False. To teach it, use MemoryEditor.teach or `engram teach`."
         )
     for layer_id, engram in model.engrams.items():
-        table = engram.multi_head_embedding.embedding
+        table = engram.table
         if because := getattr(table, "read_only_because", None):
             raise ConfigError(
                 f"EngramTrainingArguments.train_tables: got True with the rows of layer {layer_id} in {table.location}, which could not be "

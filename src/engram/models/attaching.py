@@ -30,6 +30,7 @@ __all__ = [
     "device_of",
     "freeze",
     "is_topmost",
+    "refuse_fused_head",
     "trainable_flags",
 ]
 
@@ -140,6 +141,20 @@ def device_of(block: nn.Module, model: PreTrainedModel, layer_id: int) -> torch.
             "or offload it by accelerate (device_map=...), whose hooks say where blocks run."
         )
     return device
+
+
+def refuse_fused_head(forward: Any) -> None:
+    """Refuse the forward pass that TRL's trainers put on the model that they are given: it takes ``base_model`` for a decoder without a head.
+
+    Raises:
+        AttachError: it is that one.
+    """
+    code = getattr(getattr(forward, "__func__", forward), "__code__", None)
+    if code is not None and "fused_lm_head" in code.co_varnames:
+        raise AttachError(
+            "got the memory as the model of a TRL trainer, expected memory.base_model, with optimizers=(engram.optim.build_optimizer(memory, "
+            "lr), None) and callbacks=[engram.training.MemoryCallback(memory)], without which nothing is trained or saved."
+        )
 
 
 def freeze(model: PreTrainedModel | EngramModel, adapters: Mapping[str, nn.Parameter]) -> None:

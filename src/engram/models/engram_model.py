@@ -29,6 +29,7 @@ from engram.models.attaching import (
     check_topmost,
     device_of,
     freeze,
+    refuse_fused_head,
     trainable_flags,
 )
 from engram.models.cache import rename_cache
@@ -507,6 +508,11 @@ class EngramModel(nn.Module):
         """What was recorded of packed texts, by row."""
         trace = (self._traces or {}).get(layer_id, {})
         trace.update({name: packing.together(values) for name, values in trace.items()})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            refuse_fused_head(value)
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:

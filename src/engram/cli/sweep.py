@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engram.cli.outputs import check_writable, print_whole
+from engram.cli.settings import read_settings
 from engram.errors import first_of
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def sweep_command(
     from engram.checkpoint import sole_writer
     from engram.experiments import read_sweep, run_sweep
 
-    sweep = read_sweep(recipe, _changes(changes))
+    sweep = read_sweep(recipe, read_settings(changes))
     if plan:
         _show_plan(sweep)
         return
@@ -103,23 +104,6 @@ def _workers() -> int:
     import torch
 
     return 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-
-
-def _changes(given: list[str] | None) -> dict[str, Any]:
-    import yaml
-
-    from engram.data.recipe import read_value
-
-    changes = {}
-    for text in given or []:
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise typer.BadParameter(f"--set: got {text!r}, expected FIELD=VALUE, e.g. tokens=200000")
-        try:
-            changes[key] = read_value(value)
-        except yaml.YAMLError:
-            raise typer.BadParameter(f"--set: got {text!r}, whose value is not YAML") from None
-    return changes
 
 
 def _refuse_another(file: Path, known: dict[str, Any], name: str) -> None:

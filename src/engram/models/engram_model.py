@@ -19,7 +19,7 @@ from engram.config import EngramConfig, TableConfig
 from engram.distributed import is_fully_sharded, process_count
 from engram.errors import AttachError
 from engram.hashing import NgramHashMapping, build_mapping
-from engram.layers import Engram, layer_classes
+from engram.layers import Engram, GraphTrace, layer_classes
 from engram.models.architectures import accepts, find_decoder
 from engram.models.attaching import (
     ATTACHED,
@@ -174,6 +174,7 @@ class EngramModel(nn.Module):
         self._given_ids: Tensor | None = None
         self._route: Tensor | None = None
         self._traces: dict[int, dict[str, Tensor]] | None = None
+        self._trace_kind: type[dict[str, Tensor]] = dict
         self._static: Any = None
         self.prefetch_rows: bool | None = None
         self._flags_before = trainable_flags(model)
@@ -290,17 +291,23 @@ class EngramModel(nn.Module):
                 self._route = before
 
     @contextmanager
-    def record(self) -> Iterator[dict[int, dict[str, Tensor]]]:
-        """Collect, per layer, what the last forward pass read: ``hash_ids [B, T, H]`` and the layer's ``trace``.
+    def record(self, grad: bool = False) -> Iterator[dict[int, dict[str, Tensor]]]:
+        """Collect, per layer, what the last forward pass read: ``hash_ids [B, T, H]``, ``gate [B, T, M]`` for M residual streams, the gated
+        ``value`` and the incoming ``stream`` (both ``[B, T, M, d]``), and what was ``added`` to the stream, the convolution included.
 
         Of recordings inside each other the innermost collects.
+
+        Args:
+            grad: whether the tensors keep their graph. Without, they are detached: a loss made of them trains nothing. With it a term of
+                the loss may be made of gates, to have them open less often for instance; the native core's pass over the gates, which
+                keeps no graph, then stands aside, at the price of some speed. Backward while the traces are there, or after.
         """
         with self.turns:
-            before, self._traces = self._traces, {}
+            before, self._traces, self._trace_kind = (self._traces, self._trace_kind), {}, GraphTrace if grad else dict
             try:
                 yield self._traces
             finally:
-                self._traces = before
+                self._traces, self._trace_kind = before
 
     def unload(self) -> Any:
         """Detach the memory and give back the very model, or memory, that it was attached to, trainable flags included.
@@ -501,7 +508,7 @@ class EngramModel(nn.Module):
         if self._traces is None:
             return None
         assert hash_ids is not None
-        self._traces[layer_id] = {"hash_ids": hash_ids}
+        self._traces[layer_id] = self._trace_kind(hash_ids=hash_ids)
         return self._traces[layer_id]
 
     def _put_together(self, layer_id: int, packing: Packing) -> None:

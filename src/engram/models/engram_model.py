@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engram.checkpoint import again_if_saved
-from engram.config import EngramConfig, TableConfig
+from engram.config import EngramConfig, TableConfig, names_unknown
 from engram.distributed import is_fully_sharded, process_count
 from engram.errors import AttachError
 from engram.hashing import NgramHashMapping, build_mapping
@@ -30,6 +30,7 @@ from engram.models.attaching import (
     device_of,
     freeze,
     refuse_fused_head,
+    tell_of_padding,
     trainable_flags,
 )
 from engram.models.cache import rename_cache
@@ -57,6 +58,7 @@ def _of_the_base(name: str) -> Any:
     return property(get, put, doc=f"The base model's ``{name}``.")
 
 
+@names_unknown("get_engram_model")
 def get_engram_model(
     model: PreTrainedModel | EngramModel,
     config: EngramConfig,
@@ -91,6 +93,8 @@ def get_engram_model(
     if table_config is not None and table_config.path is not None and table_config.changed_rows == "refuse":
         for layer_id in config.layer_ids:
             refuse_other_rows(row_file(table_config.path, layer_id))
+    if isinstance(config, EngramConfig):
+        tell_of_padding(config, tokenizer)
     return EngramModel(model, config, tokenizer, table_config, rollback_window, mapping, layer_class)
 
 

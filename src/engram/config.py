@@ -7,16 +7,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, Self, TypeGuard
+from typing import Any, Literal, ParamSpec, Self, TypeGuard, TypeVar
 
-from engram.errors import ConfigError
+from engram.errors import ConfigError, nearest
 
-__all__ = ["EngramConfig", "TableConfig"]
+__all__ = ["EngramConfig", "TableConfig", "names_unknown"]
 
 _SIZES = 1 << 31
 """Widths, counts and ids stay below: kernels count with int32, and a typing error shall not be tried out in memory."""
@@ -28,6 +30,59 @@ Gate = Literal["signed_sqrt", "plain"]
 TableInit = Literal["zero", "normal"]
 Reader = Literal["trained", "seeded"]
 Fuse = Literal["gate", "add", "concat"]
+
+
+_OF_ENGRAM_PEFT = {
+    "target_layers": "layer_ids, counted from 0 as there",
+    "ngram_sizes": "max_ngram_size, the largest of them: orders 2 to that are read, unless layer_orders leaves some out",
+    "engram_vocab_size_per_ngram": "engram_vocab_size, rows of one head and not of all heads together: divide by n_head_per_ngram",
+    "embedding_dim": "n_embed_per_ngram, the width of one order and not of all together: divide by the number of orders",
+    "enable_tokenizer_compression": "hash_spec, 'exact_v1' for raw ids (False there); the default compresses them",
+    "conv_kernel_size": "kernel_size",
+    "train_mode": "EngramTrainingArguments.train_backbone; get_engram_model freezes the base model",
+    "wrap_peft": "nothing: adapters that are on the model stay as trainable as they are",
+}
+"""Names of another library, which people bring along, and what they are here."""
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def names_unknown(where: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """For a function of fixed parameters: another keyword is an error that says what was meant.
+
+    Args:
+        where: what the error calls the function.
+    """
+
+    def decorate(call: Callable[_P, _R]) -> Callable[_P, _R]:
+        known = [name for name in inspect.signature(call).parameters if name != "self"]
+
+        @functools.wraps(call)
+        def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            unknown = [name for name in kwargs if name not in known]
+            if unknown:
+                raise ConfigError(f"{where}: {_meant(unknown, known)}")
+            return call(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def _meant(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """What an error says of names that nothing has."""
+    theirs = [f"{name} is here {_OF_ENGRAM_PEFT[name]}" for name in unknown if name in _OF_ENGRAM_PEFT]
+    if theirs:
+        return f"unknown key(s) {', '.join(unknown)}, expected names of this library, not of engram-peft: {'; '.join(theirs)}."
+    near = "".join(nearest(name, known) for name in unknown)
+    return f"unknown key(s) {', '.join(unknown)}, expected some of {', '.join(sorted(known))}.{near}"
+
+
+def _names_unknown_fields(cls: type[_R]) -> type[_R]:
+    """``names_unknown`` for a dataclass."""
+    setattr(cls, "__init__", names_unknown(cls.__name__)(cls.__init__))  # noqa: B010 - mypy lets no method be assigned
+    return cls
 
 
 def _require(condition: bool, field: str, got: object, expected: str) -> None:
@@ -74,6 +129,7 @@ def _layer_orders(given: Any, layers: tuple[int, ...], largest: int) -> tuple[tu
     return tuple((i, tuple(sorted(read[i]))) for i in layers if i in read and len(read[i]) < largest - 1) or None
 
 
+@_names_unknown_fields
 @dataclass(frozen=True)
 class EngramConfig:
     """Identity of an Engram memory. Field names and defaults are those of the paper's public demo, but for ``table_init``.
@@ -320,6 +376,7 @@ class EngramConfig:
         return _from_dict(cls, fields)
 
 
+@_names_unknown_fields
 @dataclass(frozen=True)
 class TableConfig:
     """Placement of the tables: free to change at every load.
@@ -420,5 +477,5 @@ def _from_dict(cls: type, fields: Mapping[str, Any], internal: Sequence[str] = (
     known = {field.name for field in dataclasses.fields(cls)} - set(internal)
     unknown = sorted(set(fields) - known)
     if unknown:
-        raise ConfigError(f"{cls.__name__}: unknown key(s) {', '.join(unknown)}; expected some of {', '.join(sorted(known))}.")
+        raise ConfigError(f"{cls.__name__}: {_meant(unknown, sorted(known))}")
     return cls(**fields)

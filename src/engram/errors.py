@@ -4,7 +4,7 @@ Every error says what was got, what was expected and how to fix it. Each class a
 expect, so ``except ValueError`` keeps working for code that has never heard of engram.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "AttachError",
@@ -19,6 +19,7 @@ __all__ = [
     "TeachError",
     "TrainingError",
     "first_of",
+    "nearest",
     "reason_of",
 ]
 
@@ -71,6 +72,14 @@ def first_of(names: Sequence[str], shown: int, between: str = ", ") -> str:
     """The first ``shown`` of ``names`` for a message, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return between.join(names[:shown]) + more
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question for the end of a message: which of ``known`` may have been meant; nothing if none is like ``name``."""
+    import difflib  # which errors alone need
+
+    near = difflib.get_close_matches(name, sorted(known), 1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def reason_of(error: BaseException) -> str:

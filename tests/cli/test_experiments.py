@@ -254,6 +254,37 @@ def test_train_takes_another_seed(monkeypatch, capsys, tmp_path):
     assert "another recipe" in err
 
 
+def test_train_changes_fields_as_a_sweep_does(monkeypatch, capsys, tmp_path):
+    run, changes = tmp_path / "run", ("--set", "tokens=1024", "--set", "lr_scheduler=wsd", "--set", "engram.kernel_size=2")
+    code, out, _ = invoke(monkeypatch, capsys, "train", TRAIN, "--out", run, *changes)
+    assert code == 0
+    recipe, result = json.loads((run / "recipe.json").read_text()), json.loads((run / "result.json").read_text())
+    assert (recipe["identity"]["tokens"], recipe["identity"]["lr_scheduler"], result["tokens"]) == (1024, "wsd", 1024)
+    assert recipe["recipe"]["engram"]["kernel_size"] == 2
+    assert invoke(monkeypatch, capsys, "train", TRAIN, "--out", run, *changes)[:2] == (0, out)  # finished: read back
+    code, _, err = invoke(monkeypatch, capsys, "train", TRAIN, "--out", run, *changes[:4])
+    assert code == 1
+    assert "holds a run of another recipe (engram.kernel_size 2, now the default); choose another folder" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("tokens", "expected FIELD=VALUE"),
+        ("tokens=[", "whose value is not YAML"),
+        ("nothing.here=1", "the recipe has no mapping 'nothing'"),
+        ("tokns=5", "--set: got 'tokns', expected a field of the recipe"),
+        ("tokns=5", "Did you mean tokens?"),
+        ("lr_scheduler=cosin", "PointRecipe.lr_scheduler: got 'cosin', expected one of cosine, constant, linear, wsd."),
+    ],
+)
+def test_impossible_changes_of_a_run_are_one_clear_error(monkeypatch, capsys, tmp_path, change, words):
+    code, _, err = invoke(monkeypatch, capsys, "train", TRAIN, "--out", tmp_path / "run", "--set", change)
+    assert code == 2
+    assert words in " ".join(re.sub(r"[│╭╮╰╯─]", " ", err).split())
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_refuses_a_folder_of_another_recipe(monkeypatch, capsys, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -127,5 +127,5 @@ def test_sweeps_start_from_fresh_backbones(tmp_path):
 
 def test_options_that_came_later_change_no_identity():
     identity = read_point(RECIPES / "train_tiny.yaml").identity()
-    assert not {"model", "train_backbone", "memory_dropout"} & set(identity)
+    assert not {"model", "train_backbone", "memory_dropout", "lr_scheduler", "decay_share"} & set(identity)
     assert {"model", "train_backbone"} <= set(recipe().identity())

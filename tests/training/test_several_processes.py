@@ -85,6 +85,19 @@ def curve(trainer):
     return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
+def figures(trainer):
+    """What is told of the memory's layers."""
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [{key: value for key, value in entry.items() if key.startswith("memory/")} for entry in entries]
+
+
+def assert_figures_agree(found, expected):
+    """Those of the first step: later ones drift apart by rounding."""
+    assert len(found) == len(expected)
+    assert found[0] == pytest.approx(expected[0], rel=5e-3)
+    assert found[0]
+
+
 def assert_curves_agree(found, expected, of_loss, of_norm):
     """Losses and gradient norms step by step, each to a share of what is expected."""
     for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
@@ -129,6 +142,7 @@ def runs(folder):
         memory = trainer.memory
         results[name] = {
             "curve": curve(trainer),
+            "figures": figures(trainer),
             "rows": rows_of(memory),
             "readers": [p.detach().clone() for n, p in memory.engrams.named_parameters() if "embedding" not in n],
             "held_out": trainer.evaluate()["eval_loss"],
@@ -328,6 +342,8 @@ def test_a_run_is_that_of_one_process_with_batches_twice_as_large(seen, tmp_path
     first, second = (result["runs"][name] for result in seen)
     assert first["divided"] == name.startswith("divided")
     assert first["curve"] == second["curve"]
+    assert first["figures"] == second["figures"]
+    assert_figures_agree(first["figures"], figures(trainer))
     half = "bfloat16" in name  # rounded by other dice
     assert_curves_agree(first["curve"], curve(trainer), *((1e-2, 2e-1) if half else (1e-4, 2e-3)))
     for own, other in zip(first["rows"] + first["readers"], second["rows"] + second["readers"], strict=True):

@@ -24,7 +24,16 @@ from engram.models import shard_model
 from engram.models.identity import attached_identity
 from engram.optim import build_param_groups, clip_grad_norm_
 from engram.testing import assert_close, play_scenarios, run_processes, tiny_config, tiny_model, tiny_tokenizer
-from tests.training.test_several_processes import Rows, assert_curves_agree, curve, rows_of, run, trainer_for
+from tests.training.test_several_processes import (
+    Rows,
+    assert_curves_agree,
+    assert_figures_agree,
+    curve,
+    figures,
+    rows_of,
+    run,
+    trainer_for,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +61,7 @@ def runs(folder):
         trainer = run(folder / name, shard=True, **options)
         results[name] = {
             "curve": curve(trainer),
+            "figures": figures(trainer),
             "rows": rows_of(trainer.memory),
             "weights": weights_of(trainer.memory),
             "held_out": trainer.evaluate()["eval_loss"],
@@ -224,6 +234,8 @@ def test_a_run_is_that_of_one_process_with_all_of_the_model(seen, tmp_path, name
     first, second = (result["runs"][name] for result in seen)
     assert first["curve"] == second["curve"]
     assert_curves_agree(first["curve"], curve(trainer), 1e-3, 2e-2)
+    assert first["figures"] == second["figures"]
+    assert_figures_agree(first["figures"], figures(trainer))
     expected = weights_of(trainer.memory)
     assert first["weights"].keys() == expected.keys()
     for weight, weights in expected.items():

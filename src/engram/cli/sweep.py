@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engram.cli.outputs import check_writable, command_line, made_with, print_whole
+from engram.cli.settings import read_settings
 from engram.errors import first_of
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def sweep_command(
     from engram.checkpoint import sole_writer
     from engram.experiments import read_sweep, run_sweep
 
-    sweep = read_sweep(recipe, _changes(changes))
+    sweep = read_sweep(recipe, read_settings(changes))
     if plan:
         _show_plan(sweep)
         return
@@ -102,18 +103,6 @@ def _workers() -> int:
     import torch
 
     return 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-
-
-def _changes(given: list[str] | None) -> dict[str, Any]:
-    from engram.models.yaml_text import parse_yaml
-
-    changes = {}
-    for text in given or []:
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise typer.BadParameter(f"--set: got {text!r}, expected FIELD=VALUE, e.g. tokens=200000")
-        changes[key] = parse_yaml(value, f"the value of --set {key}", typer.BadParameter)
-    return changes
 
 
 def _refuse_another(file: Path, known: dict[str, Any], name: str) -> None:

@@ -7,12 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
+from engram.cli.settings import read_settings
+
 __all__ = ["train_command"]
 
 
 def train_command(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe of one run, such as recipes/train_small.yaml of the repository.")],
     out: Annotated[Path, typer.Option(help="Run folder: data, checkpoints, result.json, and at the end 'model' and 'memory'.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a field of the recipe, e.g. --set tokens=200000; may be repeated.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed, in place of the recipe's.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: all cores.")] = None,
     report_to: Annotated[
@@ -39,7 +44,7 @@ def train_command(
 
     set_up_processes()
     first = process_rank() == 0
-    point = dataclasses.replace(read_point(recipe), keep_model=True)
+    point = dataclasses.replace(read_point(recipe, read_settings(changes)), keep_model=True)
     if seed is not None:
         point = dataclasses.replace(point, seed=seed)
     if threads:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from engram.checkpoint import write_json_atomically
 from engram.distributed import is_fully_sharded, process_count, process_rank, saving_together, wait_for_all
-from engram.errors import CheckpointError, ConfigError, TrainingError
+from engram.errors import CheckpointError, ConfigError, TrainingError, first_of
 from engram.evaluation.versions import made_with
+from engram.experiments.arms import base_fields
 from engram.experiments.backbone import build_backbone
 from engram.experiments.counts import count_model, predict_flops
 from engram.experiments.data import PreparedData
@@ -42,6 +43,7 @@ RESULT = "result.json"
 
 _RECIPE = "recipe.json"
 _ROWS = "rows"
+_DEFAULT, _NAMED = "the default", 5
 _VALIDATION = "eval_validation_loss"
 
 
@@ -176,7 +178,9 @@ def _claim(out: Path, recipe: dict[str, Any]) -> None:
             )
         for name, what in (("identity", "of another recipe"), ("text", "on other text"), ("model", "from another model")):
             if found.get(name) != recipe.get(name):
-                raise CheckpointError(f"{out} holds a run {what}; {instead} (nothing was overwritten).")
+                raise CheckpointError(
+                    f"{out} holds a run {what}{_told(found, recipe, name)}; {instead} (nothing was overwritten)."
+                )
     if process_rank() > 0:
         return
     try:
@@ -184,6 +188,18 @@ def _claim(out: Path, recipe: dict[str, Any]) -> None:
         write_json_atomically(file, recipe)
     except OSError as error:
         raise CheckpointError(f"cannot write to {out}: {error.strerror}.") from None
+
+
+def _told(found: dict[str, Any], recipe: dict[str, Any], name: str) -> str:
+    """The fields that an earlier run had otherwise, in brackets, where these are what differs."""
+    if name != "identity" or not isinstance(found.get(name), Mapping):
+        return ""
+    there, here = (base_fields({"base": entry[name]}) for entry in (found, recipe))
+    names = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+    if not there or not names:
+        return ""
+    changes = [f"{key} {there.get(key, _DEFAULT)}, now {here.get(key, _DEFAULT)}" for key in names]
+    return f" ({first_of(changes, _NAMED, '; ')})"
 
 
 def _has_begun(out: Path) -> bool:
@@ -242,9 +258,7 @@ def _trainer(
         "adam_beta2": 0.95,
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": 1.0,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": recipe.min_lr_ratio},
-        "warmup_steps": round(recipe.warmup_share * recipe.steps),
+        **_schedule(recipe),
         "bf16": recipe.bf16,
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": max(1, recipe.steps // 50),
@@ -269,6 +283,21 @@ def _trainer(
         train_dataset=data.train(recipe.steps * recipe.batch_size, recipe.seed),
         callbacks=callbacks,
     )
+
+
+def _schedule(recipe: PointRecipe) -> dict[str, Any]:
+    """What transformers calls the recipe's learning rates."""
+    warmup = round(recipe.warmup_share * recipe.steps)
+    falling = recipe.steps - warmup if recipe.lr_scheduler == "linear" else round(recipe.decay_share * recipe.steps)
+    decay = {"num_decay_steps": falling, "min_lr_ratio": recipe.min_lr_ratio}
+    kind, options = {
+        "cosine": ("cosine_with_min_lr", {"min_lr_rate": recipe.min_lr_ratio}),
+        "constant": ("constant_with_warmup", None),
+        # transformers' own "linear" knows no rate to end at
+        "linear": ("warmup_stable_decay", {**decay, "decay_type": "linear"}),
+        "wsd": ("warmup_stable_decay", decay),
+    }[recipe.lr_scheduler]
+    return {"lr_scheduler_type": kind, "lr_scheduler_kwargs": options, "warmup_steps": warmup}
 
 
 def _result(recipe: PointRecipe, data: PreparedData, model: Any, trainer: SafeTrainer) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from engram.data.recipe import build_fields as build_flat
 from engram.errors import ConfigError, EngramError
 from engram.experiments.backbone import BackboneConfig
 from engram.experiments.budget import allocate
+from engram.experiments.changes import change_field, check_field
 from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "insert_corpus",
     "read_mapping",
     "read_point",
+    "set_fields",
     "wrong_forms",
 ]
 
@@ -117,8 +119,14 @@ class PointRecipe:
     """Share of training sequences that do not read the memory; with one, held-out losses are told with the memory off too."""
     weight_decay: float = 0.1
     warmup_share: float = 0.05
+    """Share of the steps over which the learning rate rises."""
+    lr_scheduler: str = "cosine"
+    """What the learning rate does after that. ``cosine`` and ``linear``: fall until the end. ``constant``: stay. ``wsd``: stay, and fall by a
+    cosine over the last ``decay_share`` of the steps (transformers' ``warmup_stable_decay``)."""
+    decay_share: float = 0.2
+    """With ``wsd``: share of the steps over which the learning rate falls."""
     min_lr_ratio: float = 0.1
-    """Where the cosine ends, as a share of the learning rate."""
+    """Where the learning rate ends, as a share of itself; with ``constant`` it means nothing."""
     balance_rate: float = 1e-3
     """What a router's bias moves by per step."""
     seed: int = 0
@@ -152,10 +160,11 @@ class PointRecipe:
             raise ConfigError(
                 f"PointRecipe.table_row_state: got {self.table_row_state!r}, expected one of {', '.join(ROW_STATES)}."
             )
-        for name in ("warmup_share", "min_lr_ratio"):
+        for name in ("warmup_share", "decay_share", "min_lr_ratio"):
             _number(self, name)
             if getattr(self, name) > 1:
                 raise ConfigError(f"PointRecipe.{name}: got {getattr(self, name)!r}, expected 0 to 1.")
+        self._check_schedule()
         _number(self, "memory_dropout")
         if self.memory_dropout >= 1:
             raise ConfigError(f"PointRecipe.memory_dropout: got {self.memory_dropout!r}, expected a share below 1.")
@@ -169,6 +178,14 @@ class PointRecipe:
             self._fit_backbone()
         else:
             self._check_model()
+
+    def _check_schedule(self) -> None:
+        if self.lr_scheduler not in _SCHEDULES:
+            raise ConfigError(f"PointRecipe.lr_scheduler: got {self.lr_scheduler!r}, expected one of {', '.join(_SCHEDULES)}.")
+        if self.lr_scheduler == "wsd" and self.warmup_share + self.decay_share > 1:
+            raise ConfigError(
+                f"PointRecipe: got warmup_share {self.warmup_share} and decay_share {self.decay_share}, expected at most 1 together."
+            )
 
     def _check_engram(self) -> None:
         default = EngramConfig()
@@ -255,7 +272,17 @@ class PointRecipe:
 
 
 # Options that came once results had been made: their defaults are in no identity.
-_LATER = ("model", "train_backbone", "memory_dropout", "table", "table_row_state", "table_stochastic_rounding")
+_LATER = (
+    "model",
+    "train_backbone",
+    "memory_dropout",
+    "table",
+    "table_row_state",
+    "table_stochastic_rounding",
+    "lr_scheduler",
+    "decay_share",
+)
+_SCHEDULES = ("cosine", "constant", "linear", "wsd")
 _TRAINED_TYPES = ("float32", "bfloat16", "float16")
 _AS_IN_THE_DEMO = EngramConfig()
 _WITHOUT_EFFECT = ("keep_model", "keep_checkpoints", "curve_points", "save_steps", "shard_model")
@@ -291,8 +318,12 @@ def _number(recipe: Any, name: str) -> None:
         raise ConfigError(f"{type(recipe).__name__}.{name}: got {value!r}, expected a finite number of at least 0.")
 
 
-def read_point(path: str | os.PathLike[str]) -> PointRecipe:
+def read_point(path: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> PointRecipe:
     """Read one training run from YAML; ``data.corpus`` may be the name of another recipe beside it.
+
+    Args:
+        path: the recipe.
+        changes: fields to change in it, dotted (``tokens``, ``data.seq_len``).
 
     Raises:
         DataError: the file is missing or not YAML.
@@ -301,6 +332,7 @@ def read_point(path: str | os.PathLike[str]) -> PointRecipe:
     fields = read_mapping(path)
     with wrong_forms(f"recipe {path}", "recipes/train_tiny.yaml"):
         insert_corpus(fields, path)
+        set_fields(fields, changes or {}, "the recipe")
         recipe = build_fields(PointRecipe, fields, f"recipe {path}")
     recipe.solved()
     return recipe
@@ -360,10 +392,31 @@ def insert_corpus(fields: dict[str, Any], path: str | os.PathLike[str]) -> None:
     fields["data"] = {**data, "corpus": found["corpus"]}
 
 
+def set_fields(fields: dict[str, Any], changes: Mapping[str, Any], whole: str) -> None:
+    """Change fields of a run, by their dotted names, as ``--set`` asks for; ``whole`` is what has them, in words.
+
+    Raises:
+        ConfigError: there is no such field, or no such part to change something in.
+    """
+    for key, value in changes.items():
+        check_field(key, _PARTS, whole)
+        change_field(fields, key, value, "--set", whole)
+
+
 _CONFIGS: dict[str, Any] = {"engram": EngramConfig, "table": TableConfig}
 _NEEDED = ("data", "backbone")
 """Parts that every run has."""
 _NESTED: dict[str, type] = {"data": DataRecipe, "backbone": BackboneConfig, "budget": BudgetRecipe, "corpus": CorpusRecipe}
+_PARTS: dict[str, type] = {
+    "": PointRecipe,
+    "data": DataRecipe,
+    "data.corpus": CorpusRecipe,
+    "backbone": BackboneConfig,
+    "engram": EngramConfig,
+    "table": TableConfig,
+    "budget": BudgetRecipe,
+}
+"""What has the fields of a run, by the dotted name of the part."""
 
 
 def build_fields(cls: type, fields: Mapping[str, Any], where: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
@@ -15,20 +14,20 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from engram.config import EngramConfig, TableConfig
-from engram.data.recipe import CorpusRecipe
+from engram.config import EngramConfig
 from engram.data.recipe import build_fields as build_flat
 from engram.errors import ConfigError
 from engram.experiments.arms import REFERENCE
 from engram.experiments.backbone import BackboneConfig
+from engram.experiments.changes import change_field
 from engram.experiments.recipe import (
     SEEDS,
-    BudgetRecipe,
     DataRecipe,
     PointRecipe,
     build_fields,
     insert_corpus,
     read_mapping,
+    set_fields,
     wrong_forms,
 )
 
@@ -191,7 +190,7 @@ class SweepRecipe:
             for key, value in self.variants[dimension][label].items():
                 if key == "seed":
                     raise ConfigError(f"sweep.variants.{dimension}.{label}: got 'seed', expected it in the sweep's 'seeds'.")
-                _change(fields, key, value, f"sweep.variants.{dimension}.{label}")
+                change_field(fields, key, value, f"sweep.variants.{dimension}.{label}", "the base")
         return build_fields(PointRecipe, {**fields, "seed": seed, **changes}, f"sweep {self.name}: {dict(labels)}")
 
     def points(self, learning_rates: Mapping[Choice, float]) -> list[Point]:
@@ -262,11 +261,9 @@ def _build_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None
     if "seed" in base:
         raise ConfigError(f"sweep {path}: base: got 'seed', expected it in the sweep's 'seeds'.")
     insert_corpus(base, path)
-    for key, value in (changes or {}).items():
-        if key == "seed":
-            raise ConfigError("--set: got 'seed', but the seeds of a sweep are the list 'seeds' in its recipe.")
-        _check_field(key)
-        _change(base, key, value, "--set")
+    if "seed" in (changes or {}):
+        raise ConfigError("--set: got 'seed', but the seeds of a sweep are the list 'seeds' in its recipe.")
+    set_fields(base, changes or {}, "the base")
     return build_flat(SweepRecipe, {**fields, "base": base, "tune": tune}, f"sweep {path}")
 
 
@@ -349,39 +346,3 @@ def _mapping_of(base: Mapping[str, Any], part: str, path: str | os.PathLike[str]
     if not isinstance(found, Mapping):
         raise ConfigError(f"recipe {path}: base.{part}: got {found!r}, expected a mapping as in recipes/sweep_tiny.yaml.")
     return found
-
-
-_PARTS: dict[str, type] = {
-    "": PointRecipe,
-    "data": DataRecipe,
-    "data.corpus": CorpusRecipe,
-    "backbone": BackboneConfig,
-    "engram": EngramConfig,
-    "table": TableConfig,
-    "budget": BudgetRecipe,
-}
-"""What has the fields of a base, by the dotted name of the part."""
-
-
-def _check_field(key: str) -> None:
-    """Refuse a change of what no base has; of parts that are none, ``_change`` tells."""
-    part, _, name = key.rpartition(".")
-    known = sorted(f.name for f in dataclasses.fields(_PARTS[part])) if part in _PARTS else [name]
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        meant = f" Did you mean {f'{part}.' if part else ''}{near[0]}?" if near else ""
-        raise ConfigError(
-            f"--set: got {key!r}, expected a field of the base{f' in {part}' if part else ''}: {', '.join(known)}.{meant}"
-        )
-
-
-def _change(fields: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Set a dotted key. Values that are mappings replace or make a whole part; None takes it away."""
-    *parents, last = key.split(".")
-    for parent in parents:
-        inner = fields.get(parent)
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{where}: got {key!r}, but the base has no mapping {parent!r} to change something in.")
-        fields[parent] = inner = dict(inner)
-        fields = inner
-    fields[last] = value

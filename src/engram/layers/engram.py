@@ -21,6 +21,7 @@ from engram.layers.fuse import concat_projections, fuse_by_concat, fuse_by_gate
 from engram.layers.joined import are_plain, join_projections, project_all, project_together
 from engram.layers.reader import seeded_signs
 from engram.layers.state import EngramState
+from engram.layers.trace import GraphTrace, note
 from engram.native.gated import GateOptions
 from engram.native.read import read_streams
 from engram.ops import few_positions_serve, gate_and_smooth, whole_sequences_serve
@@ -169,8 +170,8 @@ class Engram(nn.Module):
             hash_ids: head indices ``[B, T, H]`` computed before (``mapping.hash``), once for all layers.
             state: what came before these positions; it is brought up to date. None means the sequence starts here.
             attention_mask: ``[B, T]``, zero at padding: such positions neither enter n-grams nor contribute.
-            trace: a dict that receives ``gate [B, T, M]``, ``value`` (v~) and the incoming ``stream`` (both ``[B, T, M, d]``), detached.
-                Where nothing gates (``fuse`` is ``add`` or ``concat``) the gate is 1.
+            trace: a dict that receives ``gate [B, T, M]``, ``value`` (v~) and the incoming ``stream`` (both ``[B, T, M, d]``), detached
+                unless it is a ``GraphTrace``. Where nothing gates (``fuse`` is ``add`` or ``concat``) the gate is 1.
             slots: for verified rows, what ``find_slots`` gave for these positions; found here if not given.
             fetched: what ``prefetch`` gave for ``hash_ids``; looked up here if not given.
             found: how many positions have slots, if that is known (or a larger number): the host then need not wait for the device.
@@ -195,12 +196,13 @@ class Engram(nn.Module):
         rows = self.multi_head_embedding(hash_ids, self.value_proj.weight.dtype, fetched)
         if trace is None and few_positions_serve(streams, self.value_proj.weight) and self._is_plain():
             return self._read_few(streams, rows, attention_mask, state).reshape(hidden_states.shape)
-        if state is None and whole_sequences_serve(streams, self.value_proj.weight) and self._is_plain():
+        native = state is None and not isinstance(trace, GraphTrace)  # whose gates the native pass keeps to itself
+        if native and whole_sequences_serve(streams, self.value_proj.weight) and self._is_plain():
             return self._read_whole(streams, rows, attention_mask, trace).reshape(hidden_states.shape)
         gate, value = self._gated_value(streams, rows)
         if attention_mask is not None:
             value = value * attention_mask[:, :, None, None].to(value.dtype)
-        _record(trace, gate, value, streams)
+        note(trace, gate=gate.squeeze(-1), value=value, stream=streams)
         return self._smooth(value, state).reshape(hidden_states.shape).to(hidden_states.dtype)
 
     def prefetch(self, hash_ids: Tensor, through: RowPrefetcher) -> RowHandle | None:
@@ -262,7 +264,7 @@ class Engram(nn.Module):
         if trace is not None:
             gates = gate.new_zeros((*streams.shape[:3], 1))
             gates[at] = gate.masked_fill(~where[at][:, None, None, None], 0).squeeze(1)
-            _record(trace, gates, spread, streams)
+            note(trace, gate=gates.squeeze(-1), value=spread, stream=streams)
         return self._smooth(spread, state)
 
     def _norms(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -305,7 +307,7 @@ class Engram(nn.Module):
             value = gate * projected[..., : streams.shape[-1]].unsqueeze(2)
             if attention_mask is not None:
                 value = value * attention_mask[:, :, None, None].to(value.dtype)
-            _record(trace, gate, value, streams)
+            note(trace, gate=gate.squeeze(-1), value=value, stream=streams)
         return output
 
     def _gated_value(self, streams: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -466,8 +468,3 @@ def _longest_only(slots: Tensor, heads: int) -> Tensor:
     found = (by_order != ABSENT).any(dim=-1)
     longer = found.flip(-1).cumsum(-1).flip(-1) - found.long()  # found n-grams that are longer than this one
     return by_order.masked_fill((longer != 0).unsqueeze(-1), ABSENT).flatten(-2)
-
-
-def _record(trace: dict[str, Tensor] | None, gate: Tensor, value: Tensor, streams: Tensor) -> None:
-    if trace is not None:
-        trace["gate"], trace["value"], trace["stream"] = gate.detach().squeeze(-1), value.detach(), streams.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ __all__ = [
     "device_of",
     "freeze",
     "is_topmost",
+    "refuse_fused_head",
+    "tell_of_padding",
     "trainable_flags",
 ]
 
@@ -140,6 +143,37 @@ def device_of(block: nn.Module, model: PreTrainedModel, layer_id: int) -> torch.
             "or offload it by accelerate (device_map=...), whose hooks say where blocks run."
         )
     return device
+
+
+def refuse_fused_head(forward: Any) -> None:
+    """Refuse the forward pass that TRL's trainers put on the model that they are given: it takes ``base_model`` for a decoder without a head.
+
+    Raises:
+        AttachError: it is that one.
+    """
+    code = getattr(getattr(forward, "__func__", forward), "__code__", None)
+    if code is not None and "fused_lm_head" in code.co_varnames:
+        raise AttachError(
+            "got the memory as the model of a TRL trainer, expected memory.base_model, with optimizers=(engram.optim.build_optimizer(memory, "
+            "lr), None) and callbacks=[engram.training.MemoryCallback(memory)], without which nothing is trained or saved."
+        )
+
+
+def tell_of_padding(config: EngramConfig, tokenizer: Any) -> None:
+    """Warn, once, where ``pad_id`` was left at its default, the tokenizer's is another, and texts may have the token in them."""
+    own, default = getattr(tokenizer, "pad_token_id", None), EngramConfig.pad_id
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # special ones among them stand for no text
+    if config.pad_id == default and own not in (None, default) and not getattr(added.get(default), "special", False):
+        _warn_of_padding(default, own)
+
+
+@functools.cache
+def _warn_of_padding(pad_id: int, own: int) -> None:
+    logging.getLogger("engram").warning(
+        "EngramConfig.pad_id is %d, the default, and the tokenizer's padding token %d: what stands at the start of a text, or beside padding, "
+        "is read as if token %d came before it. Give pad_id=tokenizer.pad_token_id.",
+        *(pad_id, own, pad_id),
+    )
 
 
 def freeze(model: PreTrainedModel | EngramModel, adapters: Mapping[str, nn.Parameter]) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engram.checkpoint import again_if_saved
-from engram.config import EngramConfig, TableConfig
+from engram.config import EngramConfig, TableConfig, names_unknown
 from engram.distributed import is_fully_sharded, process_count
 from engram.errors import AttachError
 from engram.hashing import NgramHashMapping, build_mapping
-from engram.layers import Engram, layer_classes
+from engram.layers import Engram, GraphTrace, layer_classes
 from engram.models.architectures import accepts, find_decoder
 from engram.models.attaching import (
     ATTACHED,
@@ -29,6 +29,8 @@ from engram.models.attaching import (
     check_topmost,
     device_of,
     freeze,
+    refuse_fused_head,
+    tell_of_padding,
     trainable_flags,
 )
 from engram.models.cache import rename_cache
@@ -58,6 +60,7 @@ def _of_the_base(name: str) -> Any:
     return property(get, put, doc=f"The base model's ``{name}``.")
 
 
+@names_unknown("get_engram_model")
 def get_engram_model(
     model: PreTrainedModel | EngramModel,
     config: EngramConfig,
@@ -92,6 +95,8 @@ def get_engram_model(
     if table_config is not None and table_config.path is not None and table_config.changed_rows == "refuse":
         for layer_id in config.layer_ids:
             refuse_other_rows(row_file(table_config.path, layer_id))
+    if isinstance(config, EngramConfig):
+        tell_of_padding(config, tokenizer)
     return EngramModel(model, config, tokenizer, table_config, rollback_window, mapping, layer_class)
 
 
@@ -180,6 +185,7 @@ class EngramModel(nn.Module):
         self._route: Tensor | None = None
         self._traces: dict[int, dict[str, Tensor]] | None = None
         self.static_decoder: Any = None  # the StaticDecoder whose buffers hold the state, while it is one
+        self._trace_kind: type[dict[str, Tensor]] = dict
         self.prefetch_rows: bool | None = None
         self._flags_before = trainable_flags(model)
         freeze(model, {} if config.verify_rows else adapter_parameters(base))
@@ -302,17 +308,23 @@ class EngramModel(nn.Module):
                 self._route = before
 
     @contextmanager
-    def record(self) -> Iterator[dict[int, dict[str, Tensor]]]:
-        """Collect, per layer, what the last forward pass read: ``hash_ids [B, T, H]`` and the layer's ``trace``.
+    def record(self, grad: bool = False) -> Iterator[dict[int, dict[str, Tensor]]]:
+        """Collect, per layer, what the last forward pass read: ``hash_ids [B, T, H]``, ``gate [B, T, M]`` for M residual streams, the gated
+        ``value`` and the incoming ``stream`` (both ``[B, T, M, d]``), and what was ``added`` to the stream, the convolution included.
 
         Of recordings inside each other the innermost collects.
+
+        Args:
+            grad: whether the tensors keep their graph. Without, they are detached: a loss made of them trains nothing. With it a term of
+                the loss may be made of gates, to have them open less often for instance; the native core's pass over the gates, which
+                keeps no graph, then stands aside, at the price of some speed. Backward while the traces are there, or after.
         """
         with self.turns:
-            before, self._traces = self._traces, {}
+            before, self._traces, self._trace_kind = (self._traces, self._trace_kind), {}, GraphTrace if grad else dict
             try:
                 yield self._traces
             finally:
-                self._traces = before
+                self._traces, self._trace_kind = before
 
     def unload(self) -> Any:
         """Detach the memory and give back the very model, or memory, that it was attached to, trainable flags included.
@@ -518,13 +530,18 @@ class EngramModel(nn.Module):
         if self._traces is None:
             return None
         assert hash_ids is not None
-        self._traces[layer_id] = {"hash_ids": hash_ids}
+        self._traces[layer_id] = self._trace_kind(hash_ids=hash_ids)
         return self._traces[layer_id]
 
     def put_together(self, layer_id: int, packing: Packing) -> None:
         """What was recorded of packed texts, by row."""
         trace = (self._traces or {}).get(layer_id, {})
         trace.update({name: packing.together(values) for name, values in trace.items()})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            refuse_fused_head(value)
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from engram.errors import AttachError
-from engram.layers import EngramState
+from engram.layers import EngramState, note
 from engram.models.cache import (
     CACHE_NAMES,
     CacheState,
@@ -201,7 +201,7 @@ class DecoderHooks:
         layer_state = None if context.state is None else EngramState(conv=context.state.conv[layer_id])
         fetched, found = context.fetched.pop(layer_id, None), context.found.get(layer_id)
         if _is_recomputed(block):
-            noted = None if trace is None else dict(trace)  # what a recomputation notes, nobody reads
+            noted = None if trace is None else type(trace)(trace)  # what a recomputation notes, nobody reads
             arguments = (hidden_states, None, hash_ids, None, mask, noted, slots)  # nor must it see a state grow
             output = checkpoint(engram, *arguments, found=found, use_reentrant=False, preserve_rng_state=False)
             if trace is not None and noted is not None:
@@ -211,6 +211,7 @@ class DecoderHooks:
         if context.route is not None and context.slots is None:
             route = context.route.to(device).view(-1, *[1] * (output.dim() - 1))
             output = torch.where(route, output, torch.zeros_like(output))
+        note(trace, added=output)
         return output
 
     def _finish(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

@@ -1,5 +1,6 @@
 """Floor 3: optimisers for tables and what stands around them."""
 
+from engram.optim.build import build_optimizer
 from engram.optim.clip import clip_grad_norm_
 from engram.optim.divided_state import load_own_state, own_state
 from engram.optim.groups import BACKBONE_OPTIMIZERS, build_param_groups
@@ -14,6 +15,7 @@ __all__ = [
     "EngramAdamW",
     "EngramMuon",
     "RowMoments",
+    "build_optimizer",
     "build_param_groups",
     "clip_grad_norm_",
     "load_own_state",

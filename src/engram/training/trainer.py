@@ -24,6 +24,7 @@ from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES, EngramAdamW, EngramMuo
 from engram.tables import Replicas, copy_all_but_tables, replicate_tables, row_parameters
 from engram.training.peft_files import save_for_peft
 from engram.training.safe_trainer import SafeTrainer
+from engram.training.telemetry import MemoryTelemetry
 from engram.training.weight_files import (
     BACKBONE_WEIGHTS,
     check_saved_whole,
@@ -62,6 +63,13 @@ class EngramTrainingArguments(TrainingArguments):
         default=0.0,
         metadata={
             "help": "Share of training sequences that do not read the memory, so that the model is of use without it too."
+        },
+    )
+    log_memory: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether log entries hold figures of each layer of the memory: gates, what is added, gradients, rows touched "
+            "(MemoryTelemetry)."
         },
     )
     keep_memory: bool = field(
@@ -143,6 +151,7 @@ class EngramTrainer(SafeTrainer):
                 "for itself which steps overflow."
             )
         self._introspect_base(self.backbone)
+        self._telemetry = MemoryTelemetry() if args.log_memory and isinstance(model, EngramModel) else None
 
     _signature_columns: Any
     _gate_mean: torch.Tensor | None = None
@@ -255,6 +264,8 @@ class EngramTrainer(SafeTrainer):
 
     def _clip_grad_norm(self, model: Any, max_norm: float | None = None) -> torch.Tensor:
         self.accelerator.unscale_gradients()  # of float16: until then they are so many times too large
+        if self._telemetry is not None and self._telemetry.is_due:
+            self._telemetry.measure_gradients(self.memory)
         return clip_grad_norm_(model.parameters(), self.args.max_grad_norm if max_norm is None else max_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -269,8 +280,9 @@ class EngramTrainer(SafeTrainer):
         """As ``SafeTrainer.training_step``; sequences are dropped from the memory, and before a log entry the gates are recorded."""
         if not isinstance(self.model, EngramModel):
             return super().training_step(model, inputs, num_items_in_batch)
-        with self.model.routed(self._route(inputs)):
-            return self._memory_step(model, inputs, num_items_in_batch)
+        route = self._route(inputs)
+        with self.model.routed(route):
+            return self._memory_step(model, inputs, num_items_in_batch, route)
 
     def _route(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """Which sequences of a batch read the memory, ``[B]``; drawn from PyTorch's state, which checkpoints hold."""
@@ -281,21 +293,29 @@ class EngramTrainer(SafeTrainer):
         own = slice(self.args.process_index * len(ids), (self.args.process_index + 1) * len(ids))
         return torch.rand(len(ids) * self.args.world_size)[own] >= share
 
-    def _memory_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+    def _memory_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any, route: torch.Tensor | None
+    ) -> torch.Tensor:
         every = max(1, self.state.logging_steps)
         if self.memory.is_recording or (self.state.global_step + 1) % every:
             return super().training_step(model, inputs, num_items_in_batch)
         with self.memory.record() as traces:
             loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._telemetry is not None:
+            self._telemetry.add(self.state.global_step, traces, inputs.get("attention_mask"), route)
         gates = [trace["gate"].float().mean() for trace in traces.values() if "gate" in trace]
         self._gate_mean = sum_everywhere(torch.stack(gates).mean()) / process_count() if gates else None
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As ``SafeTrainer.log``; with a memory, a training loss comes with ``gate_mean``, over the layers and positions of a batch."""
+        """As ``SafeTrainer.log``; with a memory, a training loss comes with ``gate_mean``, over the layers and positions of a batch, and with
+        ``log_memory`` with the figures of each layer (``MemoryTelemetry``).
+        """
         if "loss" in logs and self._gate_mean is not None:
             logs["gate_mean"] = round(float(self._gate_mean), 4)
             self._gate_mean = None
+        if "loss" in logs and self._telemetry is not None:
+            logs.update(self._telemetry.read())
         super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:

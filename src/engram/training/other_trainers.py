@@ -1,0 +1,87 @@
+"""A memory in the hands of a trainer that is not ours: transformers' own, and those that are built on it, such as TRL's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from engram.errors import CheckpointError, ConfigError, first_of
+from engram.models import EngramModel
+
+__all__ = ["MemoryCallback"]
+
+_LISTED = 3
+
+
+class MemoryCallback(TrainerCallback):
+    """For the ``callbacks`` of a trainer of ``memory.base_model``: the memory is in every checkpoint, and what would train nothing is refused.
+
+    Use it with ``engram.optim.build_optimizer``. ``checkpoint-N/memory`` beside the trainer's own files and, when training ends,
+    ``output_dir/memory`` are folders that ``EngramModel.from_pretrained`` loads. Resuming puts the memory of ``checkpoint-N`` in
+    ``output_dir`` back, N being the step that the run goes on from, so a checkpoint of another folder must be copied there first; the
+    trainer restores the optimiser, what it remembers of rows included, and the run goes on as if it had not been stopped. With
+    ``load_best_model_at_end`` the memory is that of the best checkpoint too.
+
+    Raises:
+        ConfigError: when the trainer is made, if its model is the memory itself; when training starts, if its optimiser lacks trainable
+            parameters of the memory or of the base model, which would stay as they are without a word.
+        CheckpointError: a checkpoint to resume from has no memory.
+    """
+
+    def __init__(self, memory: EngramModel) -> None:
+        if not isinstance(memory, EngramModel):
+            raise ConfigError(f"MemoryCallback: got {type(memory).__name__}, expected an EngramModel (get_engram_model).")
+        self.memory = memory
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Refuse the memory as the trainer's model."""
+        if isinstance(model, EngramModel):
+            raise ConfigError(
+                "MemoryCallback: got the memory as the trainer's model, expected memory.base_model (or, with EngramTrainer, which "
+                "takes the memory and saves it by itself, no MemoryCallback)."
+            )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """See that everything is trained, and go on with the rows of the checkpoint."""
+        self._check_optimizer(optimizer)
+        if state.global_step > 0:
+            self._load(_memory_in(args, f"checkpoint-{state.global_step}"))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forget what a step that was left out (float16) has left in the memory; the trainer does so for the base model's."""
+        self.memory.engrams.zero_grad()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Put the memory into the checkpoint."""
+        if state.is_world_process_zero:
+            self.memory.save_pretrained(_memory_in(args, f"checkpoint-{state.global_step}"))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save the memory, that of the best checkpoint if the base model is."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load(Path(state.best_model_checkpoint, "memory"))
+        if state.is_world_process_zero:
+            self.memory.save_pretrained(_memory_in(args))
+
+    def _check_optimizer(self, optimizer: Any) -> None:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        left = [name for name, p in self.memory.named_parameters() if p.requires_grad and id(p) not in stepped]
+        if left:
+            raise ConfigError(
+                f"MemoryCallback: got an optimiser without {first_of(left, _LISTED)}, which would never be trained, expected "
+                "optimizers=(engram.optim.build_optimizer(memory, lr), None), made when adapters are on the base model already; or freeze them."
+            )
+
+    def _load(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder} is missing, expected the memory that MemoryCallback saved beside the checkpoint; put the checkpoint there, or train "
+                "from the start."
+            )
+        self.memory.load_memory(folder, changed_rows="refill")
+
+
+def _memory_in(args: Any, *checkpoint: str) -> Path:
+    return Path(args.output_dir, *checkpoint, "memory")

@@ -1,0 +1,228 @@
+"""Memories trained by transformers' own Trainer, and by TRL's where it is installed."""
+
+import shutil
+from types import MethodType
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from engram import AttachError, CheckpointError, ConfigError, EngramModel, EngramTrainer, EngramTrainingArguments, TrainingError
+from engram.optim import EngramMuon, build_optimizer, clip_grad_norm_
+from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
+from engram.training import MemoryCallback
+from engram.training.lean_loss import lean_loss
+from tests.training.test_trainer import Rows, fields_for, losses
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+LR = 1e-2
+
+
+def make(tmp_path, memory, callbacks=None, optimizer=None, **changes):
+    changes = {"max_grad_norm": 0, **changes}
+    return Trainer(
+        memory.base_model,
+        TrainingArguments(**fields_for(tmp_path, **changes)),
+        train_dataset=Rows(),
+        eval_dataset=Rows(8),
+        callbacks=[MemoryCallback(memory)] if callbacks is None else callbacks,
+        optimizers=(optimizer or build_optimizer(memory, LR), None),
+    )
+
+
+def parameters(memory):
+    return {name: p.detach().clone() for name, p in memory.engrams.named_parameters()}
+
+
+def equal(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"activation_checkpointing": True}])
+def test_another_trainer_trains_as_ours_does(tmp_path, changes):
+    theirs, ours = tiny_memory(speak=False), tiny_memory(speak=False)
+    trainer = make(tmp_path / "theirs", theirs, optimizer=build_optimizer(theirs, LR, fused=True), **changes)
+    with lean_loss(theirs.base_model):  # which rounds otherwise than transformers' loss
+        trainer.train()
+    reference = EngramTrainer(ours, EngramTrainingArguments(**fields_for(tmp_path / "ours", **changes)), train_dataset=Rows())
+    reference.train()
+    assert losses(trainer) == losses(reference)
+    assert equal(parameters(theirs), parameters(ours))
+
+
+def test_gradients_are_clipped_together_and_cleared():
+    memory = tiny_memory()
+    optimizer = build_optimizer(memory, LR, max_grad_norm=0.5)
+    norms = []
+    optimizer.register_step_pre_hook(lambda *_: norms.append(float(clip_grad_norm_(memory.parameters(), float("inf")))))
+    ids = Rows(4).ids
+    (100 * memory(input_ids=ids, labels=ids).loss).backward()
+    optimizer.step()
+    assert norms == [pytest.approx(0.5, rel=1e-4)]
+    assert all(p.grad is None for p in memory.parameters())
+
+
+def test_a_gradient_that_is_no_number_changes_nothing():
+    memory, ids = tiny_memory(), Rows(4).ids
+    optimizer, before = build_optimizer(memory, LR), parameters(memory)
+    (memory(input_ids=ids, labels=ids).loss * float("inf")).backward()
+    with pytest.raises(TrainingError, match=r"gradient norm is (nan|inf)"):
+        optimizer.step()
+    assert equal(parameters(memory), before)
+
+
+def test_options_reach_groups_and_rows():
+    memory = tiny_memory()
+    memory.base_model.requires_grad_(True)
+    optimizer = build_optimizer(
+        memory, LR, table_lr_multiplier=2, backbone_lr=1e-4, row_state="rowwise_adagrad", backbone_optimizer="muon"
+    )
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert isinstance(optimizer, EngramMuon)
+    assert (rates["tables"], rates["backbone_muon"]) == (2 * LR, 1e-4)
+    assert {group["row_state"] for group in optimizer.param_groups} == {"rowwise_adagrad"}
+    for wrong in (0, -1, float("inf"), True):
+        with pytest.raises(ConfigError, match="max_grad_norm"):
+            build_optimizer(memory, LR, max_grad_norm=wrong)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_checkpoints_hold_the_memory_and_a_resumed_run_is_the_same(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    whole = tiny_memory(speak=False)
+    first = make(tmp_path / "whole", whole, **saving)
+    first.train()
+    memory = tiny_memory(speak=False)
+    make(tmp_path / "parts", memory, [MemoryCallback(memory), StopAt(4)], **saving).train()
+    memory = tiny_memory(speak=False)
+    second = make(tmp_path / "parts", memory, **saving)
+    second.train(resume_from_checkpoint=True)
+    assert losses(second) == losses(first)
+    assert equal(parameters(memory), parameters(whole))
+    for folder in ("memory", "checkpoint-8/memory"):
+        again = EngramModel.from_pretrained(tiny_model(), tmp_path / "parts/run" / folder, tiny_tokenizer())
+        assert equal(parameters(again), parameters(whole))
+
+
+def test_the_memory_of_the_best_checkpoint_is_kept(tmp_path):
+    memory, seen = tiny_memory(speak=False), {}
+
+    class Worse(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **_):
+            seen[state.global_step] = parameters(memory)
+
+    trainer = make(
+        tmp_path,
+        memory,
+        [MemoryCallback(memory), Worse()],
+        optimizer=build_optimizer(memory, 3.0),  # so large that the first evaluation is the best
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        max_steps=6,
+    )
+    trainer.train()
+    best = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
+    assert best < 6
+    assert equal(parameters(memory), seen[best])
+
+
+def test_a_checkpoint_without_a_memory_is_refused(tmp_path):
+    memory = tiny_memory(speak=False)
+    make(tmp_path, memory, save_strategy="steps", save_steps=4).train()
+    shutil.rmtree(tmp_path / "run/checkpoint-8/memory")
+    with pytest.raises(CheckpointError, match=r"checkpoint-8/memory is missing, expected the memory"):
+        make(tmp_path, memory).train(resume_from_checkpoint=True)
+
+
+def test_an_optimiser_that_leaves_the_memory_out_is_refused(tmp_path):
+    memory = tiny_memory()
+    trainer = Trainer(
+        memory.base_model,
+        TrainingArguments(**fields_for(tmp_path)),
+        train_dataset=Rows(),
+        callbacks=[MemoryCallback(memory)],
+    )
+    with pytest.raises(
+        ConfigError, match=r"optimiser without engrams.0.* and \d+ more, which would never be trained, expected"
+    ):
+        trainer.train()
+    late = build_optimizer(memory, LR)
+    memory.base_model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"without base_model\.model\.embed_tokens\.weight, which"):
+        make(tmp_path, memory, optimizer=late).train()
+
+
+def test_the_memory_as_the_model_is_one_clear_error(tmp_path):
+    memory = tiny_memory()
+    arguments = TrainingArguments(**fields_for(tmp_path))
+    with pytest.raises(ConfigError, match=r"got the memory as the trainer's model, expected memory\.base_model"):
+        Trainer(memory, arguments, train_dataset=Rows(), callbacks=[MemoryCallback(memory)])
+    with pytest.raises(ConfigError, match="got LlamaForCausalLM, expected an EngramModel"):
+        MemoryCallback(memory.base_model)
+
+    def fused(self, *args, fused_lm_head=False, **kwargs): ...
+
+    with pytest.raises(AttachError, match=r"a TRL trainer, expected memory\.base_model"):
+        memory.forward = MethodType(fused, memory)
+    memory.forward = memory.forward  # others, such as accelerate's, are taken
+
+
+def trl_data():
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": f"door {i}", "chosen": f" {i + 1}", "rejected": " 0", "completion": f" {i + 1}"} for i in range(16)]
+    return datasets.Dataset.from_list(rows)
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL, whatever its version
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_trl_trains_and_saves_the_memory(tmp_path, method):
+    trl, data = pytest.importorskip("trl"), trl_data()
+    from engram import EngramConfig, get_engram_model, load_bundled
+
+    base, tokenizer = load_bundled()
+    config = EngramConfig(engram_vocab_size=500, n_embed_per_ngram=32, layer_ids=[1], pad_id=tokenizer.pad_token_id)
+    memory = get_engram_model(base, config, tokenizer)
+    kinds = {
+        "sft": (trl.SFTTrainer, trl.SFTConfig, {}),
+        "dpo": (trl.DPOTrainer, trl.DPOConfig, {"ref_model": load_bundled()[0]}),
+    }
+    trainer_class, arguments_class, more = kinds[method]
+    fields = {**fields_for(tmp_path, max_grad_norm=0, max_steps=6), "save_strategy": "steps", "save_steps": 3, "bf16": False}
+    columns = ["prompt", "completion"] if method == "sft" else ["prompt", "chosen", "rejected"]
+
+    def train(model, **options):
+        trainer = trainer_class(
+            model,
+            args=arguments_class(**fields),
+            train_dataset=data.select_columns(columns),
+            processing_class=tokenizer,
+            **more,
+            **options,
+        )
+        assert trainer.args.gradient_checkpointing
+        trainer.train()
+        return losses(trainer)
+
+    with pytest.raises(AttachError, match="TRL trainer"):
+        train(memory)
+    found = train(memory.base_model, callbacks=[MemoryCallback(memory)], optimizers=(build_optimizer(memory, LR), None))
+    assert found[-1] < found[0] - 0.05
+    again = EngramModel.from_pretrained(load_bundled()[0], tmp_path / "run/checkpoint-6/memory", tokenizer)
+    assert equal(parameters(again), parameters(memory))
+
+
+def test_nothing_trainable_is_refused():
+    memory = tiny_memory()
+    memory.requires_grad_(False)
+    with pytest.raises(ConfigError, match="no parameter is trainable"):
+        build_optimizer(memory, LR)

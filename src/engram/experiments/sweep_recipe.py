@@ -243,8 +243,11 @@ def read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
     """
     with wrong_forms(f"sweep {path}", "recipes/sweep_tiny.yaml"):
         recipe = _build_sweep(path, changes)
-        points = {tuple(labels.items()): recipe.recipe_of(labels, recipe.seeds[0]) for labels in recipe.combinations()}
-    _check_points(recipe, points, path)
+        points = {}
+        for labels in recipe.combinations():
+            point = points[tuple(labels.items())] = recipe.recipe_of(labels, recipe.seeds[0])
+            _check_fresh(point, path)
+    _check_points(recipe, points)
     return recipe
 
 
@@ -267,13 +270,18 @@ def _build_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None
     return build_flat(SweepRecipe, {**fields, "base": base, "tune": tune}, f"sweep {path}")
 
 
-def _check_points(
-    recipe: SweepRecipe, points: Mapping[tuple[tuple[str, str], ...], PointRecipe], path: str | os.PathLike[str]
-) -> None:
+def _check_fresh(point: PointRecipe, path: str | os.PathLike[str]) -> None:
+    if point.model is not None:
+        raise ConfigError(
+            f"sweep {path}: got model: {point.model}, but the points of a sweep start from fresh backbones; use engram train."
+        )
+
+
+def _check_points(recipe: SweepRecipe, points: Mapping[tuple[tuple[str, str], ...], PointRecipe]) -> None:
     """Refuse points that do not make one sweep, or cannot be built.
 
     Raises:
-        ConfigError: they share no text, start from a model, are the same, or a budget cannot be met.
+        ConfigError: they share no text, are the same, or a budget cannot be met.
     """
     without_memory, data = set(), None
     for pairs, point in points.items():
@@ -281,10 +289,6 @@ def _check_points(
         data = data or point.data
         if point.data != data:
             raise ConfigError(f"sweep.variants: {labels} changes 'data', which all points share; make a sweep of each text.")
-        if point.model is not None:
-            raise ConfigError(
-                f"sweep {path}: got model: {point.model}, but the points of a sweep start from fresh backbones; use engram train."
-            )
         if point.solved().engram is None:
             without_memory.add(labels.get("rows"))
     if recipe.question == "slots" and len(without_memory) > 1:

@@ -90,7 +90,7 @@ def test_the_guides_own_parts_run(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "decoded as in one pass: True" in done.stdout
-    saved = {"trained-by-theirs", "own-gate", "own-hash"}
+    saved = {"runs/theirs/memory", "own-gate", "own-hash"}
     assert all((tmp_path / name / "engram.json").is_file() for name in saved)
 
 

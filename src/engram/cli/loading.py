@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -74,7 +73,6 @@ class Running:
         self.check()
         if not is_terminal(sys.stderr):
             disable_progress_bar()
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a model in 8 bits it would tell every layer's types
         model, tokenizer = load_model(name, getattr(torch, self.dtype))
         return self.place(model, repr(name)), tokenizer
 

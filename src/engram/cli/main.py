@@ -155,7 +155,7 @@ def main() -> None:
     """Entry point: one line on standard error for every mistake of the user's, and an exit code other than 0."""
     logging.getLogger("bitsandbytes").setLevel(
         logging.ERROR
-    )  # peft imports it where it is; it speaks of packages that it could use
+    )  # it speaks of packages that it could use, and of every layer's types
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows its number instead
             stream.reconfigure(errors="backslashreplace")

@@ -37,7 +37,7 @@ FIELDS = (
     "vocab_size",
     "tie_word_embeddings",
 )
-COUNTS = (20, 200)
+FACTS_TAUGHT = 20
 
 
 def model_of(name):
@@ -51,8 +51,10 @@ def model_of(name):
     return LlamaForCausalLM(LlamaConfig(**shape, **ends)).eval(), tokenizer
 
 
-def peak():
-    """Most resident bytes of this process so far."""
+def peak(start_anew=False):
+    """Most resident bytes of this process so far, or since the last call that started anew (Linux; elsewhere building the model counts too)."""
+    if start_anew and sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -62,49 +64,46 @@ def timed(what, *args):
 
 
 def forward_seconds(memory, tokenizer, facts):
-    """One pass of the base model over the first phrasings of twenty facts, each by itself: what a pass costs, for orientation."""
-    prompts = [torch.tensor([tokenizer(fact.prompts[0])["input_ids"]]) for fact in facts[:20]]
+    """One pass of the base model over a prompt (the mean over the facts' first phrasings), for orientation."""
+    prompts = [torch.tensor([tokenizer(fact.prompts[0])["input_ids"]]) for fact in facts]
     with torch.no_grad(), memory.disable_engram():
         memory(prompts[0])
         return timed(lambda: [memory(ids) for ids in prompts])[1] / len(prompts)
 
 
-def measure(name, dtype, counts):
+def measure(name, dtype, count):
     """One model as an entry, in a process of its own."""
     model, tokenizer = model_of(name)
     model.to(getattr(torch, dtype))
     editor = MemoryEditor.create(model, tokenizer)
-    facts = load_facts(FACTS)
-    entry = {
-        "model": name,
-        "dtype": dtype,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "forward_seconds": forward_seconds(editor.memory, tokenizer, facts),
-        "bytes_before": peak(),
-        "lessons": [],
-    }
-    for count in counts:
-        report, seconds = timed(editor.teach, facts[:count])
-        entry["lessons"].append(
-            {
-                "facts": count,
-                "new": len(report.taught),
-                "prompts": report.prompts,
-                "steps": report.steps,
-                "seconds": seconds,
-                "not_exact": len(report.not_exact),
-            }
-        )
-    entry["one_more_seconds"] = timed(editor.teach, facts[counts[-1] : counts[-1] + 1])[1]
+    facts = load_facts(FACTS)[: count + 1]
+    forward = forward_seconds(editor.memory, tokenizer, facts)
+    before = peak(start_anew=True)
+    report, seconds = timed(editor.teach, facts[:count])
+    more = timed(editor.teach, facts[count:])[1]
     answers = editor.verify()
     with tempfile.TemporaryDirectory() as folder:
         editor.save(Path(folder) / "memory")
-        entry["saved_bytes"] = sum(file.stat().st_size for file in (Path(folder) / "memory").iterdir())
-    return {**entry, "asked": len(answers), "exact": sum(answers.values()), "peak_bytes": peak()}
+        saved = sum(file.stat().st_size for file in (Path(folder) / "memory").iterdir())
+    return {
+        "model": name,
+        "dtype": dtype,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "prompts": report.prompts,
+        "steps": report.steps,
+        "seconds": seconds,
+        "one_more_seconds": more,
+        "forward_seconds": forward,
+        "facts": len(answers),
+        "exact": sum(answers.values()),
+        "resident_before": before,
+        "peak_bytes": peak(),
+        "saved_bytes": saved,
+    }
 
 
 def in_its_own_process(name, args):
-    command = [sys.executable, __file__, "--one", name, "--dtype", args.dtype, "--counts", *map(str, args.counts)]
+    command = [sys.executable, __file__, "--one", name, "--dtype", args.dtype, "--facts", str(args.facts)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name}: exit {done.returncode}\n{done.stderr[-2000:]}")
@@ -115,14 +114,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=[BUNDLED, *SHAPES], choices=[BUNDLED, *SHAPES])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="facts known after each lesson")
+    parser.add_argument("--facts", type=int, default=FACTS_TAUGHT, help="facts in the first lesson")
+    parser.add_argument(
+        "--quick", action="store_true", help="the bundled model alone and two facts, to see that it runs; needs --out"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--out")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one, args.dtype, args.counts)))
+        print(json.dumps(measure(args.one, args.dtype, args.facts)))
         return
-    out = result_file(parser, args, "larger_models.json", "models", "dtype", "counts")
+    out = result_file(parser, args, "larger_models.json", "models", "dtype", "facts", "quick")
+    if args.quick:
+        args.models, args.facts = [BUNDLED], 2
     entries = []
     for name in args.models:
         entries.append(in_its_own_process(name, args))

@@ -348,6 +348,39 @@ def readers():
     return table(header, rows) + note + source(result)
 
 
+def larger_models():
+    result = load("larger_models")
+    rows = [
+        (
+            entry["model"],
+            f"{entry['seconds']:.0f} s",
+            entry["steps"],
+            f"{entry['one_more_seconds']:.1f} s",
+            f"{1000 * entry['forward_seconds']:.0f} ms",
+            f"{entry['resident_before'] / 1e9:.1f} + {max(0, entry['peak_bytes'] - entry['resident_before']) / 1e9:.1f} GB",
+            f"{entry['saved_bytes'] / 1000:.0f} kB",
+            f"{entry['exact']} of {entry['facts']}",
+        )
+        for entry in result["entries"]
+    ]
+    first = result["entries"][0]
+    header = (
+        "model",
+        f"{first['facts'] - 1} facts ({first['prompts']} prompts)",
+        "passes",
+        "one more fact",
+        "the base model's pass over one prompt",
+        "memory in use before, and more while teaching",
+        "saved",
+        "exact",
+    )
+    note = (
+        f"\n\nWeights in {first['dtype']}. All models but the first have random weights in the shape of the named ones: what time and memory "
+        "teaching takes depends on the shape; that all facts are exact holds for these weights."
+    )
+    return table(header, rows) + note + source(result)
+
+
 def routing():
     result = load("routing")
     runs = [run["systems"] for run in result["runs"]]

@@ -24,6 +24,8 @@ def read(path):
         "decode --tokens 200",
         "copying --quick",
         "looks --quick",
+        "larger_models --quick",
+        "larger_models --facts 3",
         "memory_off --quick",
         "memory_off --seeds 1000",
         "ngram_baseline --quick",

@@ -271,7 +271,7 @@ def test_train_changes_fields_as_a_sweep_does(monkeypatch, capsys, tmp_path):
     ("change", "words"),
     [
         ("tokens", "expected FIELD=VALUE"),
-        ("tokens=[", "whose value is not YAML"),
+        ("tokens=[", "cannot read the value of --set tokens"),
         ("nothing.here=1", "the recipe has no mapping 'nothing'"),
         ("tokns=5", "--set: got 'tokns', expected a field of the recipe"),
         ("tokns=5", "Did you mean tokens?"),

@@ -47,6 +47,7 @@ figures: $(VENV)/.developer
 	$(BIN)/python benchmarks/knowledge.py
 	$(BIN)/python benchmarks/baselines.py
 	$(BIN)/python benchmarks/capacity.py
+	$(BIN)/python benchmarks/larger_models.py
 	$(BIN)/python benchmarks/readers.py
 	$(BIN)/python benchmarks/routing.py
 	$(BIN)/python benchmarks/train_step.py

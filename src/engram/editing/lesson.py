@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -87,25 +87,12 @@ def optimise_rows(
     Raises:
         TeachError: the model passes no gradients.
     """
-    with gradients_pass(memory.base_model):
-        return _descend(memory, prompts, new_rows, lr, settings, max_steps, progress, others)
-
-
-def _descend(
-    memory: EngramModel,
-    prompts: Sequence[KeyedPrompt],
-    new_rows: dict[str, tuple[Tensor, Tensor]],
-    lr: dict[str, float],
-    settings: TeachSettings,
-    max_steps: int,
-    progress: Callable[[int], None] | None,
-    others: Sequence[KeyedPrompt],
-) -> int:
-    upper = UpperModel(memory, [*prompts, *others])
     generator = torch.Generator().manual_seed(memory.engram_config.seed)
     pending, step = torch.arange(len(prompts)), 0
     passed, felt = torch.zeros(len(prompts), dtype=torch.int64), False
-    with _drafts(memory, new_rows) as drafts:
+    with gradients_pass(memory.base_model), ExitStack() as held:
+        upper = UpperModel(memory, [*prompts, *others])  # before there are drafts
+        drafts = held.enter_context(_drafts(memory, new_rows))
         optimizer = RowDescent([(draft.held, lr[layer]) for layer, draft in drafts.items()])
         while len(pending) and step < max_steps:
             step += 1

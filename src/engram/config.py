@@ -110,6 +110,15 @@ def _items(given: Any) -> tuple[Any, ...]:
     return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
 
 
+def _boundaries(given: Any) -> tuple[int, ...]:
+    """Token ids in ascending order; what is no list of them is refused."""
+    ids = _items(given)
+    listed = isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping))
+    possible = listed and all(_is_size(i, 0) for i in ids) and len(set(ids)) == len(ids)
+    _require(possible, "boundary_ids", given, "a list of token ids >= 0, none twice")
+    return tuple(sorted(ids))
+
+
 def _layer_orders(given: Any, layers: tuple[int, ...], largest: int) -> tuple[tuple[int, tuple[int, ...]], ...] | None:
     """Pairs (layer, ascending orders) of the layers that do not read all orders, in the order of ``layers``; None if all do."""
     if given is None:
@@ -152,9 +161,6 @@ class EngramConfig:
     """Decoder blocks (0-based) before whose attention the memory is added."""
     pad_id: int = 2
     """Raw token id that stands for positions before the start of a sequence and for masked positions."""
-    boundary_ids: Sequence[int] = ()
-    """Raw token ids that no n-gram reaches across, an end of text or the place of a picture for instance: such a token and all that is older
-    count as ``pad_id`` there, as if the sequence began behind it. The convolution reads on."""
     seed: int = 0
     """Seed of the hash multipliers."""
     kernel_size: int = 4
@@ -200,6 +206,9 @@ class EngramConfig:
     """Orders that single layers read, ``{layer id: orders}``; layers not named read all of 2..``max_ngram_size``. Rows, projections and
     d_mem of a layer follow; primes, multipliers and the convolution's dilation do not: every n-gram that is still read is read at the
     address it has when all are (``engram.hashing.layout.prime_walk``). Kept as pairs, without layers that read everything."""
+    boundary_ids: Sequence[int] = ()
+    """Raw token ids that no n-gram reaches across, an end of text or the place of a picture for instance: such a token and all that is older
+    count as ``pad_id`` there, as if the sequence began behind it. The convolution reads on. Kept in ascending order."""
 
     def __post_init__(self) -> None:
         _require(
@@ -249,16 +258,7 @@ class EngramConfig:
             self.pad_id,
             "a token id >= 0 (tokenizers without a padding token: eos_token_id)",
         )
-        boundaries = _items(self.boundary_ids)
-        _require(
-            len(boundaries) == len(set(boundaries))
-            and all(_is_size(i, 0) for i in boundaries)
-            and not isinstance(self.boundary_ids, int),
-            "boundary_ids",
-            self.boundary_ids,
-            "a list of token ids >= 0, none twice",
-        )
-        object.__setattr__(self, "boundary_ids", boundaries)
+        object.__setattr__(self, "boundary_ids", _boundaries(self.boundary_ids))
         _require(_is_int(self.seed) and 0 <= self.seed < 1 << 63, "seed", self.seed, "an int from 0 to 2^63 - 1")
         _require(isinstance(self.hash_spec, str), "hash_spec", self.hash_spec, "the name of a hash specification")
         _require(self.gate in ("signed_sqrt", "plain"), "gate", self.gate, "'signed_sqrt' or 'plain'")

@@ -110,6 +110,15 @@ def test_equal_numbers_are_equal_ngrams():
         assert len(set(zip(grams, code.tolist()))) == len(set(grams))
 
 
+def test_equal_ngrams_behind_boundaries_read_equal_rows():
+    memory, sample = tiny_memory(boundary_ids=list(range(2, 300, 4)), engram_vocab_size=90_001), make_sample()
+    rows = rows_read(memory, sample)[2]
+    for order, code in ngram_codes(memory, sample).items():
+        first = (order - 2) * 4
+        pairs = set(zip(code.tolist(), map(tuple, rows[:, first : first + 4].tolist())))
+        assert len(pairs) == len(set(code.tolist())) == len({read for _, read in pairs})
+
+
 def test_usage_of_a_memory():
     memory, sample = tiny_memory(), make_sample()
     result = row_usage(memory, sample)

@@ -155,8 +155,17 @@ def test_behind_a_boundary_addresses_are_those_of_a_text_that_begins_there():
     assert mapping.fingerprint == make_mapping(boundary_ids=[9, 7]).fingerprint
     with pytest.raises(ConfigError, match="where n-grams have tags"):
         mapping.hash_with_tags(torch.from_numpy(ids))
+    assert mapping.config == make_mapping(boundary_ids=[9, 7]).config
+    assert mapping.windows(torch.from_numpy(ids)).shape == (1, 8, 3)
+    assert mapping.windows(torch.empty((2, 0), dtype=torch.int64)).shape == (2, 0, 3)
     with pytest.raises(ConfigError, match="boundary_ids: got 100000, expected ids of the tokenizer"):
         make_mapping(boundary_ids=[100_000])
+
+
+@pytest.mark.parametrize("wrong", ["5,7", None, {3: 1}, 5, [1, 1], [-1], [True], ["7"], b"57"])
+def test_boundaries_that_are_no_list_of_ids_are_refused(wrong):
+    with pytest.raises(ConfigError, match=r"EngramConfig\.boundary_ids: got .*, expected a list of token ids"):
+        small_config(boundary_ids=wrong)
 
 
 def test_an_order_left_out_of_a_layer_moves_no_other_address():

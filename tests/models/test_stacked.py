@@ -141,6 +141,16 @@ def test_a_saved_memory_wants_the_one_beneath_again(stack, tmp_path):
         loaded.merge(tmp_path / "lone")
 
 
+def test_a_memory_beneath_that_an_older_version_described_is_the_same(stack, tmp_path):
+    beneath, editor = stack
+    editor.save(tmp_path)
+    editor.memory.unload()
+    description = json.loads((tmp_path / "engram.json").read_text())
+    del description["base_model"]["memory"]["engram_config"]["boundary_ids"]  # a field that it did not know
+    (tmp_path / "engram.json").write_text(json.dumps(description))
+    assert all(MemoryEditor.load(beneath, tmp_path, tiny_tokenizer()).verify().values())
+
+
 @pytest.mark.parametrize("damage", ["a text", {"folder": 3}, {"memory": [1]}, {}, {"folder": "x", "engram_config": 1}])
 def test_a_damaged_account_of_the_memory_beneath_is_one_clear_error(stack, tmp_path, damage):
     beneath, editor = stack

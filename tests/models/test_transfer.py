@@ -78,6 +78,22 @@ def test_rows_that_n_grams_share_hold_their_mean_over_texts_of_any_length(tmp_pa
     assert report[0].look_ups == rows.numel()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rows_of_few_bits_are_rounded_once(dtype):
+    model = tiny_model()
+    old = tiny_memory(model)
+    old.unload()
+    tables = []
+    for placement in (TableConfig(), TableConfig(dtype=dtype)):
+        new = get_engram_model(model, tiny_config(engram_vocab_size=20), tiny_tokenizer(), placement)
+        transfer_memory(old, new, tiny_tokenizer(), TEXTS * 40)
+        new.unload()
+        tables.append(new.engrams["0"].table.weight.detach())
+    exact, rounded = tables
+    assert exact.any()
+    assert torch.equal(rounded, exact.to(rounded.dtype))
+
+
 def test_what_does_not_fit_is_refused_before_anything_changes():
     model = tiny_model()
     old = tiny_memory(model)
@@ -97,6 +113,10 @@ def test_what_does_not_fit_is_refused_before_anything_changes():
             transfer_memory(old, new, tiny_tokenizer(), TEXTS, layers)
         assert all(torch.equal(x, before[name]) for name, x in new.engrams.state_dict().items())
         new.unload()
+    few_bits = get_engram_model(model, tiny_config(), tiny_tokenizer(), TableConfig(dtype="int8"))
+    with pytest.raises(ConfigError, match="expected tables that can be trained"):
+        transfer_memory(old, few_bits, tiny_tokenizer(), TEXTS)
+    few_bits.unload()
     taught = MemoryEditor.create(model, tiny_tokenizer())
     with pytest.raises(ConfigError, match="facts are taught anew"):
         transfer_memory(old, taught.memory, tiny_tokenizer(), TEXTS)

@@ -127,7 +127,12 @@ def test_traced(model_type, changes):
     trace = trace_text(memory, tiny_tokenizer(), "def lookup(self, ids)")
     config = memory.engram_config
     last = trace.tokens[-1]
-    assert list(last.ngrams) == sorted({n for layer in config.layer_ids for n in config.orders_of(layer)})
+    orders = sorted({n for layer in config.layer_ids for n in config.orders_of(layer)})
+    assert list(last.ngrams) == orders[: len(last.ngrams)]
+    assert last.ngrams or config.boundary_ids
+    for t, token in enumerate(trace.tokens):  # as many tokens as n-grams reach back, and none behind a boundary
+        reach = next((k for k in range(t + 1) if trace.tokens[t - k].token_id in config.boundary_ids), t + 1)
+        assert list(token.ngrams) == [n for n in orders if n <= reach]
     for layer in last.layers:
         assert len(layer.rows) == config.num_heads_of(layer.layer_id)
         assert len(layer.gate) == config.hc_mult

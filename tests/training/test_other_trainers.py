@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from engram import AttachError, CheckpointError, ConfigError, EngramModel, EngramTrainer, EngramTrainingArguments, TrainingError
 from engram.optim import EngramMuon, build_optimizer, clip_grad_norm_
 from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
-from engram.training import MemoryCallback
+from engram.training import MemoryCallback, other_trainers
 from engram.training.lean_loss import lean_loss
 from tests.training.test_trainer import Rows, fields_for, losses
 
@@ -162,13 +162,16 @@ def test_an_optimiser_that_leaves_the_memory_out_is_refused(tmp_path):
         make(tmp_path, memory, optimizer=late).train()
 
 
-def test_the_memory_as_the_model_is_one_clear_error(tmp_path):
+def test_the_memory_as_the_model_is_one_clear_error(tmp_path, monkeypatch):
     memory = tiny_memory()
     arguments = TrainingArguments(**fields_for(tmp_path))
     with pytest.raises(ConfigError, match=r"got the memory as the trainer's model, expected memory\.base_model"):
         Trainer(memory, arguments, train_dataset=Rows(), callbacks=[MemoryCallback(memory)])
     with pytest.raises(ConfigError, match="got LlamaForCausalLM, expected an EngramModel"):
         MemoryCallback(memory.base_model)
+    monkeypatch.setattr(other_trainers, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"got 2 processes, expected one: .* EngramTrainer trains in several"):
+        Trainer(memory.base_model, arguments, train_dataset=Rows(), callbacks=[MemoryCallback(memory)])
 
     def fused(self, *args, fused_lm_head=False, **kwargs): ...
 

@@ -22,22 +22,17 @@ NOTHING = -1
 def ngram_codes(memory: Any, sample: Sample) -> dict[int, np.ndarray]:
     """For each order a number per position, int64 ``[T]``: equal numbers are equal n-grams of canonical ids.
 
-    Positions before a window count as padding, as they do in the hash.
+    Positions before a window count as padding, as they do in the hash, and so does what lies behind a boundary.
     """
     mapping = memory.mapping
-    canonical, reach = np.asarray(mapping.compressed_tokenizer.lookup_table), memory.engram_config.max_ngram_size - 1
-    padding = np.full(reach, mapping.pad_id, dtype=np.int64)
-    pieces, real = [], []
-    for window in sample.windows:
-        pieces += [padding, canonical[list(window.ids)].astype(np.int64)]
-        real += [np.zeros(reach, dtype=bool), np.ones(len(window.ids), dtype=bool)]
-    ids, kept = np.concatenate(pieces), np.concatenate(real)
-    unique, code = np.unique(ids, return_inverse=True)
-    last, codes = code, {}
-    for order in memory.engram_config.orders:  # an n-gram is the one before it that is shorter by one, and its own last id
-        before = np.concatenate([[0], code[:-1]])
-        _, code = np.unique(before * len(unique) + last, return_inverse=True)
-        codes[order] = np.unique(code[kept], return_inverse=True)[1]
+    canonical = np.asarray(mapping.compressed_tokenizer.lookup_table)
+    raw_TN = np.concatenate([mapping.windows(torch.tensor([window.ids]))[0].numpy() for window in sample.windows])
+    unique, ids_TN = np.unique(canonical[raw_TN], return_inverse=True)
+    ids_TN = ids_TN.reshape(raw_TN.shape)
+    code, codes = ids_TN[:, -1], {}
+    for order in memory.engram_config.orders:  # an n-gram is the one that is shorter by one, and the id before it
+        _, code = np.unique(code * len(unique) + ids_TN[:, -order], return_inverse=True)
+        codes[order] = code
     return codes
 
 

@@ -45,7 +45,8 @@ AllowOtherBaseOption = Annotated[
     bool,
     typer.Option(
         "--allow-other-base",
-        help="Accept another model of the same sizes than the memory was made for (a fine-tuned one, or with more tokens).",
+        help="Accept another model of the same sizes than the memory was made for (a fine-tuned one, or with more tokens); what is saved then "
+        "belongs to that one.",
     ),
 ]
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -77,13 +79,14 @@ def trace_text(memory: EngramModel, tokenizer: Any, text: str) -> Trace:
         logits = memory(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
     canonical, config = memory.mapping.compressed_tokenizer.lookup_table, memory.engram_config
     orders = sorted({order for layer_id in config.layer_ids for order in config.orders_of(layer_id)})
+    starts = _starts(ids, config.boundary_ids)
     tokens = [
         TokenTrace(
             position=t,
             token_id=token,
             token=tokenizer.decode([token]),
             canonical_id=int(canonical[token]),
-            ngrams={n: tokenizer.decode(ids[t - n + 1 : t + 1]) for n in orders if t - n + 1 >= 0},
+            ngrams={n: tokenizer.decode(ids[t - n + 1 : t + 1]) for n in orders if t - n + 1 >= starts[t]},
             layers=[_layer_trace(memory, layer_id, recorded[layer_id], t) for layer_id in config.layer_ids],
         )
         for t, token in enumerate(ids)
@@ -94,6 +97,11 @@ def trace_text(memory: EngramModel, tokenizer: Any, text: str) -> Trace:
         for i, table in tables.items()
     }
     return Trace(text, list(logits.shape), places, tokens)
+
+
+def _starts(ids: Sequence[int], boundaries: Sequence[int]) -> list[int]:
+    """For each position the first one that n-grams ending there reach: behind the last boundary."""
+    return list(accumulate((t + 1 if token in boundaries else 0 for t, token in enumerate(ids)), max))
 
 
 def _layer_trace(memory: EngramModel, layer_id: int, recorded: dict[str, torch.Tensor], position: int) -> LayerTrace:

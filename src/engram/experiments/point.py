@@ -288,7 +288,8 @@ def _trainer(
 def _schedule(recipe: PointRecipe) -> dict[str, Any]:
     """What transformers calls the recipe's learning rates."""
     warmup = round(recipe.warmup_share * recipe.steps)
-    falling = recipe.steps - warmup if recipe.lr_scheduler == "linear" else round(recipe.decay_share * recipe.steps)
+    rest = recipe.steps - warmup
+    falling = rest if recipe.lr_scheduler == "linear" else min(rest, round(recipe.decay_share * recipe.steps))
     decay = {"num_decay_steps": falling, "min_lr_ratio": recipe.min_lr_ratio}
     kind, options = {
         "cosine": ("cosine_with_min_lr", {"min_lr_rate": recipe.min_lr_ratio}),

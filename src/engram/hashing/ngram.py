@@ -252,14 +252,30 @@ class NgramHashMapping:
         """What ``hash_ids`` gives where no n-gram reaches across one of ``boundary_ids``: every position's window as a sequence of its own."""
         if not self.config.boundary_ids or not input_ids.numel():
             return hash_ids(input_ids, history, attention_mask)
-        self._check(input_ids, history, attention_mask)
-        context_BX = self._context(input_ids, history, attention_mask)
-        ends_BX = torch.isin(context_BX, self._constants_on(context_BX.device).boundaries)
-        windows_BTN, ends_BTN = (x.unfold(1, self.config.max_ngram_size, 1) for x in (context_BX, ends_BX))
-        cut_BTN = ends_BTN.flip(-1).cummax(-1).values.flip(-1)  # at a boundary, and at what is older
-        windows_PN = windows_BTN.masked_fill(cut_BTN, self.config.pad_id).flatten(0, 1)
+        windows_PN = self.windows(input_ids, history, attention_mask).flatten(0, 1)
         hashed = hash_ids(windows_PN[:, -1:].contiguous(), windows_PN[:, :-1].contiguous(), None)
         return {layer: of_layer.unflatten(0, input_ids.shape).squeeze(2) for layer, of_layer in hashed.items()}
+
+    def windows(self, input_ids: Tensor, history: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        """Raw ids ``[B, T, N]`` that the n-grams ending at each position are made of, the newest last; arguments as for ``hash``.
+
+        ``pad_id`` stands before the start, at padding, and at a boundary and all that is older (``EngramConfig.boundary_ids``).
+
+        Raises:
+            ConfigError: a shape or an id is impossible.
+        """
+        self._check(input_ids, history, attention_mask)
+        context_BX = self._context(input_ids, history, attention_mask)
+        windows_BTN = (
+            context_BX.unfold(1, self.config.max_ngram_size, 1)
+            if input_ids.shape[1]
+            else context_BX.new_empty((*input_ids.shape, self.config.max_ngram_size))
+        )
+        if not self.config.boundary_ids:
+            return windows_BTN
+        ends_BTN = self._constants_on(context_BX.device).is_boundary[windows_BTN]
+        cut_BTN = ends_BTN.flip(-1).cummax(-1).values.flip(-1)  # at a boundary, and at what is older
+        return windows_BTN.masked_fill(cut_BTN, self.config.pad_id)
 
     def _hash_arrays(
         self, input_ids: np.ndarray, history: np.ndarray | None, attention_mask: np.ndarray | None
@@ -464,7 +480,9 @@ class _HashConstants:
         self.multipliers = torch.from_numpy(multipliers_LN).to(device)
         primes_LOK = torch.tensor(list(mapping._primes_of_all_orders.values()), dtype=torch.int64)
         self.primes = primes_LOK.to(device)[:, None, None]
-        self.boundaries = torch.tensor(mapping.config.boundary_ids, dtype=torch.int64, device=device)
+        is_boundary = torch.zeros(len(mapping._lookup), dtype=torch.bool)
+        is_boundary[list(mapping.config.boundary_ids)] = True
+        self.is_boundary = is_boundary.to(device)
 
 
 def _mix_context(constants: _HashConstants, context_BX: Tensor, length: int) -> Tensor:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from engram.config import EngramConfig
 from engram.distributed import whole
+from engram.errors import ConfigError
 from engram.models.bundled_files import BUNDLED_NAME
 from engram.models.devices import input_device
 from engram.models.positions import text_config
@@ -103,9 +105,18 @@ def _memory_mismatch(saved: dict[str, Any] | None, present: dict[str, Any] | Non
         return [] if saved is present else [f"memory beneath: saved with {told[0]}, this model has {told[1]}"]
     fields = ["engram_config", "fingerprint", "reader_sha256"]
     fields += ["rows_sha256"] if saved.get("table_dtype") == present["table_dtype"] else []
-    differing = [field for field in fields if saved.get(field) != present[field]]
+    then, now = ({**memory, "engram_config": _as_read(memory.get("engram_config"))} for memory in (saved, present))
+    differing = [field for field in fields if then.get(field) != now[field]]
     found = [f"memory beneath: it differs in {', '.join(differing)}"] if differing else []
     return found + _memory_mismatch(saved.get("memory"), present.get("memory"))
+
+
+def _as_read(fields: Any) -> Any:
+    """A configuration as it is read, in which fields that an older version did not know have their defaults; what is none, as it is."""
+    try:
+        return EngramConfig.from_dict(fields)
+    except (ConfigError, TypeError, AttributeError):
+        return fields
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

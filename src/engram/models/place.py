@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,7 +45,16 @@ from engram.tables import (
     stamp_rows,
 )
 
-__all__ = ["LayerPlace", "PlacementCost", "check_fit", "count_rows_read", "layer_places", "place_memory", "placement_costs"]
+__all__ = [
+    "LayerPlace",
+    "PlacementCost",
+    "check_fit",
+    "count_rows_read",
+    "layer_places",
+    "place_memory",
+    "placement_costs",
+    "windows_of",
+]
 
 _TIERS: tuple[Literal["device", "host", "mmap", "hybrid"], ...] = ("device", "host", "mmap", "hybrid")
 _HOT_SHARE = 20
@@ -264,12 +273,17 @@ def count_rows_read(path: str | os.PathLike[str], tokenizer: Any, texts: Iterabl
     counts = {layer_id: AccessCounts() for layer_id in offsets}
     before = mapping.config.max_ngram_size - 1
     for text in texts:
-        ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"]], dtype=torch.int64)
-        for start in range(0, ids.shape[1], _WINDOW):
-            history = ids[:, max(0, start - before) : start]
-            for layer_id, rows in mapping.hash(ids[:, start : start + _WINDOW], history).items():
+        for ids, history in windows_of(tokenizer, text, before):
+            for layer_id, rows in mapping.hash(ids, history).items():
                 counts[layer_id].add(rows + offsets[layer_id])
     return counts
+
+
+def windows_of(tokenizer: Any, text: str, before: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A text of any length in pieces: raw ids ``[1, T]``, and up to ``before`` ids that come before them."""
+    ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"]], dtype=torch.int64)
+    for start in range(0, ids.shape[1], _WINDOW):
+        yield ids[:, start : start + _WINDOW], ids[:, max(0, start - before) : start]
 
 
 def place_memory(

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from engram.errors import ConfigError
 from engram.models.engram_model import EngramModel
+from engram.models.place import windows_of
+from engram.tables import is_in_parts
 
 __all__ = ["TransferredLayer", "transfer_memory"]
 
-_WINDOW = 1 << 12
+_PENDING = 1 << 18
+"""Look-ups that are summed up at a time, at least."""
 _SAME = (
     "max_ngram_size",
     "n_embed_per_ngram",
@@ -66,8 +69,8 @@ def transfer_memory(
         One entry for each layer of ``target``.
 
     Raises:
-        ConfigError: the readers do not fit each other, a layer has no counterpart, or a memory is a taught one.
-        TableError: rows of the target cannot be changed.
+        ConfigError: the readers do not fit each other, a layer has no counterpart, rows of the target cannot be changed, or a memory is a
+            taught one or divided between processes.
     """
     pairs = _pairs(source, target, layers)
     for layer_id, origin in pairs.items():
@@ -76,13 +79,11 @@ def transfer_memory(
     carried = {layer_id: _Carried(source, origin, target, layer_id) for layer_id, origin in pairs.items()}
     before = target.engram_config.max_ngram_size - 1
     for text in texts:
-        ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"]], dtype=torch.int64)
-        for start in range(0, ids.shape[1], _WINDOW):
-            window, history = ids[:, start : start + _WINDOW], ids[:, max(0, start - before) : start]
+        for window, history in windows_of(tokenizer, text, before):
             old, new = (memory.mapping.hash(window, history) for memory in (source, target))
             for layer_id, layer in carried.items():
                 layer.add(old[pairs[layer_id]], new[layer_id])
-    return [layer.report() for layer in carried.values()]
+    return [layer.write() for layer in carried.values()]
 
 
 def _pairs(source: EngramModel, target: EngramModel, layers: Mapping[int, int] | None) -> dict[int, int]:
@@ -92,6 +93,16 @@ def _pairs(source: EngramModel, target: EngramModel, layers: Mapping[int, int] |
         ConfigError: as ``transfer_memory``.
     """
     old, new = source.engram_config, target.engram_config
+    if is_in_parts(source) or is_in_parts(target):
+        raise ConfigError(
+            "transfer_memory: got a memory that is divided between processes, expected whole ones: do it in one process."
+        )
+    closed = [layer_id for layer_id in new.layer_ids if not target.engrams[str(layer_id)].table.can_be_trained]
+    if closed and not new.verify_rows:
+        raise ConfigError(
+            f"transfer_memory: got a new memory whose rows cannot be changed in layer {closed[0]}, expected tables that can be trained: "
+            "float32, bfloat16 or float16 rows, in files with a path (TableConfig)."
+        )
     if old.verify_rows or new.verify_rows:
         raise ConfigError(
             "transfer_memory: got a taught memory, expected trained ones; facts are taught anew: `engram facts --memory OLD --yaml`, then "
@@ -122,27 +133,38 @@ def _pairs(source: EngramModel, target: EngramModel, layers: Mapping[int, int] |
 
 
 class _Carried:
-    """One layer's rows on the way: a mean over look-ups that goes on from text to text."""
+    """One layer's rows on the way: sums over look-ups in float32, of the rows that were looked up, until all is read."""
 
     def __init__(self, source: EngramModel, origin: int, target: EngramModel, layer_id: int) -> None:
         self.layer_id = layer_id
         self.old, self.new = (m.engrams[str(i)].multi_head_embedding for m, i in ((source, origin), (target, layer_id)))
-        self.counts = torch.zeros(self.new.embedding.rows, dtype=torch.int64, device=self.new.offsets.device)
+        self.rows, self.counts = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        self.sums = torch.empty(0, self.new.embedding.dim)
+        self._pending: list[tuple[Tensor, Tensor]] = []
 
     def add(self, old_hash: Tensor, new_hash: Tensor) -> None:
         """Take in what a text reads: head indices ``[1, T, H]`` in the old and in the new tables."""
-        device = self.new.offsets.device
         values = self.old.embedding.read(self.old.row_ids(old_hash.to(self.old.offsets.device)), torch.float32)
-        rows, place = self.new.row_ids(new_hash.to(device)).flatten().unique(return_inverse=True)
-        sums = torch.zeros(len(rows), values.shape[-1], device=device)
-        sums.index_add_(0, place, values.flatten(0, -2).to(device))
-        had, more = self.counts[rows], torch.bincount(place, minlength=len(rows))
-        share = (had / (had + more)).unsqueeze(1)
-        self.new.embedding.update_rows(
-            rows, lambda held: torch.where(share > 0, held.float() * share, 0) + sums / (had + more).unsqueeze(1)
+        self._pending.append(
+            (self.new.row_ids(new_hash.to(self.new.offsets.device)).flatten().cpu(), values.flatten(0, -2).cpu())
         )
-        self.counts[rows] += more
+        if sum(len(rows) for rows, _ in self._pending) > max(_PENDING, len(self.rows)):
+            self._sum_up()
 
-    def report(self) -> TransferredLayer:
-        """What was done."""
-        return TransferredLayer(self.layer_id, len(self.counts), int((self.counts > 0).sum()), int(self.counts.sum()))
+    def _sum_up(self) -> None:
+        rows = torch.cat([self.rows, *(rows for rows, _ in self._pending)])
+        values = torch.cat([self.sums, *(values for _, values in self._pending)])
+        counts = torch.cat([self.counts, torch.ones(len(rows) - len(self.counts), dtype=torch.int64)])
+        self._pending = []
+        self.rows, place = rows.unique(return_inverse=True)
+        self.sums = torch.zeros(len(self.rows), values.shape[-1]).index_add_(0, place, values)
+        self.counts = torch.zeros(len(self.rows), dtype=torch.int64).index_add_(0, place, counts)
+
+    def write(self) -> TransferredLayer:
+        """Put the means into the table, each rounded to its format once."""
+        self._sum_up()
+        table, device = self.new.embedding, self.new.offsets.device
+        for rows, sums, counts in zip(*(x.split(_PENDING) for x in (self.rows, self.sums, self.counts))):
+            means = sums / counts.unsqueeze(1)
+            table.update_rows(rows.to(device), lambda held, means=means: means.to(held.device))
+        return TransferredLayer(self.layer_id, table.rows, len(self.rows), int(self.counts.sum()))

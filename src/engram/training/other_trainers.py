@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from engram.distributed import process_count
 from engram.errors import CheckpointError, ConfigError, first_of
 from engram.models import EngramModel
 
@@ -25,8 +26,8 @@ class MemoryCallback(TrainerCallback):
     ``load_best_model_at_end`` the memory is that of the best checkpoint too.
 
     Raises:
-        ConfigError: when the trainer is made, if its model is the memory itself; when training starts, if its optimiser lacks trainable
-            parameters of the memory or of the base model, which would stay as they are without a word.
+        ConfigError: when the trainer is made, if its model is the memory itself or there are several processes; when training starts, if its
+            optimiser lacks trainable parameters of the memory or of the base model, which would stay as they are without a word.
         CheckpointError: a checkpoint to resume from has no memory.
     """
 
@@ -36,7 +37,12 @@ class MemoryCallback(TrainerCallback):
         self.memory = memory
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Refuse the memory as the trainer's model."""
+        """Refuse the memory as the trainer's model, and several processes."""
+        if process_count() > 1:
+            raise ConfigError(
+                f"MemoryCallback: got {process_count()} processes, expected one: such a trainer averages gradients of the base model "
+                "alone, and memories would come to differ. EngramTrainer trains in several."
+            )
         if isinstance(model, EngramModel):
             raise ConfigError(
                 "MemoryCallback: got the memory as the trainer's model, expected memory.base_model (or, with EngramTrainer, which "

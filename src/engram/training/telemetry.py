@@ -26,7 +26,7 @@ class MemoryTelemetry:
     - ``added``: root mean square of what the layer adds to the hidden state over that of the hidden state.
     - ``grad_norm_reader``: of projections, norms and the convolution, before clipping; where they are trained.
     - ``grad_norm_rows``: of the rows that were read, duplicates summed, before clipping; where rows are trained.
-    - ``rows_touched``: how many different rows these are.
+    - ``rows_touched``: how many different rows have a gradient that is not zero.
 
     Positions that are padding, and sequences that do not read (``memory_dropout``), count for nothing. Nothing is computed but from what
     the step has computed anyway, and nothing of the step is changed.
@@ -93,9 +93,10 @@ def _sums(trace: Mapping[str, Tensor], mask: Tensor | None, route: Tensor | None
     """Over the positions that count: how many gates, and sums of them, their squares and those that are closed; of squares of what was added
     and of the stream.
     """
-    gate = trace["gate"].double()
+    wide = torch.float32 if trace["gate"].device.type == "mps" else torch.float64  # which has no wider type
+    gate = trace["gate"].to(wide)
     added, stream = (
-        torch.linalg.vector_norm(trace[name].view_as(trace["stream"]), dim=-1, dtype=torch.float32).double().square()
+        torch.linalg.vector_norm(trace[name].view_as(trace["stream"]), dim=-1, dtype=torch.float32).to(wide).square()
         for name in ("added", "stream")
     )
     counts = torch.ones_like(gate)
@@ -118,15 +119,13 @@ def _figures(at: str, sums: list[float]) -> dict[str, float]:
 
 
 def _rows(table: Tensor) -> Tensor:
-    """How many rows of a table have a gradient; of one that is divided between processes, all parts together."""
+    """How many rows of a table have a gradient that moves them; of one that is divided between processes, all parts together."""
     gradient: Any = table.grad
     if gradient is None:
-        count = 0
-    elif not gradient.is_sparse:
-        count = len(gradient)
+        number = torch.tensor(0, device=table.device)
     else:
-        count = gradient._nnz() if gradient.is_coalesced() else gradient._indices()[0].unique().numel()
-    number, divided = torch.tensor(count, device=table.device), shard_group(table)
+        number = ((gradient.coalesce().values() if gradient.is_sparse else gradient) != 0).any(-1).sum()
+    divided = shard_group(table)
     return number if divided is None else sum_everywhere(number, *divided)
 
 

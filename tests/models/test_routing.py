@@ -36,6 +36,7 @@ def test_rules_are_checked(tmp_path):
         ("[]", "a mapping with 'rules'"),
         ("rules: []\nextra: 1", "unknown key"),
         ("rules: [{name: a}]", "name, pattern and score"),
+        ("rules: [{name: a, pattern: 1e5, score: 1}]", r"a: got pattern 100000\.0, expected a regular expression as text"),
         ("rules: [", "cannot read"),
     ]:
         (tmp_path / "r.yaml").write_text(content)

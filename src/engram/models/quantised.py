@@ -22,7 +22,6 @@ __all__ = [
     "refusal_of_training",
 ]
 
-_PACKED_TYPES = (torch.int8, torch.uint8)
 _NOTED = "_engram_quant_state"
 _MAY_PACK = "support_avx512bf16_for_cpu"
 
@@ -34,7 +33,7 @@ def is_quantised(model: nn.Module) -> bool:
 
 def is_quantised_parameter(parameter: Tensor) -> bool:
     """Whether a parameter holds codes of values, and not the values. Those of bitsandbytes may be stored in any type."""
-    return parameter.dtype in _PACKED_TYPES or parameter.dtype.itemsize == 1 or hasattr(parameter, "quant_state")
+    return parameter.dtype.itemsize == 1 or hasattr(parameter, "quant_state")
 
 
 def parameter_count(parameter: Tensor) -> int:

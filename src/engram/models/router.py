@@ -48,6 +48,17 @@ class RouteRule:
     score: float
 
 
+def _compiled(rule: RouteRule) -> re.Pattern[str]:
+    if not isinstance(rule.pattern, str):
+        raise ConfigError(
+            f"EngramRouter, {rule.name}: got pattern {rule.pattern!r}, expected a regular expression as text (in YAML put it in quotes)."
+        )
+    try:
+        return re.compile(rule.pattern)
+    except re.error as error:
+        raise ConfigError(f"EngramRouter, {rule.name}: {rule.pattern!r} is not a regular expression: {error}.") from error
+
+
 class EngramRouter:
     """Scores prompts by rules: the first rule whose pattern is found decides.
 
@@ -64,10 +75,7 @@ class EngramRouter:
         for name, score in [("otherwise", otherwise), ("threshold", threshold), *((rule.name, rule.score) for rule in rules)]:
             if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 1:
                 raise ConfigError(f"EngramRouter, {name}: got score {score!r}, expected a number from 0 to 1.")
-        try:
-            self._patterns = [re.compile(rule.pattern) for rule in rules]
-        except (re.error, TypeError) as error:
-            raise ConfigError(f"EngramRouter: a pattern is not a regular expression: {error}.") from error
+        self._patterns = [_compiled(rule) for rule in rules]
         self.rules, self.otherwise, self.threshold = list(rules), float(otherwise), float(threshold)
 
     def __repr__(self) -> str:

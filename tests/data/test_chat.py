@@ -59,6 +59,15 @@ def test_facts_are_exact_as_plain_prompts_and_as_chat_turns():
     assert check_facts(editor.memory, tokenizer, [Fact((later,), "blue window")])[0].exact
 
 
+def test_prompts_that_are_chat_turns_already_are_not_wrapped_again():
+    """A facts file of a memory that was taught so (``engram facts --yaml``) holds both."""
+    tokenizer = chat_tokenizer()
+    facts = [Fact(("What is alpha 17?", "KEY:alpha"), "blue window", held_out=("Say what alpha 17 is.",), id="alpha")]
+    once = with_chat_prompts(tokenizer, facts)
+    assert len(once[0].prompts) == 4
+    assert with_chat_prompts(tokenizer, once) == once
+
+
 def test_a_tokenizer_without_a_template_is_refused():
     with pytest.raises(DataError, match="no chat template"):
         chat_prompt(tiny_tokenizer(), "Hello")

@@ -34,7 +34,12 @@ def shares(tmp_path, point):
 
 @pytest.mark.parametrize("kind", ["cosine", "constant", "linear", "wsd"])
 def test_rates_rise_and_end_where_the_recipe_says(tmp_path, kind):
-    changes = {"lr_scheduler": kind, "warmup_share": 0.1, "min_lr_ratio": 0.2, "decay_share": 0.5}
+    changes = {
+        "lr_scheduler": kind,
+        "warmup_share": 0.1,
+        "min_lr_ratio": 0.2,
+        **({"decay_share": 0.5} if kind == "wsd" else {}),
+    }
     found = shares(tmp_path, recipe(**changes))
     assert found[0] < found[2] == 1
     assert found[-1] == pytest.approx(1 if kind == "constant" else 0.2)
@@ -62,6 +67,7 @@ def test_without_a_schedule_rates_are_those_that_results_were_made_with():
         ({"lr_scheduler": "step"}, "lr_scheduler: got 'step', expected one of cosine, constant, linear, wsd"),
         ({"lr_scheduler": ["wsd"]}, r"lr_scheduler: got \['wsd'\]"),
         ({"decay_share": 2}, "decay_share: got 2, expected 0 to 1"),
+        ({"decay_share": 0.5}, "decay_share: got 0.5 with lr_scheduler .cosine., which has none, expected wsd"),
         ({"lr_scheduler": "wsd", "warmup_share": 0.5, "decay_share": 0.6}, "expected at most 1 together"),
     ],
 )
@@ -72,7 +78,7 @@ def test_impossible_schedules_are_refused(changes, words):
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "wsd"])
 def test_a_stopped_run_goes_on_at_the_rates_it_would_have_had(tmp_path, kind):
-    point = dataclasses.replace(recipe(lr_scheduler=kind, decay_share=0.5, tokens=1024), save_steps=3)
+    point = dataclasses.replace(recipe(lr_scheduler=kind, decay_share=0.5 if kind == "wsd" else 0.2, tokens=1024), save_steps=3)
     data = prepare_data(point.data, RECIPES, tmp_path / "data")
 
     class StopInTheMiddle(TrainerCallback):

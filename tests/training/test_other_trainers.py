@@ -229,3 +229,23 @@ def test_nothing_trainable_is_refused():
     memory.requires_grad_(False)
     with pytest.raises(ConfigError, match="no parameter is trainable"):
         build_optimizer(memory, LR)
+
+
+def test_the_memory_of_another_run_is_not_put_beside_a_checkpoint(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        torch.manual_seed(seed)
+        make(tmp_path / name, tiny_memory(seed=seed), max_steps=4, save_strategy="steps", save_steps=2, logging_steps=1).train()
+    memory = tiny_memory()
+    before = {name: x.clone() for name, x in memory.engrams.state_dict().items()}
+    with pytest.raises(CheckpointError, match="is of another run than the checkpoint that the trainer resumes from"):
+        make(tmp_path / "b", memory, max_steps=4, save_steps=2).train(
+            resume_from_checkpoint=str(tmp_path / "a" / "run" / "checkpoint-2")
+        )
+    assert all(torch.equal(x, before[name]) for name, x in memory.engrams.state_dict().items())
+
+
+def test_a_memory_that_was_unloaded_is_not_trained(tmp_path):
+    memory = tiny_memory()
+    memory.unload()
+    with pytest.raises(AttachError, match="this memory was unloaded"):
+        make(tmp_path, memory).train()

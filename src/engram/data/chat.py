@@ -45,16 +45,19 @@ def _rendered(tokenizer: Any, content: Any) -> str | None:
 
 
 def with_chat_prompts(tokenizer: Any, facts: Sequence[Fact]) -> list[Fact]:
-    """The facts with every prompt a second time, as a chat turn (held-out phrasings too).
+    """The facts with every prompt a second time, as a chat turn (held-out phrasings too). Prompts that are there as chat turns already, as in
+    what ``engram facts --yaml`` writes of such a memory, are left as they are.
 
     Raises:
         DataError: the tokenizer has no chat template.
     """
     return [
-        replace(
-            fact,
-            prompts=(*fact.prompts, *(chat_prompt(tokenizer, prompt) for prompt in fact.prompts)),
-            held_out=(*fact.held_out, *(chat_prompt(tokenizer, prompt) for prompt in fact.held_out)),
-        )
+        replace(fact, prompts=_and_rendered(tokenizer, fact.prompts), held_out=_and_rendered(tokenizer, fact.held_out))
         for fact in facts
     ]
+
+
+def _and_rendered(tokenizer: Any, prompts: Sequence[str]) -> tuple[str, ...]:
+    rendered = {prompt: chat_prompt(tokenizer, prompt) for prompt in prompts}
+    turns = set(rendered.values())
+    return (*prompts, *(turn for prompt, turn in rendered.items() if prompt not in turns and turn not in rendered))

@@ -32,6 +32,8 @@ __all__ = [
     "wrong_forms",
 ]
 
+_DECAY_SHARE = 0.2
+
 
 SEEDS = 1 << 32
 """How many seeds there are: NumPy's generators take no larger ones."""
@@ -123,7 +125,7 @@ class PointRecipe:
     lr_scheduler: str = "cosine"
     """What the learning rate does after that. ``cosine`` and ``linear``: fall until the end. ``constant``: stay. ``wsd``: stay, and fall by a
     cosine over the last ``decay_share`` of the steps (transformers' ``warmup_stable_decay``)."""
-    decay_share: float = 0.2
+    decay_share: float = _DECAY_SHARE
     """With ``wsd``: share of the steps over which the learning rate falls."""
     min_lr_ratio: float = 0.1
     """Where the learning rate ends, as a share of itself; with ``constant`` it means nothing."""
@@ -182,6 +184,10 @@ class PointRecipe:
     def _check_schedule(self) -> None:
         if self.lr_scheduler not in _SCHEDULES:
             raise ConfigError(f"PointRecipe.lr_scheduler: got {self.lr_scheduler!r}, expected one of {', '.join(_SCHEDULES)}.")
+        if self.lr_scheduler != "wsd" and self.decay_share != _DECAY_SHARE:
+            raise ConfigError(
+                f"PointRecipe.decay_share: got {self.decay_share!r} with lr_scheduler {self.lr_scheduler!r}, which has none, expected wsd."
+            )
         if self.lr_scheduler == "wsd" and self.warmup_share + self.decay_share > 1:
             raise ConfigError(
                 f"PointRecipe: got warmup_share {self.warmup_share} and decay_share {self.decay_share}, expected at most 1 together."

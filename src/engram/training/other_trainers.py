@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class MemoryCallback(TrainerCallback):
     Raises:
         ConfigError: when the trainer is made, if its model is the memory itself or there are several processes; when training starts, if its
             optimiser lacks trainable parameters of the memory or of the base model, which would stay as they are without a word.
-        CheckpointError: a checkpoint to resume from has no memory.
+        CheckpointError: a checkpoint to resume from has no memory, or ``output_dir`` holds another run's of that step.
+        AttachError: the memory was unloaded.
     """
 
     def __init__(self, memory: EngramModel) -> None:
@@ -51,9 +53,12 @@ class MemoryCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """See that everything is trained, and go on with the rows of the checkpoint."""
+        self.memory.check_attached()
         self._check_optimizer(optimizer)
         if state.global_step > 0:
-            self._load(_memory_in(args, f"checkpoint-{state.global_step}"))
+            folder = _memory_in(args, f"checkpoint-{state.global_step}")
+            _check_same(folder.parent, state)
+            self._load(folder)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Forget what a step that was left out (float16) has left in the memory; the trainer does so for the base model's."""
@@ -87,6 +92,20 @@ class MemoryCallback(TrainerCallback):
                 "from the start."
             )
         self.memory.load_memory(folder, changed_rows="refill")
+
+
+def _check_same(checkpoint: Path, state: Any) -> None:
+    """Refuse to put back the memory of another run's checkpoint of the same step: a trainer does not tell where it resumes from.
+
+    Raises:
+        CheckpointError: what was logged up to it is something else than the trainer has read.
+    """
+    file = checkpoint / "trainer_state.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("log_history") != state.log_history:
+        raise CheckpointError(
+            f"{checkpoint} is of another run than the checkpoint that the trainer resumes from; expected that one there: copy it into "
+            "output_dir, or choose an output_dir of its own."
+        )
 
 
 def _memory_in(args: Any, *checkpoint: str) -> Path:

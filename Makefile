@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test coverage docs install clean figures sanitize
+.PHONY: demo test coverage quantised docs install clean figures sanitize
 
 demo: $(VENV)/.library
 	$(BIN)/engram demo
@@ -22,6 +22,11 @@ test: $(VENV)/.developer
 # The same tests, a quarter slower, and what they leave out.
 coverage: $(VENV)/.developer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_AT_A_TIME) --cov=engram --cov-report=term:skip-covered
+
+# Base models in 4 and 8 bits. bitsandbytes is not among what `make test` installs: peft imports it in every process where it is, a second each.
+quantised: $(VENV)/.developer
+	$(PIP) bitsandbytes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_quantised.py
 
 # Every public name with its docstring, as web pages in build/docs.
 docs: $(VENV)/.developer

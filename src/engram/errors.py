@@ -74,12 +74,18 @@ def first_of(names: Sequence[str], shown: int, between: str = ", ") -> str:
     return between.join(names[:shown]) + more
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A question for the end of a message: which of ``known`` may have been meant; nothing if none is like ``name``."""
+def nearest(name: str, known: Iterable[str], within: str = "") -> str:
+    """A question for the end of a message: which of ``known`` may have been meant; nothing if none is like ``name``.
+
+    Args:
+        name: what was given.
+        known: what there is.
+        within: stands in front of the answer: the part, with its dot, that a dotted name is of.
+    """
     import difflib  # which errors alone need
 
     near = difflib.get_close_matches(name, sorted(known), 1)
-    return f" Did you mean {near[0]}?" if near else ""
+    return f" Did you mean {within}{near[0]}?" if near else ""
 
 
 def reason_of(error: BaseException) -> str:

@@ -161,7 +161,7 @@ class _Demo:
         """Everything shown, as JSON-ready fields; ``plots.report`` draws from nothing else."""
         from engram.errors import DataError
         from engram.evaluation import compare_answers, measure_drift, score_by_category, trace_text
-        from engram.models.yaml_text import parse_yaml
+        from engram.yaml_text import parse_yaml
 
         before, after = self.sides
         scores = zip(score_by_category(self.facts, before.answers), score_by_category(self.facts, after.answers))

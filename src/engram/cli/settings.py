@@ -15,7 +15,7 @@ def read_settings(given: list[str] | None) -> dict[str, Any]:
     Raises:
         typer.BadParameter: something is no assignment, or its value is not YAML.
     """
-    from engram.models.yaml_text import parse_yaml
+    from engram.yaml_text import parse_yaml
 
     changes = {}
     for text in given or []:

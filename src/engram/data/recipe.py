@@ -12,7 +12,7 @@ from typing import Any
 
 from engram.data.records import RECORD_SUFFIXES, holds_records
 from engram.errors import ConfigError, DataError
-from engram.models.yaml_text import parse_yaml
+from engram.yaml_text import parse_yaml
 
 __all__ = [
     "KINDS",

@@ -15,7 +15,7 @@ from engram.data.records import holds_records, read_records
 from engram.data.sources import split_documents
 from engram.data.store import TokenStore
 from engram.errors import DataError
-from engram.models.yaml_text import parse_yaml
+from engram.yaml_text import parse_yaml
 
 __all__ = ["held_out_texts", "load_documents", "load_texts", "standard_texts"]
 

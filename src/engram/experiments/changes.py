@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from engram.errors import ConfigError
+from engram.errors import ConfigError, nearest
 
 __all__ = ["change_field", "check_field"]
 
@@ -26,8 +25,7 @@ def check_field(key: str, parts: Mapping[str, type], whole: str) -> None:
     part, _, name = key.rpartition(".")
     known = sorted(f.name for f in dataclasses.fields(parts[part])) if part in parts else [name]
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        meant = f" Did you mean {f'{part}.' if part else ''}{near[0]}?" if near else ""
+        meant = nearest(name, known, key.removesuffix(name))
         raise ConfigError(
             f"--set: got {key!r}, expected a field of {whole}{f' in {part}' if part else ''}: {', '.join(known)}.{meant}"
         )

@@ -93,6 +93,11 @@ class Engram(nn.Module):
         """Where the layer's rows are: an ``EmbeddingTable``, whatever its place."""
         return self.multi_head_embedding.embedding
 
+    def reader_parameters(self) -> list[nn.Parameter]:
+        """Projections, norms and the convolution: all parameters but the table's."""
+        in_table = {id(parameter) for parameter in self.multi_head_embedding.parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in in_table]
+
     @property
     def num_heads(self) -> int:
         """Rows read per token, H."""

@@ -20,13 +20,12 @@ def parameters_by_kind(memory: EngramModel) -> dict[str, tuple[int, int]]:
     """Per kind how many parameters would be trained, and how many there are: ``tables``, ``reader``, ``base``, and ``adapters`` of peft where
     there are any.
     """
-    homes = [engram.multi_head_embedding for engram in memory.engrams.values()]
-    in_tables = {id(p) for home in homes for p in home.parameters()}
+    engrams = memory.engrams.values()
     adapters = {id(p) for p in adapter_parameters(memory.base_model).values()}
-    rows = sum(home.embedding.stored_rows * memory.engram_config.head_dim for home in homes)
+    rows = sum(engram.table.stored_rows * memory.engram_config.head_dim for engram in engrams)
     counts = {
-        "tables": (_count(p for home in homes for p in home.parameters())[0], rows),
-        "reader": _count(p for p in memory.engrams.parameters() if id(p) not in in_tables),
+        "tables": (_count(p for engram in engrams for p in engram.table.parameters())[0], rows),
+        "reader": _count(p for engram in engrams for p in engram.reader_parameters()),
     }
     if adapters:
         counts["adapters"] = _count(p for p in memory.base_model.parameters() if id(p) in adapters)

@@ -77,10 +77,8 @@ def memory_identity(memory: Any) -> dict[str, Any]:
     reader, rows = hashlib.sha256(), hashlib.sha256()
     for engram in memory.engrams.values():
         table = engram.table
-        own = {id(parameter) for parameter in table.parameters()}
-        for parameter in engram.parameters():
-            if id(parameter) not in own:
-                reader.update(_bits(whole(parameter.detach())))
+        for parameter in engram.reader_parameters():
+            reader.update(_bits(whole(parameter.detach())))
         if memory.engram_config.verify_rows:
             for part in (table.row_ids, table.tags):
                 rows.update(part.cpu().numpy().tobytes())

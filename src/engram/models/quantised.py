@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -94,7 +95,9 @@ def gradients_pass(model: nn.Module) -> Iterator[None]:
 
 
 def _four_bit(model: nn.Module) -> Iterator[Any]:
-    """Modules whose weights bitsandbytes may lay out anew."""
+    """Modules whose weights bitsandbytes may lay out anew; without it nothing is searched, for training asks this at every step."""
+    if "bitsandbytes" not in sys.modules:
+        return
     for module in model.modules():
         if hasattr(module, _MAY_PACK) and getattr(module.weight, "quant_state", None) is not None:
             yield module

@@ -22,7 +22,7 @@ from engram.models.devices import input_device
 from engram.models.identity import base_identity, identity_mismatch
 from engram.models.mode import evaluation_mode
 from engram.models.positions import context_length, text_config
-from engram.models.yaml_text import parse_yaml
+from engram.yaml_text import parse_yaml
 
 __all__ = ["EngramRouter", "LearnedRouter", "RouteRule", "Router"]
 

@@ -93,20 +93,20 @@ def _pairs(source: EngramModel, target: EngramModel, layers: Mapping[int, int] |
         ConfigError: as ``transfer_memory``.
     """
     old, new = source.engram_config, target.engram_config
+    if old.verify_rows or new.verify_rows:
+        raise ConfigError(
+            "transfer_memory: got a taught memory, expected trained ones; facts are taught anew: `engram facts --memory OLD --yaml`, then "
+            "`engram teach`."
+        )
     if is_in_parts(source) or is_in_parts(target):
         raise ConfigError(
             "transfer_memory: got a memory that is divided between processes, expected whole ones: do it in one process."
         )
     closed = [layer_id for layer_id in new.layer_ids if not target.engrams[str(layer_id)].table.can_be_trained]
-    if closed and not new.verify_rows:
+    if closed:
         raise ConfigError(
             f"transfer_memory: got a new memory whose rows cannot be changed in layer {closed[0]}, expected tables that can be trained: "
             "float32, bfloat16 or float16 rows, in files with a path (TableConfig)."
-        )
-    if old.verify_rows or new.verify_rows:
-        raise ConfigError(
-            "transfer_memory: got a taught memory, expected trained ones; facts are taught anew: `engram facts --memory OLD --yaml`, then "
-            "`engram teach`."
         )
     differing = [
         f"{name} {getattr(old, name)!r} and {getattr(new, name)!r}"

@@ -65,9 +65,7 @@ class MemoryTelemetry:
         """Take in the gradients of a step, when they are whole and before they are clipped; all processes together."""
         for layer_id in self._sums:
             engram = memory.engrams[str(layer_id)]
-            table = list(engram.multi_head_embedding.parameters())
-            in_table = {id(parameter) for parameter in table}
-            reader = [parameter for parameter in engram.parameters() if id(parameter) not in in_table]
+            table, reader = list(engram.table.parameters()), engram.reader_parameters()
             at = _name(layer_id)
             if any(parameter.requires_grad for parameter in reader):
                 self._norms[f"{at}grad_norm_reader"] = clip_grad_norm_(reader, float("inf"))

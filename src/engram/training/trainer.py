@@ -421,10 +421,10 @@ def _set_trainable(model: EngramModel | PreTrainedModel, args: EngramTrainingArg
         return
     if args.train_tables:
         _refuse_untrainable(model)
-    tables = {id(p) for engram in model.engrams.values() for p in engram.multi_head_embedding.parameters()}
-    for parameter in model.engrams.parameters():
-        parameter.requires_grad_(args.train_tables if id(parameter) in tables else args.train_reader)
     for engram in model.engrams.values():
+        engram.table.requires_grad_(args.train_tables)
+        for parameter in engram.reader_parameters():
+            parameter.requires_grad_(args.train_reader)
         for part in engram.seeded_parts:
             part.requires_grad_(False)
     adapters = {id(parameter) for parameter in _trained_adapters(model).values()}

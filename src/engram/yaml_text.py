@@ -1,4 +1,6 @@
-"""Plain data from YAML, for everything that people write: recipes, texts, routing rules and values on the command line."""
+"""Plain data from YAML that people write: recipes, texts, routing rules and values on the command line. Facts files, in which every value is
+text, have rules of their own (``data/facts.py``).
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from engram.data.recipe import read_yaml
 from engram.data.texts import load_texts
 from engram.errors import ConfigError, DataError
 from engram.models import EngramRouter
-from engram.models.yaml_text import parse_yaml
+from engram.yaml_text import parse_yaml
 
 UNREADABLE = {
     "no day": ("seed: 2024-99-99", "quotes around it"),

@@ -1,6 +1,12 @@
+import gc
+import os
+
 import pytest
 
 from engram.testing import tiny_memory
+
+# Compiled tests ask for the right results, not for fast ones: code without vector instructions is compiled in half the time.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 
 @pytest.fixture
@@ -15,3 +21,9 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests first: where several processes share the work, none is left with them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """What was imported stays: without it every collection (transformers' trainer asks for one in each run) looks at it again, 0.2 s each."""
+    gc.collect()
+    gc.freeze()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.children import run_python
+
 ROOT = Path(__file__).parents[1]
 GUIDES = ROOT / "docs" / "guides.md"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -78,7 +80,7 @@ def test_the_guides_training_runs(tmp_path):
     for name in "ab":
         (tmp_path / "texts" / f"{name}.txt").write_text(f"The office of {name} is in Berlin. " * 20)
     code = block.replace("max_steps=100", "max_steps=2")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_python("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "train_loss" in done.stdout
     assert (tmp_path / "my-memory" / "engram.json").is_file()
@@ -88,7 +90,7 @@ def test_the_guides_training_runs(tmp_path):
 def test_the_guides_own_parts_run(tmp_path):
     section = GUIDES.read_text().partition("## Your own loop, layer, hash and architecture")[2]
     code = "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_python("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "decoded as in one pass: True" in done.stdout
     saved = {"runs/theirs/memory", "own-gate", "own-hash"}
@@ -136,7 +138,7 @@ for name in names:
 def results(tmp_path_factory):
     """Where all of them wrote, one after the other in one process: each by itself would load the libraries again."""
     out = tmp_path_factory.mktemp("results")
-    done = subprocess.run([sys.executable, "-c", ALL_OF_THEM, ROOT / "benchmarks", out, *BENCHMARKS], check=False)
+    done = run_python("-c", ALL_OF_THEM, ROOT / "benchmarks", out, *BENCHMARKS)
     assert done.returncode == 0
     return out
 

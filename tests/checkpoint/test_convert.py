@@ -16,6 +16,7 @@ from engram.checkpoint import TensorSpec, convert_memory, read_description, stre
 from engram.models.place import place_memory
 from engram.tables import FORMATS
 from engram.testing import tiny_model, tiny_tokenizer
+from tests.children import run_python
 
 WEIGHT = "layers.0.multi_head_embedding.embedding.weight"
 IDS = torch.randint(2, 300, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -140,8 +141,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, monkeypatch):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))\n"
         "try: convert_memory(sys.argv[1], sys.argv[2], 'int8')\nexcept CheckpointError as e: print('REFUSED', e)\n"
     )
-    arguments = [sys.executable, "-c", code, str(tmp_path / "a"), str(tmp_path / "b")]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    done = run_python("-c", code, tmp_path / "a", tmp_path / "b")
     assert "REFUSED cannot save the memory" in done.stdout, done.stderr
     assert files(tmp_path / "b") == {}
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))

@@ -6,8 +6,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from engram.data.corpus import CorpusRecipe, TextSource, build_corpus
 from engram.data.recipe import KINDS, parse_corpus
 from engram.data.store import TokenStore, begin_token, build_store, tokenizer_digest
 from engram.training.token_store import prepare_store
+from tests.children import run_python
 
 
 def text_of(store, tokenizer, document):
@@ -103,7 +102,7 @@ build_store(recipe, tiny_tokenizer(), sys.argv[1], sys.argv[2], lambda done, tot
 
 def test_a_killed_build_leaves_no_store_and_the_next_one_cleans_up(tokenizer, text_folder, tmp_path):
     out = tmp_path / "store"
-    child = subprocess.run([sys.executable, "-c", KILLED, text_folder, out], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    child = run_python("-c", KILLED, text_folder, out)
     assert child.returncode == -signal.SIGKILL
     assert not out.exists()
     assert [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]

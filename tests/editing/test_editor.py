@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,6 +24,7 @@ from engram.editing.keys import KeyedPrompt, choose_keys
 from engram.errors import CheckpointError
 from engram.evaluation import check_facts, measure_drift
 from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
+from tests.children import run_python
 from tests.editing.helpers import FACTS, logits, make_editor, same, tensors
 
 MORE = [Fact(("KEY:gamma 4",), "ninety", id="gamma"), Fact(("What is alpha 17 made of?",), "glass", id="glass")]
@@ -320,15 +319,15 @@ def test_a_lock_of_which_nothing_came_leaves_nothing(tmp_path):
 
 def test_two_processes_cannot_write_one_memory(tmp_path):
     script = "import sys; from engram.checkpoint import lock_store\nwith lock_store(sys.argv[1]): print('mine')"
-    other = [sys.executable, "-c", script, str(tmp_path / "m")]
+    other = ["-c", script, tmp_path / "m"]
     with lock_store(tmp_path / "m"):
         with lock_store(tmp_path / "m"):  # who holds it may take it again
             pass
-        done = subprocess.run(other, capture_output=True, text=True, check=False)
+        done = run_python(*other)
         assert "locked: another process" in done.stderr
         with ThreadPoolExecutor(1) as thread, pytest.raises(CheckpointError, match="locked: another process"):
             thread.submit(lock_store(tmp_path / "m").__enter__).result()
-    assert subprocess.run(other, capture_output=True, text=True, check=True).stdout == "mine\n"
+    assert run_python(*other, check=True).stdout == "mine\n"
 
 
 def keyed(text, ids, answer):

@@ -29,6 +29,7 @@ from engram.models.place import layer_places, place_memory
 from engram.tables import DeviceTable, MappedRows
 from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from engram.training.tokenizer import train_tokenizer
+from tests.children import run_python
 
 
 def description(path):
@@ -251,7 +252,7 @@ def test_a_really_full_disk_keeps_what_was_saved(saved):
         "try: m.save_pretrained(sys.argv[1])\nexcept CheckpointError as e: print('REFUSED', e)\n"
     )
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
-    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=False)
+    done = run_python("-c", code, saved)
     assert "REFUSED" in done.stdout, done.stderr
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
 

@@ -3,8 +3,6 @@
 import gc
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from engram.models.saved_rows import row_stamp
 from engram.tables import FORMATS, DeviceTable, HybridTable, MappedRows, QuantisedMmapTable, build_table, rows_are
 from engram.testing import tiny_config, tiny_model, tiny_tokenizer
 from engram.training.tokenizer import train_tokenizer
+from tests.children import run_python
 
 IDS = torch.randint(2, 300, (2, 9), generator=torch.Generator().manual_seed(1))
 TEXT = "The memory is addressed by the last tokens. The memory is addressed by the first tokens."
@@ -263,7 +262,7 @@ def test_a_killed_placing_is_done_again(saved, tmp_path):
     while True:
         kills += 2  # every second place that it can be killed at
         out, rows = tmp_path / f"out-{kills}", tmp_path / f"rows-{kills}"
-        done = subprocess.run([sys.executable, "-c", PLACE_AND_DIE, saved, out, rows, str(kills)], check=False)
+        done = run_python("-c", PLACE_AND_DIE, saved, out, rows, kills)
         if done.returncode == 0:
             break
         notes = rows.glob(".*.json.*.tmp")
@@ -286,7 +285,7 @@ def test_two_placings_do_not_write_into_one_folder(saved, tmp_path, monkeypatch)
         monkeypatch.setattr(place, "convert_memory", real)
         code = f"from engram.models.place import *; from engram import TableConfig; place_memory({str(other)!r}, {str(tmp_path / 'b')!r}, "
         code += f"TableConfig(tier='mmap', path={placement.path!r}))"
-        refused.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr)
+        refused.append(run_python("-c", code).stderr)
         return real(*args)
 
     monkeypatch.setattr(place, "convert_memory", slow)

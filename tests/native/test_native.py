@@ -20,6 +20,7 @@ from engram.layers import Engram
 from engram.native import optional
 from engram.ops import lookup_rows
 from engram.tables import ABSENT
+from tests.children import run_python
 from tests.editing.helpers import FACTS, logits, make_editor
 
 pytestmark = pytest.mark.skipif(native.core() is None, reason="the native core is not built")
@@ -370,7 +371,7 @@ assert torch.allclose(table.weight[[3, 5]], torch.tensor(-0.1)) and not bool(tab
 assert torch.equal(logits, expected)
 print("done")
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = run_python("-c", program)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 

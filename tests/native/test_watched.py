@@ -1,8 +1,5 @@
 """Whoever stands between PyTorch and its memory (fake tensors, traces, maps, divided tensors) gets PyTorch's own operations."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from engram import EngramAdamW
 from engram.native import have_addresses
 from engram.tables import DeviceTable
+from tests.children import run_python
 
 IDS = torch.tensor([1, 4, 1])
 
@@ -35,7 +33,7 @@ with FakeTensorMode(allow_non_fake_inputs=True):
     rows.sum().backward()
     print(list(rows.shape))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = run_python("-c", program)
     assert done.stdout == "[2, 8]\n", done.stderr
 
 

@@ -3,14 +3,13 @@
 import copy
 import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from engram import TableConfig, TableError
 from engram.tables import DeviceTable, QuantisedTable, RowHandle, RowPrefetcher, VerifiedTable, build_table
+from tests.children import run_python
 
 ROWS, DIM = 300, 16
 FLOATS = ["float32", "bfloat16", "float16"]
@@ -190,5 +189,5 @@ if child == 0:
 prefetcher.close()
 print(os.waitpid(child, 0)[1])
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = run_python("-c", script, check=True)
     assert done.stdout.split() == ["0"]

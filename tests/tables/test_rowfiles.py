@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 
@@ -34,6 +33,7 @@ from engram.tables import (
 from engram.tables.hidden import hidden_beside, left_beside
 from engram.tables.rownotes import left_by_placing, note_beside
 from engram.testing import tiny_config, tiny_model, tiny_tokenizer
+from tests.children import run_python
 
 ROWS, DIM = 300, 16
 
@@ -197,7 +197,7 @@ from engram.tables import MmapTable
 os.link = lambda *_: os.kill(os.getpid(), 9)
 MmapTable({ROWS}, {DIM}, {str(tmp_path / "rows")!r}, "r+")
 """
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
+    assert run_python("-c", program).returncode == -9
     assert len(left_beside(tmp_path / "rows")) == 1
     with hidden_beside(tmp_path / "rows") as mine:
         assert left_beside(tmp_path / "rows") == []  # removed, and this one is being written

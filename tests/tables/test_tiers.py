@@ -44,6 +44,7 @@ from engram.tables import (
 )
 from engram.tables.memory import lazy_zeros, take_pages
 from engram.testing import tiny_config, tiny_model, tiny_tokenizer
+from tests.children import run_python
 
 ROWS, DIM = 300, 16
 
@@ -229,7 +230,7 @@ for use in {list(USES.values())}:
     except TableError as error:
         print("refused:", error)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = run_python("-c", program)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("refused: ") == done.stdout.count("got 4,096 bytes, expected at least 6,400,000") == len(USES)
     with pytest.raises(TableError, match="was truncated"):
@@ -273,7 +274,7 @@ try:
 except TableError as error:
     print("refused:", error)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = run_python("-c", program)
     assert done.returncode == 0, done.stderr
     assert "refused: cannot map" in done.stdout
     assert "File too large" in done.stdout
@@ -422,7 +423,7 @@ for first, rows in table.iter_row_blocks(1 << 14):
     look()
 print(peak / BUDGET)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = run_python("-c", program)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.1
 
@@ -455,7 +456,7 @@ for seed in range(50):
     assert torch.equal(table.lookup(ids)[:, 0], (ids % (1 << 14) * 64).float())
 assert max(seen) - start < 9 << 20, max(seen) - start
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = run_python("-c", program)
     assert done.returncode == 0, done.stderr
 
 
@@ -494,7 +495,7 @@ try:
 except TableError as error:
     print("refused:", error)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = run_python("-c", program)
     assert done.returncode == 0, done.stderr
     assert "got a table of 2,147,483,648 bytes, expected at most the" in done.stdout
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -820,7 +821,7 @@ for table in tables:
         assert torch.equal(table.lookup(torch.arange(0, table.rows, 999))[:, 3], torch.arange(0, table.rows, 999).float())
 print(peak / BUDGET)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = run_python("-c", program)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.5
 

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from engram import ConfigError, EngramTrainer, EngramTrainingArguments
 from engram.optim import EngramAdamW, EngramMuon
 from engram.testing import tiny_memory, tiny_model
 from engram.training.guards import last_checkpoint
+from tests.children import run_python
 from tests.training.test_trainer import fields_for, losses, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -139,7 +138,7 @@ def die_while_training(folder, optimizer, moment):
 
 @pytest.mark.slow
 def test_killed_at_any_moment_a_run_goes_on_with_the_same_losses(tmp_path):
-    done = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = run_python("-c", _KILLED, tmp_path)
     assert [line for line in done.stdout.splitlines() if "ended by" in line] == 3 * ["ended by 9"], done.stderr
     whole = {}
     for optimizer in ("adamw", "muon"):

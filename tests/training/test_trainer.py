@@ -30,6 +30,7 @@ from engram.training.guards import is_complete
 from engram.training.lean_loss import causal_lm_loss
 from engram.training.safe_trainer import SaveOnInterrupt, last_checkpoint
 from engram.training.stops import STOPS, give_back, signals_given_back
+from tests.children import run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -236,9 +237,7 @@ _KILLED = textwrap.dedent(
 
 
 def run_and_stop(tmp_path, step, how):
-    return subprocess.run(
-        [sys.executable, "-c", _KILLED, str(tmp_path), str(step), how], capture_output=True, text=True, check=False
-    )
+    return run_python("-c", _KILLED, tmp_path, step, how)
 
 
 @pytest.mark.slow

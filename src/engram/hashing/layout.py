@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from operator import index
 
 import numpy as np
@@ -60,6 +61,11 @@ def given_multipliers(
     return {layer_id: np.array(read[layer_id], dtype=np.int64) for layer_id in config.layer_ids}
 
 
+@lru_cache(maxsize=1 << 14)  # a walk asks for the same ones again: in every layer, and for every memory of one size
+def _next_prime(number: int) -> int:
+    return int(nextprime(number))
+
+
 def prime_walk(config: EngramConfig) -> dict[int, list[list[int]]]:
     """Primes of all orders in every layer: ``{layer_id: [primes of order 2, primes of order 3, ...]}``.
 
@@ -74,9 +80,9 @@ def prime_walk(config: EngramConfig) -> dict[int, list[list[int]]]:
             candidate = floor - 1
             primes = []
             for _ in range(config.n_head_per_ngram):
-                candidate = int(nextprime(candidate))
+                candidate = _next_prime(candidate)
                 while candidate in seen:
-                    candidate = int(nextprime(candidate))
+                    candidate = _next_prime(candidate)
                 seen.add(candidate)
                 primes.append(candidate)
             layout[layer_id].append(primes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
@@ -61,6 +62,7 @@ def _wait(started: list[subprocess.Popen[bytes]], timeout: float) -> None:
 
 def play_scenarios(scenarios: Mapping[str, Callable[[Path], Any]], folder: Path) -> None:
     """In a process that ``run_processes`` started: run all in their order and save what they give back (tensors and plain values)."""
+    gc.freeze()  # every training asks for a collection; what was imported need not be looked at each time
     results = {}
     for name, scenario in scenarios.items():
         (folder / name).mkdir(exist_ok=True)

@@ -32,6 +32,8 @@ Reader = Literal["trained", "seeded"]
 Fuse = Literal["gate", "add", "concat"]
 
 
+_FILLED_IN = ("files", "stamps")
+"""Fields of ``TableConfig`` that hold where and as what the saved rows of one memory lie."""
 _OF_ENGRAM_PEFT = {
     "target_layers": "layer_ids, counted from 0 as there",
     "ngram_sizes": "max_ngram_size, the largest of them: orders 2 to that are read, unless layer_orders leaves some out",
@@ -57,12 +59,13 @@ def names_unknown(where: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
     def decorate(call: Callable[_P, _R]) -> Callable[_P, _R]:
         known = [name for name in inspect.signature(call).parameters if name != "self"]
+        told = [name for name in known if name not in _FILLED_IN]
 
         @functools.wraps(call)
         def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             unknown = [name for name in kwargs if name not in known]
             if unknown:
-                raise ConfigError(f"{where}: {_meant(unknown, known)}")
+                raise ConfigError(f"{where}: {_meant(unknown, told)}")
             return call(*args, **kwargs)
 
         return checked
@@ -467,10 +470,6 @@ class TableConfig:
             ConfigError: a key is unknown or a value is impossible.
         """
         return _from_dict(cls, fields, _FILLED_IN)
-
-
-_FILLED_IN = ("files", "stamps")
-"""Fields of ``TableConfig`` that hold where and as what the saved rows of one memory lie."""
 
 
 def _from_dict(cls: type, fields: Mapping[str, Any], internal: Sequence[str] = ()) -> Any:

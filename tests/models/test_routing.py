@@ -117,8 +117,9 @@ def test_a_saved_router_judges_as_before_and_another_models_states_never(tmp_pat
     assert again.scores(prompts) == router.scores(prompts)
     assert (again.threshold, again.first_tokens) == (0.5, 3)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["router.safetensors"]
-    with pytest.raises(FingerprintError, match=r"fitted to another model: .*fit it anew"):
-        LearnedRouter.load(tmp_path / "new" / "router.safetensors", tiny_model(seed=7), tokenizer)
+    for allowed in (False, True):
+        with pytest.raises(FingerprintError, match=r"fitted to another model: .*fit it anew\.$"):
+            LearnedRouter.load(tmp_path / "new" / "router.safetensors", tiny_model(seed=7, hidden_size=16), tokenizer, allowed)
     (tmp_path / "broken").write_text("no router")
     for wrong in ("missing", "broken"):
         with pytest.raises(CheckpointError, match=f"cannot read a router from .*{wrong}"):
@@ -128,6 +129,12 @@ def test_a_saved_router_judges_as_before_and_another_models_states_never(tmp_pat
     expected = router.scores(prompts)
     base = memory.unload()
     assert LearnedRouter.load(tmp_path / "new" / "router.safetensors", base, tokenizer).scores(prompts) == expected
+    with torch.no_grad():
+        base.model.layers[0].mlp.up_proj.weight += 1e-4
+    with pytest.raises(FingerprintError, match=r"if it differs on purpose, load it with --allow-other-base"):
+        LearnedRouter.load(tmp_path / "new" / "router.safetensors", base, tokenizer)
+    tuned = LearnedRouter.load(tmp_path / "new" / "router.safetensors", base, tokenizer, allow_other_base=True)
+    assert tuned.scores(prompts) == pytest.approx(expected, abs=0.05)
 
 
 def test_a_learned_router_sees_the_base_model_at_rest():

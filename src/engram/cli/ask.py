@@ -73,7 +73,7 @@ def ask_command(
     decides: Router | None = EngramRouter.from_yaml(rules) if route or rules else None
     asked, tokenizer, facts = _to_ask(memory, model, Running(device, model_dtype, allow_other_base))
     if router is not None:
-        decides = LearnedRouter.load(router, asked, tokenizer)
+        decides = LearnedRouter.load(router, asked, tokenizer, allow_other_base)
     texts = [chat_prompt(tokenizer, prompt) for prompt in wanted] if chat else wanted
     longest = answer_room(facts, _ANSWER_TOKENS) if max_new_tokens is None else max_new_tokens
     with asked.disable_engram() if off else nullcontext():

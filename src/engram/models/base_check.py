@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from engram.models.engram_model import EngramModel
 
-__all__ = ["PEFT_FOLDER", "adapters_beside", "check_base"]
+__all__ = ["PEFT_FOLDER", "adapters_beside", "check_base", "only_weights_differ"]
 
 PEFT_FOLDER = "adapters"
 """Beside a memory that was trained with adapters: those, as ``PeftModel.from_pretrained`` reads them."""
@@ -35,10 +35,7 @@ def check_base(
     """Refuse another base than the one that a memory was made for; ``tell``: warn where nobody can know."""
     saved, present = description.get("base_model") or {}, attached_identity(model)
     differences = identity_mismatch(saved, present)
-    before = saved.get("vocab_size")
-    # Addresses are the tokenizer's: more tokens in the model leave them as they are.
-    grown = ("vocab_size",) if isinstance(before, int) and before <= present["vocab_size"] else ()
-    sizes_differ = any(not d.startswith(("embedding_sha256", "weights_sha256", "memory beneath", *grown)) for d in differences)
+    sizes_differ = not only_weights_differ(differences, saved, present)
     if tell:
         _note_missing_adapters(description, model, path)
     if tell and saved.get("weights_sha256") and present["weights_sha256"] is None:
@@ -60,6 +57,18 @@ def check_base(
                 "allow_other_base=True."
             )
         )
+
+
+def only_weights_differ(differences: Sequence[str], saved: dict[str, Any], present: dict[str, Any]) -> bool:
+    """Whether a base model could be accepted in another's place: it has the same sizes, or more tokens.
+
+    Args:
+        differences: what ``identity_mismatch`` found between ``saved`` and ``present``.
+    """
+    before = saved.get("vocab_size")
+    # Addresses are the tokenizer's: more tokens in the model leave them as they are.
+    grown = ("vocab_size",) if isinstance(before, int) and before <= present["vocab_size"] else ()
+    return all(d.startswith(("embedding_sha256", "weights_sha256", "memory beneath", *grown)) for d in differences)
 
 
 def _told_of_quantisation(saved: dict[str, Any], present: dict[str, Any], differences: Sequence[str]) -> str:

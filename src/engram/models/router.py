@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engram.checkpoint import write_atomically
 from engram.errors import CheckpointError, ConfigError, FingerprintError
+from engram.models.base_check import only_weights_differ
 from engram.models.devices import input_device
 from engram.models.identity import base_identity, identity_mismatch
 from engram.models.mode import evaluation_mode
@@ -245,13 +246,14 @@ class LearnedRouter:
             raise CheckpointError(f"cannot write {file}: {error.strerror or error}; choose another place.") from error
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: Any, tokenizer: Any) -> Self:
+    def load(cls, path: str | os.PathLike[str], model: Any, tokenizer: Any, allow_other_base: bool = False) -> Self:
         """Read a router that ``save`` wrote.
 
         Args:
             path: the file.
             model: the model whose hidden states it judges, with or without a memory.
             tokenizer: its tokenizer.
+            allow_other_base: accept another model of the same sizes (a fine-tuned one, say), or with more tokens.
 
         Raises:
             CheckpointError: the file is missing or no router.
@@ -266,8 +268,18 @@ class LearnedRouter:
             raise CheckpointError(
                 f"cannot read a router from {path}: {error}; expected a file that `engram route` wrote."
             ) from None
-        if differences := identity_mismatch(saved, base_identity(_base(model))):
-            raise FingerprintError(f"the router in {path} was fitted to another model: {'; '.join(differences)}; fit it anew.")
+        present = base_identity(_base(model))
+        differences = identity_mismatch(saved, present)
+        alike = only_weights_differ(differences, saved, present)
+        if differences and not (alike and allow_other_base):
+            otherwise = (
+                ", or, if it differs on purpose, load it with --allow-other-base, in Python allow_other_base=True"
+                if alike
+                else ""
+            )
+            raise FingerprintError(
+                f"the router in {path} was fitted to another model: {'; '.join(differences)}; fit it anew{otherwise}."
+            )
         return cls(model, tokenizer, mean, scale, weight, bias, threshold, first_tokens)
 
 

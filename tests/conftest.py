@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 
 import pytest
 
@@ -7,6 +8,8 @@ from engram.testing import tiny_memory
 
 # Compiled tests ask for the right results, not for fast ones: code without vector instructions is compiled in half the time.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+if hasattr(signal, "SIGHUP"):  # tests that nohup has started would inherit it ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -423,7 +423,7 @@ for first, rows in table.iter_row_blocks(1 << 14):
     look()
 print(peak / BUDGET)
 """
-    done = run_python("-c", program)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.1
 
@@ -456,7 +456,7 @@ for seed in range(50):
     assert torch.equal(table.lookup(ids)[:, 0], (ids % (1 << 14) * 64).float())
 assert max(seen) - start < 9 << 20, max(seen) - start
 """
-    done = run_python("-c", program)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -495,7 +495,7 @@ try:
 except TableError as error:
     print("refused:", error)
 """
-    done = run_python("-c", program)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "got a table of 2,147,483,648 bytes, expected at most the" in done.stdout
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -821,7 +821,7 @@ for table in tables:
         assert torch.equal(table.lookup(torch.arange(0, table.rows, 999))[:, 3], torch.arange(0, table.rows, 999).float())
 print(peak / BUDGET)
 """
-    done = run_python("-c", program)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.5
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, ParamSpec, Self, TypeGuard, TypeVar
 
 from engram.errors import ConfigError, nearest
 
-__all__ = ["EngramConfig", "TableConfig", "names_unknown"]
+__all__ = ["EngramConfig", "TableConfig", "common_layers", "names_unknown"]
 
 _SIZES = 1 << 31
 """Widths, counts and ids stay below: kernels count with int32, and a typing error shall not be tried out in memory."""
@@ -45,6 +45,12 @@ _OF_ENGRAM_PEFT = {
     "wrap_peft": "nothing: adapters that are on the model stay as trainable as they are",
 }
 """Names of another library, which people bring along, and what they are here."""
+
+
+def common_layers(blocks: int) -> tuple[int, ...]:
+    """Where a memory for a model of so many blocks usually goes: the second block and the middle one, the paper's 1 and 15 of 30."""
+    return tuple(sorted({min(1, blocks - 1), blocks // 2}))
+
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

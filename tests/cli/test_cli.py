@@ -46,6 +46,7 @@ COMMANDS = [
     "route",
     "generate",
     "trace",
+    "recipe",
     "corpus",
     "look",
     "plot",

@@ -69,7 +69,7 @@ def test_the_budget_in_the_help_is_met_without_a_recipe(monkeypatch, capsys, act
 
 def test_a_budget_that_cannot_be_met_names_the_way_to_other_sizes(monkeypatch, capsys):
     _, _, err = invoke(monkeypatch, capsys, "budget", "--total", "4.3M", "--active", "10k")
-    assert "without --recipe (4 blocks of width 96): for others, copy recipes/sweep_allocation.yaml" in err
+    assert "without --recipe (4 blocks of width 96): for others, write a recipe with `engram recipe sweep --out FILE`" in err
     _, _, err = invoke(monkeypatch, capsys, "budget", "--total", "4.3M", "--active", "10k", "--recipe", SWEEP)
     assert "one with --recipe" not in err.replace("without --recipe", "")
     assert "backbone.num_hidden_layers in the recipe" in err

@@ -11,7 +11,7 @@ import yaml
 from engram.data.recipe import CorpusRecipe, FolderSource, TextSource
 from engram.data.store import TokenStore
 from engram.data.texts import load_documents
-from engram.experiments import read_point, read_sweep
+from engram.experiments import read_point
 from tests.cli.test_cli import invoke
 
 ROOT = Path(__file__).parents[2]
@@ -139,19 +139,6 @@ def test_text_passed_over_for_its_size_is_told_where_it_is_most_of_it(caplog, mi
         (mine / f"book{number}.md").write_text(" ".join(map(sentence, range(number * 100, number * 100 + 80))))
     prepare_data(read_point(write_run(tmp_path, CORPUS, held_out_tokens=8000)).data, tmp_path, tmp_path / "data")
     assert re.search(r"and \d+ larger documents of [\d,]+ tokens passed over", caplog.text)
-
-
-@pytest.mark.parametrize("name", ["train_own_text", "sweep_own_text"])
-def test_recipes_for_own_text_measure_on_many_files(name):
-    file = ROOT / "recipes" / f"{name}.yaml"
-    if name.startswith("train"):
-        data = read_point(file).data
-    else:
-        sweep = read_sweep(file)
-        data = sweep.recipe_of(next(sweep.combinations()), 0).data
-    assert data.held_out_by == "file"
-    assert data.held_out_tokens >= 65536
-    assert name in (ROOT / "docs" / "experiments.md").read_text()
 
 
 def test_the_guide_lists_every_key_of_a_corpus():

@@ -33,8 +33,7 @@ def budget_command(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Sweep recipe whose base gives backbone and memory; if not given, a small DeepSeek-V3, that of "
-            "recipes/sweep_allocation.yaml of the repository."
+            help="Sweep recipe whose base gives backbone and memory; if not given, a small DeepSeek-V3, that of 'engram recipe sweep'."
         ),
     ] = None,
     seq_len: Annotated[
@@ -97,31 +96,15 @@ def _shares(text: str) -> list[float]:
         raise typer.BadParameter(f"--rho: got {text!r}, expected numbers such as 1,0.9,0.8") from None
 
 
-# As recipes/sweep_allocation.yaml, which an installation lacks.
-_SMALL: dict[str, Any] = {
-    "hidden_size": 96,
-    "num_attention_heads": 3,
-    "kv_lora_rank": 48,
-    "moe_intermediate_size": 32,
-    "num_experts_per_tok": 4,
-    "n_shared_experts": 2,
-}
-
-
 def _base(recipe: Path | None) -> tuple[BackboneConfig, EngramConfig, int]:
-    from engram.config import EngramConfig
-    from engram.experiments import BackboneConfig, read_base
+    from engram.experiments import read_base
+    from engram.experiments.starter import STARTERS
 
-    if recipe is None:
-        memory = EngramConfig(
-            engram_vocab_size=1000, n_embed_per_ngram=32, n_head_per_ngram=2, layer_ids=(1, 2), use_bias=False
-        )
-        return BackboneConfig(**_SMALL), memory, 128
-    return read_base(recipe)
+    return read_base(STARTERS / "sweep.yaml" if recipe is None else recipe)
 
 
 _OWN_BASE = (
-    "copy recipes/sweep_allocation.yaml of the repository, change base.backbone in it (hidden_size, num_hidden_layers, moe_intermediate_size, "
+    "write a recipe with `engram recipe sweep --out FILE`, change base.backbone in it (hidden_size, num_hidden_layers, moe_intermediate_size, "
     "n_shared_experts) and base.engram (n_embed_per_ngram), and name it with --recipe"
 )
 

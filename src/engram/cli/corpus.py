@@ -23,7 +23,7 @@ _LISTED = 5
 def corpus_command(
     recipe: Annotated[
         Path,
-        typer.Argument(help="YAML recipe of a corpus, a run or a sweep, such as recipes/corpus_python.yaml of the repository."),
+        typer.Argument(help="YAML recipe of a corpus, a run or a sweep; 'engram recipe' writes one."),
     ],
     out: Annotated[
         Path, typer.Option(help="Folder of the token store; one made from the same recipe, tokenizer and files is used again.")

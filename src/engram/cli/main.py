@@ -29,6 +29,7 @@ from engram.cli.place import place_command
 from engram.cli.plot import plot_command
 from engram.cli.pretrain import pretrain_command
 from engram.cli.recall import recall_command
+from engram.cli.recipe import recipe_command
 from engram.cli.route import route_command
 from engram.cli.sweep import sweep_command
 from engram.cli.teach import teach_command
@@ -64,6 +65,7 @@ _GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "convert": convert_command,
     },
     "Training": {
+        "recipe": recipe_command,
         "corpus": corpus_command,
         "train": train_command,
         "pretrain": pretrain_command,

@@ -25,7 +25,7 @@ _ALONE = {"allocation": "experts alone", "slots": "no memory"}
 
 
 def sweep_command(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe, such as recipes/sweep_allocation.yaml of the repository.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of a sweep; 'engram recipe sweep' writes one.")],
     out: Annotated[Path, typer.Option(help="Run folder: data, and a folder for each point; finished points are skipped.")],
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Result file; points that it already holds are not run again.")

@@ -79,7 +79,7 @@ def trace_command(
 
 
 def _attached(model: str | None, memory: Path | None, running: Running) -> tuple[EngramModel, Any]:
-    from engram.config import EngramConfig
+    from engram.config import EngramConfig, common_layers
     from engram.evaluation.generation import padding_id
     from engram.models import get_engram_model
     from engram.models.bundled_files import memory_folder
@@ -87,11 +87,10 @@ def _attached(model: str | None, memory: Path | None, running: Running) -> tuple
     if memory is not None:
         return open_memory(memory_folder(memory), model, running)
     base, tokenizer = running.load(model or "bundled")
-    blocks = base.config.num_hidden_layers
     config = EngramConfig(
         engram_vocab_size=20_000,
         n_embed_per_ngram=256,
-        layer_ids=sorted({min(1, blocks - 1), blocks // 2}),
+        layer_ids=common_layers(base.config.num_hidden_layers),
         pad_id=padding_id(tokenizer) or 0,
         table_init="normal",
     )

@@ -13,7 +13,7 @@ __all__ = ["train_command"]
 
 
 def train_command(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe of one run, such as recipes/train_small.yaml of the repository.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of one run; 'engram recipe train' writes one.")],
     out: Annotated[Path, typer.Option(help="Run folder: data, checkpoints, result.json, and at the end 'model' and 'memory'.")],
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="Change a field of the recipe, e.g. --set tokens=200000; may be repeated.")

@@ -336,7 +336,7 @@ def read_point(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
         ConfigError: a key is unknown, a value impossible, or the budget cannot be met.
     """
     fields = read_mapping(path)
-    with wrong_forms(f"recipe {path}", "recipes/train_tiny.yaml"):
+    with wrong_forms(f"recipe {path}", "what `engram recipe train` writes"):
         insert_corpus(fields, path)
         set_fields(fields, changes or {}, "the recipe")
         recipe = build_fields(PointRecipe, fields, f"recipe {path}")

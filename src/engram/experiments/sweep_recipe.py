@@ -241,7 +241,7 @@ def read_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
         DataError: the file is missing or not YAML.
         ConfigError: a key is unknown, a value impossible, or a budget cannot be met.
     """
-    with wrong_forms(f"sweep {path}", "recipes/sweep_tiny.yaml"):
+    with wrong_forms(f"sweep {path}", "what `engram recipe sweep` writes"):
         recipe = _build_sweep(path, changes)
         points = {}
         for labels in recipe.combinations():
@@ -259,7 +259,7 @@ def _build_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None
         tune = build_flat(TuneRecipe, {**tune, "groups": groups}, f"sweep {path}: tune")
     base = fields.pop("base", None) or {}
     if not isinstance(base, Mapping):
-        raise ConfigError(f"sweep {path}: base: got {base!r}, expected a mapping as in recipes/sweep_tiny.yaml.")
+        raise ConfigError(f"sweep {path}: base: got {base!r}, expected a mapping as in what `engram recipe sweep` writes.")
     base = copy.deepcopy(dict(base))
     if "seed" in base:
         raise ConfigError(f"sweep {path}: base: got 'seed', expected it in the sweep's 'seeds'.")
@@ -339,7 +339,7 @@ def read_base(path: str | os.PathLike[str]) -> tuple[BackboneConfig, EngramConfi
     seq_len = data.get("seq_len", DataRecipe.seq_len)
     if not isinstance(seq_len, int) or isinstance(seq_len, bool) or seq_len < 1:
         raise ConfigError(f"recipe {path}: base.data.seq_len: got {seq_len!r}, expected a whole number above 0.")
-    with wrong_forms(f"recipe {path}", "recipes/sweep_tiny.yaml"):
+    with wrong_forms(f"recipe {path}", "what `engram recipe sweep` writes"):
         backbone = build_fields(BackboneConfig, sizes, f"recipe {path}: base.backbone")
         backbone = backbone.replace(vocab_size=data.get("vocab_size", backbone.vocab_size))
         return backbone, EngramConfig.from_dict(base["engram"]), seq_len
@@ -348,5 +348,7 @@ def read_base(path: str | os.PathLike[str]) -> tuple[BackboneConfig, EngramConfi
 def _mapping_of(base: Mapping[str, Any], part: str, path: str | os.PathLike[str]) -> Mapping[str, Any]:
     found = base.get(part, {})
     if not isinstance(found, Mapping):
-        raise ConfigError(f"recipe {path}: base.{part}: got {found!r}, expected a mapping as in recipes/sweep_tiny.yaml.")
+        raise ConfigError(
+            f"recipe {path}: base.{part}: got {found!r}, expected a mapping as in what `engram recipe sweep` writes."
+        )
     return found

@@ -28,6 +28,7 @@ __all__ = [
     "load_bundled",
     "load_model",
     "load_tokenizer",
+    "load_without_weights",
 ]
 
 
@@ -112,6 +113,17 @@ def load_tokenizer(name: str) -> Any:
     """
     with _readable_errors(name):
         return AutoTokenizer.from_pretrained(_place(name))
+
+
+def load_without_weights(name: str) -> PreTrainedModel:
+    """The model that ``load_model`` would load, made from its config alone, on the meta device: to ask what it looks like.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    with _readable_errors(name), torch.device("meta"):
+        config = AutoConfig.from_pretrained(_place(name))
+        return auto_class(config).from_config(config)
 
 
 @contextmanager

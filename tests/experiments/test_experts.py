@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers.integrations import moe
 
+from engram import ConfigError
 from engram.experiments import BackboneConfig, build_backbone, experts
 
 SIZES = {
@@ -81,3 +82,9 @@ def test_a_model_without_experts_is_left_alone():
 
 def test_the_factor_of_experts_may_be_a_whole_number():
     assert BackboneConfig(architecture="deepseek_v3", routed_scaling_factor=2).to_transformers().routed_scaling_factor == 2.0
+
+
+def test_an_architecture_that_transformers_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr("engram.experiments.backbone.CONFIG_MAPPING", {"llama": None})
+    with pytest.raises(ConfigError, match=r"got 'deepseek_v3', which transformers [\d.]+\S* does not have yet; update it"):
+        BackboneConfig("deepseek_v3", **SIZES, **MOE).to_transformers()

@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
 
 from engram.errors import ConfigError
 from engram.experiments.experts import multiply_as_autocast
@@ -113,7 +114,16 @@ class BackboneConfig:
     def to_transformers(
         self, bos_token_id: int = 0, eos_token_id: int = 0, pad_token_id: int | None = None
     ) -> PreTrainedConfig:
-        """The configuration transformers builds the model from."""
+        """The configuration transformers builds the model from.
+
+        Raises:
+            ConfigError: the installed transformers lacks the architecture.
+        """
+        if self.architecture not in CONFIG_MAPPING:
+            raise ConfigError(
+                f"BackboneConfig.architecture: got {self.architecture!r}, which transformers {transformers_version} does not have yet; update "
+                "it, or choose another."
+            )
         fields = {**self._common(), **getattr(self, f"_{self.architecture}")()}
         return AutoConfig.for_model(
             self.architecture, **fields, bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id

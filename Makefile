@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test coverage quantised docs install clean figures sanitize
+.PHONY: demo test coverage quantised oldest docs install clean figures sanitize
 
 demo: $(VENV)/.library
 	$(BIN)/engram demo
@@ -27,6 +27,15 @@ coverage: $(VENV)/.developer
 quantised: $(VENV)/.developer
 	$(PIP) bitsandbytes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_quantised.py
+
+# The least versions that pyproject.toml allows, of libraries and of what tests need. They warn, their help is laid out otherwise, and some
+# models are not in them: what fails for that is not ours. Downloads gigabytes (that torch has no build for CPUs alone among the wheels).
+OLDEST := .venv-oldest
+oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct --editable ".[dev]"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(TWO_AT_A_TIME) -W default --deselect tests/cli/test_cli.py::test_help_is_as_recorded
 
 # Every public name with its docstring, as web pages in build/docs.
 docs: $(VENV)/.developer

@@ -14,7 +14,7 @@ from engram import native
 from engram.bench.setting import RowNumbers, Setting
 from engram.ops import lookup_rows
 from engram.tables import FORMATS, RowFormat
-from engram.tables.stored import as_bytes
+from engram.tables.formats import chosen
 
 __all__ = ["gather_settings", "random_rows"]
 
@@ -77,8 +77,7 @@ def _converting(table: Tensor, numbers: RowNumbers) -> Setting:
 
     def verify() -> str | None:
         for name, (values, scales) in stored.items():
-            chosen = as_bytes(as_bytes(values)[numbers.first], values.dtype)  # torch 2.6 cannot choose among float8 numbers
-            plain = FORMATS[name].decode(chosen, None if scales is None else scales[numbers.first])
+            plain = FORMATS[name].decode(chosen(values, numbers.first), None if scales is None else scales[numbers.first])
             if not torch.equal(reading[name](numbers.first), plain):
                 return f"{name} rows come out otherwise than the plain decoding gives"
         return None

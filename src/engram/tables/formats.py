@@ -11,7 +11,7 @@ from torch import Tensor
 from engram.errors import TableError
 from engram.ops import gather, kernel_serves
 
-__all__ = ["FORMATS", "RowFormat", "narrowed", "row_format"]
+__all__ = ["FORMATS", "RowFormat", "as_bytes", "chosen", "narrowed", "row_format"]
 
 _BLOCK = 32
 _FLOAT8_MAX, _EXPONENT_BIAS = 448.0, 127
@@ -100,8 +100,20 @@ class RowFormat:
             flat = row_ids.reshape(-1)
             if stored.device.type == "cpu" and flat.numel() and not torch.compiler.is_compiling():
                 _check_range(flat, stored.shape[0])  # a negative number would be counted from the end
-            rows = self.decode(stored[flat], None if scales is None else scales[flat]).to(dtype).view(*row_ids.shape, dim)
+            rows = (
+                self.decode(chosen(stored, flat), None if scales is None else scales[flat]).to(dtype).view(*row_ids.shape, dim)
+            )
         return rows if out is None else out.copy_(rows)
+
+
+def as_bytes(rows: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """float8 tensors as bytes, or back: torch moves them, but joins and sorts them on few devices."""
+    return rows.view(dtype) if torch.float8_e4m3fn in (rows.dtype, dtype) else rows
+
+
+def chosen(rows: Tensor, row_ids: Tensor) -> Tensor:
+    """``rows[row_ids]``, which torch 2.6 has not for float8."""
+    return as_bytes(as_bytes(rows)[row_ids], rows.dtype)
 
 
 def _check_range(row_ids: Tensor, rows: int) -> None:

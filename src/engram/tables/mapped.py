@@ -16,13 +16,12 @@ from engram.errors import TableError
 from engram.native import touch_rows
 from engram.ops import read_rows
 from engram.tables.base import EmbeddingTable, refuse_assign, tell_before_steps
-from engram.tables.formats import RowFormat, row_format
+from engram.tables.formats import RowFormat, as_bytes, chosen, row_format
 from engram.tables.host import HostTable
 from engram.tables.pinned import through_host
 from engram.tables.prefetch import RowHandle, RowPrefetcher
 from engram.tables.quantised import QuantisedTable
 from engram.tables.rowfile import RowFile
-from engram.tables.stored import as_bytes
 
 __all__ = ["MappedRows", "MmapTable", "QuantisedMmapTable", "row_file_layout"]
 
@@ -174,7 +173,7 @@ class MappedRows(EmbeddingTable):
         found = []
         for numbers in row_ids.split(self._file.rows_at_once() or max(1, len(row_ids))):
             self._bring(numbers)
-            found.append([tensor[numbers] for tensor in self._tensors()])
+            found.append([chosen(tensor, numbers) for tensor in self._tensors()])
             self._file.check_unchanged()
             self._file.touched(len(numbers))
         values, *scales = (as_bytes(torch.cat([as_bytes(part) for part in parts]), parts[0].dtype) for parts in zip(*found))

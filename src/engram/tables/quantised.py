@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engram.errors import TableError
 from engram.tables.base import EmbeddingTable, check_place, check_row_ids, replaced
-from engram.tables.formats import row_format
+from engram.tables.formats import chosen, row_format
 from engram.tables.memory import check_fits, lazy_zeros
 from engram.tables.pinned import PageLock, through_host, unlock_what_waits
 from engram.tables.prefetch import RowHandle, RowPrefetcher
@@ -122,7 +122,7 @@ class QuantisedTable(EmbeddingTable):
 
     def read_stored(self, row_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Values ``[n, width]`` and scales as they are stored, of rows numbered where the table is."""
-        return self.weight[row_ids], self.scales[row_ids]
+        return chosen(self.weight, row_ids), self.scales[row_ids]
 
     def prefetch(
         self, row_ids: Tensor, dtype: torch.dtype | None = None, through: RowPrefetcher | None = None

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from engram.errors import TableError
-from engram.tables.formats import RowFormat
+from engram.tables.formats import RowFormat, as_bytes
 
-__all__ = ["StoredRows", "as_bytes"]
+__all__ = ["StoredRows"]
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,3 @@ class StoredRows:
         weight = as_bytes(torch.cat([as_bytes(part.weight) for part in parts])[order], parts[0].weight.dtype)
         scales = [part.scales for part in parts if part.scales is not None]
         return cls(parts[0].form, row_ids, tags, weight, torch.cat(scales)[order] if scales else None)
-
-
-def as_bytes(rows: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """float8 tensors as bytes, or back: torch moves them, but joins and sorts them on few devices."""
-    return rows.view(dtype) if torch.float8_e4m3fn in (rows.dtype, dtype) else rows

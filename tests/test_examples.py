@@ -139,7 +139,7 @@ def results(tmp_path_factory):
     """Where all of them wrote, one after the other in one process: each by itself would load the libraries again."""
     out = tmp_path_factory.mktemp("results")
     done = run_python("-c", ALL_OF_THEM, ROOT / "benchmarks", out, *BENCHMARKS)
-    assert done.returncode == 0
+    assert done.returncode == 0, done.stderr
     return out
 
 

@@ -46,26 +46,26 @@ _OF_ENGRAM_PEFT = {
 }
 """Names of another library, which people bring along, and what they are here."""
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 
 def common_layers(blocks: int) -> tuple[int, ...]:
     """Where a memory for a model of so many blocks usually goes: the second block and the middle one, the paper's 1 and 15 of 30."""
     return tuple(sorted({min(1, blocks - 1), blocks // 2}))
 
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def names_unknown(where: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+def names_unknown(where: str, untold: Sequence[str] = ()) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """For a function of fixed parameters: another keyword is an error that says what was meant.
 
     Args:
         where: what the error calls the function.
+        untold: parameters that are not for people to set, of which the error is silent.
     """
 
     def decorate(call: Callable[_P, _R]) -> Callable[_P, _R]:
         known = [name for name in inspect.signature(call).parameters if name != "self"]
-        told = [name for name in known if name not in _FILLED_IN]
+        told = [name for name in known if name not in untold]
 
         @functools.wraps(call)
         def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -90,7 +90,7 @@ def _meant(unknown: Sequence[str], known: Sequence[str]) -> str:
 
 def _names_unknown_fields(cls: type[_R]) -> type[_R]:
     """``names_unknown`` for a dataclass."""
-    setattr(cls, "__init__", names_unknown(cls.__name__)(cls.__init__))  # noqa: B010 - mypy lets no method be assigned
+    setattr(cls, "__init__", names_unknown(cls.__name__, _FILLED_IN)(cls.__init__))  # noqa: B010 - mypy lets no method be assigned
     return cls
 
 

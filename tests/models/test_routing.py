@@ -117,6 +117,8 @@ def test_a_saved_router_judges_as_before_and_another_models_states_never(tmp_pat
     assert again.scores(prompts) == router.scores(prompts)
     assert (again.threshold, again.first_tokens) == (0.5, 3)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["router.safetensors"]
+    with pytest.raises(FingerprintError, match=r"fitted to another model: .*fit it anew"):
+        LearnedRouter.load(tmp_path / "new" / "router.safetensors", tiny_model(seed=7), tokenizer)
     for allowed in (False, True):
         with pytest.raises(FingerprintError, match=r"fitted to another model: .*fit it anew\.$"):
             LearnedRouter.load(tmp_path / "new" / "router.safetensors", tiny_model(seed=7, hidden_size=16), tokenizer, allowed)

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
     from engram.models.engram_model import EngramModel
 
-__all__ = ["PEFT_FOLDER", "adapters_beside", "check_base", "only_weights_differ"]
+__all__ = ["ALLOWED", "PEFT_FOLDER", "adapters_beside", "check_base", "only_weights_differ"]
 
 PEFT_FOLDER = "adapters"
 """Beside a memory that was trained with adapters: those, as ``PeftModel.from_pretrained`` reads them."""
+ALLOWED = "load it with --allow-other-base, in Python allow_other_base=True"
+"""How another base model is accepted, for the ends of messages."""
 _ON_TOP = (
     " A memory that was made on top of another is attached to that one: EngramModel.from_pretrained(the one beneath, ...)."
 )
@@ -50,12 +52,7 @@ def check_base(
             f"not to {getattr(model.config, 'name_or_path', '') or type(model).__name__!r}: {'; '.join(differences)}."
             + about_quantisation
             + (_ON_TOP if any(d.startswith("memory beneath") for d in differences) else "")
-            + (
-                ""
-                if sizes_differ
-                else " If they differ on purpose (a fine-tuned base, one with more tokens), load it with --allow-other-base, in Python "
-                "allow_other_base=True."
-            )
+            + ("" if sizes_differ else f" If they differ on purpose (a fine-tuned base, one with more tokens), {ALLOWED}.")
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engram.checkpoint import write_atomically
 from engram.errors import CheckpointError, ConfigError, FingerprintError
-from engram.models.base_check import only_weights_differ
+from engram.models.base_check import ALLOWED, only_weights_differ
 from engram.models.devices import input_device
 from engram.models.identity import base_identity, identity_mismatch
 from engram.models.mode import evaluation_mode
@@ -272,11 +272,7 @@ class LearnedRouter:
         differences = identity_mismatch(saved, present)
         alike = only_weights_differ(differences, saved, present)
         if differences and not (alike and allow_other_base):
-            otherwise = (
-                ", or, if it differs on purpose, load it with --allow-other-base, in Python allow_other_base=True"
-                if alike
-                else ""
-            )
+            otherwise = f", or, if it differs on purpose, {ALLOWED}" if alike else ""
             raise FingerprintError(
                 f"the router in {path} was fitted to another model: {'; '.join(differences)}; fit it anew{otherwise}."
             )

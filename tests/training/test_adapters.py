@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from engram import CheckpointError, ConfigError, EngramModel, Fact, MemoryEditor, get_engram_model
 from engram.models.identity import adapter_parameters
@@ -100,9 +101,56 @@ def test_the_best_adapters_are_loaded_at_the_end(tmp_path):
 
 @pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
 def test_a_trained_backbone_with_adapters_is_saved_whole(tmp_path, way):
-    trainer = resumed_equals_straight(tmp_path, lambda: adapted_memory(way), train_backbone=True)
-    saved = load_file(f"{trainer.args.output_dir}/checkpoint-6/backbone/model.safetensors")
-    assert torch.equal(saved["model.layers.0.mlp.up_proj.weight"], trainer.backbone.model.layers[0].mlp.up_proj.weight)
+    changes = {"modules_to_save": ["embed_tokens"]} if way == "get_peft_model" else {}
+    trainer = resumed_equals_straight(tmp_path, lambda: adapted_memory(way, **changes), train_backbone=True)
+    checkpoint = f"{trainer.args.output_dir}/checkpoint-6"
+    base = AutoModelForCausalLM.from_pretrained(f"{checkpoint}/backbone")
+    assert torch.equal(base.model.layers[0].self_attn.q_proj.weight, own_weight(trainer.backbone))
+    assert loaded_with_peft(base, checkpoint, trainer.memory) == []
+
+
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+def test_a_plain_model_with_adapters_is_saved_and_resumes(tmp_path, way):
+    options = {"train_backbone": True, **SAVING}
+    plain = lambda: adapted_memory(way).unload()  # noqa: E731
+    straight, resumed = (make(tmp_path / name, plain(), **options) for name in ("straight", "resumed"))
+    straight.train()
+    checkpoint = f"{straight.args.output_dir}/checkpoint-3"
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert losses(resumed) == losses(straight)
+    assert all(torch.equal(p, state(straight.model)[name]) for name, p in state(resumed.model).items())
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    again = peft.PeftModel.from_pretrained(base, f"{checkpoint}/adapters").get_base_model()
+    refilled = make(tmp_path / "refilled", plain(), **options)
+    refilled._load_from_checkpoint(checkpoint)
+    ids = torch.arange(12)[None]
+    assert torch.equal(again.eval()(ids).logits, refilled.model.eval()(ids).logits)
+
+
+def own_weight(base):
+    return base.model.layers[0].self_attn.q_proj.base_layer.weight
+
+
+def loaded_with_peft(base, folder, memory):
+    """Names of what differs between a memory and what the files of its checkpoint make of its trained base model."""
+    adapted = peft.PeftModel.from_pretrained(base, f"{folder}/adapters").get_base_model()
+    loaded = EngramModel.from_pretrained(adapted, folder, tiny_tokenizer())
+    after = state(memory)
+    return [name for name, p in state(loaded).items() if not torch.equal(p, after[name])]
+
+
+def test_frozen_adapters_stay_so_while_the_base_model_is_trained(tmp_path):
+    memory = adapted_memory()
+    adapters = adapter_parameters(memory.base_model)
+    for parameter in adapters.values():
+        parameter.requires_grad_(False)
+    before = state(memory)
+    trainer = make(tmp_path, memory, train_backbone=True, **SAVING)
+    trainer.train()
+    changed = {name for name, p in state(memory).items() if not torch.equal(p, before[name])}
+    assert "base_model.model.layers.0.self_attn.q_proj.base_layer.weight" in changed
+    assert not {f"base_model.{name}" for name in adapters} & changed
+    assert not (tmp_path / "run" / "checkpoint-6" / "adapters").exists()
 
 
 def test_adapters_alone_are_trained_over_a_frozen_memory(tmp_path):

@@ -117,7 +117,7 @@ def resumed(folder):
     return results
 
 
-def adapted(folder):
+def adapted(folder, **options):
     """With adapters on the base model, evaluated on the way, the best taken in the end; and the same from the middle on."""
     import peft
 
@@ -126,12 +126,20 @@ def adapted(folder):
         torch.manual_seed(7)
         peft.get_peft_model(memory.base_model, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
         often = {"save_steps": 4, "eval_steps": 4, "eval_strategy": "steps", "load_best_model_at_end": True}
-        return trainer_for(folder / "run", memory=memory, shard=True, **often)
+        return trainer_for(folder / "run", memory=memory, shard=True, **often, **options)
 
     first, second = trainer(), trainer()
     first.train()
     second.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-4"))
     return {"whole": curve(first), "resumed": curve(second), "best": first.state.best_model_checkpoint}
+
+
+def adapted_backbone(folder):
+    """The same with the base model trained too, and what its files are without the adapters."""
+    found = adapted(folder, train_backbone=True)
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(folder / "run" / "checkpoint-4" / "backbone")
+        return {**found, "answer": base(torch.arange(5, 17)[None]).logits}
 
 
 def looked_at_before(folder):
@@ -213,7 +221,10 @@ def own_loop(folder):
     return {"losses": losses, "generated": memory.generate(prompt, max_new_tokens=6, do_sample=False)}
 
 
-SCENARIOS = {f.__name__: f for f in (runs, divided, resumed, adapted, looked_at_before, looked_at_between, stacked, own_loop)}
+SCENARIOS = {
+    f.__name__: f
+    for f in (runs, divided, resumed, adapted, adapted_backbone, looked_at_before, looked_at_between, stacked, own_loop)
+}
 
 # What comes of it ---------------------------------------------------------------------------------------------------------------------
 
@@ -285,10 +296,13 @@ def test_what_is_saved_is_whole(seen, folder):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
-def test_adapters_on_a_divided_model_are_trained_as_on_a_whole_one(seen, tmp_path):
-    alone = adapted(tmp_path)
-    for result in (part["adapted"] for part in seen):
+@pytest.mark.parametrize("scenario", [adapted, adapted_backbone])
+def test_adapters_on_a_divided_model_are_trained_as_on_a_whole_one(seen, tmp_path, scenario):
+    alone = scenario(tmp_path)
+    for result in (part[scenario.__name__] for part in seen):
         assert result["resumed"] == result["whole"]
+        if "answer" in alone:
+            assert_close(result["answer"], alone["answer"], 2e-2)
         assert Path(result["best"]).name == Path(alone["best"]).name
         assert_curves_agree(result["whole"], alone["whole"], 1e-3, 2e-2)
 

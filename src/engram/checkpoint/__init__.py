@@ -1,6 +1,6 @@
 """Floor 3: files. No pickle anywhere."""
 
-from engram.checkpoint.base import base_name
+from engram.checkpoint.base import ADAPTERS_FOLDER, BACKBONE_FOLDER, base_name
 from engram.checkpoint.convert import ConversionReport, LayerError, convert_memory
 from engram.checkpoint.sole import sole_writer
 from engram.checkpoint.store import (
@@ -24,6 +24,8 @@ from engram.checkpoint.stream import TensorReader, TensorSpec, write_tensors
 from engram.checkpoint.tree import load_tree, save_tree
 
 __all__ = [
+    "ADAPTERS_FOLDER",
+    "BACKBONE_FOLDER",
     "DESCRIPTION_NAME",
     "FORMAT_VERSION",
     "ConversionReport",

@@ -7,15 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["base_name"]
+__all__ = ["ADAPTERS_FOLDER", "BACKBONE_FOLDER", "base_name"]
+
+BACKBONE_FOLDER = "backbone"
+"""In the folder of a memory: the base model that was trained with it, as ``from_pretrained`` reads it."""
+ADAPTERS_FOLDER = "adapters"
+"""In the folder of a memory: adapters that were trained with it, as ``PeftModel.from_pretrained`` reads them."""
+_CONFIG = "config.json"
 
 
 def base_name(path: str | os.PathLike[str], description: Mapping[str, Any]) -> str | None:
-    """What the base model of the memory in the folder ``path`` is called, or where it lies: in the run's folder beside the memory, if that is
-    a run's, else what the memory says; None if it says nothing.
+    """What the base model of the memory in the folder ``path`` is called, or where it lies: in that folder, if it was trained with the memory;
+    in the run's folder beside the memory, if that is a run's; else what the memory says; None if it says nothing.
     """
     named = (description.get("base_model") or {}).get("name_or_path") or None
     folder = Path(os.path.abspath(path))
+    if (folder / BACKBONE_FOLDER / _CONFIG).is_file():
+        return str(folder / BACKBONE_FOLDER)
     beside = folder.parent / "model"
     # A run that went on from a model has its own beside the memory, which names the one that it went on from.
-    return str(beside) if (folder.name == "memory" or not named) and (beside / "config.json").is_file() else named
+    return str(beside) if (folder.name == "memory" or not named) and (beside / _CONFIG).is_file() else named

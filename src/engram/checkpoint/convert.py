@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from engram._version import __version__
-from engram.checkpoint.base import base_name
+from engram.checkpoint.base import ADAPTERS_FOLDER, base_name
 from engram.checkpoint.store import (
     DESCRIPTION_NAME,
     again_if_saved,
@@ -147,7 +148,8 @@ def convert_memory(
     extra_tensors: Mapping[str, Tensor] | None = None,
     finish: Callable[[list[StoredTable], TensorReader], None] | None = None,
 ) -> ConversionReport:
-    """Save a memory again with its rows in another format; everything else is copied as it is. No model is needed.
+    """Save a memory again with its rows in another format; everything else is copied as it is, adapters that were trained with it too. No
+    model is needed, and a base model that was trained with it stays where it is.
 
     The new memory appears in ``out`` when it is complete and not before; the source is only read.
 
@@ -195,6 +197,8 @@ def convert_memory(
             if finish is not None:
                 with TensorReader(weights) as written:
                     finish(stored_tables(fields, written), written)
+            if (Path(source) / ADAPTERS_FOLDER).is_dir():
+                shutil.copytree(Path(source) / ADAPTERS_FOLDER, Path(out) / ADAPTERS_FOLDER, dirs_exist_ok=True)
 
         stream_store(out, specs, parts(), fields, ledger, finished)
     return report

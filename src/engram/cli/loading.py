@@ -145,7 +145,8 @@ def check_out(folder: Path) -> None:
 
 
 def open_base(memory: Path, model: str | None, running: Running) -> tuple[Any, Any]:
-    """The base model of a saved memory, with the memory beneath that one if there is any, and its tokenizer.
+    """The base model of a saved memory, with the adapters that were trained with it and the memory beneath it if there are any, and its
+    tokenizer.
 
     Args:
         memory: the memory's folder.
@@ -153,12 +154,24 @@ def open_base(memory: Path, model: str | None, running: Running) -> tuple[Any, A
         running: where and how.
 
     Raises:
-        CheckpointError: the model, or the memory beneath, is not where it was.
+        CheckpointError: the model, or the memory beneath, is not where it was, or the adapters do not fit.
     """
     with _named_by(memory, model) as name:
         base, tokenizer = running.load(name)
+    _add_adapters(base, memory)
     beneath = _told_of_beneath(memory)
     return (base if beneath is None else _attach_beneath(base, tokenizer, beneath, memory, running)), tokenizer
+
+
+def _add_adapters(model: Any, memory: Path) -> None:
+    """Put those that lie beside a memory on its base model, unless that has some: ``--model`` may name a folder of adapters."""
+    from engram.models import EngramModel
+    from engram.models.identity import adapter_parameters
+    from engram.models.peft_files import load_for_peft
+
+    base = model.base_model if isinstance(model, EngramModel) else model
+    if not adapter_parameters(base):
+        load_for_peft(base, memory)
 
 
 def _told_of_beneath(memory: Path) -> dict[str, Any] | None:
@@ -184,6 +197,7 @@ def _attach_beneath(base: Any, tokenizer: Any, beneath: dict[str, Any], memory: 
             f"the memory in {memory} was made on top of another, which is not in {beneath.get('folder')!r} any more, nor beside it. Put it "
             "back there, or load both in Python: EngramModel.from_pretrained(model, BENEATH, tokenizer), then MemoryEditor.load(that, ...)."
         )
+    _add_adapters(base, folder)
     return EngramModel.from_pretrained(base, folder, tokenizer, allow_other_base=running.allow_other_base)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engram.checkpoint import ADAPTERS_FOLDER
 from engram.errors import FingerprintError
 from engram.models.identity import adapter_kinds, adapter_parameters, attached_identity, identity_mismatch
 
@@ -16,10 +17,8 @@ if TYPE_CHECKING:
 
     from engram.models.engram_model import EngramModel
 
-__all__ = ["ALLOWED", "PEFT_FOLDER", "adapters_beside", "check_base", "only_weights_differ"]
+__all__ = ["ALLOWED", "adapters_beside", "check_base", "only_weights_differ"]
 
-PEFT_FOLDER = "adapters"
-"""Beside a memory that was trained with adapters: those, as ``PeftModel.from_pretrained`` reads them."""
 ALLOWED = "load it with --allow-other-base, in Python allow_other_base=True"
 """How another base model is accepted, for the ends of messages."""
 _ON_TOP = (
@@ -102,7 +101,7 @@ def _note_missing_adapters(
     )
     if not beside or adapter_parameters(base):
         return
-    folder = Path(path) / PEFT_FOLDER
+    folder = Path(path) / ADAPTERS_FOLDER
     where = f"those in {folder}" if folder.is_dir() else "them"
     logging.getLogger("engram").warning(
         "%s: this memory was trained beside adapters (%s), and the base model has none: answers will differ from those in training. Load %s "

@@ -118,6 +118,7 @@ class EngramModel(nn.Module):
         engrams: one ``Engram`` per layer, keyed by ``str(layer_id)``; another may be put in the place of one.
         engram_config: the memory's identity.
         mapping: the memory's addresses.
+        tokenizer: the one that was given with the base model; ``EngramTrainer`` saves it beside a base model that it trains.
         prefetch_rows: whether rows of all layers are fetched when a forward pass starts, beside the blocks' computation: True, False, or
             None for where it pays (``RowPrefetcher``).
         ledger: JSON-ready account of what was taught (kept by ``MemoryEditor``, saved with the memory), or None.
@@ -174,6 +175,7 @@ class EngramModel(nn.Module):
         self.folder: str | None = None
         self.turns = Turns() if beneath is None else beneath.turns
         self.engram_config, self.mapping, self.rollback_window = config, mapping, rollback_window
+        self.tokenizer = tokenizer
         self._placed = table_config or TableConfig()
         self.ledger: dict[str, Any] | None = None
         self.trained_beside: list[str] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,15 @@ from engram.models.devices import input_device
 from engram.models.positions import text_config
 from engram.models.quantised import is_quantised, is_quantised_parameter
 
-__all__ = ["adapter_kinds", "adapter_parameters", "attached_identity", "base_identity", "identity_mismatch", "memory_identity"]
+__all__ = [
+    "adapter_kinds",
+    "adapter_parameters",
+    "attached_identity",
+    "base_identity",
+    "identity_mismatch",
+    "memory_identity",
+    "own_names",
+]
 
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 256, 16
 _SAMPLED_WEIGHTS = 64
@@ -162,15 +170,24 @@ def _weights_digest(model: nn.Module, quantised: bool) -> str | None:
 
 
 def _own_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters without those of adapters: what peft puts in the place of a module holds the module itself under one of a few names."""
+    """Parameters without those of adapters, each once."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    yield from {id(parameters[name]): parameters[name] for name in own_names(model, parameters)}.values()
+
+
+def own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """What tensors of a model are called without the adapters of peft that are on it, by their names now; those of adapters are left out.
+
+    What peft puts in the place of a module holds the module itself under one of a few names.
+    """
     adapted = {name for name, module in model.named_modules(remove_duplicate=False) if hasattr(module, "adapter_layer_names")}
-    seen: set[int] = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    found = {}
+    for name in names:
         parts = name.split(".")
-        within = {parts[i] for i in range(1, len(parts)) if ".".join(parts[:i]) in adapted}
-        if id(parameter) not in seen and within <= _HOLD_THE_MODULE:
-            seen.add(id(parameter))
-            yield parameter
+        within = {i for i in range(1, len(parts)) if ".".join(parts[:i]) in adapted}
+        if {parts[i] for i in within} <= _HOLD_THE_MODULE:
+            found[name] = ".".join(part for i, part in enumerate(parts) if i not in within)
+    return found
 
 
 def _bits(values: torch.Tensor) -> bytes:

@@ -14,20 +14,20 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
+from engram.checkpoint import BACKBONE_FOLDER
 from engram.distributed import is_fully_sharded, process_count, put_apart, sum_everywhere
 from engram.errors import ConfigError
 from engram.models import EngramModel
 from engram.models.fsdp import refuse_undivided
 from engram.models.identity import adapter_kinds, adapter_parameters
+from engram.models.peft_files import save_for_peft
 from engram.models.quantised import is_quantised, refusal_of_training
 from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES, EngramAdamW, EngramMuon, build_param_groups, clip_grad_norm_
 from engram.tables import Replicas, copy_all_but_tables, replicate_tables, row_parameters
-from engram.training.peft_files import save_for_peft
 from engram.training.safe_trainer import SafeTrainer
 from engram.training.telemetry import MemoryTelemetry
 from engram.training.weight_files import (
     BACKBONE_WEIGHTS,
-    check_saved_whole,
     load_adapters,
     load_backbone,
     save_adapters,
@@ -36,7 +36,6 @@ from engram.training.weight_files import (
 
 __all__ = ["EngramTrainer", "EngramTrainingArguments"]
 
-_BACKBONE = "backbone"
 _ADAPTERS = "engram_adapters.safetensors"
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 
@@ -101,12 +100,12 @@ class EngramTrainer(SafeTrainer):
     parameter groups, optimiser, clipping and checkpoints are the same code, and only what belongs to the memory is missing.
 
     Tables get their own learning rate and a row-sparse Adam, gradient clipping includes the sparse part, checkpoints hold the memory
-    as ``save_pretrained`` writes it (and the backbone, when that is trained), and resuming is exact. A plain model's checkpoint is a
-    folder that ``from_pretrained`` reads, if there are no adapters on the model.
+    as ``save_pretrained`` writes it, and resuming is exact. A base model that is trained too is in the folder ``backbone`` beside it, a plain
+    model in the checkpoint's own folder, as ``from_pretrained`` reads them.
 
-    Adapters (peft) on the base model that are trainable when the trainer is made are trained with the memory, at ``backbone_lr`` if that is
-    given, and are in its checkpoints and in what ``save_model`` writes: as peft reads them (``PeftModel.from_pretrained``) in the folder
-    ``adapters``. The memory is saved as one that was trained beside them. Weights of a base model in 4 or 8 bits stay as they are.
+    Adapters (peft) on the base model that are trainable when the trainer is made are trained as well, at ``backbone_lr`` if that is given, and
+    are in its checkpoints and in what ``save_model`` writes: as peft reads them (``PeftModel.from_pretrained``) in the folder ``adapters``.
+    The memory is saved as one that was trained beside them. Frozen ones stay as they are, and so do weights of a base model in 4 or 8 bits.
 
     Several processes divide every batch between them (``torchrun --nproc-per-node N train.py``): the step is that of one process with
     N times the batch. Each holds a copy of the tables, and what travels between them are the gradients of the rows that were read
@@ -127,7 +126,7 @@ class EngramTrainer(SafeTrainer):
                 f"EngramTrainer: got a {type(model).__name__}, expected an EngramModel (get_engram_model), or a PreTrainedModel together "
                 "with train_backbone=True."
             )
-        _check_arguments(args, bool(_trained_adapters(model)))
+        _check_arguments(args, bool(_trained_adapters(_base_of(model))))
         _check_quantised(model, args)
         if isinstance(model, EngramModel):
             _check_divided(model, args)
@@ -182,7 +181,7 @@ class EngramTrainer(SafeTrainer):
     @property
     def backbone(self) -> Any:
         """The base model: that of the memory, or the plain model itself."""
-        return self.model.base_model if isinstance(self.model, EngramModel) else self.model
+        return _base_of(self.model)
 
     def _model_with_loss(self) -> Any:
         return self.backbone
@@ -330,28 +329,35 @@ class EngramTrainer(SafeTrainer):
         if not self.args.should_save and not divided:
             return
         if self.args.train_backbone:  # type: ignore[attr-defined]
-            save_backbone(self.backbone, self._backbone_folder(folder))
-        else:
-            trained = save_adapters(_trained_adapters(self.model), folder / _ADAPTERS, together=divided)
-            if trained is not None and isinstance(self.model, EngramModel):
-                save_for_peft(self.backbone, trained, folder)
+            self._save_backbone(self._backbone_folder(folder))
+        trained = save_adapters(_trained_adapters(self.backbone), folder / _ADAPTERS, together=divided)
+        if trained is not None:
+            save_for_peft(self.backbone, trained, folder)
+
+    def _save_backbone(self, folder: Path) -> None:
+        save_backbone(self.backbone, folder)
+        if isinstance(self.model, EngramModel) and self.args.should_save:  # a plain model's is saved by Trainer
+            (self.processing_class or self.model.tokenizer).save_pretrained(folder)
 
     def _backbone_folder(self, checkpoint: Path) -> Path:
-        return checkpoint / _BACKBONE if isinstance(self.model, EngramModel) else checkpoint
+        return checkpoint / BACKBONE_FOLDER if isinstance(self.model, EngramModel) else checkpoint
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         put_apart(cast(torch.nn.Module, self.model))
         if self.args.train_backbone:  # type: ignore[attr-defined]
             load_backbone(self.backbone, self._backbone_folder(folder) / BACKBONE_WEIGHTS)
-        else:
-            load_adapters(_trained_adapters(self.model), folder / _ADAPTERS)
+        load_adapters(_trained_adapters(self.backbone), folder / _ADAPTERS)
         if isinstance(self.model, EngramModel):
             self.model.load_memory(folder, changed_rows="refill")
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _base_of(model: Any) -> Any:
+    return model.base_model if isinstance(model, EngramModel) else model
 
 
 def _trains_nothing_but_tables(model: EngramModel) -> bool:
@@ -393,7 +399,7 @@ def _check_arguments(args: EngramTrainingArguments, has_adapters: bool) -> None:
 
 
 def _check_quantised(model: EngramModel | PreTrainedModel, args: EngramTrainingArguments) -> None:
-    base = model.base_model if isinstance(model, EngramModel) else model
+    base = _base_of(model)
     if args.train_backbone and is_quantised(base):
         raise ConfigError(
             "EngramTrainingArguments.train_backbone: got True with a quantised base model, whose weights cannot be stepped, expected False: "
@@ -411,14 +417,20 @@ def _check_divided(model: EngramModel, args: EngramTrainingArguments) -> None:
             "EngramTrainer: got a base model that was divided while it was loaded, and readers that each process would train by itself, "
             "expected shard_model(memory) first."
         )
-    if args.train_backbone:
-        check_saved_whole(model.base_model)
 
 
 def _set_trainable(model: EngramModel | PreTrainedModel, args: EngramTrainingArguments) -> None:
-    if not isinstance(model, EngramModel):
-        model.requires_grad_(True)
-        return
+    """What the arguments say; adapters stay as trainable as they are."""
+    if isinstance(model, EngramModel):
+        _set_memory_trainable(model, args)
+    base = _base_of(model)
+    adapters = {id(parameter) for parameter in adapter_parameters(base).values()}
+    for parameter in base.parameters():
+        if id(parameter) not in adapters:
+            parameter.requires_grad_(args.train_backbone)
+
+
+def _set_memory_trainable(model: EngramModel, args: EngramTrainingArguments) -> None:
     if args.train_tables:
         _refuse_untrainable(model)
     for engram in model.engrams.values():
@@ -427,16 +439,11 @@ def _set_trainable(model: EngramModel | PreTrainedModel, args: EngramTrainingArg
             parameter.requires_grad_(args.train_reader)
         for part in engram.seeded_parts:
             part.requires_grad_(False)
-    adapters = {id(parameter) for parameter in _trained_adapters(model).values()}
-    for parameter in model.base_model.parameters():
-        parameter.requires_grad_(args.train_backbone or id(parameter) in adapters)
 
 
-def _trained_adapters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Trainable parameters of adapters on a memory's base model, by their names in that."""
-    if not isinstance(model, EngramModel):
-        return {}
-    return {name: parameter for name, parameter in adapter_parameters(model.base_model).items() if parameter.requires_grad}
+def _trained_adapters(base: Any) -> dict[str, torch.nn.Parameter]:
+    """Trainable parameters of adapters on a base model, by their names in that."""
+    return {name: parameter for name, parameter in adapter_parameters(base).items() if parameter.requires_grad}
 
 
 def _refuse_untrainable(model: EngramModel) -> None:

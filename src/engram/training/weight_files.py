@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engram.distributed import is_fully_sharded, process_rank, saving_together, whole, write_whole
-from engram.errors import CheckpointError, ConfigError
+from engram.errors import CheckpointError
+from engram.models.identity import own_names
 
 __all__ = [
     "BACKBONE_WEIGHTS",
-    "check_saved_whole",
     "gathered_state",
     "load_adapters",
     "load_backbone",
@@ -28,44 +28,24 @@ BACKBONE_WEIGHTS = "model.safetensors"
 
 
 def save_backbone(base: Any, folder: Path) -> None:
-    """One file under the module's own names, so that ``load_backbone`` finds them again. Where the weights are divided between processes all
-    save together, and the first writes.
+    """One file with the weights of a base model, under the names that they have without adapters on it, so that ``from_pretrained`` reads it as
+    well as ``load_backbone``. Where the weights are divided between processes all save together, and the first writes.
 
     Raises:
         CheckpointError: transformers wrote no such file.
-        ConfigError: as ``check_saved_whole``.
     """
-    check_saved_whole(base)
     together = is_fully_sharded(base)
     with saving_together(together):
         state = gathered_state(base)
         if not together or process_rank() == 0:
-            _write_backbone(base, folder, state)
+            _write_backbone(base, folder, base.state_dict() if state is None else state)
 
 
-def check_saved_whole(base: Any) -> None:
-    """Refuse a trained base model that ``save_backbone`` could not save.
-
-    Raises:
-        ConfigError: FSDP has divided its weights, and there are adapters among them.
-    """
-    if is_fully_sharded(base) and _is_adapted(base):
-        raise ConfigError("train_backbone: got adapters on a base model that FSDP has divided, expected one or the other.")
-
-
-def _is_adapted(base: Any) -> bool:
-    """Whether transformers' ``add_adapter`` has put adapters on a model; ``save_pretrained`` writes those alone then."""
-    return bool(getattr(base, "_hf_peft_config_loaded", False))
-
-
-def _write_backbone(base: Any, folder: Path, state: dict[str, Tensor] | None) -> None:
+def _write_backbone(base: Any, folder: Path, state: Mapping[str, Tensor]) -> None:
     file = folder / BACKBONE_WEIGHTS
-    if _is_adapted(base):
-        base.config.save_pretrained(folder)
-        save_model(base, str(file), metadata={"format": "pt"})
-    else:  # from_pretrained reads it as well; the original format renames and splits the experts of MoE models
-        with _said_to_be_whole(base.config):
-            base.save_pretrained(folder, state_dict=state, save_original_format=False, max_shard_size="1000TB")
+    own = {own: state[name] for name, own in own_names(base, state).items()}
+    with _said_to_be_plain(base):  # the original format renames and splits the experts of MoE models
+        base.save_pretrained(folder, state_dict=own, save_original_format=False, max_shard_size="1000TB")
     if not file.is_file():
         raise CheckpointError(
             f"{file} was not written by {type(base).__name__}.save_pretrained; the checkpoint could not be resumed."
@@ -73,14 +53,17 @@ def _write_backbone(base: Any, folder: Path, state: dict[str, Tensor] | None) ->
 
 
 @contextmanager
-def _said_to_be_whole(config: Any) -> Iterator[None]:
-    """A model that transformers divided while it loaded it would be gathered once more, by processes that are not here."""
-    noted = vars(config).pop("distributed_config", None)
+def _said_to_be_plain(base: Any) -> Iterator[None]:
+    """A model that transformers divided while it loaded it would be gathered once more, by processes that are not here; of one on which it has
+    put adapters (``add_adapter``), those alone would be saved.
+    """
+    noted = [(vars(at), name) for at, name in ((base.config, "distributed_config"), (base, "_hf_peft_config_loaded"))]
+    taken = [(fields, name, fields.pop(name)) for fields, name in noted if fields.get(name)]
     try:
         yield
     finally:
-        if noted is not None:
-            config.distributed_config = noted
+        for fields, name, value in taken:
+            fields[name] = value
 
 
 def gathered_state(base: nn.Module) -> dict[str, Tensor] | None:
@@ -103,7 +86,7 @@ def _gathered(tensor: Tensor) -> Tensor:
 
 
 def load_backbone(base: Any, file: Path) -> None:
-    """Read what ``save_backbone`` wrote into the same model, divided or not.
+    """Read what ``save_backbone`` wrote into the same model, divided or not, with adapters on it or without.
 
     Raises:
         CheckpointError: the file is missing or another model's.
@@ -113,27 +96,25 @@ def load_backbone(base: Any, file: Path) -> None:
             f"{file} is missing; the checkpoint was made without train_backbone. Resume with the same arguments."
         )
     try:
-        if is_fully_sharded(base):
-            _fill(base, load_file(file))
-        else:
-            load_model(base, file)
+        _fill(base, load_file(file))
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{file} does not fit this base model: {' '.join(str(error).split())[:300]}") from error
 
 
 def _fill(base: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Parts of saved tensors into the parts of parameters; of tied ones one name is saved."""
+    """Saved tensors into the parameters and buffers of a model, or into the parts of them; of tied ones one name is saved."""
     names: dict[int, list[str]] = {}
     state = base.state_dict(keep_vars=True)
-    for name, tensor in state.items():
+    own = {own: state[name] for name, own in own_names(base, state).items()}
+    for name, tensor in own.items():
         names.setdefault(id(tensor), []).append(name)
-    if unknown := sorted(saved.keys() - state.keys()):
+    if unknown := sorted(saved.keys() - own.keys()):
         raise RuntimeError(f"{len(unknown)} tensors that it has not, first {unknown[0]}")
     for alike in names.values():
         found = next((saved[name] for name in alike if name in saved), None)
-        if found is None or found.shape != state[alike[0]].shape:
+        if found is None or found.shape != own[alike[0]].shape:
             raise RuntimeError(f"{alike[0]}: missing or of another shape")
-        write_whole(state[alike[0]], found)
+        write_whole(own[alike[0]], found)
 
 
 def save_adapters(adapters: Mapping[str, nn.Parameter], file: Path, together: bool = False) -> dict[str, Tensor] | None:

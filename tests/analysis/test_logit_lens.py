@@ -7,11 +7,12 @@ from engram.analysis import Subject, logit_lens
 from engram.analysis.logit_lens import lens_divergence
 from engram.analysis.streams import Lens, record_blocks
 from engram.errors import AttachError
-from engram.testing import TINY_CONFIGS, tiny_memory, tiny_model
+from engram.testing import tiny_memory, tiny_model
 from tests.analysis.helpers import make_sample
+from tests.versions import MODEL_TYPES
 
 
-@pytest.mark.parametrize("model_type", sorted(TINY_CONFIGS))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_last_blocks_lens_is_the_model(model_type):
     subject = Subject("m", tiny_model(model_type))
     lens, ids = Lens(subject), torch.arange(2, 26).reshape(2, 12)

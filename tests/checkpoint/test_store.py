@@ -22,6 +22,7 @@ from engram.checkpoint import (
     write_store,
 )
 from engram.checkpoint import store as store_module
+from tests.children import run_python
 
 FIELDS = {"engram_config": {}}
 
@@ -163,9 +164,8 @@ def test_a_lock_on_a_file_without_its_name_is_taken_anew(tmp_path, monkeypatch):
 
     monkeypatch.setattr(FileLock, "acquire", removed_meanwhile)
     with lock_store(tmp_path / "new"):
-        answer, finish = in_a_child(lambda: lock_store(tmp_path / "new").__enter__())
-        finish()
-        assert answer == "CheckpointError"
+        code = f"from engram.checkpoint import lock_store\nlock_store({str(tmp_path / 'new')!r}).__enter__()"
+        assert "CheckpointError" in run_python("-c", code).stderr
 
 
 def test_half_descriptions_of_killed_saves_are_removed(tmp_path):

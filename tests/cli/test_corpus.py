@@ -101,7 +101,7 @@ def last_line(text):
         ({"texts": ["good.txt"]}, ["--vocab-size", 100], 2, "vocab_size: got 100"),
         ({"texts": ["good.txt"]}, ["--tokenizer", "./none"], 1, "no such folder"),
         ({"texts": ["good.txt"]}, ["--tokenizer", "a", "--vocab-size", 300], 2, "exclude each other"),
-        ({"texts": ["good.txt"]}, ["--contamination", 0], 2, "greater than or equal to 1"),
+        ({"texts": ["good.txt"]}, ["--contamination", 0], 2, "Invalid value for '--contamination'"),
         ({"texts": ["good.txt"]}, ["--json", "."], 2, "is a folder"),
     ],
 )

@@ -79,7 +79,7 @@ def test_a_second_model_and_text_from_a_file(monkeypatch, capsys, run, tmp_path)
         (["--out", "file"], 2, "expected a folder that can be made"),
         (["--what", "rows", "--model", "run/model"], 2, "none was given"),
         (["run/memory", "--model", "other/model"], 1, "belongs to base model"),
-        (["--tokens", "3"], 2, "greater than or equal to 16"),
+        (["--tokens", "3"], 2, "Invalid value for '--tokens'"),
     ],
 )
 def test_mistakes_give_one_message_and_no_traceback(monkeypatch, capsys, run, tmp_path, arguments, code, message):

@@ -4,8 +4,8 @@ import torch
 from engram import EngramConfig, get_engram_model
 from engram.editing.keys import KeyedPrompt
 from engram.editing.upper import LOUDER, UpperModel, answer_logits, prompt_tensors
-from engram.models import ARCHITECTURES
 from engram.testing import assert_close, tiny_model, tiny_tokenizer
+from tests.versions import MODEL_TYPES
 
 PROMPTS = [
     KeyedPrompt("a", (0, 5, 6, 7), (8, 9, 0), 3),
@@ -25,7 +25,7 @@ def write_rows(memory):
         table.insert(rows, tags, torch.randn(len(rows), table.dim))
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_shortcut_gives_the_whole_models_logits(model_type):
     torch.manual_seed(0)
     config = EngramConfig.for_teaching(layer_ids=(1, 2), pad_id=1, max_ngram_size=8)

@@ -16,6 +16,7 @@ from engram.data.recipe import read_yaml
 from engram.experiments import point as points
 from engram.experiments import prepare_data, read_point, run_point
 from engram.experiments.held_out import measure
+from tests.versions import needs_torch_2_7
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MIXTURE = """
@@ -46,6 +47,7 @@ def launched(*command, count=2):
 
 
 @pytest.mark.slow
+@needs_torch_2_7("shard_model refuses it")
 def test_two_processes_train_a_mixture_with_a_divided_memory_as_one_does(tmp_path):
     """The base model divided too; that each process may have a copy of it is tested with the trainer."""
     file, run = recipe_of(tmp_path, "shard_model: true", "keep_model: true", "curve_points: 2"), tmp_path / "two"

@@ -19,6 +19,7 @@ from engram import (
 )
 from engram.models import ARCHITECTURES, DecoderLayout
 from engram.testing import TINY_CONFIGS, assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
+from tests.versions import MODEL_TYPES
 
 
 def batch():
@@ -36,7 +37,7 @@ def test_documents_count_the_architectures():
     assert f"the {len(ARCHITECTURES)} of `engram.models.ARCHITECTURES`" in (root / "docs" / "guides.md").read_text()
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_attach_speak_and_leave(model_type):
     model = tiny_model(model_type)
     assert model.config.model_type == model_type  # the whole model, and not its text part
@@ -79,7 +80,7 @@ def attach_speak_and_leave(model, streams=1):
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_generation_with_a_cache_is_generation_without(model_type):
     """Greedy and with beams, which move the state about; one row is padded on the left."""
     memory = tiny_memory(tiny_model(model_type), max_ngram_size=4)

@@ -6,6 +6,7 @@ import torch
 from engram import Engram, get_engram_model
 from engram.optim import build_optimizer
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
+from tests.versions import checkpoint_activations
 
 IDS = torch.randint(2, 300, (3, 10), generator=torch.Generator().manual_seed(0))
 
@@ -26,7 +27,7 @@ def test_a_penalty_on_gates_moves_what_makes_them(checkpointing, padded):
     memory = tiny_memory(tiny_model())
     memory.train()
     if checkpointing:
-        memory.base_model.activation_checkpointing_enable()
+        checkpoint_activations(memory.base_model)
     options = {"attention_mask": (torch.arange(10) >= torch.tensor([[0], [2], [5]])).long()} if padded else {}
     optimizer = build_optimizer(memory, 1e-2)
     found = []
@@ -49,7 +50,7 @@ def test_a_loss_and_a_penalty_come_back_together():
     for parts in ((0, 1), (0,), (1,)):
         memory = tiny_memory(tiny_model())
         memory.train()
-        memory.base_model.activation_checkpointing_enable()
+        checkpoint_activations(memory.base_model)
         terms = penalty_of(memory)
         sum(terms[part] for part in parts).backward()
         gradients.append(memory.engrams["2"].key_projs[0].weight.grad)

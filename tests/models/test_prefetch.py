@@ -7,6 +7,7 @@ from engram import TableConfig, get_engram_model, native
 from engram.models import lookahead
 from engram.tables import RowPrefetcher
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
+from tests.versions import checkpoint_activations
 
 IDS = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(5))
 
@@ -56,7 +57,7 @@ def test_gradients_are_the_same(checkpointing, started):
         memory.prefetch_rows = mode
         memory.train()
         if checkpointing:
-            memory.activation_checkpointing_enable()
+            checkpoint_activations(memory)
         started.clear()
         first = memory(input_ids=IDS, labels=IDS, use_cache=False).loss
         second = memory(input_ids=IDS.flip(1), labels=IDS.flip(1), use_cache=False).loss

@@ -8,6 +8,7 @@ from engram import CheckpointError, EngramConfig, EngramModel, get_engram_model
 from engram.checkpoint import read_description
 from engram.testing import assert_close, tiny_config, tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS, logits, make_editor
+from tests.versions import needs_torch_2_7
 
 PROMPTS = ["KEY:beta 20 7319", "The memory is", "What is alpha 17? blue window"]
 
@@ -47,6 +48,7 @@ def test_the_gradient_of_a_reader_is_zero_where_no_row_is_read():
     assert all(p.grad is not None and not p.grad.any() for p in readers.values())
 
 
+@needs_torch_2_7("it compiles no forward pass of newer models")
 def test_compiled_equals_eager(editor):
     ids = tiny_tokenizer()("KEY:beta 20", return_tensors="pt")["input_ids"]
     compiled = torch.compile(editor.memory, backend="eager")

@@ -7,6 +7,7 @@ import torch
 from engram import native
 from engram.ops import dispatch, lookup_rows
 from engram.tables import FORMATS
+from engram.tables.formats import chosen
 from tests.ops import interpreted
 
 ROWS = 70
@@ -33,7 +34,7 @@ def plain(name, stored, scales, numbers, dtype):
     """What the kernel must give: zeros where the number is out of range, and float32 cut to bfloat16 as the interpreter cuts it."""
     there = (numbers >= 0) & (numbers < len(stored))
     rows = torch.zeros(len(numbers), stored.shape[1] * FORMATS[name].values_per_item)
-    rows[there] = FORMATS[name].decode(stored[numbers[there]], None if scales is None else scales[numbers[there]])
+    rows[there] = FORMATS[name].decode(chosen(stored, numbers[there]), None if scales is None else scales[numbers[there]])
     if dtype == torch.bfloat16 and stored.dtype != torch.bfloat16:
         return (rows.view(torch.int32) & -65536).view(torch.float32).to(dtype)
     return rows.to(dtype)

@@ -33,8 +33,9 @@ from engram.testing import assert_close, play_scenarios, run_processes, tiny_con
 from engram.training.balance import BalanceCallback, find_routers
 from engram.training.weight_files import load_backbone, save_backbone
 from tests.training.test_several_processes import Rows, assert_curves_agree, curve, run, trainer_for
+from tests.versions import needs_torch_2_7
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_torch_2_7("shard_model refuses it")]
 
 PROMPT = torch.arange(5, 17)[None]
 

@@ -31,6 +31,7 @@ from engram.training.lean_loss import causal_lm_loss
 from engram.training.safe_trainer import SaveOnInterrupt, last_checkpoint
 from engram.training.stops import STOPS, give_back, signals_given_back
 from tests.children import run_python
+from tests.versions import CHECKPOINTING
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -136,7 +137,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, train_backbone):
             tmp_path,
             tiny_memory(tiny_model()),
             train_backbone=train_backbone,
-            activation_checkpointing=checkpointing,
+            **{CHECKPOINTING: checkpointing},
             max_steps=4,
         )
         trainer.train()
@@ -526,7 +527,7 @@ def test_resuming_in_the_middle_of_an_epoch_with_everything_on(tmp_path):
         "gradient_accumulation_steps": 3,
         "bf16": True,
         "label_smoothing_factor": 0.1,
-        "activation_checkpointing": True,
+        CHECKPOINTING: True,
         "lr_scheduler_type": "cosine",
         "save_strategy": "steps",
         "save_steps": 6,

@@ -17,7 +17,6 @@ from engram.data.recipe import CorpusRecipe, FolderSource, TextSource
 from engram.data.sources import list_sources
 from engram.errors import ConfigError, DataError
 from engram.models.architectures import find_decoder
-from engram.models.bundled import load_without_weights
 from engram.models.bundled_files import BUNDLED_NAME
 from engram.models.positions import within_context
 
@@ -143,6 +142,8 @@ def _quoted(text: str) -> str:
 
 def _with_model(text: str, name: str) -> str:
     """Filled in for a model; one that lies here by its whole path, for a relative one would be so to where training is started."""
+    from engram.models.bundled import load_without_weights  # transformers, which a new model's recipe does not need
+
     model = load_without_weights(name)
     decoder = find_decoder(model)
     memory = memory_for(decoder.hidden_size, len(decoder.blocks))

@@ -111,9 +111,9 @@ def as_bytes(rows: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
     return rows.view(dtype) if torch.float8_e4m3fn in (rows.dtype, dtype) else rows
 
 
-def chosen(rows: Tensor, row_ids: Tensor) -> Tensor:
-    """``rows[row_ids]``, which torch 2.6 has not for float8."""
-    return as_bytes(as_bytes(rows)[row_ids], rows.dtype)
+def chosen(rows: Tensor, which: Tensor) -> Tensor:
+    """``rows[which]``, row numbers or a mask, which torch 2.6 has not for float8."""
+    return as_bytes(as_bytes(rows)[which], rows.dtype)
 
 
 def _check_range(row_ids: Tensor, rows: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engram.errors import TableError
-from engram.tables.formats import RowFormat, as_bytes
+from engram.tables.formats import RowFormat, as_bytes, chosen
 
 __all__ = ["StoredRows"]
 
@@ -48,7 +48,9 @@ class StoredRows:
     def select(self, which: Tensor) -> Self:
         """Those rows that a mask ``[n]`` or sorted positions choose."""
         scales = None if self.scales is None else self.scales[which]
-        return replace(self, row_ids=self.row_ids[which], tags=self.tags[which], weight=self.weight[which], scales=scales)
+        return replace(
+            self, row_ids=self.row_ids[which], tags=self.tags[which], weight=chosen(self.weight, which), scales=scales
+        )
 
     def in_format(self, form: RowFormat) -> Self:
         """The same rows in another format; in their own they stay bit for bit."""

@@ -366,6 +366,17 @@ class SafeTrainer(Trainer):
         if scaler is not None and checkpoint is not None:
             scaler.load_state_dict(load_tree(os.path.join(checkpoint, _SCALER)))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As ``Trainer.save_model``; of what is divided between processes all save their parts, where some versions of transformers call the
+        first process alone.
+        """
+        if self.args.should_save or not self._is_divided:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             if self._is_divided:

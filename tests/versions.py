@@ -1,0 +1,39 @@
+"""What differs between the versions of libraries that ``make oldest`` and ``make test`` run."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+from packaging.version import Version
+from transformers import CONFIG_MAPPING, TrainingArguments
+
+from engram.testing import TINY_CONFIGS
+
+_TORCH, _TRANSFORMERS = Version(version("torch")), Version(version("transformers"))
+_BROKEN_BEFORE = {"dbrx", "nemotron_h", "olmo_hybrid"}
+"""Architectures of which transformers 5.14 runs no tiny model, with a memory or without."""
+
+MODEL_TYPES = sorted(
+    t for t in TINY_CONFIGS if t in CONFIG_MAPPING and (Version("5.24") <= _TRANSFORMERS or t not in _BROKEN_BEFORE)
+)
+"""Architectures that this transformers has."""
+
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in {field.name for field in fields(TrainingArguments)}
+)
+"""What the argument of a trainer is called."""
+
+
+def needs_torch_2_7(reason: str) -> Any:
+    """A mark for tests of what torch 2.6 cannot do."""
+    return pytest.mark.skipif(Version("2.7") > _TORCH, reason=f"torch 2.6: {reason}")
+
+
+def checkpoint_activations(model: Any, *arguments: Any) -> None:
+    """Have a model compute activations anew in its backward pass."""
+    getattr(model, f"{CHECKPOINTING}_enable")(*arguments)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from importlib.metadata import version
 from typing import Any
 
 import pytest
 from packaging.version import Version
-from transformers import CONFIG_MAPPING, TrainingArguments
+from transformers import CONFIG_MAPPING
 
 from engram.testing import TINY_CONFIGS
 
@@ -21,19 +20,12 @@ MODEL_TYPES = sorted(
 )
 """Architectures that this transformers has."""
 
-CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in {field.name for field in fields(TrainingArguments)}
+CAN_CHECKPOINT = Version("5.23") <= _TRANSFORMERS
+needs_checkpointing = pytest.mark.skipif(
+    not CAN_CHECKPOINT, reason="transformers before 5.23 checkpoints above a memory's hooks"
 )
-"""What the argument of a trainer is called."""
 
 
 def needs_torch_2_7(reason: str) -> Any:
     """A mark for tests of what torch 2.6 cannot do."""
     return pytest.mark.skipif(Version("2.7") > _TORCH, reason=f"torch 2.6: {reason}")
-
-
-def checkpoint_activations(model: Any, *arguments: Any) -> None:
-    """Have a model compute activations anew in its backward pass."""
-    getattr(model, f"{CHECKPOINTING}_enable")(*arguments)

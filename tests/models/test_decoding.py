@@ -24,7 +24,7 @@ from engram.models import ARCHITECTURES, DecoderLayout
 from engram.models.cache import cache_argument, cache_in
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from tests.editing.helpers import FACTS
-from tests.versions import checkpoint_activations, needs_torch_2_7
+from tests.versions import needs_checkpointing, needs_torch_2_7
 
 TEXTS = ["def lookup(self, ids): return self", "The memory", "CAPITAL:France is the capital of"]
 ONE = torch.tensor([[5, 6, 7]])
@@ -418,6 +418,7 @@ def test_a_block_called_on_its_own_is_refused(memory):
         memory.base_model.model.layers[0](torch.zeros(1, 2, 32))
 
 
+@needs_checkpointing
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     ids, mask = padded()
@@ -427,7 +428,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         memory.base_model.requires_grad_(True)
         memory.train()
         if checkpointing:
-            checkpoint_activations(memory, {"use_reentrant": reentrant})
+            memory.activation_checkpointing_enable({"use_reentrant": reentrant})
         # two forward passes before one backward pass: a recomputation must see the ids of its own pass
         first = memory(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
         second = memory(input_ids=ids.flip(1), labels=ids.flip(1), use_cache=False).loss

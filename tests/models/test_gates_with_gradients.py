@@ -6,7 +6,7 @@ import torch
 from engram import Engram, get_engram_model
 from engram.optim import build_optimizer
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
-from tests.versions import checkpoint_activations
+from tests.versions import needs_checkpointing
 
 IDS = torch.randint(2, 300, (3, 10), generator=torch.Generator().manual_seed(0))
 
@@ -21,13 +21,13 @@ def penalty_of(memory, **options):
     return loss, sum(entropy(trace["gate"]) for trace in traces.values())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=needs_checkpointing)])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_penalty_on_gates_moves_what_makes_them(checkpointing, padded):
     memory = tiny_memory(tiny_model())
     memory.train()
     if checkpointing:
-        checkpoint_activations(memory.base_model)
+        memory.base_model.activation_checkpointing_enable()
     options = {"attention_mask": (torch.arange(10) >= torch.tensor([[0], [2], [5]])).long()} if padded else {}
     optimizer = build_optimizer(memory, 1e-2)
     found = []
@@ -44,13 +44,14 @@ def test_a_penalty_on_gates_moves_what_makes_them(checkpointing, padded):
     assert found[-1] < found[0]
 
 
+@needs_checkpointing
 def test_a_loss_and_a_penalty_come_back_together():
     """Both at once give the sum of what each gives alone, recomputed blocks included."""
     gradients = []
     for parts in ((0, 1), (0,), (1,)):
         memory = tiny_memory(tiny_model())
         memory.train()
-        checkpoint_activations(memory.base_model)
+        memory.base_model.activation_checkpointing_enable()
         terms = penalty_of(memory)
         sum(terms[part] for part in parts).backward()
         gradients.append(memory.engrams["2"].key_projs[0].weight.grad)

@@ -8,7 +8,7 @@ from engram import AttachError, Fact, get_engram_model
 from engram.models.packing import Packing, find_packing
 from engram.testing import assert_close, tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from tests.editing.helpers import make_editor
-from tests.versions import checkpoint_activations
+from tests.versions import needs_checkpointing
 
 LENGTHS = (7, 1, 12, 5)
 
@@ -162,10 +162,11 @@ def test_generation_goes_by_the_configuration_that_was_set():
     assert memory.generate(input_ids=torch.ones(1, 4, dtype=torch.int64)).shape == (1, 7)
 
 
+@needs_checkpointing
 def test_a_recording_of_packed_texts_outlasts_a_recomputation():
     memory, (ids, positions) = tiny_memory(), packed(texts())
     memory.train().engrams.requires_grad_(True)
-    checkpoint_activations(memory.base_model)
+    memory.base_model.activation_checkpointing_enable()
     with memory.record() as traces:
         loss = memory(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss
         before = {layer: trace["gate"].clone() for layer, trace in traces.items()}

@@ -13,7 +13,7 @@ from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
 from engram.training import MemoryCallback, other_trainers
 from engram.training.lean_loss import lean_loss
 from tests.training.test_trainer import Rows, fields_for, losses
-from tests.versions import CHECKPOINTING, needs_torch_2_7
+from tests.versions import needs_checkpointing, needs_torch_2_7
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 LR = 1e-2
@@ -40,7 +40,10 @@ def equal(one, other):
 
 
 @needs_torch_2_7("its fused AdamW rounds otherwise")
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {CHECKPOINTING: True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_accumulation_steps": 2}, pytest.param({"activation_checkpointing": True}, marks=needs_checkpointing)],
+)
 def test_another_trainer_trains_as_ours_does(tmp_path, changes):
     theirs, ours = tiny_memory(speak=False), tiny_memory(speak=False)
     trainer = make(tmp_path / "theirs", theirs, optimizer=build_optimizer(theirs, LR, fused=True), **changes)

@@ -34,7 +34,7 @@ from tests.training.test_several_processes import (
     run,
     trainer_for,
 )
-from tests.versions import CHECKPOINTING, needs_torch_2_7
+from tests.versions import needs_torch_2_7
 
 pytestmark = [pytest.mark.slow, needs_torch_2_7("shard_model refuses it")]
 
@@ -44,7 +44,7 @@ RUNS = {
     "backbone": {"train_backbone": True},
     "backbone, divided tables": {"train_backbone": True, "table": {"sharded": True}},
     "backbone by Muon": {"train_backbone": True, "backbone_optimizer": "muon"},
-    "backbone, checkpointed": {"train_backbone": True, CHECKPOINTING: True},
+    "backbone, checkpointed": {"train_backbone": True, "activation_checkpointing": True},
     "evaluated before": {"train_backbone": True, "first": "evaluate"},
     "several streams": {"train_backbone": True, "model_type": "deepseek_v4"},
 }

@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 from engram import TableConfig, get_engram_model
 from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from tests.training.test_trainer import Rows, losses, make
-from tests.versions import CHECKPOINTING, needs_torch_2_7
+from tests.versions import needs_checkpointing, needs_torch_2_7
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 NAMES = ("gate_mean", "gate_std", "gate_closed", "added", "grad_norm_reader", "grad_norm_rows", "rows_touched")
@@ -33,7 +33,7 @@ def run(tmp_path, name="run", memory=None, **changes):
     [
         {},
         {"gradient_accumulation_steps": 2},
-        {CHECKPOINTING: True},
+        pytest.param({"activation_checkpointing": True}, marks=needs_checkpointing),
         {"memory_dropout": 0.5},
         {"train_backbone": True},
         {"max_grad_norm": 0},

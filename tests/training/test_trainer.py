@@ -31,7 +31,7 @@ from engram.training.lean_loss import causal_lm_loss
 from engram.training.safe_trainer import SaveOnInterrupt, last_checkpoint
 from engram.training.stops import STOPS, give_back, signals_given_back
 from tests.children import run_python
-from tests.versions import CHECKPOINTING
+from tests.versions import needs_checkpointing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -129,6 +129,7 @@ def test_accumulation_equals_one_big_batch(tmp_path, bf16, masked):
     assert_close(torch.tensor(runs[1]), torch.tensor(runs[0]), 2e-2 if bf16 else 1e-4)
 
 
+@needs_checkpointing
 @pytest.mark.parametrize("train_backbone", [False, True])
 def test_gradient_checkpointing_changes_nothing(tmp_path, train_backbone):
     runs = []
@@ -137,7 +138,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, train_backbone):
             tmp_path,
             tiny_memory(tiny_model()),
             train_backbone=train_backbone,
-            **{CHECKPOINTING: checkpointing},
+            activation_checkpointing=checkpointing,
             max_steps=4,
         )
         trainer.train()
@@ -520,6 +521,7 @@ def half_precision_memory():
     return get_engram_model(tiny_model(attention_dropout=0.1), tiny_config(), tiny_tokenizer(), TableConfig(dtype="bfloat16"))
 
 
+@needs_checkpointing
 def test_resuming_in_the_middle_of_an_epoch_with_everything_on(tmp_path):
     options = {
         "max_steps": -1,
@@ -527,7 +529,7 @@ def test_resuming_in_the_middle_of_an_epoch_with_everything_on(tmp_path):
         "gradient_accumulation_steps": 3,
         "bf16": True,
         "label_smoothing_factor": 0.1,
-        CHECKPOINTING: True,
+        "activation_checkpointing": True,
         "lr_scheduler_type": "cosine",
         "save_strategy": "steps",
         "save_steps": 6,

@@ -94,7 +94,7 @@ def test_logs_have_tokens_per_second_and_gates(tmp_path):
 
 
 def test_a_gate_is_told_once(tmp_path):
-    trainer = make(tmp_path, max_steps=1)
+    trainer = make(tmp_path, max_steps=1, log_memory=False)
     trainer.train()
     trainer._gate_mean = torch.tensor(0.5)
     for _ in range(2):

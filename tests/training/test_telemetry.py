@@ -84,6 +84,14 @@ def test_figures_are_what_a_step_does(tmp_path):
     assert expected["layer2", "rows_touched"] == len(read.unique())
 
 
+def test_the_gate_of_the_line_is_the_mean_of_the_layers(tmp_path):
+    trainer = run(tmp_path, data=Padded(4), max_steps=2)
+    for entry in (e for e in trainer.state.log_history if "loss" in e):
+        layers = [value for name, value in entry.items() if name.endswith("/gate_mean")]
+        assert entry["gate_mean"] == pytest.approx(sum(layers) / len(layers), abs=1e-4)
+        assert len(layers) == 2
+
+
 def test_accumulated_batches_are_told_as_one_big_batch(tmp_path):
     big = run(tmp_path, "big", per_device_train_batch_size=8, max_steps=1)
     small = run(tmp_path, "small", per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=1)

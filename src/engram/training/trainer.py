@@ -302,19 +302,23 @@ class EngramTrainer(SafeTrainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self._telemetry is not None:
             self._telemetry.add(self.state.global_step, traces, inputs.get("attention_mask"), route)
+            return loss
         gates = [trace["gate"].float().mean() for trace in traces.values() if "gate" in trace]
         self._gate_mean = sum_everywhere(torch.stack(gates).mean()) / process_count() if gates else None
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As ``SafeTrainer.log``; with a memory, a training loss comes with ``gate_mean``, over the layers and positions of a batch, and with
-        ``log_memory`` with the figures of each layer (``MemoryTelemetry``).
+        """As ``SafeTrainer.log``; with a memory, a training loss comes with ``gate_mean``, and with ``log_memory`` with the figures of each layer
+        (``MemoryTelemetry``), of which it is the mean then. Without, it is that of all positions of the step's last batch, padding included.
         """
-        if "loss" in logs and self._gate_mean is not None:
+        if "loss" in logs and self._telemetry is not None:
+            figures = self._telemetry.read()
+            if means := [value for name, value in figures.items() if name.endswith("/gate_mean")]:
+                logs["gate_mean"] = round(sum(means) / len(means), 4)
+            logs.update(figures)
+        elif "loss" in logs and self._gate_mean is not None:
             logs["gate_mean"] = round(float(self._gate_mean), 4)
             self._gate_mean = None
-        if "loss" in logs and self._telemetry is not None:
-            logs.update(self._telemetry.read())
         super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:

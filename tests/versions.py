@@ -25,6 +25,9 @@ needs_checkpointing = pytest.mark.skipif(
     not CAN_CHECKPOINT, reason="transformers before 5.23 checkpoints above a memory's hooks"
 )
 
+FINDS_OTHERS_ON_A_CPU = Version("5.24") > _TRANSFORMERS
+"""Whether a trainer finds the other processes on a machine without a GPU though ``use_cpu`` is not set."""
+
 
 def needs_torch_2_7(reason: str) -> Any:
     """A mark for tests of what torch 2.6 cannot do."""

@@ -308,8 +308,8 @@ class EngramTrainer(SafeTrainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As ``SafeTrainer.log``; with a memory, a training loss comes with ``gate_mean``, and with ``log_memory`` with the figures of each layer
-        (``MemoryTelemetry``), of which it is the mean then. Without, it is that of all positions of the step's last batch, padding included.
+        """As ``SafeTrainer.log``; with a memory, a training loss comes with ``gate_mean``. With ``log_memory`` it is the mean over the layers,
+        whose figures follow it (``MemoryTelemetry``); without, that of all positions of the step's last batch, padding included.
         """
         if "loss" in logs and self._telemetry is not None:
             figures = self._telemetry.read()

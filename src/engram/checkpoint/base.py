@@ -17,12 +17,12 @@ _CONFIG = "config.json"
 
 
 def base_name(path: str | os.PathLike[str], description: Mapping[str, Any]) -> str | None:
-    """What the base model of the memory in the folder ``path`` is called, or where it lies: in that folder, if it was trained with the memory;
-    in the run's folder beside the memory, if that is a run's; else what the memory says; None if it says nothing.
+    """What the base model of the memory in the folder ``path`` is called, or where it lies: in that folder, if it was saved with the memory; in
+    the run's folder beside the memory, if that is a run's; else what the memory says; None if it says nothing.
     """
     named = (description.get("base_model") or {}).get("name_or_path") or None
     folder = Path(os.path.abspath(path))
-    if (folder / BACKBONE_FOLDER / _CONFIG).is_file():
+    if description.get("base_folder") == BACKBONE_FOLDER:
         return str(folder / BACKBONE_FOLDER)
     beside = folder.parent / "model"
     # A run that went on from a model has its own beside the memory, which names the one that it went on from.

@@ -187,7 +187,7 @@ def convert_memory(
                 yield from tensors.parts(name)
             yield from _converted(tensors, tables, form, report.layers, progress)
 
-        dropped = ("format_version", "weights", "ledger", "placement")
+        dropped = ("format_version", "weights", "ledger", "placement", "base_folder")
         fields = {key: value for key, value in description.items() if key not in dropped}
         fields |= {"library_version": __version__, "table_dtype": form.name, **(extra or {})}
         if name := base_name(source, description):  # from another folder a run's model would not be found
@@ -198,7 +198,7 @@ def convert_memory(
                 with TensorReader(weights) as written:
                     finish(stored_tables(fields, written), written)
             if (Path(source) / ADAPTERS_FOLDER).is_dir():
-                shutil.copytree(Path(source) / ADAPTERS_FOLDER, Path(out) / ADAPTERS_FOLDER, dirs_exist_ok=True)
+                shutil.copytree(Path(source) / ADAPTERS_FOLDER, Path(out) / ADAPTERS_FOLDER)
 
         stream_store(out, specs, parts(), fields, ledger, finished)
     return report
@@ -221,6 +221,8 @@ def check_target(source: str | os.PathLike[str], out: str | os.PathLike[str]) ->
         )
     if (Path(out) / DESCRIPTION_NAME).exists():
         raise ConfigError(f"{out} holds a memory already; choose another folder.")
+    if (Path(source) / ADAPTERS_FOLDER).is_dir() and (Path(out) / ADAPTERS_FOLDER).exists():
+        raise ConfigError(f"{out} holds {ADAPTERS_FOLDER!r} of something else, and so does the memory; choose another folder.")
 
 
 def _converted(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,15 +156,22 @@ def open_base(memory: Path, model: str | None, running: Running) -> tuple[Any, A
     Raises:
         CheckpointError: the model, or the memory beneath, is not where it was, or the adapters do not fit.
     """
+    from engram.checkpoint import read_description
+
     with _named_by(memory, model) as name:
         base, tokenizer = running.load(name)
-    _add_adapters(base, memory)
-    beneath = _told_of_beneath(memory)
-    return (base if beneath is None else _attach_beneath(base, tokenizer, beneath, memory, running)), tokenizer
+    description = read_description(memory)
+    _add_adapters(base, memory, description)
+    beneath = _told_of_beneath(description)
+    # A base model that was trained since is another than the one that the memory beneath was made for.
+    other = running.allow_other_base or "base_folder" in description
+    return (base if beneath is None else _attach_beneath(base, tokenizer, beneath, memory, other)), tokenizer
 
 
-def _add_adapters(model: Any, memory: Path) -> None:
-    """Put those that lie beside a memory on its base model, unless that has some: ``--model`` may name a folder of adapters."""
+def _add_adapters(model: Any, memory: Path, description: Mapping[str, Any]) -> None:
+    """Put those that a memory was trained beside on its base model, unless that has some: ``--model`` may name a folder of adapters."""
+    if not description.get("trained_beside"):
+        return
     from engram.models import EngramModel
     from engram.models.identity import adapter_parameters
     from engram.models.peft_files import load_for_peft
@@ -174,21 +181,32 @@ def _add_adapters(model: Any, memory: Path) -> None:
         load_for_peft(base, memory)
 
 
-def _told_of_beneath(memory: Path) -> dict[str, Any] | None:
+def _told_of_beneath(description: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a saved memory says of the one on top of which it was made; None if there is none."""
-    from engram.checkpoint import read_description
-
-    return (read_description(memory).get("base_model") or {}).get("memory")
+    return (description.get("base_model") or {}).get("memory")
 
 
-def _attach_beneath(base: Any, tokenizer: Any, beneath: dict[str, Any], memory: Path, running: Running) -> EngramModel:
+def _attach_beneath(base: Any, tokenizer: Any, beneath: dict[str, Any], memory: Path, allow_other_base: bool) -> EngramModel:
     """The memories that a saved one was made on top of, the lowest first."""
-    from engram.checkpoint import DESCRIPTION_NAME
+    from engram.checkpoint import read_description
     from engram.models import EngramModel
-    from engram.models.bundled_files import memory_folder
 
     if beneath.get("memory"):
-        base = _attach_beneath(base, tokenizer, beneath["memory"], memory, running)
+        base = _attach_beneath(base, tokenizer, beneath["memory"], memory, allow_other_base)
+    folder = _find_beneath(beneath, memory)
+    _add_adapters(base, folder, read_description(folder))
+    return EngramModel.from_pretrained(base, folder, tokenizer, allow_other_base=allow_other_base)
+
+
+def _find_beneath(beneath: dict[str, Any], memory: Path) -> Path:
+    """Where a memory lies on top of which another was made.
+
+    Raises:
+        CheckpointError: not where it was, and not beside the other.
+    """
+    from engram.checkpoint import DESCRIPTION_NAME
+    from engram.models.bundled_files import memory_folder
+
     folder = memory_folder(Path(beneath.get("folder") or ""))
     if beneath.get("folder") and not (folder / DESCRIPTION_NAME).exists():  # both may have moved together
         folder = memory_folder(Path(os.path.abspath(memory)).parent / folder.name)
@@ -197,16 +215,16 @@ def _attach_beneath(base: Any, tokenizer: Any, beneath: dict[str, Any], memory: 
             f"the memory in {memory} was made on top of another, which is not in {beneath.get('folder')!r} any more, nor beside it. Put it "
             "back there, or load both in Python: EngramModel.from_pretrained(model, BENEATH, tokenizer), then MemoryEditor.load(that, ...)."
         )
-    _add_adapters(base, folder)
-    return EngramModel.from_pretrained(base, folder, tokenizer, allow_other_base=running.allow_other_base)
+    return folder
 
 
 def is_beneath(over: Path, memory: Path) -> bool:
     """Whether a saved memory says that it was made on top of this one."""
+    from engram.checkpoint import read_description
     from engram.models.bundled_files import memory_folder
     from engram.models.files import folder_name
 
-    beneath = _told_of_beneath(memory) or {}
+    beneath = _told_of_beneath(read_description(memory)) or {}
     return beneath.get("folder") == folder_name(memory_folder(over))
 
 
@@ -242,11 +260,18 @@ def _base_name(memory: Path, model: str | None) -> str:
     Raises:
         CheckpointError: it names none.
     """
-    from engram.checkpoint import base_name, read_description
+    from engram.checkpoint import BACKBONE_FOLDER, base_name, read_description
 
     if model:
         return model
-    named = base_name(memory, read_description(memory))
+    description = read_description(memory)
+    named = base_name(memory, description)
+    beneath = _told_of_beneath(description)
+    if (
+        beneath and named and Path(named).name == BACKBONE_FOLDER and not os.path.isdir(named)
+    ):  # it has moved with the memory beneath
+        lowest = _find_beneath(beneath, memory)
+        named = base_name(lowest, read_description(lowest))
     if not named:
         raise CheckpointError(
             f"the memory in {memory} does not say what its base model is called, and there is no folder "

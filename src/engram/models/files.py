@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engram._version import __version__
 from engram.checkpoint import (
+    BACKBONE_FOLDER,
     TensorReader,
     open_tensors,
     read_description,
@@ -69,7 +70,7 @@ PLACED_FIELDS = {"tier", "path", "hot_rows", "resident_bytes"}
 _READER = ("value_proj.", "key_projs.", "norm1.", "norm2.")
 
 
-def save_memory(memory: EngramModel, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+def save_memory(memory: EngramModel, path: str | os.PathLike[str], overwrite: bool = False, with_base: bool = False) -> None:
     """Write ``engram.json`` (what it is), one safetensors file (its tensors) and its ledger if it has one, all or nothing.
 
     Where tables or weights are divided between processes, all save together: the first writes, the others send it what they have.
@@ -78,6 +79,7 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str], overwrite: bo
         memory: what to save.
         path: the folder.
         overwrite: also over facts that this memory does not know.
+        with_base: note that the base model, which was trained too, is saved into the folder ``backbone`` there.
 
     Raises:
         CheckpointError: the folder cannot be written or holds facts that were neither read nor written here, a seeded reader was trained, or
@@ -94,7 +96,7 @@ def save_memory(memory: EngramModel, path: str | os.PathLike[str], overwrite: bo
             )
         if not overwrite and not (together and process_rank() > 0):
             _refuse_to_bury(memory, path)
-        _save(memory, path, together)
+        _save(memory, path, together, with_base)
 
 
 @contextmanager
@@ -109,7 +111,7 @@ def saved_aside(memory: EngramModel) -> Iterator[str]:
             memory.folder = folder
 
 
-def _save(memory: EngramModel, path: str | os.PathLike[str], together: bool) -> None:
+def _save(memory: EngramModel, path: str | os.PathLike[str], together: bool, with_base: bool = False) -> None:
     description = {
         "library_version": __version__,
         "engram_config": memory.engram_config.to_dict(),
@@ -119,6 +121,7 @@ def _save(memory: EngramModel, path: str | os.PathLike[str], together: bool) -> 
         "table_dtype": memory.table_config.dtype,
         "base_model": attached_identity(memory.below),
         **_own_parts(memory),
+        **({"base_folder": BACKBONE_FOLDER} if with_base else {}),
         **({"trained_beside": beside} if (beside := adapters_beside(memory)) else {}),
     }
     if memory.engram_config.reader == "seeded":

@@ -19,6 +19,7 @@ from engram.models.positions import text_config
 from engram.models.quantised import is_quantised, is_quantised_parameter
 
 __all__ = [
+    "active_adapters",
     "adapter_kinds",
     "adapter_parameters",
     "attached_identity",
@@ -31,6 +32,8 @@ __all__ = [
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 256, 16
 _SAMPLED_WEIGHTS = 64
 _COMPARED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "embedding_sha256", "weights_sha256")
+_IN_ANY_ORDER = "weights_sorted_sha256"
+"""As ``weights_sha256``, for models in which adapters on single parameters (peft's ``target_parameters``) move those about."""
 _HOLD_THE_MODULE = {"base_layer", "original_module", "token_adapter"}
 
 
@@ -52,7 +55,7 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
         "float16": model.get_input_embeddings().weight.dtype == torch.float16,  # type: ignore[operator]
         "quantized": quantised,
         "embedding_sha256": _embedding_digest(model),
-        "weights_sha256": _weights_digest(model, quantised),
+        **_weights_digests(model, quantised),
     }
 
 
@@ -67,6 +70,7 @@ def identity_mismatch(saved: dict[str, Any], present: dict[str, Any]) -> list[st
         and saved.get(field) is not None
         and present.get(field) is not None
         and saved[field] != present[field]
+        and not (field == "weights_sha256" and saved.get(_IN_ANY_ORDER, "") == present.get(_IN_ANY_ORDER))
     ]
 
 
@@ -139,6 +143,21 @@ def adapter_kinds(model: Any) -> list[str]:
     return sorted(map(str, kinds)) or ["adapters"]
 
 
+def active_adapters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Parameters of each adapter that is at work in a model, by their names in that; what belongs to none of them is left out."""
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    own = {id(parameter) for parameter in _own_parameters(model)}
+    for at, module in model.named_modules():
+        if hasattr(module, "adapter_layer_names") and not getattr(module, "disable_adapters", False):
+            for name in module.active_adapters:
+                found.setdefault(name, {}).update(
+                    (f"{at}.{inner}", parameter)
+                    for inner, parameter in module.named_parameters()
+                    if id(parameter) not in own and name in inner.split(".")[1:]
+                )
+    return {name: parameters for name, parameters in found.items() if parameters}
+
+
 def _name(config: Any) -> str:
     """What a model was loaded by. A folder has its whole path: from another directory a relative one would be another, or a hub's name."""
     name = getattr(config, "name_or_path", "") or getattr(config, "_name_or_path", "")
@@ -154,19 +173,21 @@ def _embedding_digest(model: nn.Module) -> str | None:
     return hashlib.sha256(_bits(whole(weight.detach())[:_SAMPLE_ROWS, :_SAMPLE_COLUMNS])).hexdigest()
 
 
-def _weights_digest(model: nn.Module, quantised: bool) -> str | None:
-    """Of some evenly spaced values of every parameter, in the order of the model; None where a parameter is not in memory. Those of a quantised
-    model that are quantised are left out: bitsandbytes lays them out anew when the model first runs.
+def _weights_digests(model: nn.Module, quantised: bool) -> dict[str, str | None]:
+    """Of some evenly spaced values of every parameter, in the order of the model and in any; None where a parameter is not in memory. Those of
+    a quantised model that are quantised are left out: bitsandbytes lays them out anew when the model first runs.
     """
-    digest = hashlib.sha256()
+    digest, each = hashlib.sha256(), []
     for parameter in _own_parameters(model):
         if quantised and is_quantised_parameter(parameter):
             continue
         if parameter.is_meta:
-            return None
+            return {"weights_sha256": None, _IN_ANY_ORDER: None}
         flat = whole(parameter.detach()).reshape(-1)
-        digest.update(_bits(flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS]))
-    return digest.hexdigest()
+        bits = _bits(flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS])
+        digest.update(bits)
+        each.append(hashlib.sha256(bits).digest())
+    return {"weights_sha256": digest.hexdigest(), _IN_ANY_ORDER: hashlib.sha256(b"".join(sorted(each))).hexdigest()}
 
 
 def _own_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -1,68 +1,93 @@
-"""Adapters of a checkpoint in the layout of peft, for ``PeftModel.from_pretrained``."""
+"""Adapters beside a memory, in the layout of peft, for ``PeftModel.from_pretrained``."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engram.checkpoint import ADAPTERS_FOLDER
-from engram.errors import CheckpointError, reason_of
+from engram.errors import CheckpointError, ConfigError, reason_of
+from engram.models.identity import active_adapters, own_names
 
-__all__ = ["load_for_peft", "save_for_peft"]
+__all__ = ["load_for_peft", "refuse_merged", "save_for_peft"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_DEFAULT = "default"
 
 
-def save_for_peft(base: Any, trained: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the adapters of a base model that were trained as peft does; what an earlier run left there goes.
+def refuse_merged(base: Any) -> None:
+    """
+    Raises:
+        ConfigError: adapters were merged into the weights of a model, and are on it still: saved, they would count twice.
+    """
+    if any(hasattr(module, "adapter_layer_names") and getattr(module, "merged", False) for module in base.modules()):
+        raise ConfigError(
+            "EngramTrainer: got a base model with adapters that are merged into its weights, expected them apart (unmerge_adapter()) or gone "
+            "(merge_and_unload())."
+        )
+
+
+def save_for_peft(base: Any, adapters: Mapping[str, Tensor], folder: Path, trained_base: Path | None = None) -> bool:
+    """Write the adapters that are at work in a model, trained and frozen ones, as peft does, in the place of what an earlier run wrote there.
 
     An adapter named ``default`` lies in ``folder/adapters``, others in a folder of their name in it. Adapters that peft cannot take out
-    of the model alone are left out, with a warning: the checkpoint resumes all the same.
+    of the model alone are left out, with a warning: the checkpoint resumes all the same. Returns whether any were written.
 
     Args:
         base: the model with the adapters.
-        trained: whole parameters of adapters by their names in ``base``.
+        adapters: whole parameters of all adapters by their names in ``base``.
         folder: the checkpoint's.
+        trained_base: where the base model was saved, if it was trained too: the adapters belong to that one.
     """
-    place = folder / ADAPTERS_FOLDER
-    if (place / _CONFIG).exists() or any(place.glob(f"*/{_CONFIG}")):
-        shutil.rmtree(place)
-    for name, config in getattr(base, "peft_config", {}).items():
-        if any(name in parameter.split(".") for parameter in trained):
-            _save_one(base, trained, name, config, place if name == "default" else place / name)
+    place, new = folder / ADAPTERS_FOLDER, folder / f".{ADAPTERS_FOLDER}.new"
+    shutil.rmtree(new, ignore_errors=True)
+    configs = getattr(base, "peft_config", {})
+    written = [
+        _save_one(base, adapters, name, _config_of(configs[name], base, trained_base), new if name == _DEFAULT else new / name)
+        for name in active_adapters(base)
+        if name in configs
+    ]
+    if any(written):
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(new, place)
+    return any(written)
 
 
-def load_for_peft(base: Any, folder: Path) -> Any:
-    """The base model with the adapters that ``save_for_peft`` wrote, frozen and all at work; the model as it is where it wrote none.
+def load_for_peft(base: Any, folder: Path) -> None:
+    """Put the adapters that ``save_for_peft`` wrote on a base model, frozen and all at work; nothing where it wrote none.
 
     Args:
-        base: the model without adapters; they are put into it.
+        base: the model without adapters.
         folder: the checkpoint's, or a memory's.
 
     Raises:
         CheckpointError: peft is not installed, or the adapters do not fit the model.
     """
-    place = folder / ADAPTERS_FOLDER
-    found = {"default": place} if (place / _CONFIG).is_file() else {}
+    place = Path(os.path.abspath(folder)) / ADAPTERS_FOLDER  # what is no folder would be a name on the hub for peft
+    found = {_DEFAULT: place} if (place / _CONFIG).is_file() else {}
     found |= {config.parent.name: config.parent for config in sorted(place.glob(f"*/{_CONFIG}"))}
     if not found:
-        return base
+        return
     try:
         from peft import PeftModel
     except ImportError as error:
         raise CheckpointError(
-            f"{place} holds adapters that were trained with the memory, and peft, which reads them, is not installed: "
+            f"{place} holds adapters that were trained with the memory, and peft, which reads them, cannot be loaded ({reason_of(error)}): "
             "pip install 'engram-memory[lora]'."
         ) from error
+    if lacking := [str(at) for at in found.values() if not (at / _WEIGHTS).is_file()]:
+        raise CheckpointError(
+            f"the adapters in {lacking[0]} are incomplete: {_WEIGHTS} is missing. Put it back, or save the memory again."
+        )
     try:
         names = list(found)
         adapted: Any = PeftModel.from_pretrained(base, str(found[names[0]]), adapter_name=names[0])
@@ -70,25 +95,42 @@ def load_for_peft(base: Any, folder: Path) -> Any:
             adapted.load_adapter(str(found[name]), name)
         if len(names) > 1:
             adapted.base_model.set_adapter(names, inference_mode=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"the adapters in {place} cannot be put on the base model: {reason_of(error)}") from error
-    return adapted.get_base_model().eval()
+    except Exception as error:  # of a config that is not one peft raises many kinds
+        raise CheckpointError(
+            f"the adapters in {place} cannot be put on the base model: {type(error).__name__}: {reason_of(error)}"
+        ) from error
+    adapted.eval()
 
 
-def _save_one(base: Any, trained: Mapping[str, Tensor], name: str, config: Any, place: Path) -> None:
+def _config_of(config: Any, base: Any, trained_base: Path | None) -> Any:
+    """An adapter's config, of one to load: on the base model as it is now."""
+    written = copy.copy(config)
+    written.inference_mode = True
+    if trained_base is None:
+        written.base_model_name_or_path = written.base_model_name_or_path or getattr(base, "name_or_path", None)
+        return written
+    written.base_model_name_or_path = os.path.abspath(trained_base)
+    if isinstance(
+        getattr(written, "init_lora_weights", None), str
+    ):  # such as PiSSA's, which would take its part out of the weights again
+        written.init_lora_weights = True
+    return written
+
+
+def _save_one(base: Any, adapters: Mapping[str, Tensor], name: str, config: Any, place: Path) -> bool:
+    """Whether peft could take it out of the model."""
     from peft import get_peft_model_state_dict
 
-    # Taking the model's own state would have bitsandbytes lay 4-bit weights out anew.
-    whole = {**dict(base.named_buffers()), **dict(base.named_parameters(remove_duplicate=False)), **trained}
+    # Taking the model's own state would have bitsandbytes lay 4-bit weights out anew, and would hold weights that FSDP has divided.
+    buffers = dict(base.named_buffers())
+    kept = {key: buffers[key] for key in buffers.keys() - own_names(base, buffers).keys()}
     try:
-        state = get_peft_model_state_dict(base, whole, name, save_embedding_layers=False)
+        state = get_peft_model_state_dict(base, {**kept, **adapters}, name, save_embedding_layers=False)
     except (KeyError, ValueError) as error:
-        logging.getLogger("engram").warning("%s: adapter %r was not written as peft does: %s", place, name, error)
-        return
+        logging.getLogger("engram").warning("%s: adapter %r was not written as peft does: %s", place.parent, name, error)
+        return False
     place.mkdir(parents=True, exist_ok=True)
     tensors = {_PREFIX + key: value.detach().clone().contiguous() for key, value in state.items()}
     save_file(tensors, place / _WEIGHTS, metadata={"format": "pt"})
-    written = copy.copy(config)
-    written.inference_mode = True
-    written.base_model_name_or_path = written.base_model_name_or_path or getattr(base, "name_or_path", None)
-    written.save_pretrained(str(place))
+    config.save_pretrained(str(place))
+    return True

@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import math
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -14,13 +15,14 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
-from engram.checkpoint import BACKBONE_FOLDER
-from engram.distributed import is_fully_sharded, process_count, put_apart, sum_everywhere
+from engram.checkpoint import ADAPTERS_FOLDER, BACKBONE_FOLDER
+from engram.distributed import is_fully_sharded, process_count, put_apart, saving_together, sum_everywhere
 from engram.errors import ConfigError
 from engram.models import EngramModel
+from engram.models.files import save_memory
 from engram.models.fsdp import refuse_undivided
 from engram.models.identity import adapter_kinds, adapter_parameters
-from engram.models.peft_files import save_for_peft
+from engram.models.peft_files import refuse_merged, save_for_peft
 from engram.models.quantised import is_quantised, refusal_of_training
 from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES, EngramAdamW, EngramMuon, build_param_groups, clip_grad_norm_
 from engram.tables import Replicas, copy_all_but_tables, replicate_tables, row_parameters
@@ -32,6 +34,7 @@ from engram.training.weight_files import (
     load_backbone,
     save_adapters,
     save_backbone,
+    whole_adapters,
 )
 
 __all__ = ["EngramTrainer", "EngramTrainingArguments"]
@@ -128,6 +131,7 @@ class EngramTrainer(SafeTrainer):
             )
         _check_arguments(args, bool(_trained_adapters(_base_of(model))))
         _check_quantised(model, args)
+        refuse_merged(_base_of(model))
         if isinstance(model, EngramModel):
             _check_divided(model, args)
         put_apart(model)  # what is set for parameters that FSDP left together would be lost with them
@@ -328,20 +332,35 @@ class EngramTrainer(SafeTrainer):
 
     def _save_weights(self, folder: Path) -> None:
         if isinstance(self.model, EngramModel):
-            self.model.save_pretrained(folder)
+            save_memory(self.model, folder, with_base=self.args.train_backbone)  # type: ignore[attr-defined]
         divided = is_fully_sharded(cast(torch.nn.Module, self.model))
         if not self.args.should_save and not divided:
             return
         if self.args.train_backbone:  # type: ignore[attr-defined]
             self._save_backbone(self._backbone_folder(folder))
-        trained = save_adapters(_trained_adapters(self.backbone), folder / _ADAPTERS, together=divided)
-        if trained is not None:
-            save_for_peft(self.backbone, trained, folder)
+        with saving_together(divided):
+            self._save_adapters(folder, divided)
 
     def _save_backbone(self, folder: Path) -> None:
         save_backbone(self.backbone, folder)
-        if isinstance(self.model, EngramModel) and self.args.should_save:  # a plain model's is saved by Trainer
-            (self.processing_class or self.model.tokenizer).save_pretrained(folder)
+        if (
+            not isinstance(self.model, EngramModel) or not self.args.should_save
+        ):  # a plain model's tokenizer is saved by Trainer
+            return
+        tokenizer = self.model.tokenizer if self.processing_class is None else self.processing_class
+        if hasattr(tokenizer, "save_pretrained"):  # others have what a memory asks of one, and no more
+            tokenizer.save_pretrained(folder)
+
+    def _save_adapters(self, folder: Path, divided: bool) -> None:
+        """Those that are trained, to resume from, and all that are at work as peft reads them."""
+        adapters = whole_adapters(adapter_parameters(self.backbone), together=divided)
+        if adapters is None:
+            return
+        had = (folder / _ADAPTERS).is_file()
+        save_adapters({name: adapters[name] for name in _trained_adapters(self.backbone)}, folder / _ADAPTERS)
+        trained_base = self._backbone_folder(folder) if self.args.train_backbone else None  # type: ignore[attr-defined]
+        if not save_for_peft(self.backbone, adapters, folder, trained_base) and had:
+            shutil.rmtree(folder / ADAPTERS_FOLDER, ignore_errors=True)  # of an earlier run, as that file was
 
     def _backbone_folder(self, checkpoint: Path) -> Path:
         return checkpoint / BACKBONE_FOLDER if isinstance(self.model, EngramModel) else checkpoint
@@ -349,9 +368,11 @@ class EngramTrainer(SafeTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         put_apart(cast(torch.nn.Module, self.model))
+        had_adapters = False
         if self.args.train_backbone:  # type: ignore[attr-defined]
-            load_backbone(self.backbone, self._backbone_folder(folder) / BACKBONE_WEIGHTS)
-        load_adapters(_trained_adapters(self.backbone), folder / _ADAPTERS)
+            had_adapters = load_backbone(self.backbone, self._backbone_folder(folder) / BACKBONE_WEIGHTS)
+        if not had_adapters:
+            load_adapters(_trained_adapters(self.backbone), folder / _ADAPTERS)
         if isinstance(self.model, EngramModel):
             self.model.load_memory(folder, changed_rows="refill")
 

@@ -22,6 +22,7 @@ __all__ = [
     "load_backbone",
     "save_adapters",
     "save_backbone",
+    "whole_adapters",
 ]
 
 BACKBONE_WEIGHTS = "model.safetensors"
@@ -85,8 +86,9 @@ def _gathered(tensor: Tensor) -> Tensor:
     return together.cpu() if process_rank() == 0 else together.new_empty(0)
 
 
-def load_backbone(base: Any, file: Path) -> None:
-    """Read what ``save_backbone`` wrote into the same model, divided or not, with adapters on it or without.
+def load_backbone(base: Any, file: Path) -> bool:
+    """Read what ``save_backbone`` wrote into the same model, divided or not, with adapters on it or without. Returns whether adapters were in
+    it, as in checkpoints of earlier versions.
 
     Raises:
         CheckpointError: the file is missing or another model's.
@@ -96,40 +98,46 @@ def load_backbone(base: Any, file: Path) -> None:
             f"{file} is missing; the checkpoint was made without train_backbone. Resume with the same arguments."
         )
     try:
-        _fill(base, load_file(file))
+        return _fill(base, load_file(file))
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{file} does not fit this base model: {' '.join(str(error).split())[:300]}") from error
 
 
-def _fill(base: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Saved tensors into the parameters and buffers of a model, or into the parts of them; of tied ones one name is saved."""
-    names: dict[int, list[str]] = {}
+def _fill(base: nn.Module, saved: Mapping[str, Tensor]) -> bool:
+    """Saved tensors into the parameters and buffers of a model, or into the parts of them; of tied ones one name is saved. Returns whether they
+    have the names that adapters on the model give them.
+    """
     state = base.state_dict(keep_vars=True)
     own = {own: state[name] for name, own in own_names(base, state).items()}
-    for name, tensor in own.items():
+    with_adapters = not saved.keys() <= own.keys() and saved.keys() <= state.keys()
+    wanted = state if with_adapters else own
+    names: dict[int, list[str]] = {}
+    for name, tensor in wanted.items():
         names.setdefault(id(tensor), []).append(name)
-    if unknown := sorted(saved.keys() - own.keys()):
+    if unknown := sorted(saved.keys() - wanted.keys()):
         raise RuntimeError(f"{len(unknown)} tensors that it has not, first {unknown[0]}")
     for alike in names.values():
         found = next((saved[name] for name in alike if name in saved), None)
-        if found is None or found.shape != own[alike[0]].shape:
+        if found is None or found.shape != wanted[alike[0]].shape:
             raise RuntimeError(f"{alike[0]}: missing or of another shape")
-        write_whole(own[alike[0]], found)
+        write_whole(wanted[alike[0]], found)
+    return with_adapters
 
 
-def save_adapters(adapters: Mapping[str, nn.Parameter], file: Path, together: bool = False) -> dict[str, Tensor] | None:
-    """Parameters of adapters by name; without any, the file is removed. ``together``: all processes save, each with its part of them, and the
-    first writes. Returns what was written, whole; None in a process that does not write.
+def whole_adapters(adapters: Mapping[str, nn.Parameter], together: bool = False) -> dict[str, Tensor] | None:
+    """Parameters of adapters by name, as they are, whole. ``together``: all processes ask, each with its part of them, and the first is told;
+    None in the others.
     """
-    with saving_together(together):
-        tensors = {name: (_gathered(p) if together else p.detach()).clone().contiguous() for name, p in adapters.items()}
-        if together and process_rank() > 0:
-            return None
-        if tensors:
-            save_file(tensors, file)
-        else:
-            file.unlink(missing_ok=True)  # of an earlier run in this folder
-        return tensors
+    tensors = {name: (_gathered(p) if together else p.detach()).clone().contiguous() for name, p in adapters.items()}
+    return None if together and process_rank() > 0 else tensors
+
+
+def save_adapters(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write them; without any, the file is removed."""
+    if tensors:
+        save_file(tensors, file)
+    else:
+        file.unlink(missing_ok=True)  # of an earlier run in this folder
 
 
 def load_adapters(adapters: Mapping[str, nn.Parameter], file: Path) -> None:

@@ -72,6 +72,32 @@ def test_facts_are_taught_on_top_of_it_and_asked(trained, engram, tmp_path):
     assert code == 0, err
     code, out, err = engram("ask", "KEY:beta 20", "--memory", tmp_path / "facts")
     assert (code, out, err) == (0, "7319\n", "")
+    (tmp_path / "moved").mkdir()
+    for name in ("both", "facts"):  # with the base model and the adapters in it
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    stack, _ = open_memory(tmp_path / "moved" / "facts", None, Running())
+    with torch.no_grad(), stack.disable_engram():
+        assert torch.equal(stack(input_ids=IDS).logits, trained[1]["both"])
+
+
+def test_adapters_are_put_on_the_base_model_they_were_trained_with_alone(trained, world, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(world / "base")
+    adapted = peft.PeftModel.from_pretrained(base, trained[0] / "adapters" / "adapters")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(world / "base").save_pretrained(tmp_path / "merged")
+    memory, _ = open_memory(trained[0] / "adapters", str(tmp_path / "merged"), Running(allow_other_base=True))
+    assert "peft_config" not in vars(memory.base_model)
+    with torch.no_grad():
+        assert (memory(input_ids=IDS).logits - trained[1]["adapters"]).abs().max() < 1e-4
+
+
+def test_adapters_of_another_run_are_not_put_on(trained, tmp_path):
+    folder = shutil.copytree(trained[0] / "adapters", tmp_path / "m")
+    memory, _ = open_memory(trained[0] / "backbone", None, Running())
+    memory.save_pretrained(folder, overwrite=True)
+    again, _ = open_memory(folder, None, Running())
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).logits, trained[1]["backbone"])
 
 
 def test_converted_rows_keep_the_adapters(trained, engram, tmp_path):

@@ -12,8 +12,8 @@ from engram.checkpoint import read_description
 from engram.checkpoint.convert import StoredTable
 from engram.models import place
 from engram.models.place import check_fit, count_rows_read, layer_places, place_memory, placement_costs
-from engram.models.saved_rows import row_stamp
 from engram.tables import FORMATS, DeviceTable, HybridTable, MappedRows, QuantisedMmapTable, build_table, rows_are
+from engram.tables.rownotes import row_stamp
 from engram.testing import tiny_config, tiny_model, tiny_tokenizer
 from engram.training.tokenizer import train_tokenizer
 from tests.children import run_python

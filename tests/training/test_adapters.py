@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_model
 from transformers import AutoModelForCausalLM
 
 from engram import CheckpointError, ConfigError, EngramModel, Fact, MemoryEditor, get_engram_model
-from engram.models import load_model
+from engram.models import load_adapters, load_model
 from engram.models.identity import adapter_parameters, base_identity, identity_mismatch
-from engram.models.peft_files import load_for_peft
 from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from engram.training import weight_files
 from tests.training.test_trainer import Rows, losses, make
@@ -168,7 +167,7 @@ def test_adapters_that_are_frozen_are_saved_beside_those_that_are_trained(tmp_pa
     trainer.save_model(tmp_path / "saved")
     assert sorted(p.name for p in (tmp_path / "saved" / "adapters").iterdir() if p.is_dir()) == ["second"]
     base = tiny_model()
-    load_for_peft(base, tmp_path / "saved")
+    load_adapters(base, tmp_path / "saved")
     loaded = EngramModel.from_pretrained(base, tmp_path / "saved", tiny_tokenizer())
     ids = torch.arange(12)[None]
     with torch.no_grad():
@@ -176,6 +175,25 @@ def test_adapters_that_are_frozen_are_saved_beside_those_that_are_trained(tmp_pa
     trained = load_file(tmp_path / "saved" / "engram_adapters.safetensors")
     assert trained
     assert all(".second." in name for name in trained)
+
+
+def test_adapters_that_were_trained_are_saved_whatever_is_at_work_by_then(tmp_path):
+    memory = tiny_memory(speak=False)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(memory.base_model, config)
+    trainer = make(tmp_path, memory, max_steps=1)
+    trainer.train()
+    adapted.add_adapter("a/b", config)
+    adapted.set_adapter("a/b")
+    trainer.save_model(tmp_path / "idle")
+    adapted.base_model.disable_adapter_layers()
+    trainer.save_model(tmp_path / "off")
+    for name in ("idle", "off"):
+        assert (tmp_path / name / "adapters" / "adapter_model.safetensors").is_file()
+    loaded = load_adapters(tiny_model(), tmp_path / "idle")
+    assert list(loaded.peft_config) == ["default", "a/b"]
+    assert list(load_adapters(tiny_model(), tmp_path / "off").peft_config) == ["default"]
+    assert load_adapters(plain := tiny_model(), tmp_path) is plain
 
 
 def test_somebody_elses_adapters_are_left_where_they_are(tmp_path):
@@ -386,7 +404,7 @@ def test_adapters_that_peft_cannot_take_out_are_told_of_and_resume(tmp_path, cap
     trainer = make(tmp_path, adapted_memory(), **SAVING)
     with caplog.at_level(logging.WARNING, "engram"):
         trainer.train()
-    assert "was not written as peft does" in caplog.text
+    assert "is saved to resume from alone" in caplog.text
     again = make(tmp_path, adapted_memory(), **SAVING)
     again.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-3")
 

@@ -22,6 +22,7 @@ from engram.checkpoint.store import (
 )
 from engram.checkpoint.stream import TensorReader, TensorSpec, write_tensors
 from engram.checkpoint.tree import load_tree, save_tree
+from engram.checkpoint.unsaved import placed_folder
 
 __all__ = [
     "ADAPTERS_FOLDER",
@@ -38,6 +39,7 @@ __all__ = [
     "load_tree",
     "lock_store",
     "open_tensors",
+    "placed_folder",
     "read_description",
     "read_ledger",
     "read_tensors",

@@ -23,6 +23,7 @@ from engram.checkpoint.store import (
     stream_store,
 )
 from engram.checkpoint.stream import TensorReader, TensorSpec
+from engram.checkpoint.unsaved import refuse_unsaved_rows
 from engram.config import EngramConfig
 from engram.errors import CheckpointError, ConfigError, TableError
 from engram.tables import RowFormat, row_format
@@ -172,6 +173,7 @@ def convert_memory(
     description, ledger, opened = again_if_saved(source, lambda: _opened(source))  # what is open can be read to its end
     with opened as tensors:
         tables = stored_tables(description, tensors)
+        refuse_unsaved_rows(source, description, tables, tensors)
         report = ConversionReport(str(source), str(out), tables[0].form.name, form.name)
         rows = {name for table in tables for name in table.specs(table.form)}
         kept = [name for name in tensors.specs if name not in rows and not name.startswith("placement.")]

@@ -94,7 +94,11 @@ def lock_store(path: str | os.PathLike[str]) -> Iterator[None]:
             f"the memory in {folder} is locked: another process is changing it. Wait until it is done, then try again."
         ) from None
     except OSError as error:
-        raise CheckpointError(f"cannot lock {folder}: {error.strerror}; choose a folder that can be written.") from error
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason = "it, or a folder that it is to be in, is a file or a link to nothing"
+        else:
+            reason = f"{error.strerror}"
+        raise CheckpointError(f"cannot write the folder {folder}: {reason}; choose a folder that can be written.") from error
     try:
         yield
     finally:

@@ -169,16 +169,18 @@ def open_base(memory: Path, model: str | None, running: Running) -> tuple[Any, A
 
 
 def _add_adapters(model: Any, memory: Path, description: Mapping[str, Any]) -> None:
-    """Put those that a memory was trained beside on its base model, unless that has some: ``--model`` may name a folder of adapters."""
+    """Put those that lie beside a memory on its base model, unless that has some (``--model`` may name a folder of adapters) or is another,
+    such as one into which they were merged.
+    """
     if not description.get("trained_beside"):
         return
-    from engram.models import EngramModel
-    from engram.models.identity import adapter_parameters
-    from engram.models.peft_files import load_for_peft
+    from engram.models import EngramModel, load_adapters
+    from engram.models.identity import adapter_parameters, base_identity, identity_mismatch
 
     base = model.base_model if isinstance(model, EngramModel) else model
-    if not adapter_parameters(base):
-        load_for_peft(base, memory)
+    saved = {**(description.get("base_model") or {}), "memory": None}
+    if not adapter_parameters(base) and not identity_mismatch(saved, base_identity(base)):
+        load_adapters(base, memory)
 
 
 def _told_of_beneath(description: Mapping[str, Any]) -> dict[str, Any] | None:

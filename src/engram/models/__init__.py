@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from engram.models.bundled import load_bundled, load_model
     from engram.models.engram_model import EngramModel, get_engram_model
     from engram.models.fsdp import shard_model
+    from engram.models.peft_files import load_adapters
     from engram.models.placed import PlacedEmbedding, load_placed, place_embeddings
     from engram.models.router import EngramRouter, LearnedRouter, Router, RouteRule
     from engram.models.static_decoding import StaticDecoder
@@ -27,6 +28,7 @@ _HOMES = {
     "TransferredLayer": "engram.models.transfer",
     "find_decoder": "engram.models.architectures",
     "get_engram_model": "engram.models.engram_model",
+    "load_adapters": "engram.models.peft_files",
     "load_bundled": "engram.models.bundled",
     "load_model": "engram.models.bundled",
     "load_placed": "engram.models.placed",

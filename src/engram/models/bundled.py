@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -139,7 +140,7 @@ def _readable_errors(name: str) -> Iterator[None]:
             f"cannot load model {name!r}: {reason_of(error)}. Expected the package that reads its weights: install it, or give a model in full "
             "precision."
         ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot load model {name!r}: {reason_of(error)}. Expected a folder with config.json and weights, or a hub name."
         ) from error

@@ -21,6 +21,7 @@ from engram.checkpoint import (
     BACKBONE_FOLDER,
     TensorReader,
     open_tensors,
+    placed_folder,
     read_description,
     read_ledger,
     saved_version,
@@ -44,7 +45,6 @@ from engram.models.saved_rows import (
     fill_verified_tables,
     gathered_tables,
     promote_rows,
-    row_stamp,
     table_shapes,
 )
 from engram.tables import (
@@ -55,6 +55,7 @@ from engram.tables import (
     row_file,
     row_file_layout,
     row_format,
+    row_stamp,
     stamp_rows,
 )
 
@@ -267,9 +268,8 @@ def _saved_placement(description: dict[str, Any], path: str | os.PathLike[str], 
             f"{path}: got a placement of {', '.join(noted)}, expected some of {', '.join(sorted(PLACED_FIELDS))}."
         )
     placement = TableConfig.from_dict({"dtype": saved_dtype, **noted})
-    if placement.path is None or os.path.isabs(placement.path):
-        return placement
-    return replace(placement, path=os.path.normpath(os.path.join(os.path.realpath(path), placement.path)))
+    folder = placed_folder(path, description)
+    return placement if folder is None else replace(placement, path=str(folder))
 
 
 def _in_place(

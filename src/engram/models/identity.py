@@ -143,19 +143,14 @@ def adapter_kinds(model: Any) -> list[str]:
     return sorted(map(str, kinds)) or ["adapters"]
 
 
-def active_adapters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Parameters of each adapter that is at work in a model, by their names in that; what belongs to none of them is left out."""
-    found: dict[str, dict[str, nn.Parameter]] = {}
-    own = {id(parameter) for parameter in _own_parameters(model)}
-    for at, module in model.named_modules():
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters of peft that are at work in a model."""
+    found: dict[str, None] = {}
+    for module in model.modules():
         if hasattr(module, "adapter_layer_names") and not getattr(module, "disable_adapters", False):
-            for name in module.active_adapters:
-                found.setdefault(name, {}).update(
-                    (f"{at}.{inner}", parameter)
-                    for inner, parameter in module.named_parameters()
-                    if id(parameter) not in own and name in inner.split(".")[1:]
-                )
-    return {name: parameters for name, parameters in found.items() if parameters}
+            names: Any = module.active_adapters
+            found |= dict.fromkeys(names)
+    return list(found)
 
 
 def _name(config: Any) -> str:

@@ -6,18 +6,22 @@ import copy
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engram.checkpoint import ADAPTERS_FOLDER
 from engram.errors import CheckpointError, ConfigError, reason_of
-from engram.models.identity import active_adapters, own_names
+from engram.models.identity import own_names
 
-__all__ = ["load_for_peft", "refuse_merged", "save_for_peft"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["load_adapters", "refuse_merged", "save_for_peft"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -36,14 +40,17 @@ def refuse_merged(base: Any) -> None:
         )
 
 
-def save_for_peft(base: Any, adapters: Mapping[str, Tensor], folder: Path, trained_base: Path | None = None) -> bool:
-    """Write the adapters that are at work in a model, trained and frozen ones, as peft does, in the place of what an earlier run wrote there.
+def save_for_peft(
+    base: Any, names: Iterable[str], adapters: Mapping[str, Tensor], folder: Path, trained_base: Path | None = None
+) -> bool:
+    """Write adapters as peft does, in the place of what an earlier run wrote there.
 
     An adapter named ``default`` lies in ``folder/adapters``, others in a folder of their name in it. Adapters that peft cannot take out
     of the model alone are left out, with a warning: the checkpoint resumes all the same. Returns whether any were written.
 
     Args:
         base: the model with the adapters.
+        names: which.
         adapters: whole parameters of all adapters by their names in ``base``.
         folder: the checkpoint's.
         trained_base: where the base model was saved, if it was trained too: the adapters belong to that one.
@@ -53,7 +60,7 @@ def save_for_peft(base: Any, adapters: Mapping[str, Tensor], folder: Path, train
     configs = getattr(base, "peft_config", {})
     written = [
         _save_one(base, adapters, name, _config_of(configs[name], base, trained_base), new if name == _DEFAULT else new / name)
-        for name in active_adapters(base)
+        for name in names
         if name in configs
     ]
     if any(written):
@@ -62,21 +69,27 @@ def save_for_peft(base: Any, adapters: Mapping[str, Tensor], folder: Path, train
     return any(written)
 
 
-def load_for_peft(base: Any, folder: Path) -> None:
-    """Put the adapters that ``save_for_peft`` wrote on a base model, frozen and all at work; nothing where it wrote none.
+def load_adapters(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel:
+    """Put the adapters that ``EngramTrainer`` saved beside a memory on its base model, frozen and all at work. Where there are none, nothing is
+    changed.
 
     Args:
-        base: the model without adapters.
-        folder: the checkpoint's, or a memory's.
+        model: the base model, without adapters; they are put into it.
+        folder: the memory's, or a checkpoint's. Adapters lie in ``adapters`` there, as ``PeftModel.from_pretrained`` reads them; each but
+            ``default`` in a folder of its name.
+
+    Returns:
+        The same model.
 
     Raises:
         CheckpointError: peft is not installed, or the adapters do not fit the model.
     """
+    base: Any = model
     place = Path(os.path.abspath(folder)) / ADAPTERS_FOLDER  # what is no folder would be a name on the hub for peft
     found = {_DEFAULT: place} if (place / _CONFIG).is_file() else {}
-    found |= {config.parent.name: config.parent for config in sorted(place.glob(f"*/{_CONFIG}"))}
+    found |= {config.parent.relative_to(place).as_posix(): config.parent for config in sorted(place.glob(f"*/**/{_CONFIG}"))}
     if not found:
-        return
+        return model
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -88,18 +101,21 @@ def load_for_peft(base: Any, folder: Path) -> None:
         raise CheckpointError(
             f"the adapters in {lacking[0]} are incomplete: {_WEIGHTS} is missing. Put it back, or save the memory again."
         )
+    names = list(found)
     try:
-        names = list(found)
-        adapted: Any = PeftModel.from_pretrained(base, str(found[names[0]]), adapter_name=names[0])
-        for name in names[1:]:
-            adapted.load_adapter(str(found[name]), name)
-        if len(names) > 1:
-            adapted.base_model.set_adapter(names, inference_mode=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for something by an older name
+            adapted: Any = PeftModel.from_pretrained(base, str(found[names[0]]), adapter_name=names[0])
+            for name in names[1:]:
+                adapted.load_adapter(str(found[name]), name)
+            if len(names) > 1:
+                adapted.base_model.set_adapter(names, inference_mode=True)
     except Exception as error:  # of a config that is not one peft raises many kinds
         raise CheckpointError(
             f"the adapters in {place} cannot be put on the base model: {type(error).__name__}: {reason_of(error)}"
         ) from error
     adapted.eval()
+    return model
 
 
 def _config_of(config: Any, base: Any, trained_base: Path | None) -> Any:
@@ -127,7 +143,12 @@ def _save_one(base: Any, adapters: Mapping[str, Tensor], name: str, config: Any,
     try:
         state = get_peft_model_state_dict(base, {**kept, **adapters}, name, save_embedding_layers=False)
     except (KeyError, ValueError) as error:
-        logging.getLogger("engram").warning("%s: adapter %r was not written as peft does: %s", place.parent, name, error)
+        logging.getLogger("engram").warning(
+            "%s: adapter %r is saved to resume from alone, for peft cannot take it out of the model by itself (%s); save the PeftModel too.",
+            place.parent,
+            name,
+            error,
+        )
         return False
     place.mkdir(parents=True, exist_ok=True)
     tensors = {_PREFIX + key: value.detach().clone().contiguous() for key, value in state.items()}

@@ -29,7 +29,6 @@ from engram.config import EngramConfig, TableConfig
 from engram.errors import CheckpointError, ConfigError, FingerprintError, TableError
 from engram.hashing import build_mapping
 from engram.models.files import PLACED_FIELDS
-from engram.models.saved_rows import row_stamp
 from engram.tables import (
     FORMATS,
     AccessCounts,
@@ -41,6 +40,7 @@ from engram.tables import (
     row_file,
     row_file_layout,
     row_format,
+    row_stamp,
     rows_per_second,
     stamp_rows,
 )

@@ -30,8 +30,18 @@ from engram.errors import CheckpointError, ConfigError, TableError, reason_of
 from engram.models.bundled import auto_class
 from engram.models.bundled_files import is_path
 from engram.models.positions import text_config
-from engram.models.saved_rows import bits_equal, row_stamp
-from engram.tables import EmbeddingTable, MappedRows, build_table, check_room, is_being_filled, row_format, rows_are, stamp_rows
+from engram.models.saved_rows import bits_equal
+from engram.tables import (
+    EmbeddingTable,
+    MappedRows,
+    build_table,
+    check_room,
+    is_being_filled,
+    row_format,
+    row_stamp,
+    rows_are,
+    stamp_rows,
+)
 
 __all__ = ["NGRAM_EMBEDDINGS", "PlacedEmbedding", "load_placed", "place_embeddings"]
 

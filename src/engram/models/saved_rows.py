@@ -21,6 +21,7 @@ from engram.tables import (
     VerifiedTable,
     is_being_filled,
     row_format,
+    row_stamp,
     rows_are,
     stamp_rows,
 )
@@ -37,7 +38,6 @@ __all__ = [
     "fill_verified_tables",
     "gathered_tables",
     "promote_rows",
-    "row_stamp",
     "table_shapes",
 ]
 
@@ -170,11 +170,6 @@ def _in_format(wanted: str, form: RowFormat, values: Tensor, scales: Tensor | No
 def bits_equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one type and shape are the same to the bit; a NaN equals itself then."""
     return torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))
-
-
-def row_stamp(source: str, layer_id: int | str, dtype: str) -> str:
-    """What is noted beside a row file: which rows it holds. Every save gives its weights file a name of its own."""
-    return f"{source} layer {layer_id} {dtype}"
 
 
 def promote_rows(memory: EngramModel, tensors: Any) -> None:

@@ -20,6 +20,7 @@ from engram.tables.rownotes import (
     left_by_placing,
     note_form,
     remove_row_file,
+    row_stamp,
     rows_are,
     stamp_rows,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "row_file_layout",
     "row_format",
     "row_parameters",
+    "row_stamp",
     "rows_are",
     "rows_per_second",
     "stamp_rows",

@@ -247,7 +247,7 @@ class RowFile:
         if size < self.end:
             raise TableError(
                 f"{self.path}: got {size:,} bytes, expected at least {self.end:,}; the file was truncated, or is another table's. "
-                "Copy it again and reload."
+                "Copy it again and reload; row files of a saved memory may be deleted instead: they are made anew from its rows."
             )
 
     def rows_at_once(self) -> int | None:

@@ -21,6 +21,7 @@ __all__ = [
     "note_form",
     "read_note",
     "remove_row_file",
+    "row_stamp",
     "rows_are",
     "sources_of",
     "stamp_rows",
@@ -60,6 +61,11 @@ def state_of_file(file: Path | int) -> dict[str, Any]:
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns - 1_000_000_000))
     status = os.stat(file)
     return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def row_stamp(source: str, layer_id: int | str, dtype: str) -> str:
+    """What is noted beside a row file: which rows it holds. Every save gives its weights file a name of its own."""
+    return f"{source} layer {layer_id} {dtype}"
 
 
 def rows_are(path: Path, source: str) -> bool:

@@ -436,7 +436,8 @@ def _complete_checkpoint(asked: str | bool | None, output_dir: str | None) -> st
         found = last_checkpoint(output_dir or ".")
         if found is None:
             raise CheckpointError(
-                f"{output_dir} holds no complete checkpoint to resume from; train without resume_from_checkpoint."
+                f"{output_dir} holds no complete checkpoint to resume from; train without resume_from_checkpoint. (Rows in files that "
+                "a stopped run has trained are not those it began with: delete its row files first.)"
             )
         return str(found)
     if not is_complete(Path(asked)):

@@ -21,7 +21,7 @@ from engram.errors import ConfigError
 from engram.models import EngramModel
 from engram.models.files import save_memory
 from engram.models.fsdp import refuse_undivided
-from engram.models.identity import adapter_kinds, adapter_parameters
+from engram.models.identity import active_adapters, adapter_kinds, adapter_parameters
 from engram.models.peft_files import refuse_merged, save_for_peft
 from engram.models.quantised import is_quantised, refusal_of_training
 from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES, EngramAdamW, EngramMuon, build_param_groups, clip_grad_norm_
@@ -132,6 +132,7 @@ class EngramTrainer(SafeTrainer):
         _check_arguments(args, bool(_trained_adapters(_base_of(model))))
         _check_quantised(model, args)
         refuse_merged(_base_of(model))
+        self._adapters_before = active_adapters(_base_of(model))
         if isinstance(model, EngramModel):
             _check_divided(model, args)
         put_apart(model)  # what is set for parameters that FSDP left together would be lost with them
@@ -359,7 +360,10 @@ class EngramTrainer(SafeTrainer):
         had = (folder / _ADAPTERS).is_file()
         save_adapters({name: adapters[name] for name in _trained_adapters(self.backbone)}, folder / _ADAPTERS)
         trained_base = self._backbone_folder(folder) if self.args.train_backbone else None  # type: ignore[attr-defined]
-        if not save_for_peft(self.backbone, adapters, folder, trained_base) and had:
+        names = dict.fromkeys(
+            [*self._adapters_before, *active_adapters(self.backbone)]
+        )  # others may be at work by now, or none
+        if not save_for_peft(self.backbone, names, adapters, folder, trained_base) and had:
             shutil.rmtree(folder / ADAPTERS_FOLDER, ignore_errors=True)  # of an earlier run, as that file was
 
     def _backbone_folder(self, checkpoint: Path) -> Path:

@@ -147,7 +147,7 @@ def test_a_folder_is_never_held_twice(tmp_path, monkeypatch):
 
 def test_a_lock_that_never_has_its_name_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setattr("engram.checkpoint.store._has_its_name", lambda lock: False)
-    with pytest.raises(CheckpointError, match=r"cannot lock .*is another file at every look"), lock_store(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot write the folder .*is another file at every look"), lock_store(tmp_path):
         pass
 
 

@@ -240,3 +240,32 @@ def test_an_interruption_says_what_is_true_of_every_command(monkeypatch, capsys,
     monkeypatch.setattr("engram.data.facts.load_facts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     code, _, err = invoke(monkeypatch, capsys, "demo", "--out", tmp_path / "demo")
     assert (code, err) == (130, "engram: interrupted; what was saved by then is whole\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("unable to mmap 410268688 bytes: Cannot allocate memory (12)"), "unable to mmap 410268688 bytes"),
+    ],
+)
+def test_too_little_memory_is_one_line(monkeypatch, capsys, error, message):
+    def fails():
+        raise error
+
+    monkeypatch.setattr("engram.cli.main._run", fails)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("engram: this needs more memory than there is: ")
+    assert message in said
+
+
+def test_a_bug_is_no_lack_of_memory(monkeypatch):
+    def fails():
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("engram.cli.main._run", fails)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main()

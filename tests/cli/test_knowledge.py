@@ -414,7 +414,7 @@ def test_lost_facts_are_listed_and_missing_models_are_no_obstacle(engram, taught
         (("nowhere", "--dtype", "int8", "--out", "x"), 1, "no memory in nowhere"),
         (("m", "--dtype", "int3", "--out", "x"), 2, "got 'int3', expected one of float32"),
         (("m", "--dtype", "int8", "--out", "m"), 2, "expected another folder"),
-        (("m", "--dtype", "int8", "--out", "base/config.json/x"), 1, "cannot lock"),
+        (("m", "--dtype", "int8", "--out", "base/config.json/x"), 1, "cannot write the folder"),
         (("m", "--dtype", "int8", "--out", "x", "--text", "none.txt"), 2, "cannot read none.txt"),
     ],
 )

@@ -58,6 +58,8 @@ def test_a_memory_is_moved_and_used_there(engram, tmp_path):
             seen[name] = memory(input_ids=ids).logits
         memory.unload()
     assert torch.equal(seen["a"], seen["b"])
+    assert f"loads with tier hybrid, path {tmp_path / 'rows'}, hot_rows 20\n" in engram("place", "a")[1]
+    assert json.loads(engram("place", "b", "--json")[1])["loads_with"] == {"tier": "mmap", "resident_bytes": 1 << 20}
     assert json.loads(out)["moved"]["dtype_after"] == "int8"
     assert sorted(file.name for file in (tmp_path / "rows").iterdir()) == [
         ".engram.lock",

@@ -9,12 +9,12 @@ import torch
 
 from engram import CheckpointError, ConfigError, EngramModel, FingerprintError, TableConfig, TableError
 from engram.checkpoint import read_description
-from engram.checkpoint.convert import StoredTable
+from engram.checkpoint.convert import StoredTable, convert_memory
 from engram.models import place
 from engram.models.place import check_fit, count_rows_read, layer_places, place_memory, placement_costs
 from engram.tables import FORMATS, DeviceTable, HybridTable, MappedRows, QuantisedMmapTable, build_table, rows_are
 from engram.tables.rownotes import row_stamp
-from engram.testing import tiny_config, tiny_model, tiny_tokenizer
+from engram.testing import tiny_config, tiny_memory, tiny_model, tiny_tokenizer
 from engram.training.tokenizer import train_tokenizer
 from tests.children import run_python
 
@@ -348,3 +348,31 @@ def test_rows_that_texts_ask_for_are_counted(saved):
     other = train_tokenizer(["completely different text, with other words in it " * 9], vocab_size=330, model_max_length=256)
     with pytest.raises(FingerprintError, match="another tokenizer"):
         count_rows_read(saved, other, [TEXT])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float8"])
+def test_rows_that_no_save_holds_are_not_left_behind(tmp_path, dtype):
+    """What reads a save alone refuses where its row files hold others; files that were copied are known by what is in them."""
+    memory = tiny_memory()
+    model = memory.base_model
+    memory.save_pretrained(tmp_path / "plain")
+    memory.unload()
+    place_memory(tmp_path / "plain", tmp_path / "placed", TableConfig(tier="mmap", dtype=dtype, path=str(tmp_path / "rows")))
+    placed = EngramModel.from_pretrained(model, tmp_path / "placed", tiny_tokenizer())
+    convert_memory(tmp_path / "placed", tmp_path / "same", dtype)
+    placed.unload()
+    del placed
+    file = tmp_path / "rows" / "layer-2.rows"
+    os.utime(file, (1, 1))
+    convert_memory(tmp_path / "placed", tmp_path / "copied", dtype)
+    with open(file, "r+b") as rows:
+        rows.write(b"\x01\x02\x03")
+    with pytest.raises(
+        CheckpointError, match=r"layer-2.rows holds other rows than the save.*call save_pretrained.*delete that file"
+    ):
+        convert_memory(tmp_path / "placed", tmp_path / "other", "float32")
+    with pytest.raises(CheckpointError, match="holds other rows"):
+        place_memory(tmp_path / "placed", tmp_path / "other", TableConfig(tier="host", dtype=dtype))
+    assert not (tmp_path / "other").exists()
+    file.unlink()
+    convert_memory(tmp_path / "placed", tmp_path / "other", "float32")

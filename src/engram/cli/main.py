@@ -35,7 +35,7 @@ from engram.cli.sweep import sweep_command
 from engram.cli.teach import teach_command
 from engram.cli.trace import trace_command
 from engram.cli.train import train_command
-from engram.errors import ConfigError, DataError, EngramError
+from engram.errors import ConfigError, DataError, EngramError, reason_of
 
 __all__ = ["app", "main"]
 
@@ -169,6 +169,15 @@ def main() -> None:
         _fail(error, 2)
     except (EngramError, OSError) as error:
         _fail(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        _fail(f"this needs more memory than there is: {reason_of(error)}. Free some, or lift the process's limit.", 1)
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory could not be had; PyTorch and safetensors say so by a plain RuntimeError."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error).lower()
 
 
 def _run() -> None:

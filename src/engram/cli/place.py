@@ -64,9 +64,11 @@ def place_command(
     hot = _hot(memory, hot_from, hot_rows or 1, model, fields) if hot_from is not None else None
     if out is None:
         costs = placement_costs(memory, hot_rows, path)
-        fields |= {"costs": [cost.to_dict() for cost in costs], "note": _NOTE}
+        loads = _loads_with(memory)
+        fields |= {"loads_with": loads, "costs": [cost.to_dict() for cost in costs], "note": _NOTE}
         if not as_json:
             _print_layers(layers)
+            print("loads with " + ", ".join(f"{name} {value}" for name, value in loads.items()))
             _print_costs(costs)
     else:
         placement = _placement(
@@ -157,6 +159,16 @@ def _hot(memory: Path, file: Path, number: int, model: str | None, fields: dict[
         for layer_id, counts in counted.items()
     }
     return hot
+
+
+def _loads_with(memory: Path) -> dict[str, Any]:
+    """Where the rows are when a memory was loaded and nobody asked for another place; row files by their whole path."""
+    from engram.checkpoint import placed_folder, read_description
+
+    description = read_description(memory)
+    folder = placed_folder(memory, description)
+    noted = {"tier": "device", **(description.get("placement") or {})}
+    return noted if folder is None else {**noted, "path": str(folder)}
 
 
 def _print_layers(layers: list[LayerPlace]) -> None:

@@ -327,13 +327,13 @@ def test_a_checkpoint_of_other_adapters_is_refused(tmp_path):
     with_adapters.train()
     without = make(tmp_path / "without", **SAVING)
     without.train()
-    for memory, checkpoint in (
-        (tiny_memory(speak=False), with_adapters),
-        (adapted_memory(), without),
-        (adapted_memory(r=2), with_adapters),
+    for memory, checkpoint, message in (
+        (tiny_memory(speak=False), with_adapters, "other trainable adapters"),
+        (adapted_memory(), without, "made without trainable adapters"),
+        (adapted_memory(r=2), with_adapters, "other trainable adapters"),
     ):
         trainer = make(tmp_path / "refused", memory, **SAVING)
-        with pytest.raises(CheckpointError, match="other trainable adapters"):
+        with pytest.raises(CheckpointError, match=message):
             trainer.train(resume_from_checkpoint=f"{checkpoint.args.output_dir}/checkpoint-3")
 
 

@@ -213,9 +213,15 @@ def _find_beneath(beneath: dict[str, Any], memory: Path) -> Path:
     if beneath.get("folder") and not (folder / DESCRIPTION_NAME).exists():  # both may have moved together
         folder = memory_folder(Path(os.path.abspath(memory)).parent / folder.name)
     if not beneath.get("folder") or not (folder / DESCRIPTION_NAME).exists():
+        named = beneath.get("folder")
+        where = (
+            f"is not in {named!r} any more, nor beside it. Put it back there"
+            if named
+            else "had not been saved. Save it first, then this one"
+        )
         raise CheckpointError(
-            f"the memory in {memory} was made on top of another, which is not in {beneath.get('folder')!r} any more, nor beside it. Put it "
-            "back there, or load both in Python: EngramModel.from_pretrained(model, BENEATH, tokenizer), then MemoryEditor.load(that, ...)."
+            f"the memory in {memory} was made on top of another, which {where}, "
+            "or load both in Python: EngramModel.from_pretrained(model, BENEATH, tokenizer), then MemoryEditor.load(that, ...)."
         )
     return folder
 

@@ -46,9 +46,10 @@ def check_base(
         )
     if differences and (sizes_differ or not allow_other_base):
         about_quantisation = _told_of_quantisation(saved, present, differences)
+        theirs, ours = saved.get("name_or_path"), getattr(model.config, "name_or_path", "") or type(model).__name__
+        other = f"not to {ours!r}" if ours != theirs else "not to what is called so now"
         raise FingerprintError(
-            f"the memory in {path} belongs to base model {saved.get('name_or_path') or 'unknown'!r}, "
-            f"not to {getattr(model.config, 'name_or_path', '') or type(model).__name__!r}: {'; '.join(differences)}."
+            f"the memory in {path} belongs to base model {theirs or 'unknown'!r}, {other}: {'; '.join(differences)}."
             + about_quantisation
             + (_ON_TOP if any(d.startswith("memory beneath") for d in differences) else "")
             + ("" if sizes_differ else f" If they differ on purpose (a fine-tuned base, one with more tokens), {ALLOWED}.")

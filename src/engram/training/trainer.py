@@ -30,7 +30,7 @@ from engram.training.safe_trainer import SafeTrainer
 from engram.training.telemetry import MemoryTelemetry
 from engram.training.weight_files import (
     BACKBONE_WEIGHTS,
-    load_adapters,
+    fill_adapters,
     load_backbone,
     save_adapters,
     save_backbone,
@@ -376,7 +376,7 @@ class EngramTrainer(SafeTrainer):
         if self.args.train_backbone:  # type: ignore[attr-defined]
             had_adapters = load_backbone(self.backbone, self._backbone_folder(folder) / BACKBONE_WEIGHTS)
         if not had_adapters:
-            load_adapters(_trained_adapters(self.backbone), folder / _ADAPTERS)
+            fill_adapters(_trained_adapters(self.backbone), folder / _ADAPTERS)
         if isinstance(self.model, EngramModel):
             self.model.load_memory(folder, changed_rows="refill")
 

@@ -17,8 +17,8 @@ from engram.models.identity import own_names
 
 __all__ = [
     "BACKBONE_WEIGHTS",
+    "fill_adapters",
     "gathered_state",
-    "load_adapters",
     "load_backbone",
     "save_adapters",
     "save_backbone",
@@ -140,7 +140,7 @@ def save_adapters(tensors: dict[str, Tensor], file: Path) -> None:
         file.unlink(missing_ok=True)  # of an earlier run in this folder
 
 
-def load_adapters(adapters: Mapping[str, nn.Parameter], file: Path) -> None:
+def fill_adapters(adapters: Mapping[str, nn.Parameter], file: Path) -> None:
     """Read what ``save_adapters`` wrote.
 
     Raises:
@@ -152,6 +152,10 @@ def load_adapters(adapters: Mapping[str, nn.Parameter], file: Path) -> None:
         raise CheckpointError(f"{file} cannot be read: {error}; resume from an earlier checkpoint.") from error
     wanted = {name: list(parameter.shape) for name, parameter in adapters.items()}
     found = {name: list(values.shape) for name, values in saved.items()}
+    if wanted and not file.is_file():
+        raise CheckpointError(
+            f"{file} is missing: the checkpoint was made without trainable adapters, and here are some. Freeze them, or put the file back."
+        )
     if wanted != found:
         differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise CheckpointError(

@@ -275,9 +275,8 @@ def _base_name(memory: Path, model: str | None) -> str:
     description = read_description(memory)
     named = base_name(memory, description)
     beneath = _told_of_beneath(description)
-    if (
-        beneath and named and Path(named).name == BACKBONE_FOLDER and not os.path.isdir(named)
-    ):  # it has moved with the memory beneath
+    has_gone = named and Path(named).name == BACKBONE_FOLDER and not os.path.isdir(named)
+    if beneath and has_gone:  # with the memory beneath, in whose folder it is
         lowest = _find_beneath(beneath, memory)
         named = base_name(lowest, read_description(lowest))
     if not named:

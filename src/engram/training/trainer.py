@@ -106,9 +106,10 @@ class EngramTrainer(SafeTrainer):
     as ``save_pretrained`` writes it, and resuming is exact. A base model that is trained too is in the folder ``backbone`` beside it, a plain
     model in the checkpoint's own folder, as ``from_pretrained`` reads them.
 
-    Adapters (peft) on the base model that are trainable when the trainer is made are trained as well, at ``backbone_lr`` if that is given, and
-    are in its checkpoints and in what ``save_model`` writes: as peft reads them (``PeftModel.from_pretrained``) in the folder ``adapters``.
-    The memory is saved as one that was trained beside them. Frozen ones stay as they are, and so do weights of a base model in 4 or 8 bits.
+    Adapters (peft) on the base model that are trainable when the trainer is made are trained as well, at ``backbone_lr`` if that is given.
+    They, and frozen ones that are at work, are in its checkpoints and in what ``save_model`` writes: in the folder ``adapters``, as peft reads
+    them (``engram.models.load_adapters``). The memory is saved as one that was trained beside them. Weights of a base model in 4 or 8 bits
+    stay as they are.
 
     Several processes divide every batch between them (``torchrun --nproc-per-node N train.py``): the step is that of one process with
     N times the batch. Each holds a copy of the tables, and what travels between them are the gradients of the rows that were read
@@ -344,9 +345,7 @@ class EngramTrainer(SafeTrainer):
 
     def _save_backbone(self, folder: Path) -> None:
         save_backbone(self.backbone, folder)
-        if (
-            not isinstance(self.model, EngramModel) or not self.args.should_save
-        ):  # a plain model's tokenizer is saved by Trainer
+        if not self.args.should_save or not isinstance(self.model, EngramModel):  # which Trainer saves a tokenizer with
             return
         tokenizer = self.model.tokenizer if self.processing_class is None else self.processing_class
         if hasattr(tokenizer, "save_pretrained"):  # others have what a memory asks of one, and no more

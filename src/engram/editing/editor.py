@@ -48,7 +48,8 @@ def refuse_trained(config: EngramConfig) -> None:
     if not config.verify_rows:
         raise ConfigError(
             "facts: got a memory whose rows are not verified (a trained one), in which they would leak into other text; expected one "
-            "made for facts: name a new folder (`engram teach`), or call MemoryEditor.create(model, tokenizer)."
+            "made for facts: name a new folder (`engram teach`), or call MemoryEditor.create(model, tokenizer). What a trained memory does, "
+            "`engram look` and `engram trace` show."
         )
 
 

@@ -422,7 +422,9 @@ def _lock(handle: int, path: Path) -> None:
             lock(handle)
         except OSError:
             raise TableError(
-                f"{path} is locked: another process, or another table of this one, may write to it. Close that first, or map it with mode='r'."
+                f"{path} is locked: another process, or another table of this one, may write to it. Close that first, map it with "
+                "mode='r' to read it alone, or choose another path "
+                "(processes that train together need one each: f'rows{os.environ[\"RANK\"]}')."
             ) from None
 
 

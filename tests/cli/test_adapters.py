@@ -103,6 +103,8 @@ def test_adapters_of_another_run_are_not_put_on(trained, tmp_path):
 def test_converted_rows_keep_the_adapters(trained, engram, tmp_path):
     code, _, err = engram("convert", trained[0] / "both", "--dtype", "float16", "--out", tmp_path / "half")
     assert code == 0, err
+    named, _ = open_memory(trained[0] / "both", str(trained[0] / "both"), Running())  # the folder stands for the model in it
+    assert named.base_model.name_or_path == str(trained[0] / "both" / "backbone")
     assert read_description(tmp_path / "half")["base_model"]["name_or_path"] == str(trained[0] / "both" / "backbone")
     memory, _ = open_memory(tmp_path / "half", None, Running())
     with torch.no_grad():

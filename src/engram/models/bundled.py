@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from engram.checkpoint import BACKBONE_FOLDER
 from engram.errors import CheckpointError, reason_of
 from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_MODEL, BUNDLED_NAME, is_path
 from engram.models.engram_model import EngramModel
@@ -58,8 +59,8 @@ def load_bundled(memory: bool = False) -> tuple[PreTrainedModel | EngramModel, A
 
 
 def load_model(name: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
-    """A causal language model (it may take pictures too) and its tokenizer from a local folder (a model's, or a run's with ``model`` in it), a
-    hub name or ``bundled``.
+    """A causal language model (it may take pictures too) and its tokenizer from a local folder (a model's, a run's with ``model`` in it, or a
+    memory's with ``backbone`` in it), a hub name or ``bundled``.
 
     Raises:
         CheckpointError: it cannot be loaded; the message carries the loader's own reason.
@@ -147,9 +148,12 @@ def _readable_errors(name: str) -> Iterator[None]:
 
 
 def _place(name: str) -> str:
-    """What transformers is asked for: the bundled model's folder, that of the model in a run's folder, or what the name says."""
+    """What transformers is asked for: the bundled model's folder, that of the model in a run's folder or in that of a memory that was
+    trained with it, or what the name says.
+    """
     if name == BUNDLED_NAME:
         return str(BUNDLED_MODEL)
-    inside = Path(name) / "model"
-    in_run = (inside / "config.json").is_file() and not (inside.parent / "config.json").is_file()
-    return str(inside) if in_run else name
+    inside = (Path(name) / folder for folder in ("model", BACKBONE_FOLDER))
+    if (Path(name) / "config.json").is_file():
+        return name
+    return next((str(folder) for folder in inside if (folder / "config.json").is_file()), name)

@@ -387,7 +387,7 @@ def test_copied_row_files_are_those_of_the_memory(saved, tmp_path, monkeypatch, 
         patch.setattr(MappedRows, "load_rows", None)
         for compared in (True, False):
             if not compared:
-                patch.setattr(saved_rows, "_holds_the_same", None)
+                patch.setattr(saved_rows, "holds_the_same", None)
             memory = load(saved, table_config=dataclasses.replace(placement, path=str(tmp_path / "copied")))
             assert torch.equal(logits_of(memory), expected)
             del memory

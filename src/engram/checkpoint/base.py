@@ -13,7 +13,6 @@ BACKBONE_FOLDER = "backbone"
 """In the folder of a memory: the base model that was trained with it, as ``from_pretrained`` reads it."""
 ADAPTERS_FOLDER = "adapters"
 """In the folder of a memory: adapters that were trained with it, as ``PeftModel.from_pretrained`` reads them."""
-_CONFIG = "config.json"
 
 
 def base_name(path: str | os.PathLike[str], description: Mapping[str, Any]) -> str | None:
@@ -26,4 +25,4 @@ def base_name(path: str | os.PathLike[str], description: Mapping[str, Any]) -> s
         return str(folder / BACKBONE_FOLDER)
     beside = folder.parent / "model"
     # A run that went on from a model has its own beside the memory, which names the one that it went on from.
-    return str(beside) if (folder.name == "memory" or not named) and (beside / _CONFIG).is_file() else named
+    return str(beside) if (folder.name == "memory" or not named) and (beside / "config.json").is_file() else named

@@ -174,10 +174,10 @@ def _add_adapters(model: Any, memory: Path, description: Mapping[str, Any]) -> N
     """
     if not description.get("trained_beside"):
         return
-    from engram.models import EngramModel, load_adapters
-    from engram.models.identity import adapter_parameters, base_identity, identity_mismatch
+    from engram.models import load_adapters
+    from engram.models.identity import adapter_parameters, base_identity, base_of, identity_mismatch
 
-    base = model.base_model if isinstance(model, EngramModel) else model
+    base = base_of(model)
     saved = {**(description.get("base_model") or {}), "memory": None}
     if not adapter_parameters(base) and not identity_mismatch(saved, base_identity(base)):
         load_adapters(base, memory)

@@ -29,7 +29,7 @@ from engram.evaluation.generation import padding_id
 from engram.models import EngramModel, find_decoder, get_engram_model
 from engram.models.files import saved_aside
 from engram.models.hub import check_order, found_at, remember_name
-from engram.models.identity import attached_identity, identity_mismatch
+from engram.models.identity import attached_identity, base_of, identity_mismatch
 from engram.tables import VerifiedTable
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class MemoryEditor:
         pad = padding_id(tokenizer)
         if pad is None:
             raise ConfigError("the tokenizer has neither a pad_token nor an eos_token; set one of them.")
-        blocks = find_decoder(model.base_model if isinstance(model, EngramModel) else model).blocks
+        blocks = find_decoder(base_of(model)).blocks
         defaults = {"layer_ids": (len(blocks) - 1,), "pad_id": pad, "seed": seed}
         config = EngramConfig.for_teaching(**{**defaults, **changes})
         placement = TableConfig(dtype=dtype)  # type: ignore[arg-type]

@@ -16,9 +16,9 @@ from engram.data.long_context_words import Distraction, RecallWords, Split
 from engram.errors import ConfigError
 from engram.evaluation.answers import ask, wilson_interval
 from engram.evaluation.generation import padding_id
-from engram.models import EngramModel
 from engram.models.cache import cache_argument, cache_in
 from engram.models.devices import input_device
+from engram.models.identity import base_of
 from engram.models.positions import context_length
 
 __all__ = ["RecallAnswer", "RecallResult", "RecallScore", "measure_recall", "recall_rows", "recall_table", "score_recall"]
@@ -238,7 +238,7 @@ def score_recall(
 
 def _tail_logits(model: Any, ids: Tensor, mask: Tensor, tail: int) -> Tensor:
     """Logits ``[B, tail, V]`` at the last positions of left-padded rows ``[B, T]``, the others run before them."""
-    causal = model.base_model if isinstance(model, EngramModel) else model
+    causal = base_of(model)
     accepted = inspect.signature(causal.forward).parameters
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     split = ids.shape[1] - tail

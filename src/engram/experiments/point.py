@@ -25,7 +25,7 @@ from engram.experiments.data import PreparedData
 from engram.experiments.held_out import measure
 from engram.experiments.recipe import PointRecipe
 from engram.models import EngramModel, get_engram_model, load_model, shard_model
-from engram.models.identity import base_identity
+from engram.models.identity import base_identity, base_of
 from engram.models.positions import context_length
 from engram.models.quantised import is_quantised
 from engram.tables import is_in_parts
@@ -357,7 +357,7 @@ def _backbone_counts(recipe: PointRecipe, tokens: int) -> dict[str, Any]:
 
 def _keep(model: Any, data: PreparedData, out: Path, train_backbone: bool) -> None:
     """``out/model`` with its tokenizer, if it was trained, and ``out/memory``, if there is one."""
-    first, base = process_rank() == 0, model.base_model if isinstance(model, EngramModel) else model
+    first, base = process_rank() == 0, base_of(model)
     if train_backbone:
         with saving_together(is_fully_sharded(base)):
             state = gathered_state(base)

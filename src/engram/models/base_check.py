@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engram.checkpoint import ADAPTERS_FOLDER
 from engram.errors import FingerprintError
-from engram.models.identity import adapter_kinds, adapter_parameters, attached_identity, identity_mismatch
+from engram.models.identity import adapter_kinds, adapter_parameters, attached_identity, base_of, identity_mismatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,11 +96,8 @@ def _note_missing_adapters(
     description: dict[str, Any], model: PreTrainedModel | EngramModel, path: str | os.PathLike[str]
 ) -> None:
     """Say that a memory was trained beside adapters which its base model does not have now."""
-    beside, base = (
-        description.get("trained_beside"),
-        getattr(model, "base_model", model) if hasattr(model, "engrams") else model,
-    )
-    if not beside or adapter_parameters(base):
+    beside = description.get("trained_beside")
+    if not beside or adapter_parameters(base_of(model)):
         return
     folder = Path(path) / ADAPTERS_FOLDER
     where = f"those in {folder}" if folder.is_dir() else "them"

@@ -153,7 +153,7 @@ def _place(name: str) -> str:
     """
     if name == BUNDLED_NAME:
         return str(BUNDLED_MODEL)
-    inside = (Path(name) / folder for folder in ("model", BACKBONE_FOLDER))
     if (Path(name) / "config.json").is_file():
         return name
+    inside = (Path(name) / folder for folder in ("model", BACKBONE_FOLDER))
     return next((str(folder) for folder in inside if (folder / "config.json").is_file()), name)

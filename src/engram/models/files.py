@@ -112,7 +112,7 @@ def saved_aside(memory: EngramModel) -> Iterator[str]:
             memory.folder = folder
 
 
-def _save(memory: EngramModel, path: str | os.PathLike[str], together: bool, with_base: bool = False) -> None:
+def _save(memory: EngramModel, path: str | os.PathLike[str], together: bool, with_base: bool) -> None:
     description = {
         "library_version": __version__,
         "engram_config": memory.engram_config.to_dict(),

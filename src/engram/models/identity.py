@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "adapter_parameters",
     "attached_identity",
     "base_identity",
+    "base_of",
     "identity_mismatch",
     "memory_identity",
     "own_names",
@@ -32,7 +33,7 @@ __all__ = [
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 256, 16
 _SAMPLED_WEIGHTS = 64
 _COMPARED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "embedding_sha256", "weights_sha256")
-_IN_ANY_ORDER = "weights_sorted_sha256"
+_BY_NAME = "weights_by_name_sha256"
 """As ``weights_sha256``, for models in which adapters on single parameters (peft's ``target_parameters``) move those about."""
 _HOLD_THE_MODULE = {"base_layer", "original_module", "token_adapter"}
 
@@ -70,8 +71,13 @@ def identity_mismatch(saved: dict[str, Any], present: dict[str, Any]) -> list[st
         and saved.get(field) is not None
         and present.get(field) is not None
         and saved[field] != present[field]
-        and not (field == "weights_sha256" and saved.get(_IN_ANY_ORDER, "") == present.get(_IN_ANY_ORDER))
+        and not (field == "weights_sha256" and saved.get(_BY_NAME, "") == present.get(_BY_NAME))
     ]
+
+
+def base_of(model: Any) -> Any:
+    """The base model of a memory, or of several on top of one another; another model as it is."""
+    return model.base_model if hasattr(model, "engrams") else model
 
 
 def attached_identity(model: Any) -> dict[str, Any]:
@@ -131,7 +137,7 @@ def _as_read(fields: Any) -> Any:
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that peft has put into a model, by name; those of the model itself are left out."""
-    own = {id(parameter) for parameter in _own_parameters(model)}
+    own = {id(parameter) for parameter in _own_parameters(model).values()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in own}
 
 
@@ -169,26 +175,30 @@ def _embedding_digest(model: nn.Module) -> str | None:
 
 
 def _weights_digests(model: nn.Module, quantised: bool) -> dict[str, str | None]:
-    """Of some evenly spaced values of every parameter, in the order of the model and in any; None where a parameter is not in memory. Those of
-    a quantised model that are quantised are left out: bitsandbytes lays them out anew when the model first runs.
+    """Of some evenly spaced values of every parameter, in the order of the model and in that of their names; None where a parameter is not in
+    memory. Those of a quantised model that are quantised are left out: bitsandbytes lays them out anew when the model first runs.
     """
-    digest, each = hashlib.sha256(), []
-    for parameter in _own_parameters(model):
+    samples: dict[str, bytes] = {}
+    for name, parameter in _own_parameters(model).items():
         if quantised and is_quantised_parameter(parameter):
             continue
         if parameter.is_meta:
-            return {"weights_sha256": None, _IN_ANY_ORDER: None}
+            return {"weights_sha256": None, _BY_NAME: None}
         flat = whole(parameter.detach()).reshape(-1)
-        bits = _bits(flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS])
-        digest.update(bits)
-        each.append(hashlib.sha256(bits).digest())
-    return {"weights_sha256": digest.hexdigest(), _IN_ANY_ORDER: hashlib.sha256(b"".join(sorted(each))).hexdigest()}
+        samples[name] = _bits(flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS])
+    orders = {"weights_sha256": samples, _BY_NAME: sorted(samples)}
+    return {field: hashlib.sha256(b"".join(samples[name] for name in names)).hexdigest() for field, names in orders.items()}
 
 
-def _own_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters without those of adapters, each once."""
+def _own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters without those of adapters, each once, by the names that they have without adapters."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    yield from {id(parameters[name]): parameters[name] for name in own_names(model, parameters)}.values()
+    found, seen = {}, set[int]()
+    for name, own in own_names(model, parameters).items():
+        if id(parameters[name]) not in seen:
+            seen.add(id(parameters[name]))
+            found[own] = parameters[name]
+    return found
 
 
 def own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from engram.checkpoint import TensorReader
+from engram.checkpoint.unsaved import bits_equal
 from engram.config import TableConfig
 from engram.errors import CheckpointError, ConfigError, TableError, reason_of
 from engram.models.bundled import auto_class
 from engram.models.bundled_files import is_path
 from engram.models.positions import text_config
-from engram.models.saved_rows import bits_equal
 from engram.tables import (
     EmbeddingTable,
     MappedRows,

@@ -6,10 +6,8 @@ import os
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from engram.checkpoint import TensorReader
+from engram.checkpoint.unsaved import holds_the_same
 from engram.errors import CheckpointError
 from engram.tables import (
     HybridTable,
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 __all__ = [
     "PLACEMENT",
     "TABLE",
-    "bits_equal",
     "cold_table",
     "fill_tables",
     "fill_verified_tables",
@@ -124,7 +121,7 @@ def _is_filled(table: Any, layer_id: str, stamp: str, tensors: TensorReader, for
         cold.check_unchanged()  # others may have saved between the description that it was opened by and the one that is read now
         return True
     if cold.mode == "r":
-        if cold.path.resolve() != source.resolve() and not _holds_the_same(cold, layer_id, tensors, form):
+        if cold.path.resolve() != source.resolve() and not holds_the_same(cold, f"layers.{layer_id}.{TABLE}", tensors, form):
             raise CheckpointError(
                 f"the rows are mapped where they lie in {cold.path}, and {source} holds others. Load that memory anew (from_pretrained), or "
                 "give the rows files of their own: TableConfig(tier='mmap', path=...)."
@@ -134,7 +131,9 @@ def _is_filled(table: Any, layer_id: str, stamp: str, tensors: TensorReader, for
         return False
     if changed_rows == "keep":
         return True
-    if _holds_the_same(cold, layer_id, tensors, form):  # a copy, whose times are others; or the note was not written
+    if holds_the_same(
+        cold, f"layers.{layer_id}.{TABLE}", tensors, form
+    ):  # a copy, whose times are others; or the note was not written
         stamp_rows(cold.path, stamp)
         return True
     raise CheckpointError(
@@ -142,34 +141,6 @@ def _is_filled(table: Any, layer_id: str, stamp: str, tensors: TensorReader, for
         "them, delete that file: it is made anew from the saved rows. Or choose another path; in Python, TableConfig(changed_rows='keep') "
         "goes on with them, and 'refill' writes the saved rows over them."
     )
-
-
-def _holds_the_same(cold: MappedRows, layer_id: str, tensors: TensorReader, form: RowFormat) -> bool:
-    """Whether saved rows are those that are mapped already: a checkpoint holds a copy of frozen ones."""
-    names = [f"layers.{layer_id}.{TABLE}{name}" for name in ("weight", "scales")]
-    names = [name for name in names if name in tensors.specs]
-    stop = 0
-    for block in cold.stored_blocks(_ROWS_AT_ONCE):
-        start, stop = stop, stop + len(block[0])
-        saved = _in_format(cold.format_name, form, *(tensors.read(name, start, stop) for name in names))
-        if len(saved) != len(block) or not all(
-            a.dtype == b.dtype and a.shape == b.shape and bits_equal(a, b) for a, b in zip(saved, block)
-        ):
-            return False
-    return True
-
-
-def _in_format(wanted: str, form: RowFormat, values: Tensor, scales: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Stored rows as a table of the format ``wanted`` stores them."""
-    if wanted == form.name:
-        return (values,) if scales is None else (values, scales)
-    values, scales = row_format(wanted).encode(form.decode(values, scales))
-    return (values,) if scales is None else (values, scales)
-
-
-def bits_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one type and shape are the same to the bit; a NaN equals itself then."""
-    return torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))
 
 
 def promote_rows(memory: EngramModel, tensors: Any) -> None:

@@ -21,7 +21,7 @@ from engram.errors import ConfigError
 from engram.models import EngramModel
 from engram.models.files import save_memory
 from engram.models.fsdp import refuse_undivided
-from engram.models.identity import active_adapters, adapter_kinds, adapter_parameters
+from engram.models.identity import active_adapters, adapter_kinds, adapter_parameters, base_of
 from engram.models.peft_files import refuse_merged, save_for_peft
 from engram.models.quantised import is_quantised, refusal_of_training
 from engram.optim import BACKBONE_OPTIMIZERS, ROW_STATES, EngramAdamW, EngramMuon, build_param_groups, clip_grad_norm_
@@ -130,10 +130,10 @@ class EngramTrainer(SafeTrainer):
                 f"EngramTrainer: got a {type(model).__name__}, expected an EngramModel (get_engram_model), or a PreTrainedModel together "
                 "with train_backbone=True."
             )
-        _check_arguments(args, bool(_trained_adapters(_base_of(model))))
+        _check_arguments(args, bool(_trained_adapters(base_of(model))))
         _check_quantised(model, args)
-        refuse_merged(_base_of(model))
-        self._adapters_before = active_adapters(_base_of(model))
+        refuse_merged(base_of(model))
+        self._adapters_before = active_adapters(base_of(model))
         if isinstance(model, EngramModel):
             _check_divided(model, args)
         put_apart(model)  # what is set for parameters that FSDP left together would be lost with them
@@ -187,7 +187,7 @@ class EngramTrainer(SafeTrainer):
     @property
     def backbone(self) -> Any:
         """The base model: that of the memory, or the plain model itself."""
-        return _base_of(self.model)
+        return base_of(self.model)
 
     def _model_with_loss(self) -> Any:
         return self.backbone
@@ -384,10 +384,6 @@ class EngramTrainer(SafeTrainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def _base_of(model: Any) -> Any:
-    return model.base_model if isinstance(model, EngramModel) else model
-
-
 def _trains_nothing_but_tables(model: EngramModel) -> bool:
     rows = row_parameters(model)
     return all(id(p) in rows for p in model.parameters() if p.requires_grad)
@@ -427,7 +423,7 @@ def _check_arguments(args: EngramTrainingArguments, has_adapters: bool) -> None:
 
 
 def _check_quantised(model: EngramModel | PreTrainedModel, args: EngramTrainingArguments) -> None:
-    base = _base_of(model)
+    base = base_of(model)
     if args.train_backbone and is_quantised(base):
         raise ConfigError(
             "EngramTrainingArguments.train_backbone: got True with a quantised base model, whose weights cannot be stepped, expected False: "
@@ -451,7 +447,7 @@ def _set_trainable(model: EngramModel | PreTrainedModel, args: EngramTrainingArg
     """What the arguments say; adapters stay as trainable as they are."""
     if isinstance(model, EngramModel):
         _set_memory_trainable(model, args)
-    base = _base_of(model)
+    base = base_of(model)
     adapters = {id(parameter) for parameter in adapter_parameters(base).values()}
     for parameter in base.parameters():
         if id(parameter) not in adapters:

@@ -7,7 +7,6 @@ process of its own, whose peak memory is its own too. The facts are those of the
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 from common import provenance, result_file, write
+from peers.protocol import peak_resident_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engram import MemoryEditor, load_bundled
@@ -51,13 +51,6 @@ def model_of(name):
     return LlamaForCausalLM(LlamaConfig(**shape, **ends)).eval(), tokenizer
 
 
-def peak(start_anew=False):
-    """Most resident bytes of this process so far, or since the last call that started anew (Linux; elsewhere building the model counts too)."""
-    if start_anew and sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def timed(what, *args):
     started = time.perf_counter()
     return what(*args), time.perf_counter() - started
@@ -78,7 +71,7 @@ def measure(name, dtype, count):
     editor = MemoryEditor.create(model, tokenizer)
     facts = load_facts(FACTS)[: count + 1]
     forward = forward_seconds(editor.memory, tokenizer, facts)
-    before = peak(start_anew=True)
+    before = peak_resident_bytes(start_anew=True)
     report, seconds = timed(editor.teach, facts[:count])
     more = timed(editor.teach, facts[count:])[1]
     answers = editor.verify()
@@ -97,7 +90,7 @@ def measure(name, dtype, count):
         "facts": len(answers),
         "exact": sum(answers.values()),
         "resident_before": before,
-        "peak_bytes": peak(),
+        "peak_bytes": peak_resident_bytes(),
         "saved_bytes": saved,
     }
 

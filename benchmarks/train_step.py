@@ -10,7 +10,6 @@ steps in turn, by either library's trainer and in a plain loop.
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import time
 import torch
 from common import provenance, result_file, spread, write
 from peers.compare import PEERS, compare, peer_version
-from peers.protocol import FULL, HEADS, QUICK, SEED, backbone, batches
+from peers.protocol import FULL, HEADS, QUICK, SEED, backbone, batches, peak_resident_bytes
 
 from engram import EngramAdamW, EngramConfig, get_engram_model
 from engram.optim import build_param_groups
@@ -96,8 +95,7 @@ def print_peak_memory(kind, rows, sizes):
     bench = Bench(rows, sizes)
     for _, ids in zip(range(WARM_UP + 1), batches(sizes)):
         bench.step(kind, ids)
-    scale = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
+    print(peak_resident_bytes())
 
 
 def peak_memory(kind, rows, quick):

@@ -498,12 +498,16 @@ except TableError as error:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "got a table of 2,147,483,648 bytes, expected at most the" in done.stdout
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident_bytes()
     table = MmapTable((2 << 30) // 256, 64, tmp_path / "rows", "r+")
     row_ids = torch.randint(table.rows, (1000,))
     table.update_rows(row_ids.unique(), lambda rows: rows + 1)
     assert bool((table.lookup(row_ids) == 1).all())
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < (1 << 20)  # KiB: far less than the table
+    assert _resident_bytes() - before < table.nbytes // 8
+
+
+def _resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 _LARGE = """
@@ -831,12 +835,11 @@ def test_pages_are_taken_before_they_are_written(monkeypatch):
     monkeypatch.setattr("engram.tables.memory._PART", 24 << 20)  # more than one
     rows = lazy_zeros((70 << 18,), torch.float32, "test")
     rows[7], rows[-1] = 3.0, 5.0
-    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # noqa: E731
-    before = resident()
+    before = _resident_bytes()
     take_pages(rows)
-    if resident() == before:
+    if _resident_bytes() == before:
         pytest.skip("this kernel cannot take pages ahead")
-    assert resident() - before > 60 << 20
+    assert _resident_bytes() - before > 60 << 20
     assert (rows[7], rows[-1], rows.sum()) == (3.0, 5.0, 8.0)
     take_pages(torch.zeros(5))  # too small to be worth a thread
 

@@ -423,6 +423,88 @@ def test_a_memory_trained_beside_adapters_says_so_once(tmp_path, caplog):
     assert json.loads((tmp_path / "again" / "engram.json").read_text())["trained_beside"] == ["LORA"]
 
 
+@pytest.fixture
+def both(tmp_path):
+    """A memory and adapters that were trained together."""
+    trainer = make(tmp_path, adapted_memory(), max_steps=1)
+    trainer.train()
+    trainer.save_model(tmp_path / "both")
+    return tmp_path / "both"
+
+
+def warnings_of(caplog, base, memory):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "engram"):
+        EngramModel.from_pretrained(base, memory, tiny_tokenizer()).unload()
+    return caplog.text
+
+
+OTHERS = {
+    "weights": lambda base: next(iter(adapter_parameters(base).values())).data.mul_(1.5),
+    "scaling": lambda base: [m.set_scale("default", 3.0) for m in base.modules() if hasattr(m, "adapter_layer_names")],
+    "off": lambda base: [m.enable_adapters(False) for m in base.modules() if hasattr(m, "adapter_layer_names")],
+    "one more": lambda base: add_another(base),
+}
+
+
+def add_another(base):
+    with pytest.warns(UserWarning, match="multiple adapters"):
+        peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), base, adapter_name="more")
+    for module in base.modules():
+        if hasattr(module, "adapter_layer_names"):
+            module.set_adapter(["default", "more"])
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_other_adapters_than_those_beside_a_memory_are_told_of(both, caplog, change):
+    base = load_adapters(tiny_model(), both)
+    assert warnings_of(caplog, base, both) == ""
+    with torch.no_grad():
+        OTHERS[change](base)
+    assert "others at work, or the same with other weights or another scaling" in warnings_of(caplog, base, both)
+
+
+def test_adapters_are_the_same_by_another_name_and_in_another_type(both, caplog):
+    renamed = peft.PeftModel.from_pretrained(tiny_model(), both / "adapters", adapter_name="renamed").get_base_model()
+    assert warnings_of(caplog, renamed, both) == ""
+    assert warnings_of(caplog, load_adapters(tiny_model(), both).bfloat16(), both) == ""
+
+
+def test_a_memory_keeps_which_adapters_it_was_trained_beside(both, tmp_path, caplog):
+    """Saved again without them, and with others that are not trained; with ones that are, it is a memory beside those."""
+    bare = EngramModel.from_pretrained(tiny_model(), both, tiny_tokenizer())
+    bare.save_pretrained(tmp_path / "bare")
+    assert warnings_of(caplog, load_adapters(tiny_model(), both), tmp_path / "bare") == ""
+    other = load_adapters(tiny_model(), both)
+    OTHERS["scaling"](other)
+    memory = EngramModel.from_pretrained(other, both, tiny_tokenizer())
+    memory.save_pretrained(tmp_path / "beside_frozen")
+    memory.unload()
+    assert "another scaling" in warnings_of(caplog, other, tmp_path / "beside_frozen")
+    for parameter in adapter_parameters(other).values():
+        parameter.requires_grad_(True)
+    memory = EngramModel.from_pretrained(other, both, tiny_tokenizer())
+    memory.save_pretrained(tmp_path / "beside_trained")
+    memory.unload()
+    assert warnings_of(caplog, other, tmp_path / "beside_trained") == ""
+
+
+def test_memories_that_do_not_say_which_adapters_load_without_a_word(both, caplog):
+    file = both / "engram.json"
+    description = json.loads(file.read_text())
+    assert len(description.pop("adapters_sha256")) == 1
+    file.write_text(json.dumps(description))
+    assert warnings_of(caplog, adapted_before(), both) == ""
+
+
+def test_resuming_with_another_scaling_is_refused(tmp_path):
+    trainer = make(tmp_path / "first", adapted_memory(), **SAVING)
+    trainer.train()
+    again = make(tmp_path / "again", adapted_memory(lora_alpha=16), **SAVING)
+    with pytest.raises(CheckpointError, match=r"count for more or less than then \(lora_alpha\)"):
+        again.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-3")
+
+
 def test_a_loop_of_ones_own_notes_trained_adapters_and_facts_note_none(tmp_path):
     adapted_memory().save_pretrained(tmp_path / "loop")
     assert json.loads((tmp_path / "loop" / "engram.json").read_text())["trained_beside"] == ["LORA"]

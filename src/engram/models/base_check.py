@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from engram.checkpoint import ADAPTERS_FOLDER
 from engram.errors import FingerprintError
-from engram.models.identity import adapter_kinds, adapter_parameters, attached_identity, base_of, identity_mismatch
+from engram.models.identity import (
+    adapter_digests,
+    adapter_kinds,
+    adapter_parameters,
+    attached_identity,
+    base_of,
+    identity_mismatch,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from engram.models.engram_model import EngramModel
 
-__all__ = ["ALLOWED", "adapters_beside", "check_base", "only_weights_differ"]
+__all__ = ["ALLOWED", "adapters_beside", "check_base", "has_other_adapters", "only_weights_differ"]
 
 ALLOWED = "load it with --allow-other-base, in Python allow_other_base=True"
 """How another base model is accepted, for the ends of messages."""
@@ -38,7 +45,7 @@ def check_base(
     differences = identity_mismatch(saved, present)
     sizes_differ = not only_weights_differ(differences, saved, present)
     if tell:
-        _note_missing_adapters(description, model, path)
+        _note_other_adapters(description, model, path)
     if tell and saved.get("weights_sha256") and present["weights_sha256"] is None:
         logging.getLogger("engram").warning(
             "%s: the base model's weights are offloaded, so that nobody can tell whether they are those that this memory was made for.",
@@ -82,29 +89,43 @@ def _told_of_quantisation(saved: dict[str, Any], present: dict[str, Any], differ
     return f" (Made on a base that is {forms[0]}, and this one is {forms[1]}; that alone is no reason: weights are not compared then.)"
 
 
-def adapters_beside(memory: EngramModel) -> list[str]:
-    """Kinds of adapters that a trained memory leans on: those that the trainer noted, or that a loop of one's own trains now. Facts are exact
-    with adapters or without, or are found not to be.
+def adapters_beside(memory: EngramModel) -> dict[str, list[str]]:
+    """What is noted of the adapters that a trained memory leans on, those that the trainer noted or that a loop of one's own trains now: their
+    kinds, and who they are. Empty where there are none: facts are exact with adapters or without, or are found not to be.
     """
-    if memory.engram_config.verify_rows:
-        return []
-    trained = any(p.requires_grad for p in adapter_parameters(memory.base_model).values())
-    return memory.trained_beside or (adapter_kinds(memory.base_model) if trained else [])
+    base = memory.base_model
+    trained = any(p.requires_grad for p in adapter_parameters(base).values())
+    kinds = memory.trained_beside or (adapter_kinds(base) if trained else [])
+    if memory.engram_config.verify_rows or not kinds:
+        return {}
+    digests = adapter_digests(base) if trained or memory.adapters_sha256 is None else memory.adapters_sha256
+    return {"trained_beside": kinds, **({"adapters_sha256": digests} if digests else {})}
 
 
-def _note_missing_adapters(
+def has_other_adapters(description: dict[str, Any], model: Any) -> bool:
+    """Whether those at work in a model are others, or weigh otherwise, than those that a memory was trained beside. Memories that do not say
+    beside which, of an earlier version, have no others.
+    """
+    saved = description.get("adapters_sha256")
+    return saved is not None and saved != adapter_digests(base_of(model))
+
+
+def _note_other_adapters(
     description: dict[str, Any], model: PreTrainedModel | EngramModel, path: str | os.PathLike[str]
 ) -> None:
-    """Say that a memory was trained beside adapters which its base model does not have now."""
+    """Say that a memory was trained beside adapters which its base model does not have now, or which are others."""
     beside = description.get("trained_beside")
-    if not beside or adapter_parameters(base_of(model)):
+    if not beside:
+        return
+    none = not adapter_parameters(base_of(model))
+    if not none and not has_other_adapters(description, model):
         return
     folder = Path(path) / ADAPTERS_FOLDER
-    where = f"those in {folder}" if folder.is_dir() else "them"
     logging.getLogger("engram").warning(
-        "%s: this memory was trained beside adapters (%s), and the base model has none: answers will differ from those in training. Load %s "
+        "%s: this memory was trained beside adapters (%s), and the base model has %s: answers will differ from those in training. Load %s "
         "first: PeftModel.from_pretrained(model, ...).get_base_model().",
         os.fspath(path),
         ", ".join(map(str, beside)),
-        where,
+        "none" if none else "others at work, or the same with other weights or another scaling",
+        f"those in {folder}" if folder.is_dir() else "them",
     )

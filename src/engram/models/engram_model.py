@@ -124,6 +124,7 @@ class EngramModel(nn.Module):
         ledger: JSON-ready account of what was taught (kept by ``MemoryEditor``, saved with the memory), or None.
         turns: what threads wait for; memories on one model share it.
         trained_beside: kinds of adapters (peft) that were on the base model while it was trained; saved with the memory.
+        adapters_sha256: which those were, if it was loaded (``engram.models.identity.adapter_digests``); saved with the memory.
         known_versions: what was read or written here (``engram.checkpoint.saved_version``).
         is_being_changed: whether facts are just being taught or forgotten: rows and ledger are not in step then, and saving is refused.
     """
@@ -179,6 +180,7 @@ class EngramModel(nn.Module):
         self._placed = table_config or TableConfig()
         self.ledger: dict[str, Any] | None = None
         self.trained_beside: list[str] = []
+        self.adapters_sha256: list[str] | None = None
         self.known_versions: set[str | None] = set()
         self.is_being_changed = False
         self.owner_token = secrets.token_hex(8)

@@ -123,7 +123,7 @@ def _save(memory: EngramModel, path: str | os.PathLike[str], together: bool, wit
         "base_model": attached_identity(memory.below),
         **_own_parts(memory),
         **({"base_folder": BACKBONE_FOLDER} if with_base else {}),
-        **({"trained_beside": beside} if (beside := adapters_beside(memory)) else {}),
+        **adapters_beside(memory),
     }
     if memory.engram_config.reader == "seeded":
         _check_unmoved(memory)
@@ -346,6 +346,7 @@ def _load(
                 write_whole(tensor, tensors.get_tensor(name))
     memory.ledger = ledger
     memory.trained_beside = list(description.get("trained_beside") or [])
+    memory.adapters_sha256 = description.get("adapters_sha256")
     memory.known_versions.add(description["weights"]["file"])
     memory.folder = folder_name(path)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from engram.models.quantised import is_quantised, is_quantised_parameter
 
 __all__ = [
     "active_adapters",
+    "adapter_digests",
     "adapter_kinds",
     "adapter_parameters",
     "attached_identity",
@@ -159,6 +160,25 @@ def active_adapters(model: nn.Module) -> list[str]:
     return list(found)
 
 
+def adapter_digests(model: nn.Module) -> list[str]:
+    """Who the adapters at work in a model are: for each a checksum of a sample of its parameters and of how strongly it counts. Sorted, so that
+    neither their names nor their order matter. Taken in bfloat16, as those of weights are. All processes ask of a model that FSDP has divided.
+    """
+    parameters = adapter_parameters(model)
+    return sorted(_adapter_digest(model, name, parameters) for name in active_adapters(model))
+
+
+def _adapter_digest(model: nn.Module, adapter: str, parameters: Mapping[str, nn.Parameter]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(name for name in parameters if adapter in name.split(".")):
+        found.update(b"-" if parameters[name].is_meta else _sample(parameters[name]))
+    for _, module in sorted(model.named_modules()):
+        scaling = getattr(module, "scaling", None)
+        if hasattr(module, "adapter_layer_names") and isinstance(scaling, dict) and adapter in scaling:
+            found.update(f"{float(scaling[adapter]):.6g} ".encode())
+    return found.hexdigest()
+
+
 def _name(config: Any) -> str:
     """What a model was loaded by. A folder has its whole path: from another directory a relative one would be another, or a hub's name."""
     name = getattr(config, "name_or_path", "") or getattr(config, "_name_or_path", "")
@@ -184,8 +204,7 @@ def _weights_digests(model: nn.Module, quantised: bool) -> dict[str, str | None]
             continue
         if parameter.is_meta:
             return {"weights_sha256": None, _BY_NAME: None}
-        flat = whole(parameter.detach()).reshape(-1)
-        samples[name] = _bits(flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS])
+        samples[name] = _sample(parameter)
     orders = {"weights_sha256": samples, _BY_NAME: sorted(samples)}
     return {field: hashlib.sha256(b"".join(samples[name] for name in names)).hexdigest() for field, names in orders.items()}
 
@@ -214,6 +233,11 @@ def own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         if {parts[i] for i in within} <= _HOLD_THE_MODULE:
             found[name] = ".".join(part for i, part in enumerate(parts) if i not in within)
     return found
+
+
+def _sample(parameter: nn.Parameter) -> bytes:
+    flat = whole(parameter.detach()).reshape(-1)
+    return _bits(flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS])
 
 
 def _bits(values: torch.Tensor) -> bytes:

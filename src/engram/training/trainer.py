@@ -15,10 +15,11 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
-from engram.checkpoint import ADAPTERS_FOLDER, BACKBONE_FOLDER
+from engram.checkpoint import ADAPTERS_FOLDER, BACKBONE_FOLDER, read_description
 from engram.distributed import is_fully_sharded, process_count, put_apart, saving_together, sum_everywhere
-from engram.errors import ConfigError
+from engram.errors import CheckpointError, ConfigError
 from engram.models import EngramModel
+from engram.models.base_check import has_other_adapters
 from engram.models.files import save_memory
 from engram.models.fsdp import refuse_undivided
 from engram.models.identity import active_adapters, adapter_kinds, adapter_parameters, base_of
@@ -200,6 +201,7 @@ class EngramTrainer(SafeTrainer):
         """As ``SafeTrainer.train``; several processes keep their copies of the tables equal."""
         if isinstance(self.model, EngramModel):
             self.model.trained_beside = adapter_kinds(self.backbone)
+            self.model.adapters_sha256 = None  # those that are there when it is saved
         if process_count() == 1 or not isinstance(self.model, EngramModel):
             return super().train(*args, **kwargs)
         divided = is_fully_sharded(self.model)
@@ -377,6 +379,11 @@ class EngramTrainer(SafeTrainer):
         if not had_adapters:
             fill_adapters(_trained_adapters(self.backbone), folder / _ADAPTERS)
         if isinstance(self.model, EngramModel):
+            if has_other_adapters(read_description(folder), self.model):
+                raise CheckpointError(
+                    f"{folder} was made with other adapters at work than those on the base model now, or they count for more or less than then "
+                    "(lora_alpha). Put the same adapters on the base model before the trainer is made."
+                )
             self.model.load_memory(folder, changed_rows="refill")
 
     def _load_best_model(self) -> None:

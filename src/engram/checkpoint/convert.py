@@ -1,4 +1,4 @@
-"""Turning a saved memory's rows into another format, block by block: a table of any size costs some megabytes of memory."""
+"""Turning a saved memory's rows into another format, block by block: a table of any size costs about 100 MB of memory."""
 
 from __future__ import annotations
 

@@ -352,6 +352,11 @@ def test_copying_is_told_by_seed_and_at_equal_loss(tmp_path):
     assert "| 0 | dense | 100,000 | 0.75 | 0.75 | 100,000 | 3.0000 | 0.75 |" in told
     assert "| 0 | engram | not by 100,000 (ended there) | 0.05 | 0.05 | 50,000 | 3.0000 | 0.01 |" in told
     assert "| 1 | dense | not by 100,000 (ended there) | 0.00 | 0.00 | – | – | – |" in told
+    assert (
+        "less that with one, seed by seed: +0.32 [-4.44, +5.09] nats at equal tokens (2 seeds), +0.74 (no interval) nats"
+        in told
+    )
+    assert "nats at equal loss (1 seed)." in told
     assert "by their own loss alone" in told
     smoothed = {**result, "sizes": {"equal": 0.01, "smoothed": 3}}
     assert "the median of 3 neighbouring checkpoints" in "\n".join(copying(smoothed))

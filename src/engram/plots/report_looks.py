@@ -7,7 +7,8 @@ from typing import Any
 
 from engram.data.long_context import RecallTask, chance_of
 from engram.experiments.look_evidence import tells_what_memory_does
-from engram.plots.markdown import count, interval, literal_text, table
+from engram.experiments.statistics import mean_interval
+from engram.plots.markdown import count, interval, literal_text, plural, table
 from engram.plots.results import COPYING, SHARE, recall_interval
 
 __all__ = ["copying", "easier_questions", "long_context", "looks", "throughput"]
@@ -101,7 +102,25 @@ def copying(result: Mapping[str, Any]) -> list[str]:
         *("seed", "model", "tokens to copy", at_tokens, "nats at its own end"),
         *("tokens at equal loss", "held-out loss there", "nats there"),
     )
-    return [table(header, rows, right=range(2, 8)), _copying_note(result["sizes"])]
+    return [table(header, rows, right=range(2, 8)), *_less_copied(runs, last_common, equal), _copying_note(result["sizes"])]
+
+
+def _less_copied(
+    runs: Mapping[tuple[int, str], Sequence[Mapping[str, Any]]], last_common: Mapping[int, int | None], equal: Mapping[int, Any]
+) -> list[str]:
+    """By how much less models with a memory copy than those without, over seeds; nothing where no two are to be compared."""
+    at_tokens = [
+        [next(entry[COPYING] for entry in runs[seed, model] if entry["tokens"] == tokens) for model in ("dense", "engram")]
+        for seed, tokens in last_common.items()
+        if tokens is not None
+    ]
+    at_loss = [[pair[model][COPYING] for model in ("dense", "engram")] for pair in equal.values()]
+    told = []
+    for where, both in (("equal tokens", at_tokens), ("equal loss", at_loss)):
+        if both:
+            less = mean_interval([without - having for without, having in both])
+            told.append(f"{interval(less, 2, signed=True)} nats at {where} ({plural(len(both), 'seed')})")
+    return [f"Copying without a memory less that with one, seed by seed: {', '.join(told)}."] if told else []
 
 
 def _copying_runs(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], list[Mapping[str, Any]]]:

@@ -304,12 +304,27 @@ def test_looks_need_a_second_model():
 @pytest.mark.parametrize(("claim", "value"), [("logit_lens", 0.51), ("alignment", 0.51), ("gates", 0.24)])
 def test_looks_at_several_trainings_are_judged_over_seeds(claim, value):
     found = verdicts("looks", made_up.looks(), claim)[0]
-    assert (found["verdict"], found["value"]) == ("agrees", pytest.approx(value))
+    verdict = "cannot tell" if claim == "alignment" else "agrees"
+    assert (found["verdict"], found["value"]) == (verdict, pytest.approx(value))
     assert found["low"] < value < found["high"]
     assert "3 seeds" in found["note"]
     one = verdicts("looks", made_up.looks(seeds=(1,)), claim)[0]
     assert (one["verdict"], one["low"]) == ("cannot tell", None)
     assert "one seed: no interval" in one["note"]
+
+
+def test_values_that_share_models_must_tell_the_same_by_every_other_one():
+    found = verdicts("looks", made_up.looks(seeds=range(6)), "alignment")[0]
+    assert found["verdict"] == "agrees"
+    assert "neighbouring values share a model: every other one [+0.47, +0.57] and [+0.48, +0.58]" in found["note"]
+    few = verdicts("looks", made_up.looks(), "alignment")[0]
+    assert few["note"].endswith("neighbouring values share a model")
+    result = made_up.looks(seeds=range(6))
+    for number, entry in enumerate(result["entries"]):  # over all six it is above zero, over every other one it is not
+        entry["looks_by_seed"]["cka"]["memory"]["soft_alignment"][1] = 1.5 + (number % 2 or number / 4)
+    mixed = verdicts("looks", result, "alignment")[0]
+    assert mixed["low"] > 0
+    assert mixed["verdict"] == "cannot tell"
 
 
 def test_similar_layers_need_a_control():

@@ -8,7 +8,9 @@ from engram.experiments.statistics import (
     fit_line,
     fit_parabola,
     half_width_over_settings,
+    holm,
     mean_interval,
+    p_value,
     seed_interval,
     student_t,
     widened,
@@ -28,6 +30,25 @@ def test_quantiles_of_students_t_beyond_the_table():
     known = {31: 2.0395, 40: 2.0211, 56: 2.0032, 60: 2.0003, 100: 1.9840, 120: 1.9799, 10_000: 1.9602}
     assert [student_t(degrees) for degrees in known] == pytest.approx(list(known.values()), abs=1e-4)
     assert student_t(30) > student_t(31) > student_t(32)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 30, 101])
+def test_an_interval_that_touches_zero_has_a_p_value_of_one_in_twenty(degrees):
+    assert p_value(2.0, 0.0, 4.0, degrees) == pytest.approx(0.05, abs=2e-4)
+    assert p_value(-2.0, -9.0, 0.0, degrees) == pytest.approx(0.05, abs=2e-4)  # the side towards zero
+    assert p_value(0.0, -1.0, 1.0, degrees) == pytest.approx(1.0)
+
+
+def test_p_values_of_students_t():
+    """Three of a table: t = 3.365 and 5 degrees of freedom leave 2 %, t = 31.821 and one 2 %, t = 2.681 and 12 again 2 %."""
+    for t, degrees in ((3.365, 5), (31.821, 1), (2.681, 12)):
+        assert p_value(t, t - student_t(degrees), t + student_t(degrees), degrees) == pytest.approx(0.02, abs=2e-5)
+
+
+def test_holms_rule_stops_at_the_first_that_is_too_likely():
+    assert holm([0.04, 0.001, 0.03, 0.012]) == [False, True, False, True]  # at most 0.0125, 0.0167, 0.025, 0.05
+    assert holm([0.02]) == [True]
+    assert holm([]) == []
 
 
 def test_an_interval_over_trainings_is_no_narrower_than_that_over_answers():

@@ -11,6 +11,7 @@ from engram.experiments.statistics import half_width_over_settings
 from engram.plots import Report, ResultFile, draw_result, group_results, plot_sweep, read_result, render_page
 from engram.plots.draw import plot_copying, plot_recall
 from engram.plots.markdown import interval, literal_text, span, table
+from engram.plots.report_limits import limits
 from engram.plots.report_looks import copying, long_context
 from engram.plots.report_sweeps import experts_as_control
 from engram.plots.results import pool_recall, recognise
@@ -183,7 +184,10 @@ def test_unfinished_failed_and_tuned_sweeps_say_so():
         "slots: 2 runs of 999,424 tokens in all, 17 % of the tokens of the runs that report, rates 0.001, 0.003, seed 1000."
         in text
     )
-    assert "Chosen: none: 0.003 (at the edge of those tried)." in text
+    assert (
+        "Chosen, in brackets the validation loss at each rate: none: 0.003 (at the edge of those tried) (0.001: 3.000, 0.003: 3.000)."
+        in text
+    )
     none = made_up.sweep("slots", {"rows": {"none": {}}}, [], **more)
     text = report({"slots": none}).markdown(str)
     assert "Not finished: 0 of 3 points so far (2 runs to choose learning rates)." in text
@@ -472,3 +476,28 @@ def test_pieces_of_markdown():
     assert interval({"mean": 0.5, "low": None, "high": None}, 1, signed=True) == "+0.5 (no interval)"
     assert interval({"mean": 0.5, "low": 0.25, "high": 0.75}, 0, factor=100) == "50 [25, 75]"
     assert table(("a", "b"), [("1", "2")], right=(1,)) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
+
+
+def test_many_questions_are_corrected_for_and_counted_by_claim():
+    result = made_up.looks(seeds=range(6))
+    text = report({"looks": result}).markdown(str)
+    assert "Claim by claim, by the judgements that can tell: " in text
+    assert re.search(r"\(Holm's rule\), (\d) of the \1 that are told to agree stay\.", text)
+    ends = {"sure": (1.0, 0.9, 1.1), "weak": (1.0, 0.1, 1.9), "weaker": (-1.0, -1.95, -0.05)}
+    verdicts = [
+        {"statement": name, "where": "a_sweep", "verdict": verdict, "value": value, "low": low, "high": high, "seeds": 5}
+        for (name, (value, low, high)), verdict in zip(ends.items(), ("agrees", "agrees", "disagrees"))
+    ]
+    told = limits({}, verdicts, PAPER)
+    assert (
+        "1 of the 2 that are told to agree and 0 of the 1 that are told to disagree stay. Not: weak (a\\_sweep); weaker (a\\_sweep)."
+        in told
+    )
+
+
+def test_what_figures_do_not_tell_is_told(tmp_path):
+    result = made_up.slots()
+    result["recipe"]["remarks"] = "Seed 2 was added after a look at [0, 1]."
+    text = report({"slots": result}).markdown(str)
+    assert "**Remarks**\n\n- slots: Seed 2 was added after a look at \\[0, 1\\]." in text
+    assert "Remarks" not in report({"slots": made_up.slots()}).markdown(str)

@@ -28,6 +28,8 @@ class Evidence:
     """95 % interval of ``value``; None without one."""
     unit: str = "nats"
     note: str = ""
+    seeds: int | None = None
+    """Trainings that the interval is over."""
 
 
 def sign_verdict(low: float | None, high: float | None, expected: int) -> str:
@@ -43,4 +45,4 @@ def of_sign(where: str, interval: Mapping[str, Any] | None, expected: int, note:
         mean, low, high = interval["mean"], interval["low"], interval["high"]
         if low is None:
             note = "; ".join(filter(None, [note, "one seed: no interval"]))
-        yield Evidence(sign_verdict(low, high, expected), where, mean, low, high, note=note)
+        yield Evidence(sign_verdict(low, high, expected), where, mean, low, high, note=note, seeds=interval["n"])

@@ -129,4 +129,5 @@ def _compare_recall(name: str, other: str, plain: str, result: Mapping[str, Any]
         if isinstance(result.get("sizes", {}).get("joint"), str):
             verdict, note = CANNOT_TELL, f"{note}; all seeds go on from one model of either kind"
         low, high = (None, None) if low is None or high is None else (100 * low, 100 * high)
-        yield Evidence(verdict, f"{name}, {length} tokens", 100 * value, low, high, "percentage points", note)
+        where, unit = f"{name}, {length} tokens", "percentage points"
+        yield Evidence(verdict, where, 100 * value, low, high, unit, note, len(seeds))

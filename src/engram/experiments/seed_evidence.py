@@ -54,8 +54,8 @@ def alignment(results: Results) -> Iterator[Evidence]:
         early = early_blocks(looks[0])
         ahead = [[alike[kind]["soft_alignment"] for kind in ("memory", "without")] for alike in found]
         values = [_mean(memory[block] - without[block] for block in early) for memory, without in ahead]
-        note = f"mean of {_blocks(early)}; less the index without a memory, both beside another seed's model without; values share models"
-        yield _over_seeds(where, values, "blocks ahead", note)
+        note = f"mean of {_blocks(early)}; less the index without a memory, both beside another seed's model without"
+        yield _of_neighbours(_over_seeds(where, values, "blocks ahead", note), values)
 
 
 def phrase_gates(results: Results) -> Iterator[Evidence]:
@@ -133,7 +133,22 @@ def _over_seeds(where: str, values: Sequence[float], unit: str, note: str) -> Ev
     """Evidence for a value that the claim says is above zero."""
     found = mean_interval(values)
     note += f"; {len(values)} seeds" if found["low"] is not None else "; one seed: no interval"
-    return Evidence(sign_verdict(found["low"], found["high"], 1), where, found["mean"], found["low"], found["high"], unit, note)
+    verdict = sign_verdict(found["low"], found["high"], 1)
+    return Evidence(verdict, where, found["mean"], found["low"], found["high"], unit, note, len(values))
+
+
+def _of_neighbours(found: Evidence, values: Sequence[float]) -> Evidence:
+    """Evidence from values of which neighbours share a model, so that the interval over all of them is too narrow: it can tell only where every
+    other value, the first or the second of each two, tells the same.
+    """
+    paired = values[: len(values) // 2 * 2]  # of an odd number the last is beside the first's model
+    halves = [mean_interval(half) for half in (paired[::2], paired[1::2]) if half]
+    if len(halves) < 2 or any(half["low"] is None for half in halves):
+        return replace(found, verdict=CANNOT_TELL, note=f"{found.note}; neighbouring values share a model")
+    told = " and ".join(f"[{half['low']:+.2f}, {half['high']:+.2f}]" for half in halves)
+    alike = all(sign_verdict(half["low"], half["high"], 1) == found.verdict for half in halves)
+    note = f"{found.note}; neighbouring values share a model: every other one {told}"
+    return replace(found, verdict=found.verdict if alike else CANNOT_TELL, note=note)
 
 
 def _over_layers(looks: Sequence[Mapping[str, Any]], name: str) -> list[float] | None:

@@ -16,7 +16,9 @@ __all__ = [
     "fit_line",
     "fit_parabola",
     "half_width_over_settings",
+    "holm",
     "mean_interval",
+    "p_value",
     "seed_interval",
     "share_over_seeds",
     "student_t",
@@ -46,6 +48,37 @@ def student_t(degrees: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
     return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
+
+
+def p_value(value: float, low: float, high: float, degrees: int) -> float:
+    """Two-sided probability of a mean this far from zero if there were no effect, from its 95 % interval by Student's t.
+
+    Of an interval that is wider on one side, the side towards zero counts. Sums of Abramowitz and Stegun, Handbook of Mathematical Functions,
+    26.7.3 and 26.7.4.
+    """
+    half = value - low if value > 0 else high - value
+    if half <= 0:  # no spread at all
+        return float(value == 0)
+    angle = math.atan(abs(value) / half * student_t(degrees) / math.sqrt(degrees))
+    odd = degrees % 2
+    term, inside = (math.cos(angle) if odd else 1.0), 0.0
+    for power in range(1 + odd, degrees, 2):
+        inside += term
+        term *= math.cos(angle) ** 2 * power / (power + 1)
+    inside *= math.sin(angle)
+    return max(0.0, 1 - (2 / math.pi * (angle + inside) if odd else inside))
+
+
+def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Which of several effects are there if the chance of finding any that is not shall be ``level`` for all together (S. Holm, Scandinavian
+    Journal of Statistics 6, 1979).
+    """
+    found = [False] * len(p_values)
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        if p_values[place] > level / (len(p_values) - rank):
+            break
+        found[place] = True
+    return found
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, Any]:

@@ -51,6 +51,10 @@ def _budgets(results: Results) -> Iterator[tuple[str, Mapping[str, Any], list[Ma
             yield name if budget == "all" else f"{name}, {budget}", summary, points
 
 
+def _seeds(points: Sequence[Mapping[str, Any]]) -> int:
+    return len({point["seed"] for point in points})
+
+
 def u_shape(results: Results) -> Iterator[Evidence]:
     """A parabola that is open upwards and lowest below 100 %, and a loss that is seen to rise again at the smallest share.
 
@@ -65,7 +69,8 @@ def u_shape(results: Results) -> Iterator[Evidence]:
         verdict, note = _judge_parabola(parabola)
         if verdict == AGREES:
             verdict, note = _judge_rise(summary, points)
-        yield Evidence(verdict, where, parabola["coefficients"][0], low, high, "nats per unit of rho squared", note)
+        unit = "nats per unit of rho squared"
+        yield Evidence(verdict, where, parabola["coefficients"][0], low, high, unit, note, _seeds(points))
 
 
 def _judge_parabola(parabola: Mapping[str, Any]) -> tuple[str, str]:
@@ -146,7 +151,7 @@ def _judge_optimum(
     note = f"{told}, against {100 * row['rho']:.0f} %, the nearest in loss of {theirs}"
     clear = all(sign_verdict(difference["low"], difference["high"], -1) == AGREES for _, difference in found)
     verdict = CANNOT_TELL if not clear else AGREES if inside else DISAGREES
-    return Evidence(verdict, where, nearest["mean"], nearest["low"], nearest["high"], note=note)
+    return Evidence(verdict, where, nearest["mean"], nearest["low"], nearest["high"], note=note, seeds=nearest["n"])
 
 
 def gain(results: Results) -> Iterator[Evidence]:
@@ -185,7 +190,8 @@ def slope(results: Results) -> Iterator[Evidence]:
             continue
         low, high = line["slope_interval"] or (None, None)
         note = "one seed: no interval" if low is None else ""
-        yield Evidence(sign_verdict(low, high, -1), where, line["slope_per_decade"], low, high, "nats per decade", note)
+        verdict, unit = sign_verdict(low, high, -1), "nats per decade"
+        yield Evidence(verdict, where, line["slope_per_decade"], low, high, unit, note, _seeds(result["points"]))
 
 
 def largest_table(results: Results) -> Iterator[Evidence]:

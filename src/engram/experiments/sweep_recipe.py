@@ -144,6 +144,8 @@ class SweepRecipe:
     tune: TuneRecipe | None = None
     reference: str = REFERENCE
     """The variant of ``arm`` that others are compared with; an ablation's own is always called ``reference``."""
+    remarks: str = ""
+    """What a reader of the results must know and figures do not tell; the report says it."""
 
     def __post_init__(self) -> None:
         if self.question not in QUESTIONS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from engram.experiments.statistics import holm, p_value
 from engram.plots.markdown import count, literal_text, plural, span
 
 __all__ = ["limits"]
@@ -29,14 +30,36 @@ def limits(
         paper: the paper's own figures.
         control: a line on how good experts alone are.
     """
-    judged = sum(entry["low"] is not None for entry in verdicts)
-    many = (
-        f"**Many questions.** {plural(judged, 'interval')} of 95 % {'is' if judged == 1 else 'are'} judged above; one in twenty would miss "
-        "the truth by chance alone, and a sign that was claimed is counted as agreeing however much smaller or larger the effect is than "
-        "the paper's."
-    )
-    lines = (*_scale(sweeps, paper), control, many if judged else "", *_ALWAYS)
+    lines = (*_scale(sweeps, paper), control, _many_questions(verdicts), *_ALWAYS)
     return "\n".join(f"- {line}" for line in lines if line)
+
+
+def _many_questions(verdicts: Sequence[Mapping[str, Any]]) -> str:
+    """That some intervals miss by chance, and what is left if none of them shall."""
+    judged = [entry for entry in verdicts if entry["low"] is not None]
+    if not judged:
+        return ""
+    told = (
+        f"**Many questions.** {plural(len(judged), 'interval')} of 95 % {'is' if len(judged) == 1 else 'are'} judged above; one in twenty "
+        "would miss the truth by chance alone, and a sign that was claimed is counted as agreeing however much smaller or larger the effect "
+        "is than the paper's."
+    )
+    of_seeds = [entry for entry in judged if entry["seeds"] and entry["seeds"] > 1]
+    p_values = [p_value(entry["value"], entry["low"], entry["high"], entry["seeds"] - 1) for entry in of_seeds]
+    kept = [entry for entry, there in zip(of_seeds, holm(p_values)) if there]
+    parts = []
+    for verdict in ("agrees", "disagrees"):
+        all_of, left = (sum(entry["verdict"] == verdict for entry in entries) for entries in (of_seeds, kept))
+        if all_of:
+            parts.append(f"{left} of the {all_of} that are told to {verdict.removesuffix('s')}")
+    if not parts:
+        return told
+    lost = [entry for entry in of_seeds if entry["verdict"] in ("agrees", "disagrees") and entry not in kept]
+    named = "; ".join(f"{entry['statement']} ({literal_text(entry['where'])})" for entry in lost)
+    return (
+        f"{told} If the chance of one such miss shall be 5 % for all of them together (Holm's rule), {' and '.join(parts)} stay"
+        f"{f'. Not: {named}' if named else ''}."
+    )
 
 
 def _scale(sweeps: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Any]) -> Iterator[str]:

@@ -210,14 +210,24 @@ def tuning(name: str, result: Mapping[str, Any]) -> str:
     share = f", {100 * tokens / reported:.0f} % of the tokens of the runs that report" if reported else ""
     edge = {True: " (at the edge of those tried)", False: ""}
     chosen = "; ".join(
-        f"{literal_text(', '.join(rate['at'].values()))}: {rate['learning_rate']:g}{edge[rate['edge']]}"
+        f"{literal_text(', '.join(rate['at'].values()))}: {rate['learning_rate']:g}{edge[rate['edge']]}{_tried(runs, rate['at'])}"
         for rate in result["learning_rates"]
     )
     seeds = ", ".join(map(str, sorted({p["seed"] for p in runs})))
     return (
         f"{literal_text(name)}: {plural(len(runs), 'run')} of {count(tokens)} tokens in all{share}, rates {_listed(tried)}, seed {seeds}. "
-        f"Chosen: {chosen or 'nothing yet'}."
+        f"Chosen, in brackets the validation loss at each rate: {chosen or 'nothing yet'}."
     )
+
+
+def _tried(runs: Sequence[Mapping[str, Any]], at: Mapping[str, str]) -> str:
+    """Validation losses by learning rate, of the runs with which that of a group was chosen."""
+    losses: dict[float, list[float]] = {}
+    for run in runs:
+        if at.items() <= run["labels"].items():
+            losses.setdefault(run["learning_rate"], []).append(run["validation"]["loss"])
+    told = ", ".join(f"{rate:g}: {statistics.fmean(found):.3f}" for rate, found in sorted(losses.items()))
+    return f" ({told})" if told else ""
 
 
 def _listed(rates: Sequence[float]) -> str:

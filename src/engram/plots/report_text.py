@@ -73,6 +73,24 @@ _OTHERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "throughput": throughput,
 }
 
+
+def _by_claim(verdicts: Sequence[Mapping[str, Any]]) -> str:
+    """How many claims all judgements that can tell agree with, contradict, or are at odds about."""
+    of_claim: dict[str, set[str]] = {}
+    for entry in verdicts:
+        if entry["verdict"] != "not measured":
+            of_claim.setdefault(entry["claim"], set()).add(entry["verdict"])
+    found = Counter(frozenset(told - {"cannot tell"}) for told in of_claim.values())
+    kinds = {
+        "agree": {"agrees"},
+        "disagree": {"disagrees"},
+        "are judged either way": {"agrees", "disagrees"},
+        "cannot be told": set[str](),
+    }
+    parts = [f"{number} {text}" for text, told in kinds.items() if (number := found[frozenset(told)])]
+    return f"Claim by claim, by the judgements that can tell: {', '.join(parts)}."
+
+
 _NAMED = 4
 """Results that a title names."""
 
@@ -156,7 +174,8 @@ class Report:
         claims = "claim was" if found["not measured"] == 1 else "claims were"
         yield (
             f"**In short:** {plural(judged, 'judgement')} on {plural(claims_judged, 'claim')} of the paper ({'; '.join(parts)}); "
-            f"{found['not measured']} {claims} not measured. Judgements of one claim hang together, and so do those that share a control."
+            f"{found['not measured']} {claims} not measured. {_by_claim(self.verdicts)} Judgements of one claim hang together, and so do those "
+            "that share a control."
         )
         lines = [line for file in self._of("allocation") for line in (*_best_shares(file), *counts_in_short(self._rival(file)))]
         if lines:
@@ -186,6 +205,13 @@ class Report:
             yield f"**Text{f' {number + 1}' if len(texts) > 1 else ''}** (fingerprint `{fingerprint[:12]}`)"
             yield _text_table(counts)
             yield self._contamination(fingerprint)
+        remarks = [
+            f"- {literal_text(name)}: {literal_text(text)}"
+            for name, result in sweeps.items()
+            if (text := result["recipe"].get("remarks"))
+        ]
+        if remarks:
+            yield "\n".join(["**Remarks**", "", *remarks])
         yield "**Learning rates**"
         yield "\n".join(f"- {line}" for name, result in sweeps.items() if (line := tuning(name, result)))
 

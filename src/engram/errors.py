@@ -21,6 +21,7 @@ __all__ = [
     "first_of",
     "nearest",
     "reason_of",
+    "refuse_one_text",
 ]
 
 
@@ -91,3 +92,13 @@ def nearest(name: str, known: Iterable[str], within: str = "") -> str:
 def reason_of(error: BaseException) -> str:
     """What somebody else's error says, for a message of ours: its first line, without the full stop, or its name where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def refuse_one_text(texts: Iterable[str], where: str) -> None:
+    """Refuse one text where several are expected: it would be read letter by letter.
+
+    Raises:
+        DataError: ``texts`` is one.
+    """
+    if isinstance(texts, str):
+        raise DataError(f"{where}: got one text, expected a list of them; write [text].")

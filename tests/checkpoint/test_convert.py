@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,3 +193,28 @@ def test_memory_does_not_grow_with_the_table(tmp_path):
     before, peak = map(int, done.stdout.split())
     assert 0 < peak - before < 150 << 10  # KiB; blocks and what they are turned into, whatever the size
     assert peak < 1 << 20
+
+
+def test_a_conversion_that_was_stopped_with_adapters_there_can_be_repeated(saved, tmp_path, monkeypatch):
+    (saved / "adapters" / "more").mkdir(parents=True)
+    for file in ("adapter_config.json", "more/adapter_model.safetensors"):
+        (saved / "adapters" / file).write_text(file)
+
+    def stopped(path, content):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("engram.checkpoint.store._replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            convert_memory(saved, tmp_path / "out", "int8")
+    assert not (tmp_path / "out" / "adapters").exists()
+    shutil.copytree(saved / "adapters", tmp_path / "out" / "adapters")  # as a kill at that moment leaves it
+    (tmp_path / "out" / ".adapters.new").mkdir()
+    convert_memory(saved, tmp_path / "out", "int8")
+    assert (
+        tmp_path / "out" / "adapters" / "more" / "adapter_model.safetensors"
+    ).read_text() == "more/adapter_model.safetensors"
+    assert not (tmp_path / "out" / ".adapters.new").exists()
+    (tmp_path / "other" / "adapters").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds 'adapters' of something else"):
+        convert_memory(saved, tmp_path / "other", "int8")

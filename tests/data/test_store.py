@@ -283,3 +283,11 @@ def test_what_ends_and_begins_texts_for_others_is_no_other_tokenizer(tokenizer):
     first, other_end = (other.convert_ids_to_tokens(number) for number in (0, 5))
     other.bos_token, other.eos_token = first, other_end
     assert (begin_token(other), other.eos_token_id) == (0, 5)
+
+
+def test_a_store_that_was_opened_by_a_relative_path_is_read_from_any_directory(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(store.folder.parent)
+    opened = TokenStore(store.folder.name)
+    monkeypatch.chdir(tmp_path)
+    assert opened.names == store.names
+    assert pickle.loads(pickle.dumps(opened)).fingerprint == store.fingerprint

@@ -75,6 +75,10 @@ def test_looking(walked, name):
     assert result(walked, name)
 
 
+def test_a_memory_on_two_devices_knows_who_it_is(walked):
+    assert result(walked, "identity on two devices")
+
+
 @pytest.mark.parametrize("name", ["add", "index", "numpy"])
 def test_the_device_refuses_what_a_real_one_refuses(walked, name):
     assert "pretend" in walked["refused"][name]

@@ -18,6 +18,7 @@ from engram.cli.main import app
 from engram.data.texts import standard_texts
 from engram.evaluation import ask, check_facts, evaluate_memory, measure_drift, measure_recall, result, trace_text
 from engram.models.bundled_files import BUNDLED_MEMORY, BUNDLED_MODEL
+from engram.models.identity import memory_identity
 from tests.device.pretend import pretend_device
 
 FACTS = load_facts(BUNDLED_MODEL.parent / "facts.yaml")[::160]
@@ -109,11 +110,20 @@ def looking():
     yield "recall", lambda: len(measure_recall(memory, tokenizer, library, ["needle"], [96], 2, 0).scores)
 
 
+def on_two_devices():
+    """A memory whose layers are on another device than the token embeddings, as ``device_map`` spreads a large model."""
+    model, tokenizer = load_bundled()
+    memory = EngramModel.from_pretrained(model, BUNDLED_MEMORY, tokenizer)
+    before = memory_identity(memory)
+    memory.engrams.to("pretend")
+    yield "identity on two devices", lambda: memory_identity(memory) == before
+
+
 def main():
     found = {}
     result._DECODE_ROUNDS = 1  # times mean nothing here
     with tempfile.TemporaryDirectory() as folder, pretend_device():
-        for steps in (teaching(Path(folder) / "memory"), trained(), looking()):
+        for steps in (teaching(Path(folder) / "memory"), trained(), looking(), on_two_devices()):
             for name, step in steps:
                 try:
                     found[name] = step()

@@ -107,3 +107,15 @@ def test_answers_that_the_model_gives_anyway_do_not_speak_against_it():
     known = [Fact((f"{FACTS[1].prompts[0]}",), "7319", id="beta"), Fact(("Well then: KEY:beta 20",), "7319", id="longer")]
     report = editor.teach(known)
     assert (report.already_known, report.taught) == (["beta"], ["longer"])
+
+
+def test_teaching_leaves_gradients_of_a_model_that_is_trained_alone():
+    model = tiny_model()
+    editor = MemoryEditor.create(model, tiny_tokenizer())
+    model.requires_grad_(True)
+    ids = torch.randint(5, 300, (2, 8), generator=torch.Generator().manual_seed(0))
+    editor.memory(input_ids=ids, labels=ids).loss.backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert before
+    assert editor.teach(FACTS).taught
+    assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters() if name in before)

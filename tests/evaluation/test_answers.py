@@ -1,9 +1,10 @@
 """Asking: nothing of the checkpoint's own generation defaults counts, and no prompt runs into the end of the context."""
 
 import pytest
+import torch
 
 from engram import DataError, Fact, MemoryEditor
-from engram.evaluation import ask, check_facts, evaluate_memory, trace_text
+from engram.evaluation import ask, bits_per_byte, check_facts, evaluate_memory, measure_drift, measure_gains, trace_text
 from engram.evaluation.answers import _batches
 from engram.testing import tiny_memory, tiny_model, tiny_tokenizer
 
@@ -97,3 +98,55 @@ def test_long_texts_are_measured_as_far_as_the_context_goes(learnt):
     assert result.latency["ratio"] > 0
     with pytest.raises(DataError, match=r"text 'the text of the memory .*expected at most 256"):
         trace_text(editor.memory, editor.tokenizer, TEXT)
+
+
+MEASURES = {
+    "ask": lambda memory, tokenizer, texts: ask(memory, tokenizer, texts, max_new_tokens=8),
+    "measure_drift": lambda memory, tokenizer, texts: measure_drift(memory, tokenizer, texts),
+    "bits_per_byte": lambda memory, tokenizer, texts: bits_per_byte(memory, tokenizer, texts),
+    "measure_gains": lambda memory, tokenizer, texts: measure_gains(memory, tokenizer, texts),
+    "trace_text": lambda memory, tokenizer, texts: trace_text(memory, tokenizer, texts[0]).to_dict(),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_measures_are_of_a_model_that_is_not_being_trained(measure):
+    memory = tiny_memory(tiny_model("gpt2"))
+    for module in memory.base_model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    expected = MEASURES[measure](memory.eval(), tiny_tokenizer(), ["CAPITAL:France", "one two"])
+    memory.train()
+    memory.base_model.lm_head.eval()
+    modes = [module.training for module in memory.modules()]
+    assert MEASURES[measure](memory, tiny_tokenizer(), ["CAPITAL:France", "one two"]) == expected
+    assert [module.training for module in memory.modules()] == modes
+
+
+@pytest.mark.parametrize("measure", ["ask", "measure_drift", "bits_per_byte", "measure_gains"])
+def test_one_text_in_place_of_several_is_refused(measure):
+    with pytest.raises(DataError, match=rf"{measure}: got one text, expected a list of them; write \[text\]"):
+        MEASURES[measure](tiny_memory(), tiny_tokenizer(), "abc")
+
+
+class WithoutBeginning:
+    """A tokenizer that adds no token of its own, as GPT-2's."""
+
+    def __init__(self):
+        self.tokenizer = tiny_tokenizer()
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text, **options):
+        return self.tokenizer(text, **{"add_special_tokens": False, **options})
+
+
+def test_an_empty_text_without_any_token_is_one_clear_error_or_nothing():
+    memory, tokenizer = tiny_memory(), WithoutBeginning()
+    with pytest.raises(DataError, match="prompt 2 is empty and this tokenizer begins with no token"):
+        ask(memory, tokenizer, ["a", ""])
+    with pytest.raises(DataError, match="got an empty text, and this tokenizer begins with no token"):
+        trace_text(memory, tokenizer, "")
+    assert measure_drift(memory, tokenizer, ["", "ab"]).tokens == measure_drift(memory, tokenizer, ["ab"]).tokens > 0
+    assert measure_drift(memory, tokenizer, [""]).untouched == 1.0

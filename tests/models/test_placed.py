@@ -3,14 +3,18 @@
 import copy
 import gc
 import json
+import os
 import pickle
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from engram import CheckpointError, ConfigError, TableConfig, TableError
-from engram.models.placed import NGRAM_EMBEDDINGS, PlacedEmbedding, load_placed, place_embeddings
+from engram.models.placed import NGRAM_EMBEDDINGS, PlacedEmbedding, _device_beside, load_placed, place_embeddings
 from engram.tables import MmapTable
 from engram.testing import tiny_model
 
@@ -286,3 +290,47 @@ def test_rows_that_are_no_numbers_are_known_again(saved, here, tmp_path):
         note.unlink()
     again = load_placed(str(tmp_path / "model"), placement)
     assert torch.isnan(again.get_submodule(NAME)(torch.tensor(3))[2])
+
+
+def test_files_whose_times_are_alike_are_told_apart_by_their_rows(saved, here, tmp_path):
+    """As reproducible builds leave them."""
+    other = tmp_path / "other"
+    shutil.copytree(saved, other)
+    for file in other.glob("*.safetensors"):
+        tensors = {name: tensor + 1 if "ngram_embedding" in name else tensor for name, tensor in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
+        before = (saved / file.name).stat()
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert file.stat().st_size == before.st_size
+    place = TableConfig(tier="mmap", path="rows")
+    load_placed(saved, place)
+    gc.collect()
+    with pytest.raises(TableError, match="holds other rows"):
+        load_placed(other, place)
+    load_placed(saved, place)
+
+
+def test_rows_go_where_the_model_around_them_computes(saved, monkeypatch):
+    """As ``device_map`` asks."""
+    made = []
+    monkeypatch.setattr("engram.models.placed.build_table", lambda *args, device, **options: made.append(device) or stop())
+    monkeypatch.setattr("engram.models.placed.check_room", lambda *args, **options: None)
+    monkeypatch.setattr(
+        "engram.models.placed._device_beside", lambda model, name: torch.device("cuda", int(name.split(".")[2]))
+    )
+    with pytest.raises(KeyboardInterrupt):
+        load_placed(saved, TableConfig())
+    assert made == [torch.device("cuda", 0)]
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+def test_the_device_of_a_part_is_that_of_the_next_around_it_with_weights():
+    model = tiny_model()
+    model.model.layers[1].to("meta")
+    assert _device_beside(model, "model.layers.0.mlp.gone").type == "cpu"
+    assert _device_beside(model, "model.layers.1.mlp.gone").type == "cpu"  # nobody computes on meta
+    model.model.layers[1].mlp._hf_hook = SimpleNamespace(execution_device=torch.device("cuda", 1))
+    assert _device_beside(model, "model.layers.1.mlp.gone") == torch.device("cuda", 1)

@@ -1,6 +1,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,7 +9,7 @@ from torch import nn
 
 from engram import CheckpointError, ConfigError
 from engram.checkpoint import load_tree, save_tree
-from engram.optim import EngramAdamW
+from engram.optim import EngramAdamW, own_state
 
 
 def stepped():
@@ -116,3 +117,34 @@ def test_states_from_before_files_named_each_other_are_read(tmp_path):
 
 def interrupted(*_):
     raise KeyboardInterrupt
+
+
+def test_states_are_written_without_a_copy_of_their_rows(tmp_path):
+    optimizer = stepped()
+    moments = optimizer.state[optimizer.param_groups[0]["params"][0]]["row_moments"]
+    for by_reference in (True, False):
+        state = own_state(optimizer, by_reference)
+        entry = next(e["row_moments"] for e in state["state"].values() if "row_moments" in e)
+        rows = entry["state"]["exp_avg"] if "state" in entry else entry["exp_avg"]
+        assert (rows.data_ptr() == moments.buffers["exp_avg"].data_ptr()) == by_reference
+        save_tree(tmp_path / str(by_reference), state)
+    one, other = (load_file(tmp_path / f"{name}.safetensors") for name in (True, False))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    stepped().load_state_dict(load_tree(tmp_path / "True"))
+
+
+def test_every_type_of_tensor_that_files_hold_comes_back(tmp_path):
+    tree = {
+        "generator": np.arange(3, dtype=np.uint32)[::-1],
+        "view": torch.arange(12).reshape(3, 4)[:, 1:3],
+        "step": torch.tensor(3.0),
+        "none": torch.zeros(0, 4),
+        "flags": torch.tensor([True, False]),
+    }
+    save_tree(tmp_path / "state", tree)
+    for name, value in load_tree(tmp_path / "state").items():
+        assert np.array_equal(value, tree[name]), name
+        assert value.dtype == tree[name].dtype
+    for refused in (torch.zeros(2, dtype=torch.complex64), torch.zeros(2, 2).to_sparse()):
+        with pytest.raises(CheckpointError, match="cannot save this state without pickle"):
+            save_tree(tmp_path / "refused", {"a": refused})

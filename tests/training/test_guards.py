@@ -253,3 +253,17 @@ def test_a_checkpoint_whose_rows_are_there_without_a_name_is_whole(tmp_path):
     read_anew = TableConfig(tier="mmap", path=str(tmp_path / "other"))
     memory = get_engram_model(tiny_model(), tiny_config(), tiny_tokenizer(), read_anew)
     memory.load_memory(tmp_path / "run" / "checkpoint-4")
+
+
+def test_what_a_kill_left_of_a_checkpoint_costs_no_whole_one_its_place(tmp_path, monkeypatch):
+    """Where times of files say nothing, the numbers decide which checkpoints are old."""
+    monkeypatch.setattr("transformers.trainer_utils.os.path.getmtime", lambda path: 0.0)
+    saving = {"save_strategy": "steps", "save_total_limit": 1}
+    make(tmp_path, max_steps=2, save_steps=2, **saving).train()
+    half = tmp_path / "run" / "checkpoint-4"
+    half.mkdir()
+    (half / "engram.json").write_text("{}")
+    (tmp_path / "run" / "checkpoint-of-mine").mkdir()
+    make(tmp_path, max_steps=3, save_steps=3, **saving).train(resume_from_checkpoint=True)
+    assert checkpoints(tmp_path) == ["checkpoint-3", "checkpoint-of-mine"]
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"

@@ -1,7 +1,8 @@
 """Memories trained by transformers' own Trainer, and by TRL's where it is installed."""
 
 import shutil
-from types import MethodType
+from pathlib import Path
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -254,3 +255,36 @@ def test_a_memory_that_was_unloaded_is_not_trained(tmp_path):
     memory.unload()
     with pytest.raises(AttachError, match="this memory was unloaded"):
         make(tmp_path, memory).train()
+
+
+SAVED_ONCE = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1, "max_steps": 6}
+
+
+@pytest.mark.parametrize("killed_in", ["the save", "the move"])
+def test_a_kill_while_the_memory_is_saved_loses_no_memory(tmp_path, monkeypatch, killed_in):
+    """transformers deletes the checkpoint before when its own part of the new one is written."""
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    memory = tiny_memory(speak=False)
+    trainer = make(tmp_path / "parts", memory, **SAVED_ONCE)
+    at_step_6 = StopAt(0)
+    at_step_6.on_step_begin = lambda args, state, control, **_: (
+        monkeypatch.setattr(memory, "save_pretrained", killed)
+        if killed_in == "the save"
+        else monkeypatch.setattr(other_trainers, "os", SimpleNamespace(replace=killed))
+    ) if state.global_step == 5 else None  # fmt: skip
+    trainer.add_callback(at_step_6)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    monkeypatch.undo()
+    run = tmp_path / "parts" / "run"
+    assert [folder.name for folder in run.glob("checkpoint-*")] == [f"checkpoint-{3 if killed_in == 'the save' else 6}"]
+    memory = tiny_memory(speak=False)
+    make(tmp_path / "parts", memory, **{**SAVED_ONCE, "max_steps": 9}).train(resume_from_checkpoint=True)
+    longer = tiny_memory(speak=False)
+    make(tmp_path / "longer", longer, **{**SAVED_ONCE, "max_steps": 9}).train()
+    assert equal(parameters(memory), parameters(longer))
+    assert not list(run.glob(".memory-*"))
+    assert Path(memory.folder).name == "memory"

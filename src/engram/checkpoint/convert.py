@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import math
 import os
 import shutil
@@ -200,10 +201,33 @@ def convert_memory(
                 with TensorReader(weights) as written:
                     finish(stored_tables(fields, written), written)
             if (Path(source) / ADAPTERS_FOLDER).is_dir():
-                shutil.copytree(Path(source) / ADAPTERS_FOLDER, Path(out) / ADAPTERS_FOLDER)
+                _copy_adapters(Path(source), Path(out))
 
-        stream_store(out, specs, parts(), fields, ledger, finished)
+        try:
+            stream_store(out, specs, parts(), fields, ledger, finished)
+        except BaseException:
+            if not (Path(out) / DESCRIPTION_NAME).exists():
+                shutil.rmtree(Path(out) / ADAPTERS_FOLDER, ignore_errors=True)  # nobody else's: see check_target
+            raise
     return report
+
+
+def _copy_adapters(source: Path, out: Path) -> None:
+    """Adapters appear in ``out`` when they are whole; what a killed copy left goes."""
+    new, place = out / f".{ADAPTERS_FOLDER}.new", out / ADAPTERS_FOLDER
+    for leftover in (new, place):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        shutil.copytree(source / ADAPTERS_FOLDER, new)
+        os.replace(new, place)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _holds_the_same(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same files, byte for byte."""
+    files = [{path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} for folder in (one, other)]
+    return files[0] == files[1] and all(filecmp.cmp(one / file, other / file, shallow=False) for file in files[0])
 
 
 def _opened(source: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any] | None, TensorReader]:
@@ -223,7 +247,9 @@ def check_target(source: str | os.PathLike[str], out: str | os.PathLike[str]) ->
         )
     if (Path(out) / DESCRIPTION_NAME).exists():
         raise ConfigError(f"{out} holds a memory already; choose another folder.")
-    if (Path(source) / ADAPTERS_FOLDER).is_dir() and (Path(out) / ADAPTERS_FOLDER).exists():
+    ours, theirs = Path(source) / ADAPTERS_FOLDER, Path(out) / ADAPTERS_FOLDER
+    # The same ones are what a conversion left that was killed before the memory appeared.
+    if ours.is_dir() and theirs.exists() and not (theirs.is_dir() and _holds_the_same(ours, theirs)):
         raise ConfigError(f"{out} holds {ADAPTERS_FOLDER!r} of something else, and so does the memory; choose another folder.")
 
 

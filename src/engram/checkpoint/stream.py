@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engram.errors import CheckpointError
 
-__all__ = ["TensorReader", "TensorSpec", "as_parts", "read_header", "type_code", "write_tensors"]
+__all__ = ["TensorReader", "TensorSpec", "as_parts", "can_be_written", "read_header", "type_code", "write_tensors"]
 
 _NAMES = {
     "F64": torch.float64,
@@ -34,6 +34,9 @@ _NAMES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -65,6 +68,11 @@ def type_code(dtype: torch.dtype) -> str:
     return _CODES[dtype]
 
 
+def can_be_written(dtype: torch.dtype) -> bool:
+    """Whether safetensors files written here hold values of this type."""
+    return dtype in _CODES
+
+
 def as_parts(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Tensors in parts of some megabytes, for ``write_tensors``."""
     for name, tensor in tensors.items():
@@ -74,13 +82,16 @@ def as_parts(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             yield name, flat[start : start + step]
 
 
-def write_tensors(file: Path, specs: Mapping[str, TensorSpec], parts: Iterable[tuple[str, Tensor]]) -> None:
+def write_tensors(
+    file: Path, specs: Mapping[str, TensorSpec], parts: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file: the header first, then parts of tensors as they come.
 
     Args:
         file: where; replaced if it exists.
         specs: all tensors.
         parts: pairs (name, next values of that tensor, in order); parts of different tensors may alternate.
+        metadata: texts for the header.
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
@@ -88,7 +99,7 @@ def write_tensors(file: Path, specs: Mapping[str, TensorSpec], parts: Iterable[t
     """
     # Large items first, as the library orders them: every tensor then starts at a multiple of its item size and can be mapped.
     order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
-    header, cursor, end = dict[str, Any](), dict[str, int](), 0
+    header, cursor, end = dict[str, Any]({"__metadata__": dict(metadata)} if metadata else {}), dict[str, int](), 0
     for name in order:
         cursor[name], start, end = end, end, end + specs[name].nbytes
         header[name] = {"dtype": _CODES[specs[name].dtype], "shape": list(specs[name].shape), "data_offsets": [start, end]}

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, from_numpy
 
 from engram.checkpoint.store import sync_to_disk, write_json_atomically
+from engram.checkpoint.stream import TensorSpec, as_parts, can_be_written, write_tensors
 from engram.errors import CheckpointError
 
 __all__ = ["load_tree", "save_tree"]
@@ -23,6 +24,8 @@ _TAG = "__kind__"
 
 def save_tree(path: str | os.PathLike[str], tree: Any) -> None:
     """Save dicts, lists, tuples, numbers, texts, None, tensors and arrays as ``path.json`` and ``path.safetensors``.
+
+    Tensors are written part by part: states of optimisers may take most of the memory there is, and are not copied.
 
     Raises:
         CheckpointError: something else is in the tree, or the files cannot be written.
@@ -37,10 +40,11 @@ def save_tree(path: str | os.PathLike[str], tree: Any) -> None:
         ) from error
     try:
         pair = uuid.uuid4().hex  # in both files: where a save was stopped between them, they are no pair
-        save_file(tensors, f"{os.fspath(path)}.safetensors", {"pair": pair})
+        specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+        write_tensors(Path(f"{os.fspath(path)}.safetensors"), specs, as_parts(tensors), {"pair": pair})
         sync_to_disk(f"{os.fspath(path)}.safetensors")
         write_json_atomically(Path(f"{os.fspath(path)}.json"), {"tree": skeleton, "pair": pair})
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}; free space or choose another folder.") from error
 
 
@@ -66,7 +70,9 @@ def load_tree(path: str | os.PathLike[str]) -> Any:
 def _pack(node: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(node, (Tensor, np.ndarray)):
         name = str(len(tensors))
-        tensors[name] = node.detach().clone().contiguous() if isinstance(node, Tensor) else from_numpy(node.copy())
+        tensors[name] = tensor = node.detach() if isinstance(node, Tensor) else from_numpy(node.copy())
+        if tensor.layout != torch.strided or not can_be_written(tensor.dtype):
+            raise TypeError(f"a tensor of type {tensor.dtype} and layout {tensor.layout}")
         return {_TAG: "tensor" if isinstance(node, Tensor) else "array", "name": name}
     if isinstance(node, dict):
         return {_TAG: "dict", "items": [[_pack(k, tensors), _pack(v, tensors)] for k, v in node.items()]}

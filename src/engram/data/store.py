@@ -51,7 +51,7 @@ class TokenStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(os.path.abspath(folder))  # names are read later, from whatever directory that is
         self.description = _read_description(self.folder)
         try:
             self.fingerprint: str = self.description["fingerprint"]

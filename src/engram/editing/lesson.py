@@ -102,7 +102,9 @@ def optimise_rows(
                 loss, learnt = _judge(upper, pending, streams, settings.margin)
                 if not bool(learnt.all()):
                     if loss.requires_grad:
-                        loss.backward()
+                        loss.backward(
+                            inputs=[draft.held for draft in drafts.values()]
+                        )  # whoever trains the model has gradients there
                     if not felt and not any(_is_felt(draft.held.grad) for draft in drafts.values()):
                         _refuse_without_gradients(upper, drafts, pending)
                     felt = True

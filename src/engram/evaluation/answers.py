@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from engram.data.facts import EncodedFact, Fact, encode_fact, room_before, tokenize_prompt
+from engram.errors import DataError, refuse_one_text
 from engram.evaluation.generation import generate_greedily, padding_id
 from engram.models import Router
 from engram.models.devices import input_device
@@ -100,9 +101,14 @@ def ask(
         router: decides per prompt whether the model's memory is read; without one it always is.
 
     Raises:
-        DataError: a prompt takes all positions of such a model.
+        DataError: a prompt takes all positions of such a model, or is empty and has no token; one prompt in place of several.
     """
+    refuse_one_text(prompts, "ask")
     encoded = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
+    if not all(encoded):
+        raise DataError(
+            f"ask: prompt {encoded.index([]) + 1} is empty and this tokenizer begins with no token; expected some text."
+        )
     end = last_position(model.config)
     rooms = [min(max_new_tokens, room_before(end, len(ids), prompt)) for prompt, ids in zip(prompts, encoded)]
     routed = None if router is None else reads_memory(router, prompts)

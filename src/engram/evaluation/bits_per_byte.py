@@ -12,8 +12,9 @@ from torch import nn
 
 from engram.data.facts import pad_right
 from engram.data.store import begin_token
-from engram.errors import DataError
+from engram.errors import DataError, refuse_one_text
 from engram.models.devices import input_device
+from engram.models.mode import evaluation_mode
 from engram.models.positions import within_context
 
 __all__ = ["bits_per_byte", "text_windows"]
@@ -46,9 +47,10 @@ def bits_per_byte(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_le
         batch_size: windows per forward pass.
 
     Raises:
-        DataError: there is no text.
+        DataError: there is no text, or one in place of several.
         ConfigError: the tokenizer has no token to lead windows.
     """
+    refuse_one_text(texts, "bits_per_byte")
     written = sum(len(text.encode()) for text in texts)
     if not written:
         raise DataError(f"bits_per_byte: got {len(texts)} texts without a byte, expected some to predict.")
@@ -59,7 +61,8 @@ def bits_per_byte(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_le
     for start in range(0, len(windows), batch_size):
         rows = [tuple(window) for window in windows[start : start + batch_size]]
         ids, mask = (x.to(device) for x in pad_right(rows, pad_id=0))
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        with evaluation_mode(model):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         target = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
         nats += F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum").item()
     return nats / math.log(2) / written

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engram.errors import ConfigError
+from engram.errors import ConfigError, refuse_one_text
 from engram.models import EngramModel, LearnedRouter
 from engram.models.devices import input_device
+from engram.models.mode import evaluation_mode
 from engram.models.positions import within_context
 
 __all__ = ["RoutedKind", "TextGain", "fit_router_to_texts", "measure_gains"]
@@ -37,7 +38,11 @@ class TextGain:
 def measure_gains(memory: EngramModel, tokenizer: Any, texts: Sequence[str], max_length: int = 256) -> list[TextGain]:
     """Loss of the first ``max_length`` tokens of every text (at most the model's context) with the memory on and off; texts of fewer than
     two tokens gain nothing.
+
+    Raises:
+        DataError: one text in place of several.
     """
+    refuse_one_text(texts, "measure_gains")
     device = input_device(memory)
     max_length = within_context(memory.config, max_length)
     gains = []
@@ -53,7 +58,8 @@ def measure_gains(memory: EngramModel, tokenizer: Any, texts: Sequence[str], max
 
 
 def _loss(memory: EngramModel, ids: Tensor) -> float:
-    logits = memory(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    with evaluation_mode(memory):
+        logits = memory(input_ids=ids, use_cache=False).logits[0, :-1].float()
     return float(F.cross_entropy(logits, ids[0, 1:]))
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig
 
+from engram.models.mode import evaluation_mode
+
 __all__ = ["generate_greedily", "padding_id"]
 
 
@@ -33,7 +35,7 @@ def generate_greedily(model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, max
         eos_token_id=tokenizer.eos_token_id,
     )
     # Another thread would meet the defaults that are set aside.
-    with getattr(model, "turns", nullcontext()), _without_defaults(model.generation_config):
+    with getattr(model, "turns", nullcontext()), evaluation_mode(model), _without_defaults(model.generation_config):
         return model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
 
 

@@ -13,6 +13,7 @@ from engram.data.facts import quoted, tokenize_prompt
 from engram.errors import DataError
 from engram.models import EngramModel
 from engram.models.devices import input_device
+from engram.models.mode import evaluation_mode
 from engram.models.positions import last_position
 from engram.tables import ABSENT
 
@@ -67,15 +68,17 @@ def trace_text(memory: EngramModel, tokenizer: Any, text: str) -> Trace:
     """Run ``text`` through the model and record what the memory did at every token.
 
     Raises:
-        DataError: the text is longer than the model has learnt positions for.
+        DataError: the text is longer than the model has learnt positions for, or is empty and has no token.
     """
     ids, end = tokenize_prompt(tokenizer, text), last_position(memory.config)
+    if not ids:
+        raise DataError("trace: got an empty text, and this tokenizer begins with no token; expected some text.")
     if end is not None and len(ids) > end:
         raise DataError(
             f"text {quoted(text)}: got {len(ids):,} tokens, expected at most {end:,} (the model's context); shorten it."
         )
     device = input_device(memory)
-    with memory.record() as recorded:
+    with evaluation_mode(memory), memory.record() as recorded:
         logits = memory(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
     canonical, config = memory.mapping.compressed_tokenizer.lookup_table, memory.engram_config
     orders = sorted({order for layer_id in config.layer_ids for order in config.orders_of(layer_id)})

@@ -14,7 +14,6 @@ from engram.config import EngramConfig
 from engram.distributed import whole
 from engram.errors import ConfigError
 from engram.models.bundled_files import BUNDLED_NAME
-from engram.models.devices import input_device
 from engram.models.positions import text_config
 from engram.models.quantised import is_quantised, is_quantised_parameter
 
@@ -103,7 +102,7 @@ def memory_identity(memory: Any) -> dict[str, Any]:
                 rows.update(part.cpu().numpy().tobytes())
         else:
             places = torch.arange(0, table.rows, max(1, table.rows // _SAMPLE_ROWS))[:_SAMPLE_ROWS]
-            rows.update(_bits(table.read(places.to(input_device(memory)), torch.float32)))
+            rows.update(_bits(table.read(places.to(engram.multi_head_embedding.offsets.device), torch.float32)))
     return {
         "folder": memory.folder,
         "engram_config": memory.engram_config.to_dict(),

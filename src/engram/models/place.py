@@ -26,7 +26,7 @@ from engram.checkpoint import (
 )
 from engram.checkpoint.convert import StoredTable, check_target, stored_tables
 from engram.config import EngramConfig, TableConfig
-from engram.errors import CheckpointError, ConfigError, FingerprintError, TableError
+from engram.errors import CheckpointError, ConfigError, FingerprintError, TableError, refuse_one_text
 from engram.hashing import build_mapping
 from engram.models.files import PLACED_FIELDS
 from engram.tables import (
@@ -261,7 +261,9 @@ def count_rows_read(path: str | os.PathLike[str], tokenizer: Any, texts: Iterabl
 
     Raises:
         FingerprintError: the tokenizer is another one.
+        DataError: one text in place of several.
     """
+    refuse_one_text(texts, "count_rows_read")
     description = read_description(path)
     mapping = build_mapping(EngramConfig.from_dict(description["engram_config"]), tokenizer)
     if mapping.fingerprint != description.get("fingerprint"):

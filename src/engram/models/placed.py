@@ -30,6 +30,7 @@ from engram.config import TableConfig
 from engram.errors import CheckpointError, ConfigError, TableError, reason_of
 from engram.models.bundled import auto_class
 from engram.models.bundled_files import is_path
+from engram.models.devices import first_real, input_device, offloaded_to
 from engram.models.positions import text_config
 from engram.tables import (
     EmbeddingTable,
@@ -52,6 +53,7 @@ NGRAM_EMBEDDINGS = {
 """``config.model_type`` -> how the names of a model's n-gram embeddings end (a pattern, ``*`` stands for anything)."""
 
 _ROWS_AT_ONCE = 1 << 16
+_SAMPLED_ROWS = 256
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PART = re.compile(r"shard_(\d+)\.weight")
 
@@ -130,7 +132,7 @@ def place_embeddings(
     sources = (
         {name: _digest(weight) for name, weight in weights.items()} if config.path is not None else dict.fromkeys(weights, "")
     )
-    tables = _tables(weights, config, sources)
+    tables = _tables(weights, config, sources, {name: weight.device for name, weight in weights.items()})
     for name, weight in weights.items():
         _fill(tables[name], name, sources[name], partial(_blocks_of, weight), config.changed_rows)
     return {name: _put(model, name, tables[name], weights[name].dtype) for name in found}
@@ -165,7 +167,7 @@ def load_placed(
     # All are found before the first is read.
     parts = {place: _parts_of(place, weight, files) for place, weight in waiting.items()}
     sources = {place: _source_of(saved) for place, saved in parts.items()}
-    tables = _tables(waiting, placement, sources)
+    tables = _tables(waiting, placement, sources, {place: _device_beside(model, place) for place in waiting})
     for place, saved in parts.items():
         _fill(tables[place], place, sources[place], partial(_blocks, saved), placement.changed_rows)
         _put(model, place, tables[place], dtype)
@@ -210,9 +212,17 @@ def _digest(weight: Tensor) -> str:
 
 
 def _source_of(places: list[tuple[str, Path]]) -> str:
-    """A name of these tensors in these files as they are now."""
+    """A name of these tensors in these files as they are now: of what the files say of themselves, which may be made alike where builds are
+    reproducible, and of a sample of the rows.
+    """
     told = ", ".join(f"{key} {file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for key, file in places)
-    return hashlib.sha256(told.encode()).hexdigest()
+    digest = hashlib.sha256(told.encode())
+    for key, file in places:
+        with TensorReader(file) as reader:
+            rows = reader.specs[key].shape[0]
+            for row in range(0, rows, max(1, rows // _SAMPLED_ROWS)):
+                digest.update(reader.read(key, row, row + 1).contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _pattern_of(config: Any, names: str | None) -> str:
@@ -287,11 +297,23 @@ def _put(model: nn.Module, name: str, table: EmbeddingTable, dtype: torch.dtype)
     return placed
 
 
-def _tables(weights: dict[str, Tensor], config: TableConfig, sources: dict[str, str]) -> dict[str, EmbeddingTable]:
+def _device_beside(model: PreTrainedModel, name: str) -> torch.device:
+    """Where the module that an embedding belongs to computes, or the next around it that has weights."""
+    while name:
+        name, _, _ = name.rpartition(".")
+        parent = model.get_submodule(name)
+        device = first_real([*offloaded_to(parent), *(parameter.device for parameter in parent.parameters())])
+        if device is not None:
+            return device
+    return input_device(model)
+
+
+def _tables(
+    weights: dict[str, Tensor], config: TableConfig, sources: dict[str, str], devices: dict[str, torch.device]
+) -> dict[str, EmbeddingTable]:
     """Tables for all weights ``[rows, dim]``, refused together if they do not fit. Files that are known to hold the rows already are read by
     any number of processes.
     """
-    devices = {name: weight.device if not weight.is_meta else torch.device("cpu") for name, weight in weights.items()}
     for dim, device in {(weight.shape[1], devices[name]) for name, weight in weights.items()}:
         together = [len(w) for name, w in weights.items() if (w.shape[1], devices[name]) == (dim, device)]
         check_room(together, dim, config, device=device)

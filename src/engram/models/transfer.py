@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram.errors import ConfigError
+from engram.errors import ConfigError, refuse_one_text
 from engram.models.engram_model import EngramModel
 from engram.models.place import windows_of
 from engram.tables import is_in_parts
@@ -71,7 +71,9 @@ def transfer_memory(
     Raises:
         ConfigError: the readers do not fit each other, a layer has no counterpart, rows of the target cannot be changed, or a memory is a
             taught one or divided between processes.
+        DataError: one text in place of several.
     """
+    refuse_one_text(texts, "transfer_memory")
     pairs = _pairs(source, target, layers)
     for layer_id, origin in pairs.items():
         reader = {name: x for name, x in source.engrams[str(origin)].state_dict().items() if not name.startswith("multi_head")}

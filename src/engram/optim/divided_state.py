@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from engram.distributed import own_part, part_from
+from engram.optim.row_state import rows_by_reference
 
 __all__ = ["load_own_state", "own_state"]
 
 
-def own_state(optimizer: Optimizer) -> dict[str, Any]:
-    """``optimizer.state_dict()`` with this process's parts in the place of divided tensors."""
-    packed = optimizer.state_dict()
+def own_state(optimizer: Optimizer, by_reference: bool = False) -> dict[str, Any]:
+    """``optimizer.state_dict()`` with this process's parts in the place of divided tensors.
+
+    Args:
+        optimizer: of any kind.
+        by_reference: give states of rows as they lie in the optimiser, to be written at once: copies might take as much memory as the tables.
+    """
+    with rows_by_reference() if by_reference else nullcontext():
+        packed = optimizer.state_dict()
     state = {
         index: {name: own_part(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
         for index, entry in packed["state"].items()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mmap
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ from torch import Tensor
 from engram.errors import CheckpointError, ConfigError
 from engram.native.rows import claim_slots
 
-__all__ = ["ROW_STATES", "RowMoments", "check_row_state"]
+__all__ = ["ROW_STATES", "RowMoments", "check_row_state", "rows_by_reference"]
 
 _FIRST_CAPACITY = 1024
 _WORTH_RESERVING = 1 << 16  # bytes; less than that is copied sooner than mapped
 _MAP_NORESERVE = 0x4000  # Linux; the mmap module does not name it everywhere
 _PER_VALUE, _PER_ROW = True, False
+_by_reference = ContextVar("rows_by_reference", default=False)
 
 ROW_STATES: dict[str, dict[str, bool]] = {
     "adam": {"exp_avg": _PER_VALUE, "exp_avg_sq": _PER_VALUE},
@@ -41,6 +44,16 @@ def check_row_state(kind: object) -> None:
     """
     if kind not in ROW_STATES:
         raise ConfigError(f"EngramAdamW: got row_state={kind!r}, expected one of {', '.join(ROW_STATES)}.")
+
+
+@contextmanager
+def rows_by_reference() -> Iterator[None]:
+    """Inside, ``RowMoments.state_dict`` gives the buffers themselves, which the next step changes: for a caller who writes them at once."""
+    before = _by_reference.set(True)
+    try:
+        yield
+    finally:
+        _by_reference.reset(before)
 
 
 class RowMoments:
@@ -136,7 +149,8 @@ class RowMoments:
     def state_dict(self) -> dict[str, Tensor]:
         """Compact tensors: the rows seen, in slot order, and their buffers by name."""
         names = {"rows": self.row_of_slot, **self.buffers}
-        return {name: tensor[: self.used].clone() for name, tensor in names.items()}
+        found = {name: tensor[: self.used] for name, tensor in names.items()}
+        return found if _by_reference.get() else {name: tensor.clone() for name, tensor in found.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what ``state_dict`` gave, exactly.

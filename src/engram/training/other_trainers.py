@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ from transformers import TrainerCallback
 from engram.distributed import process_count
 from engram.errors import CheckpointError, ConfigError, first_of
 from engram.models import EngramModel
+from engram.models.files import folder_name
 
 __all__ = ["MemoryCallback"]
 
 _LISTED = 3
+_ASIDE = ".memory-{step}"
 
 
 class MemoryCallback(TrainerCallback):
@@ -58,16 +62,41 @@ class MemoryCallback(TrainerCallback):
         if state.global_step > 0:
             folder = _memory_in(args, f"checkpoint-{state.global_step}")
             _check_same(folder.parent, state)
+            aside = _aside(args, state.global_step)
+            if aside.is_dir() and not folder.is_dir():  # the run was killed between its checkpoint and the memory's place in it
+                os.replace(aside, folder)
             self._load(folder)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Forget what a step that was left out (float16) has left in the memory; the trainer does so for the base model's."""
         self.memory.engrams.zero_grad()
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save the memory aside before the trainer saves: when its own checkpoint is whole it deletes older ones, with their memories."""
+        if control.should_save and state.is_world_process_zero:
+            self._save_aside(args, state.global_step)
+
+    on_epoch_end = on_step_end
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Put the memory into the checkpoint."""
-        if state.is_world_process_zero:
-            self.memory.save_pretrained(_memory_in(args, f"checkpoint-{state.global_step}"))
+        if not state.is_world_process_zero:
+            return
+        place, aside = _memory_in(args, f"checkpoint-{state.global_step}"), _aside(args, state.global_step)
+        if not aside.is_dir():  # saving was asked for after the step
+            self._save_aside(args, state.global_step)
+        shutil.rmtree(place, ignore_errors=True)  # of an earlier run in this folder
+        os.replace(aside, place)
+        for leftover in Path(args.output_dir).glob(_ASIDE.format(step="*")):  # of runs that were killed
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _save_aside(self, args: Any, step: int) -> None:
+        folder, aside = self.memory.folder, _aside(args, step)
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            self.memory.save_pretrained(aside)
+        finally:
+            self.memory.folder = folder or folder_name(_memory_in(args, f"checkpoint-{step}"))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save the memory, that of the best checkpoint if the base model is."""
@@ -106,6 +135,10 @@ def _check_same(checkpoint: Path, state: Any) -> None:
             f"{checkpoint} is of another run than the checkpoint that the trainer resumes from; expected that one there: copy it into "
             "output_dir, or choose an output_dir of its own."
         )
+
+
+def _aside(args: Any, step: int) -> Path:
+    return Path(args.output_dir, _ASIDE.format(step=step))
 
 
 def _memory_in(args: Any, *checkpoint: str) -> Path:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -263,6 +264,8 @@ class SafeTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 _sync_all(folder)
             best = self.state.best_model_checkpoint
+            if limit:
+                _remove_incomplete(folder.parent)
             rotate_checkpoints(str(folder.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
     @contextmanager
@@ -277,7 +280,7 @@ class SafeTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save or self._is_divided:
             own = self._own_file(_OPTIMIZER) if self._is_divided else _OPTIMIZER
-            save_tree(os.path.join(output_dir, own), own_state(self.optimizer))
+            save_tree(os.path.join(output_dir, own), own_state(self.optimizer, by_reference=True))
         if not self.args.should_save:
             return  # every process has the same
         save_tree(os.path.join(output_dir, _SCHEDULER), _plain(self.lr_scheduler.state_dict()))
@@ -419,6 +422,13 @@ def _sync_all(folder: Path) -> None:
     for place in (*(path for path in below if path.is_dir()), folder, folder.parent):
         with suppress(OSError):  # some file systems have no sync for folders
             sync_to_disk(place)
+
+
+def _remove_incomplete(folder: Path) -> None:
+    """Remove what killed saves left of checkpoints: counted among those to keep, they would cost whole ones their place."""
+    for place in folder.glob("checkpoint-*"):
+        if place.name.removeprefix("checkpoint-").isdecimal() and place.is_dir() and not is_complete(place):
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

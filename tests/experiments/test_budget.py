@@ -18,6 +18,7 @@ from engram.experiments import (
     predict_counts,
     predict_flops,
 )
+from engram.experiments.budget import RHO_TOLERANCE
 from engram.testing import tiny_model, tiny_tokenizer
 
 TINY = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 16}
@@ -210,3 +211,13 @@ def test_all_fields_of_a_backbone_reach_the_model():
         assert base.replace(architecture=architecture).to_transformers().vocab_size == 400
     config = backbone("deepseek_v4").to_transformers()
     assert (config.hc_mult, config.n_routed_experts, config.sliding_window) == (2, 6, 64)
+
+
+def test_a_share_that_whole_experts_cannot_have_is_refused():
+    expert = 3 * ROOMY["hidden_size"] * ROOMY["moe_intermediate_size"] * 2  # in both blocks of experts
+    budget = {"total": BUDGET["active"] + 3 * expert, "active": BUDGET["active"]}
+    with pytest.raises(
+        ConfigError, match=r"got rho 0.5, but the nearest model has 0.6\d\d, since experts come whole: .* 2 blocks"
+    ):
+        allocate(backbone(**ROOMY), engram(), **budget, rho=0.5)
+    assert allocate(backbone(**ROOMY), engram(), **budget, rho=2 / 3).counts.rho == pytest.approx(2 / 3, abs=RHO_TOLERANCE)

@@ -18,6 +18,8 @@ __all__ = ["TOLERANCE", "Allocation", "allocate"]
 
 TOLERANCE = 0.005
 """Largest accepted mismatch of total parameters, active parameters and operations."""
+RHO_TOLERANCE = 0.03
+"""Largest accepted distance of a model's share of experts from the one asked for; half an expert in each block cannot be helped."""
 
 _WIDTH_STEP = 4
 """Widths are multiples of this where the tolerance allows it."""
@@ -58,7 +60,7 @@ def allocate(backbone: BackboneConfig, engram: EngramConfig, total: int, active:
         rho: share of ``total - active`` given to experts: 1 for no memory, 0 for no experts but those that every token chooses.
 
     Raises:
-        ConfigError: the budget cannot be met within ``TOLERANCE``; the message says what is missing.
+        ConfigError: the budget cannot be met within ``TOLERANCE``, or the share within ``RHO_TOLERANCE``; the message says what is missing.
     """
     _check(backbone, total, active, rho)
     memory = engram if rho < 1 else None
@@ -77,6 +79,12 @@ def allocate(backbone: BackboneConfig, engram: EngramConfig, total: int, active:
                 f"({100 * (got / wanted - 1):+.2f} %); expected at most {100 * TOLERANCE:g} % off. "
                 f"{_advice(name, expert * backbone.expert_blocks)}"
             )
+    if abs(allocation.counts.rho - rho) > RHO_TOLERANCE:
+        raise ConfigError(
+            f"budget: got rho {rho:g}, but the nearest model has {allocation.counts.rho:.3f}, since experts come whole: {expert:,} parameters in "
+            f"each of {backbone.expert_blocks} blocks; expected at most {RHO_TOLERANCE:g} off. Make experts smaller "
+            "(moe_intermediate_size), raise total, or ask for another rho."
+        )
     return allocation
 
 

@@ -217,7 +217,7 @@ def test_a_share_that_whole_experts_cannot_have_is_refused():
     expert = 3 * ROOMY["hidden_size"] * ROOMY["moe_intermediate_size"] * 2  # in both blocks of experts
     budget = {"total": BUDGET["active"] + 3 * expert, "active": BUDGET["active"]}
     with pytest.raises(
-        ConfigError, match=r"got rho 0.5, but the nearest model has 0.6\d\d, since experts come whole: .* 2 blocks"
+        ConfigError, match=r"got rho 0.5, but the nearest model has 0.6\d\d, since experts come whole \(.* 2 blocks\)"
     ):
         allocate(backbone(**ROOMY), engram(), **budget, rho=0.5)
     assert allocate(backbone(**ROOMY), engram(), **budget, rho=2 / 3).counts.rho == pytest.approx(2 / 3, abs=RHO_TOLERANCE)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from engram.models.mode import evaluation_mode
@@ -35,7 +35,8 @@ def generate_greedily(model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, max
         eos_token_id=tokenizer.eos_token_id,
     )
     # Another thread would meet the defaults that are set aside.
-    with getattr(model, "turns", nullcontext()), evaluation_mode(model), _without_defaults(model.generation_config):
+    mode = evaluation_mode(model) if isinstance(model, nn.Module) else nullcontext()  # what only generates has none
+    with getattr(model, "turns", nullcontext()), mode, _without_defaults(model.generation_config):
         return model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
 
 

@@ -82,8 +82,8 @@ def allocate(backbone: BackboneConfig, engram: EngramConfig, total: int, active:
     if abs(allocation.counts.rho - rho) > RHO_TOLERANCE:
         raise ConfigError(
             f"budget: got rho {rho:g}, but the nearest model has {allocation.counts.rho:.3f}, since experts come whole ({expert:,} parameters "
-            f"in each of {backbone.expert_blocks} blocks); expected at most {RHO_TOLERANCE:g} off. Make experts smaller (moe_intermediate_size), "
-            "raise total, or ask for another rho."
+            f"in each of {backbone.expert_blocks} blocks); expected at most {RHO_TOLERANCE:g} off. Make experts smaller "
+            "(moe_intermediate_size), raise total, or ask for another rho."
         )
     return allocation
 

@@ -264,14 +264,24 @@ def throughput(result: Mapping[str, Any]) -> list[str]:
                 count(entry["tokens_per_step"]),
                 *(f"{seconds[arm]['median']:.4f}" for arm in ("without", "with")),
                 f"{share['median']:.3f} ({share['min']:.3f} to {share['max']:.3f})",
+                f"{entry[SHARE]['cpu_time']['median']:.3f}" if "cpu_time" in entry[SHARE] else "–",
             )
         )
-    header = ("backbone", "optimiser", "table rows", "tokens per step", "seconds without", "seconds with", "throughput kept")
+    header = (
+        "backbone",
+        "optimiser",
+        "table rows",
+        "tokens per step",
+        "seconds without",
+        "seconds with",
+        "throughput kept",
+        "by CPU time",
+    )
     rounds = result["entries"][0][SHARE]["throughput"]["rounds"]
     shares = [entry[SHARE]["throughput"] for entry in result["entries"]]
     level = sum(share["min"] <= 1 <= share["max"] for share in shares)
     return [
-        table(header, rows, right=range(2, 7)),
+        table(header, rows, right=range(2, 8)),
         f"Medians of {rounds} rounds, of the seconds and of the shares each for itself; in brackets the range, which includes 1 in {level} of "
         f"{len(shares)} rows.",
     ]

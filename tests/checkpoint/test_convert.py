@@ -218,3 +218,16 @@ def test_a_conversion_that_was_stopped_with_adapters_there_can_be_repeated(saved
     (tmp_path / "other" / "adapters").mkdir(parents=True)
     with pytest.raises(ConfigError, match="holds 'adapters' of something else"):
         convert_memory(saved, tmp_path / "other", "int8")
+
+
+def test_a_conversion_that_fails_leaves_what_others_put_into_the_folder(saved, tmp_path, monkeypatch):
+    (tmp_path / "out" / "adapters").mkdir(parents=True)
+    (tmp_path / "out" / "adapters" / "mine").write_text("kept")
+
+    def full(path, content):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("engram.checkpoint.store._replace", full)
+    with pytest.raises((CheckpointError, OSError)):
+        convert_memory(saved, tmp_path / "out", "int8")
+    assert (tmp_path / "out" / "adapters" / "mine").read_text() == "kept"

@@ -288,3 +288,20 @@ def test_a_kill_while_the_memory_is_saved_loses_no_memory(tmp_path, monkeypatch,
     assert equal(parameters(memory), parameters(longer))
     assert not list(run.glob(".memory-*"))
     assert Path(memory.folder).name == "memory"
+
+
+class SaveLate(TrainerCallback):
+    """Asks for a checkpoint after the step, as early stopping on a measured loss does."""
+
+    def on_log(self, args, state, control, **_):
+        control.should_save = state.global_step == 3
+
+
+def test_a_memory_that_a_killed_run_left_aside_is_not_taken_for_this_ones(tmp_path):
+    left = tmp_path / "run" / ".memory-3"
+    tiny_memory(speak=False).save_pretrained(left)
+    memory = tiny_memory(speak=False)
+    make(tmp_path, memory, [SaveLate(), MemoryCallback(memory)], max_steps=3).train()
+    saved = EngramModel.from_pretrained(tiny_model(), tmp_path / "run" / "checkpoint-3" / "memory", tiny_tokenizer())
+    assert equal(parameters(saved), parameters(memory))
+    assert not left.exists()

@@ -196,18 +196,20 @@ def convert_memory(
         if name := base_name(source, description):  # from another folder a run's model would not be found
             fields["base_model"] = {**(description.get("base_model") or {}), "name_or_path": name}
 
+        has_adapters = (Path(source) / ADAPTERS_FOLDER).is_dir()
+
         def finished(weights: Path) -> None:
             if finish is not None:
                 with TensorReader(weights) as written:
                     finish(stored_tables(fields, written), written)
-            if (Path(source) / ADAPTERS_FOLDER).is_dir():
+            if has_adapters:
                 _copy_adapters(Path(source), Path(out))
 
         try:
             stream_store(out, specs, parts(), fields, ledger, finished)
         except BaseException:
-            if not (Path(out) / DESCRIPTION_NAME).exists():
-                shutil.rmtree(Path(out) / ADAPTERS_FOLDER, ignore_errors=True)  # nobody else's: see check_target
+            if has_adapters and not (Path(out) / DESCRIPTION_NAME).exists():
+                shutil.rmtree(Path(out) / ADAPTERS_FOLDER, ignore_errors=True)  # the same as the source's: see check_target
             raise
     return report
 

@@ -41,6 +41,7 @@ class MemoryCallback(TrainerCallback):
         if not isinstance(memory, EngramModel):
             raise ConfigError(f"MemoryCallback: got {type(memory).__name__}, expected an EngramModel (get_engram_model).")
         self.memory = memory
+        self._step_aside: int | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Refuse the memory as the trainer's model, and several processes."""
@@ -83,10 +84,11 @@ class MemoryCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         place, aside = _memory_in(args, f"checkpoint-{state.global_step}"), _aside(args, state.global_step)
-        if not aside.is_dir():  # saving was asked for after the step
+        if self._step_aside != state.global_step:  # saving was asked for after the step
             self._save_aside(args, state.global_step)
         shutil.rmtree(place, ignore_errors=True)  # of an earlier run in this folder
         os.replace(aside, place)
+        self._step_aside = None
         for leftover in Path(args.output_dir).glob(_ASIDE.format(step="*")):  # of runs that were killed
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -97,6 +99,7 @@ class MemoryCallback(TrainerCallback):
             self.memory.save_pretrained(aside)
         finally:
             self.memory.folder = folder or folder_name(_memory_in(args, f"checkpoint-{step}"))
+        self._step_aside = step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save the memory, that of the best checkpoint if the base model is."""

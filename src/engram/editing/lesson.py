@@ -102,9 +102,8 @@ def optimise_rows(
                 loss, learnt = _judge(upper, pending, streams, settings.margin)
                 if not bool(learnt.all()):
                     if loss.requires_grad:
-                        loss.backward(
-                            inputs=[draft.held for draft in drafts.values()]
-                        )  # whoever trains the model has gradients there
+                        # Nowhere else: whoever trains the model has gradients in its parameters.
+                        loss.backward(inputs=[draft.held for draft in drafts.values()])
                     if not felt and not any(_is_felt(draft.held.grad) for draft in drafts.values()):
                         _refuse_without_gradients(upper, drafts, pending)
                     felt = True

@@ -58,11 +58,11 @@ def bits_per_byte(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_le
     windows = sorted(text_windows(tokenizer, texts, max_length), key=len)
     device = input_device(model)
     nats = 0.0
-    for start in range(0, len(windows), batch_size):
-        rows = [tuple(window) for window in windows[start : start + batch_size]]
-        ids, mask = (x.to(device) for x in pad_right(rows, pad_id=0))
-        with evaluation_mode(model):
+    with evaluation_mode(model):
+        for start in range(0, len(windows), batch_size):
+            rows = [tuple(window) for window in windows[start : start + batch_size]]
+            ids, mask = (x.to(device) for x in pad_right(rows, pad_id=0))
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        target = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-        nats += F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum").item()
+            target = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+            nats += F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum").item()
     return nats / math.log(2) / written

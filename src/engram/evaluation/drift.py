@@ -54,19 +54,19 @@ def measure_drift(
     total = changed = same = 0
     kl = 0.0
     device = input_device(memory)
-    for text, read in zip(texts, reads_memory(router, texts)):
-        row = tuple(tokenize_prompt(tokenizer, text)[:max_length])
-        if not row:  # of an empty text, where the tokenizer begins with no token
-            same += 1
-            continue
-        ids, mask = (x.to(device) for x in pad_right([row], 0))
-        with evaluation_mode(memory):
+    with evaluation_mode(memory):
+        for text, read in zip(texts, reads_memory(router, texts)):
+            row = tuple(tokenize_prompt(tokenizer, text)[:max_length])
+            if not row:  # of an empty text, where the tokenizer begins with no token
+                same += 1
+                continue
+            ids, mask = (x.to(device) for x in pad_right([row], 0))
             with memory.routed(None if router is None else torch.tensor([read])):
                 on = memory(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
             with memory.disable_engram():
                 off = memory(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        same += int(torch.equal(on, off))
-        total += ids.shape[1]
-        changed += int((on.argmax(-1) != off.argmax(-1)).sum())
-        kl += float(F.kl_div(on.log_softmax(-1), off.log_softmax(-1), log_target=True, reduction="sum"))
+            same += int(torch.equal(on, off))
+            total += ids.shape[1]
+            changed += int((on.argmax(-1) != off.argmax(-1)).sum())
+            kl += float(F.kl_div(on.log_softmax(-1), off.log_softmax(-1), log_target=True, reduction="sum"))
     return Drift(total, kl / max(total, 1), changed, same / max(len(texts), 1))

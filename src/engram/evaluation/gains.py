@@ -46,20 +46,20 @@ def measure_gains(memory: EngramModel, tokenizer: Any, texts: Sequence[str], max
     device = input_device(memory)
     max_length = within_context(memory.config, max_length)
     gains = []
-    for text in texts:
-        ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"][:max_length]], device=device, dtype=torch.int64)
-        if ids.shape[1] < 2:
-            gains.append(TextGain(0, 0.0, 0.0))
-            continue
-        on = _loss(memory, ids)
-        with memory.disable_engram():
-            gains.append(TextGain(ids.shape[1] - 1, on, _loss(memory, ids)))
+    with evaluation_mode(memory):
+        for text in texts:
+            ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"][:max_length]], device=device, dtype=torch.int64)
+            if ids.shape[1] < 2:
+                gains.append(TextGain(0, 0.0, 0.0))
+                continue
+            on = _loss(memory, ids)
+            with memory.disable_engram():
+                gains.append(TextGain(ids.shape[1] - 1, on, _loss(memory, ids)))
     return gains
 
 
 def _loss(memory: EngramModel, ids: Tensor) -> float:
-    with evaluation_mode(memory):
-        logits = memory(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    logits = memory(input_ids=ids, use_cache=False).logits[0, :-1].float()
     return float(F.cross_entropy(logits, ids[0, 1:]))
 
 

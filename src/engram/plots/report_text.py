@@ -73,24 +73,6 @@ _OTHERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "throughput": throughput,
 }
 
-
-def _by_claim(verdicts: Sequence[Mapping[str, Any]]) -> str:
-    """How many claims all judgements that can tell agree with, contradict, or are at odds about."""
-    of_claim: dict[str, set[str]] = {}
-    for entry in verdicts:
-        if entry["verdict"] != "not measured":
-            of_claim.setdefault(entry["claim"], set()).add(entry["verdict"])
-    found = Counter(frozenset(told - {"cannot tell"}) for told in of_claim.values())
-    kinds = {
-        "agree": {"agrees"},
-        "disagree": {"disagrees"},
-        "are judged either way": {"agrees", "disagrees"},
-        "cannot be told": set[str](),
-    }
-    parts = [f"{number} {text}" for text, told in kinds.items() if (number := found[frozenset(told)])]
-    return f"Claim by claim, by the judgements that can tell: {', '.join(parts)}."
-
-
 _NAMED = 4
 """Results that a title names."""
 
@@ -306,6 +288,23 @@ def _row(entry: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 _IN_SHORT = {"agrees": "agree", "disagrees": "disagree", "cannot tell": "cannot tell"}
+
+
+def _by_claim(verdicts: Sequence[Mapping[str, Any]]) -> str:
+    """How many claims all judgements that can tell agree with, contradict, or are at odds about."""
+    of_claim: dict[str, set[str]] = {}
+    for entry in verdicts:
+        if entry["verdict"] != "not measured":
+            of_claim.setdefault(entry["claim"], set()).add(entry["verdict"])
+    found = Counter(frozenset(told - {"cannot tell"}) for told in of_claim.values())
+    kinds = {
+        "agree": {"agrees"},
+        "disagree": {"disagrees"},
+        "are judged either way": {"agrees", "disagrees"},
+        "cannot be told": set[str](),
+    }
+    parts = [f"{number} {text}" for text, told in kinds.items() if (number := found[frozenset(told)])]
+    return f"Claim by claim, by the judgements that can tell: {', '.join(parts)}."
 
 
 def _best_shares(file: ResultFile) -> Iterator[str]:

@@ -26,6 +26,7 @@ __all__ = [
     "last_checkpoint",
     "no_number",
     "read_claim",
+    "remove_incomplete",
     "weights_are_finite",
     "whole_or_removed",
 ]
@@ -56,6 +57,14 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     numbered = [p for p in Path(folder).glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()]
     newest_first = sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
     return next((p for p in newest_first if is_complete(p)), None)
+
+
+def remove_incomplete(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed saves left of checkpoints: counted among those to keep, they would cost whole ones their place."""
+    for place in Path(folder).glob("checkpoint-*"):
+        # No other name is a trainer's: what is deleted must be its own.
+        if place.name.removeprefix("checkpoint-").isdecimal() and place.is_dir() and not is_complete(place):
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def no_number(what: str, value: float, step: int, lr: float, output_dir: str) -> TrainingError:

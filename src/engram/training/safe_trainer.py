@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import random
-import shutil
 import signal
 import threading
 import time
@@ -32,7 +31,15 @@ from engram.optim import load_own_state, own_state
 from engram.tables import is_in_parts, is_sharded
 from engram.training.cpu_types import warning_of_slow_bfloat16
 from engram.training.examples import OneLength, check_not_empty
-from engram.training.guards import check_reports, is_complete, last_checkpoint, no_number, weights_are_finite, whole_or_removed
+from engram.training.guards import (
+    check_reports,
+    is_complete,
+    last_checkpoint,
+    no_number,
+    remove_incomplete,
+    weights_are_finite,
+    whole_or_removed,
+)
 from engram.training.kept_memory import kept_memory
 from engram.training.lean_loss import lean_loss
 from engram.training.progress import LiveProgress
@@ -265,7 +272,7 @@ class SafeTrainer(Trainer):
                 _sync_all(folder)
             best = self.state.best_model_checkpoint
             if limit:
-                _remove_incomplete(folder.parent)
+                remove_incomplete(folder.parent)
             rotate_checkpoints(str(folder.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
     @contextmanager
@@ -422,13 +429,6 @@ def _sync_all(folder: Path) -> None:
     for place in (*(path for path in below if path.is_dir()), folder, folder.parent):
         with suppress(OSError):  # some file systems have no sync for folders
             sync_to_disk(place)
-
-
-def _remove_incomplete(folder: Path) -> None:
-    """Remove what killed saves left of checkpoints: counted among those to keep, they would cost whole ones their place."""
-    for place in folder.glob("checkpoint-*"):
-        if place.name.removeprefix("checkpoint-").isdecimal() and place.is_dir() and not is_complete(place):
-            shutil.rmtree(place, ignore_errors=True)
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
